@@ -1,0 +1,27 @@
+# Compiles every source of cpp/backend/cpu/kernels once per instruction set, in a namespace of that name; which one
+# runs is chosen at run time (cpp/backend/cpu/cpu_features.cc).
+file(GLOB BASED_KERNEL_SOURCES CONFIGURE_DEPENDS cpp/backend/cpu/kernels/*.cc)
+
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  set(BASED_ISAS baseline avx2 avx512 avx512bf16)
+  set(BASED_FLAGS_baseline "")
+  set(BASED_FLAGS_avx2 -mavx2 -mfma -mf16c)
+  set(BASED_FLAGS_avx512 ${BASED_FLAGS_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512)
+  set(BASED_FLAGS_avx512bf16 ${BASED_FLAGS_avx512} -mavx512bf16)
+else()
+  set(BASED_ISAS baseline) # on AArch64 the baseline has NEON
+  set(BASED_FLAGS_baseline "")
+endif()
+
+foreach(isa IN LISTS BASED_ISAS)
+  add_library(based_kernels_${isa} OBJECT ${BASED_KERNEL_SOURCES})
+  target_include_directories(based_kernels_${isa} PRIVATE cpp cpp/include)
+  target_compile_definitions(based_kernels_${isa} PRIVATE BASED_ISA=isa_${isa})
+  # No exceptions and no errno: kernels call nothing that needs them. Contraction gives fused multiply-add.
+  target_compile_options(based_kernels_${isa} PRIVATE -O3 -ffp-contract=fast -fno-math-errno -fno-exceptions
+                         ${BASED_FLAGS_${isa}})
+  target_link_libraries(based_kernels_${isa} PRIVATE based_options)
+  target_sources(based PRIVATE $<TARGET_OBJECTS:based_kernels_${isa}>)
+  string(TOUPPER ${isa} ISA)
+  target_compile_definitions(based PRIVATE BASED_HAS_ISA_${ISA})
+endforeach()

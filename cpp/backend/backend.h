@@ -1,0 +1,202 @@
+#pragma once
+
+// The device seam. A device is an implementation of Backend and of the opaque types it makes; nothing above this
+// header knows which one runs.
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "based/config.h"
+#include "based/sampling.h"
+#include "based/tensor.h"
+
+namespace based::backend {
+
+/// Device memory, freed with its last owner.
+struct Buffer {
+  std::shared_ptr<void> data;
+  std::size_t nbytes = 0;
+};
+
+/// Dense row-major matrix in device memory; does not own it.
+struct Matrix {
+  void* data = nullptr;
+  DType dtype = DType::float32;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+};
+
+/// Tokens of B sequences packed on one axis of N. Host memory, valid during the call.
+/// Sequence b owns tokens offsets[b] … offsets[b+1] − 1 (at least one) and state slot slots[b] (all different);
+/// its first token stands at position positions[b] (tokens seen before).
+struct RaggedBatch {
+  std::span<const std::int32_t> tokens;     // (N)
+  std::span<const std::int32_t> offsets;    // (B + 1), offsets[0] = 0, offsets[B] = N
+  std::span<const std::int32_t> slots;      // (B)
+  std::span<const std::int64_t> positions;  // (B)
+
+  std::int64_t num_tokens() const { return static_cast<std::int64_t>(tokens.size()); }
+  std::int64_t num_sequences() const { return static_cast<std::int64_t>(slots.size()); }
+};
+
+/// What a linear layer is made of: y = act(x Wᵀ + b), W the given (rows_i, K) matrices stacked.
+struct LinearSource {
+  std::vector<TensorView> weights;  // float32, bfloat16 or float16 on the host
+  std::vector<TensorView> biases;   // empty, or one (rows_i) per weight
+  Activation activation = Activation::identity;
+  bool gated = false;  // the stacked rows are [value (m) | gate (m)]: y = value ⊙ act(gate), m columns
+};
+
+/// Weights of one linear layer in the device's own layout. Immutable: may be used by many threads.
+class LinearWeight {
+ public:
+  virtual ~LinearWeight() = default;
+  virtual std::int64_t in_features() const = 0;
+  virtual std::int64_t out_features() const = 0;  // columns of y: half the rows of W when gated
+  virtual std::size_t nbytes() const = 0;
+};
+
+/// State of `capacity` sequences (slots), layer by layer, in the device's own layout:
+///   linear attention  Σ φ(k) [v | 1]ᵀ, float32, φ packed (docs/state-format.md)
+///   sliding window    ring of the last `window` keys (already rotated) and values, in the model's dtype
+///   gated conv        the last K − 1 values of u₁, float32
+/// A fresh slot is that of a sequence that has seen nothing.
+class StatePool {
+ public:
+  virtual ~StatePool() = default;
+  virtual int capacity() const = 0;
+  virtual std::size_t nbytes_per_slot() const = 0;
+};
+
+/// A tensor of a state's saved form.
+struct NamedTensor {
+  std::string name;
+  Tensor tensor;  // on the host
+};
+
+struct SampledToken {
+  std::int32_t token = 0;
+  float logprob = 0;                       // log softmax of the raw logits, over the vocabulary
+  std::vector<TokenLogprob> top_logprobs;  // params.logprobs likeliest, best first
+};
+
+/// Chooses tokens on the device. Row i holds one sequence's params and the counts of the tokens it has seen.
+/// Random numbers: Philox4x32-10 with key = seed and counter = (sequence, position), so a choice depends on nothing
+/// else. One thread at a time.
+class Sampler {
+ public:
+  virtual ~Sampler() = default;
+
+  /// Starts a sequence in `row`. `stop_ids` cannot be sampled while fewer than params.min_tokens were.
+  virtual void assign(int row, const SamplingParams& params, std::uint64_t seed, std::uint32_t sequence,
+                      std::span<const std::int32_t> prompt, std::span<const std::int32_t> stop_ids) = 0;
+
+  /// Chooses one token for each row of logits (M, ≥ vocab_size) float32, and counts it as output. rows[i] is the
+  /// sampler row that logits row i belongs to, positions[i] the position the chosen token will have.
+  virtual std::vector<SampledToken> sample(const Matrix& logits, std::span<const std::int32_t> rows,
+                                           std::span<const std::int64_t> positions) = 0;
+};
+
+/// One device, as one session sees it. An instance serves one thread at a time; instances of one device are
+/// independent, and what they make (weights, buffers, pools) may be used by any instance of the same device.
+/// Operations may run asynchronously, in order; synchronize() waits, and reads to the host wait by themselves.
+/// Matrix arguments must not overlap unless it is said. "activation" means dtype activation_dtype().
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual Device device() const = 0;
+  virtual int num_threads() const = 0;
+  virtual std::string kernel_isa() const = 0;
+
+  /// float32 or bfloat16: of x and of the mixers' outputs, for weights of the given dtype.
+  virtual DType activation_dtype(DType weights) const = 0;
+
+  // ---- memory ------------------------------------------------------------------------------------------------
+
+  /// Uninitialised, aligned to 64 bytes. Throws std::bad_alloc.
+  virtual Buffer allocate(std::size_t nbytes) = 0;
+  virtual void zero(void* data, std::size_t nbytes) = 0;
+  virtual void copy_from_host(void* device, const void* host, std::size_t nbytes) = 0;
+  virtual void copy_to_host(void* host, const void* device, std::size_t nbytes) = 0;
+  virtual void synchronize() = 0;
+
+  // ---- weights -----------------------------------------------------------------------------------------------
+
+  /// Packs in `dtype` (float32 or bfloat16; rounding to nearest even); biases are kept in float32.
+  virtual std::shared_ptr<const LinearWeight> pack_linear(const LinearSource& source, DType dtype) = 0;
+
+  /// A float32 copy of a float32, bfloat16 or float16 tensor.
+  virtual Buffer pack_float32(const TensorView& tensor) = 0;
+
+  // ---- operations --------------------------------------------------------------------------------------------
+
+  /// r[n, :] = row tokens[n] of the (vocabulary, d) matrix in `table`; r (N, d) float32.
+  virtual void embed(const LinearWeight& table, const RaggedBatch& batch, const Matrix& r) = 0;
+
+  /// out[i, :] = norm(r[rows[i], :]) (rows empty: every row in order). weight and bias (d) float32, bias null for
+  /// none. RMSNorm: x · rsqrt(mean(x²) + eps) · w. LayerNorm: (x − mean) · rsqrt(var + eps) · w + b.
+  /// r (N, d) float32; out (M, d) float32 or activation.
+  virtual void norm(NormKind kind, double eps, const float* weight, const float* bias, const Matrix& r,
+                    std::span<const std::int32_t> rows, const Matrix& out) = 0;
+
+  /// y = act(x Wᵀ + b), or y += that when `accumulate`. x (N, K) activation (float32 is accepted too);
+  /// y (N, out_features) float32 or activation, float32 when accumulate. A row of y depends on its row of x alone.
+  virtual void linear(const LinearWeight& weight, const Matrix& x, const Matrix& y, bool accumulate) = 0;
+
+  /// out = SiLU(conv(u₁)) ⊙ u₂, u = [u₁|u₂] (N, 2e) float32, taps (e, K) float32: conv(u₁)[t] = Σ_j taps[j]·
+  /// u₁[t − K + 1 + j], reading what came before the batch from the state and leaving the last K − 1 there.
+  /// out (N, e) activation.
+  virtual void gated_conv(const GatedConvConfig& config, const float* taps, const RaggedBatch& batch, const Matrix& u,
+                          StatePool& states, int layer, const Matrix& out) = 0;
+
+  /// Taylor linear attention (LinearAttentionConfig's equation) after the state, which it advances.
+  /// qkv (N, H·f | H·f | H·head_dim) float32; out (N, H·head_dim) activation.
+  virtual void linear_attention(const LinearAttentionConfig& config, const RaggedBatch& batch, const Matrix& qkv,
+                                StatePool& states, int layer, const Matrix& out) = 0;
+
+  /// Rotary on q and k at their positions, then softmax attention over the window, older keys from the ring, which it
+  /// advances. qkv (N, (H + 2·H_kv)·head_dim) float32; out (N, H·head_dim) activation.
+  virtual void sliding_window(const SlidingWindowConfig& config, const RaggedBatch& batch, const Matrix& qkv,
+                              StatePool& states, int layer, const Matrix& out) = 0;
+
+  /// out[i] = log softmax(logits[i, :vocab_size])[targets[i]], to the host. logits (M, ≥ vocab_size) float32.
+  virtual void token_log_probs(const Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
+                               std::span<float> out) = 0;
+
+  virtual std::unique_ptr<Sampler> make_sampler(std::int64_t vocab_size, int num_rows) = 0;
+
+  // ---- states ------------------------------------------------------------------------------------------------
+
+  /// All slots fresh. `dtype`: of the rings. Throws std::bad_alloc.
+  virtual std::unique_ptr<StatePool> make_states(const ModelConfig& config, DType dtype, int capacity) = 0;
+
+  /// to[to_slot] = from[from_slot]; pools of the same config and dtype.
+  virtual void copy_state(const StatePool& from, int from_slot, StatePool& to, int to_slot) = 0;
+
+  /// Makes a slot fresh.
+  virtual void reset_state(StatePool& states, int slot) = 0;
+
+  /// The saved form of a slot whose sequence has seen num_tokens tokens, in layer order:
+  ///   layers.{i}.conv    (K − 1, e) float32, oldest first, zeros before the start
+  ///   layers.{i}.taylor  (H, num_features, head_dim + 1) float32, features in the packed order, last column Σ φ(k)
+  ///   layers.{i}.keys, layers.{i}.values  (min(num_tokens, window), H_kv, head_dim), oldest first, ring dtype
+  virtual std::vector<NamedTensor> export_state(const StatePool& states, int slot, std::int64_t num_tokens) = 0;
+
+  /// Inverse of export_state: the tensors have its names, order and shapes (the caller has checked); keys and values
+  /// may be float32 or bfloat16 and are converted.
+  virtual void import_state(StatePool& states, int slot, std::int64_t num_tokens,
+                            std::span<const TensorView> tensors) = 0;
+};
+
+/// The only way to a device. num_threads: CPU threads, 0 for the CPUs that this process may use; instances given the
+/// same `share` use its threads. Throws UnsupportedError for a device that this build or machine does not have, and
+/// InvalidArgument for a number of threads < 0 or > 1024.
+std::unique_ptr<Backend> make_backend(Device device, int num_threads, const Backend* share = nullptr);
+
+}  // namespace based::backend

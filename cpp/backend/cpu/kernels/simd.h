@@ -1,0 +1,137 @@
+#pragma once
+
+// Vectors of float for the kernels of this folder. Every source here is compiled once per instruction set, with
+// BASED_ISA naming the namespace; so nothing here may have external linkage outside that namespace: no standard
+// library inline functions, or the linker might keep a copy that the machine cannot run.
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#ifndef BASED_ISA
+#error "BASED_ISA names the instruction set: see CMakeLists.txt"
+#endif
+
+#define BASED_INLINE static inline __attribute__((always_inline))
+
+namespace based::cpu::BASED_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+#elif defined(__AVX__)
+inline constexpr int kLanes = 8;
+#else
+inline constexpr int kLanes = 4;
+#endif
+
+using f32v = float __attribute__((vector_size(kLanes * 4)));
+using i32v = std::int32_t __attribute__((vector_size(kLanes * 4)));
+using u16v = std::uint16_t __attribute__((vector_size(kLanes * 2)));
+
+BASED_INLINE f32v splat(float x) { return x - f32v{}; }
+
+BASED_INLINE f32v load(const float* p) {
+  f32v v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+BASED_INLINE void store(float* p, f32v v) { __builtin_memcpy(p, &v, sizeof v); }
+
+/// The first n lanes, zeros behind; n ≤ kLanes.
+BASED_INLINE f32v load_n(const float* p, std::int64_t n) {
+  f32v v{};
+  __builtin_memcpy(&v, p, static_cast<std::size_t>(n) * sizeof(float));
+  return v;
+}
+
+BASED_INLINE void store_n(float* p, f32v v, std::int64_t n) {
+  __builtin_memcpy(p, &v, static_cast<std::size_t>(n) * sizeof(float));
+}
+
+BASED_INLINE float hsum(f32v v) {
+  // Pairwise: the same order for every caller.
+  float a[kLanes];
+  __builtin_memcpy(a, &v, sizeof v);
+  for (int w = kLanes / 2; w > 0; w /= 2)
+    for (int i = 0; i < w; ++i) a[i] += a[i + w];
+  return a[0];
+}
+
+BASED_INLINE float hmax(f32v v) {
+  float a[kLanes];
+  __builtin_memcpy(a, &v, sizeof v);
+  for (int w = kLanes / 2; w > 0; w /= 2)
+    for (int i = 0; i < w; ++i) a[i] = a[i] > a[i + w] ? a[i] : a[i + w];
+  return a[0];
+}
+
+BASED_INLINE f32v vmax(f32v a, f32v b) { return a > b ? a : b; }
+BASED_INLINE f32v vmin(f32v a, f32v b) { return a < b ? a : b; }
+
+/// bfloat16 bits of x, rounded to nearest even; NaN stays NaN.
+BASED_INLINE std::uint16_t to_bf16(float x) {
+  std::uint32_t u;
+  __builtin_memcpy(&u, &x, 4);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((u >> 16) | 0x40u);
+  return static_cast<std::uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+BASED_INLINE float from_bf16(std::uint16_t x) {
+  const std::uint32_t u = static_cast<std::uint32_t>(x) << 16;
+  float f;
+  __builtin_memcpy(&f, &u, 4);
+  return f;
+}
+
+/// kLanes floats from bfloat16.
+BASED_INLINE f32v load_bf16(const std::uint16_t* p) {
+  u16v h;
+  __builtin_memcpy(&h, p, sizeof h);
+  using u32v = std::uint32_t __attribute__((vector_size(kLanes * 4)));
+  const u32v w = __builtin_convertvector(h, u32v) << 16;
+  f32v f;
+  __builtin_memcpy(&f, &w, sizeof f);
+  return f;
+}
+
+BASED_INLINE void store_bf16(std::uint16_t* p, f32v v) {
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+  __builtin_memcpy(p, &h, sizeof h);
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = to_bf16(v[i]);
+#endif
+}
+
+/// e^x to about 2 ulp; 0 below −87.3, and clamped at 88.37 (2.4e38). x finite.
+BASED_INLINE f32v vexp(f32v x) {
+  // e^x = 2^n e^r, n = round(x / ln 2), |r| ≤ ln 2 / 2; e^r by its Taylor polynomial of degree 7.
+  const f32v lo = splat(-87.33654f), hi = splat(88.37626f);
+  const f32v z = vmin(vmax(x, lo), hi);
+  const f32v shift = splat(12582912.0f);  // 1.5 · 2²³: adding it rounds to an integer
+  const f32v n = (z * splat(1.44269504f) + shift) - shift;
+  f32v r = z - n * splat(0.693359375f);
+  r = r - n * splat(-2.12194440e-4f);
+  f32v p = splat(1.0f / 5040);
+  p = p * r + splat(1.0f / 720);
+  p = p * r + splat(1.0f / 120);
+  p = p * r + splat(1.0f / 24);
+  p = p * r + splat(1.0f / 6);
+  p = p * r + splat(0.5f);
+  p = p * r + splat(1.0f);
+  p = p * r + splat(1.0f);
+  const i32v bits = (__builtin_convertvector(n, i32v) + 127) << 23;
+  f32v scale;
+  __builtin_memcpy(&scale, &bits, sizeof scale);
+  const f32v y = p * scale;
+  return x < lo ? f32v{} : y;
+}
+
+BASED_INLINE f32v sigmoid(f32v x) { return splat(1.0f) / (splat(1.0f) + vexp(-x)); }
+BASED_INLINE f32v silu(f32v x) { return x * sigmoid(x); }
+
+}  // namespace based::cpu::BASED_ISA

@@ -1,0 +1,59 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "based/model.h"
+#include "based/sampling.h"
+#include "based/session.h"
+
+namespace based {
+
+struct GenerationRequest {
+  std::vector<std::int32_t> prompt;  // non-empty
+  SamplingParams params;
+};
+
+enum class FinishReason : std::uint8_t { none, stop, length };
+
+/// One new token of one sample of one request.
+struct TokenEvent {
+  int request = 0;
+  int sample = 0;  // 0 … n − 1
+  std::int32_t token = 0;
+  float logprob = 0;                       // log-probability of `token` under the model's own distribution
+  std::vector<TokenLogprob> top_logprobs;  // likeliest first; as many as params.logprobs asks
+  FinishReason finish = FinishReason::none;
+  std::optional<std::int32_t> stop_token;  // the token that ended it, when finish == stop
+};
+
+/// Runs requests to their ends, one token per sequence and call, admitting waiting requests as others finish. What a
+/// request yields depends on nothing but the model, its prompt and its params. One thread at a time.
+class Generator {
+ public:
+  /// A session of its own, of at most `max_batch_size` sequences.
+  Generator(std::shared_ptr<const Model> model, std::vector<GenerationRequest> requests, int max_batch_size);
+
+  /// On a caller's session, which must outlive this: request i continues sequence i; every n must be 1. When all have
+  /// finished, the session has seen every prompt and every token returned.
+  Generator(Session& session, std::vector<GenerationRequest> requests);
+  ~Generator();
+  Generator(const Generator&) = delete;
+  Generator& operator=(const Generator&) = delete;
+
+  bool done() const;
+
+  /// Advances every running sequence by one token. Empty only when done().
+  std::vector<TokenEvent> next(const InterruptCheck& interrupt = {});
+
+  /// Ends a sample early (a stop string was found, the reader lost interest). No effect on one that has ended.
+  void finish(int request, int sample);
+
+ private:
+  class Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace based

@@ -1,0 +1,34 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "based/tensor.h"
+#include "io/safetensors.h"
+
+namespace based::io {
+
+/// The saved form of one sequence's state: tensors named as Backend::export_state names them.
+struct SavedState {
+  std::int64_t num_tokens = 0;
+  std::vector<TensorToWrite> tensors;
+};
+
+/// Saves B states in one safetensors file (docs/state-format.md). Metadata: format "based-state", format_version,
+/// fingerprint, num_tokens (comma-separated, B numbers), checksum of the data. Tensor names: sequences.{b}.{name}.
+void write_state_file(const std::filesystem::path& path, const std::string& fingerprint,
+                      const std::vector<SavedState>& states);
+
+/// A state file, checked: format, version, checksum, token counts. Throws FormatError when damaged, StateError when
+/// format_version or fingerprint is another one.
+struct StateFile {
+  std::shared_ptr<const SafetensorsFile> file;
+  std::vector<SavedState> states;  // views into `file`
+
+  static StateFile open(const std::filesystem::path& path, const std::string& fingerprint);
+};
+
+}  // namespace based::io
