@@ -57,8 +57,8 @@ struct TensorToWrite {
   TensorView tensor;
 };
 
-/// Writes a file with these tensors in this order (data aligned to 64 bytes by header padding), into a temporary file of
-/// the same folder, fsync, rename. Throws InvalidArgument on a duplicate name; IoError leaves no trace and an older
+/// Writes a file with these tensors in this order (data aligned to 64 bytes by header padding), into a temporary file
+/// of the same folder, fsync, rename. Throws InvalidArgument on a duplicate name; IoError leaves no trace and an older
 /// file untouched.
 void write_safetensors(const std::filesystem::path& path, const std::vector<TensorToWrite>& tensors,
                        const std::map<std::string, std::string>& metadata);

@@ -1,0 +1,69 @@
+#pragma once
+
+#include <memory>
+
+#include "backend/backend.h"
+#include "backend/cpu/cpu_features.h"
+#include "backend/cpu/thread_pool.h"
+
+namespace based::cpu {
+
+/// The CPU device. Weights are packed for kernels of the best instruction set of this machine; all operations are
+/// synchronous and run on the pool. Kernels are in kernels/, one file per operation; the methods here cut an operation
+/// into tasks for the pool.
+class CpuBackend final : public backend::Backend {
+ public:
+  CpuBackend(std::shared_ptr<ThreadPool> pool, Isa isa);
+
+  const std::shared_ptr<ThreadPool>& pool() const { return pool_; }
+
+  Device device() const override { return {}; }
+  int num_threads() const override { return pool_->num_threads(); }
+  std::string kernel_isa() const override;
+  DType activation_dtype(DType weights) const override;
+
+  // cpu_backend.cc
+  backend::Buffer allocate(std::size_t nbytes) override;
+  void zero(void* data, std::size_t nbytes) override;
+  void copy_from_host(void* device, const void* host, std::size_t nbytes) override;
+  void copy_to_host(void* host, const void* device, std::size_t nbytes) override;
+  void synchronize() override {}
+  backend::Buffer pack_float32(const TensorView& tensor) override;
+
+  // cpu_linear.cc
+  std::shared_ptr<const backend::LinearWeight> pack_linear(const backend::LinearSource& source, DType dtype) override;
+  void embed(const backend::LinearWeight& table, const backend::RaggedBatch& batch, const backend::Matrix& r) override;
+  void linear(const backend::LinearWeight& weight, const backend::Matrix& x, const backend::Matrix& y,
+              bool accumulate) override;
+
+  // cpu_mixers.cc
+  void norm(NormKind kind, double eps, const float* weight, const float* bias, const backend::Matrix& r,
+            std::span<const std::int32_t> rows, const backend::Matrix& out) override;
+  void gated_conv(const GatedConvConfig& config, const float* taps, const backend::RaggedBatch& batch,
+                  const backend::Matrix& u, backend::StatePool& states, int layer, const backend::Matrix& out) override;
+  void linear_attention(const LinearAttentionConfig& config, const backend::RaggedBatch& batch,
+                        const backend::Matrix& qkv, backend::StatePool& states, int layer,
+                        const backend::Matrix& out) override;
+  void sliding_window(const SlidingWindowConfig& config, const backend::RaggedBatch& batch, const backend::Matrix& qkv,
+                      backend::StatePool& states, int layer, const backend::Matrix& out) override;
+
+  // cpu_sampler.cc
+  void token_log_probs(const backend::Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
+                       std::span<float> out) override;
+  std::unique_ptr<backend::Sampler> make_sampler(std::int64_t vocab_size, int num_rows) override;
+
+  // cpu_states.cc
+  std::unique_ptr<backend::StatePool> make_states(const ModelConfig& config, DType dtype, int capacity) override;
+  void copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot) override;
+  void reset_state(backend::StatePool& states, int slot) override;
+  std::vector<backend::NamedTensor> export_state(const backend::StatePool& states, int slot,
+                                                 std::int64_t num_tokens) override;
+  void import_state(backend::StatePool& states, int slot, std::int64_t num_tokens,
+                    std::span<const TensorView> tensors) override;
+
+ private:
+  std::shared_ptr<ThreadPool> pool_;
+  Isa isa_;
+};
+
+}  // namespace based::cpu
