@@ -117,6 +117,10 @@ class Backend {
   /// float32 or bfloat16: of x and of the mixers' outputs, for weights of the given dtype.
   virtual DType activation_dtype(DType weights) const = 0;
 
+  /// Tokens of a long prompt to advance in one call: enough to be efficient, few enough that the workspace stays
+  /// small and a layer ends within a tenth of a second, when an interrupt is heard.
+  virtual std::int64_t chunk_tokens() const = 0;
+
   // ---- memory ------------------------------------------------------------------------------------------------
 
   /// Uninitialised, aligned to 64 bytes. Throws std::bad_alloc.

@@ -21,6 +21,7 @@ class CpuBackend final : public backend::Backend {
   int num_threads() const override { return pool_->num_threads(); }
   std::string kernel_isa() const override;
   DType activation_dtype(DType weights) const override;
+  std::int64_t chunk_tokens() const override { return 256; }
 
   // cpu_backend.cc
   backend::Buffer allocate(std::size_t nbytes) override;
