@@ -19,9 +19,10 @@ class Checkpoint {
   std::span<const std::int64_t> num_tokens() const;
   std::size_t state_nbytes() const;
 
+  class Impl;
+
  private:
   friend class Session;
-  class Impl;
   explicit Checkpoint(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };
@@ -75,9 +76,10 @@ class Session {
   /// FormatError on a damaged file; then nothing has changed.
   void load_state(const std::filesystem::path& path);
 
- private:
-  friend class Generator;
   class Impl;
+  Impl& impl() const { return *impl_; }
+
+ private:
   explicit Session(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };

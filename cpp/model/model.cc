@@ -1,0 +1,174 @@
+#include "based/model.h"
+
+#include <algorithm>
+
+#include "based/error.h"
+#include "io/file.h"
+#include "io/hash.h"
+#include "model/model_impl.h"
+
+namespace based {
+
+namespace {
+
+constexpr std::size_t kMaxConfigBytes = std::size_t{16} << 20;
+
+// A single sequence that starts from nothing and is fed in chunks: forward, score and trace.
+class OneSequence {
+ public:
+  OneSequence(const Model::Impl& impl, std::int64_t chunk_tokens)
+      : transformer_(impl.transformer),
+        backend_(impl.make_backend()),
+        states_(backend_->make_states(transformer_.config(), impl.dtype, 1)),
+        chunk_tokens_(chunk_tokens > 0 ? chunk_tokens : backend_->chunk_tokens()) {
+    const std::int64_t d = transformer_.config().hidden_size;
+    normed_ =
+        backend_->allocate(static_cast<std::size_t>(chunk_tokens_ * d) * size_of(transformer_.activation_dtype()));
+  }
+
+  backend::Backend& backend() { return *backend_; }
+  std::int64_t chunk_tokens() const { return chunk_tokens_; }
+
+  // Feeds at most chunk_tokens() tokens; writes their logits (N, padded_vocab_size) float32.
+  void feed(std::span<const std::int32_t> tokens, void* logits, const InterruptCheck& interrupt,
+            LayerTrace* trace = nullptr) {
+    const ModelConfig& config = transformer_.config();
+    const auto n = static_cast<std::int64_t>(tokens.size());
+    const std::int32_t offsets[] = {0, static_cast<std::int32_t>(n)};
+    const std::int32_t slots[] = {0};
+    const std::int64_t positions[] = {position_};
+    const backend::RaggedBatch batch{tokens, offsets, slots, positions};
+    const auto r = transformer_.hidden(*backend_, batch, *states_, workspace_, interrupt, trace);
+    const backend::Matrix x{normed_.data.get(), transformer_.activation_dtype(), n, config.hidden_size};
+    transformer_.final_norm(*backend_, r, {}, x);
+    transformer_.logits(*backend_, x, {logits, DType::float32, n, config.padded_vocab_size});
+    position_ += n;
+  }
+
+ private:
+  const Transformer& transformer_;
+  std::unique_ptr<backend::Backend> backend_;
+  std::unique_ptr<backend::StatePool> states_;
+  std::int64_t chunk_tokens_;
+  backend::Buffer normed_;
+  Workspace workspace_;
+  std::int64_t position_ = 0;
+};
+
+Tensor device_tensor(backend::Backend& backend, std::vector<std::int64_t> shape) {
+  const auto nbytes = static_cast<std::size_t>(num_elements(shape)) * sizeof(float);
+  return {backend.device(), DType::float32, std::move(shape), backend.allocate(nbytes).data};
+}
+
+DType choose_dtype(const LoadOptions& options, DType file_dtype) {
+  if (!options.dtype) return file_dtype == DType::bfloat16 ? DType::bfloat16 : DType::float32;
+  if (*options.dtype != DType::float32 && *options.dtype != DType::bfloat16)
+    throw InvalidArgument("dtype is " + std::string(name_of(*options.dtype)) + ", expected float32 or bfloat16");
+  return *options.dtype;
+}
+
+}  // namespace
+
+void check_tokens(std::span<const std::int32_t> tokens, std::int64_t vocab_size, const std::string& what) {
+  if (tokens.empty()) throw InvalidArgument(what + " is empty, expected at least one token");
+  for (std::size_t i = 0; i < tokens.size(); ++i)
+    if (tokens[i] < 0 || tokens[i] >= vocab_size)
+      throw InvalidArgument(what + ": token id " + std::to_string(tokens[i]) + " at index " + std::to_string(i) +
+                            " is outside [0, " + std::to_string(vocab_size) + ")");
+}
+
+Model::Impl::Impl(const ModelConfig& config, std::unique_ptr<backend::Backend> device, WeightSource& source, DType type)
+    : backend(std::move(device)), dtype(type), transformer([&] {
+        WeightLoader loader{*backend, source, dtype};
+        return Transformer(config, loader);
+      }()) {
+  backend->synchronize();
+  state_nbytes = backend->make_states(config, dtype, 1)->nbytes_per_slot();
+}
+
+std::unique_ptr<backend::Backend> Model::Impl::make_backend() const {
+  return backend::make_backend(backend->device(), backend->num_threads(), backend.get());
+}
+
+Model::Model(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Model::~Model() = default;
+
+std::shared_ptr<const Model> Model::load(const std::filesystem::path& directory, const LoadOptions& options) {
+  auto backend = backend::make_backend(options.device, options.num_threads);
+  const auto config_path = directory / "config.json";
+  const auto config = ModelConfig::from_json(io::read_file(config_path, kMaxConfigBytes), config_path.string());
+  FileWeights weights(io::WeightFiles::open(directory), directory.string());
+  const TensorView embedding = weights.take("embedding.weight", {config.padded_vocab_size, config.hidden_size});
+  auto impl = std::make_unique<Impl>(config, std::move(backend), weights, choose_dtype(options, embedding.dtype));
+  weights.check_all_taken();
+  impl->fingerprint = weights.fingerprint(config);
+  return std::shared_ptr<const Model>(new Model(std::move(impl)));
+}
+
+std::shared_ptr<const Model> Model::random(const ModelConfig& config, std::uint64_t seed, const LoadOptions& options) {
+  config.validate("config");
+  RandomWeights weights(seed);
+  auto impl = std::make_unique<Impl>(config, backend::make_backend(options.device, options.num_threads), weights,
+                                     choose_dtype(options, DType::float32));
+  io::Fnv1a hash;
+  hash.add(config.to_json());
+  hash.add("random " + std::to_string(seed));
+  impl->fingerprint = hash.hex();
+  return std::shared_ptr<const Model>(new Model(std::move(impl)));
+}
+
+const ModelConfig& Model::config() const { return impl_->transformer.config(); }
+Device Model::device() const { return impl_->backend->device(); }
+DType Model::dtype() const { return impl_->dtype; }
+int Model::num_threads() const { return impl_->backend->num_threads(); }
+std::int64_t Model::num_parameters() const { return config().num_parameters(); }
+std::size_t Model::weight_nbytes() const { return impl_->transformer.nbytes(); }
+std::size_t Model::state_nbytes() const { return impl_->state_nbytes; }
+std::string Model::kernel_isa() const { return impl_->backend->kernel_isa(); }
+const std::string& Model::fingerprint() const { return impl_->fingerprint; }
+
+Tensor Model::forward(std::span<const std::int32_t> tokens, const InterruptCheck& interrupt) const {
+  check_tokens(tokens, config().vocab_size, "forward: tokens");
+  OneSequence sequence(*impl_, 0);
+  const auto total = static_cast<std::int64_t>(tokens.size());
+  Tensor logits = device_tensor(sequence.backend(), {total, config().padded_vocab_size});
+  for (std::int64_t t = 0; t < total; t += sequence.chunk_tokens()) {
+    const std::int64_t n = std::min(sequence.chunk_tokens(), total - t);
+    sequence.feed(tokens.subspan(static_cast<std::size_t>(t), static_cast<std::size_t>(n)),
+                  logits.data_as<float>() + t * config().padded_vocab_size, interrupt);
+  }
+  sequence.backend().synchronize();
+  return logits;
+}
+
+std::vector<float> Model::score(std::span<const std::int32_t> tokens, const InterruptCheck& interrupt) const {
+  check_tokens(tokens, config().vocab_size, "score: tokens");
+  OneSequence sequence(*impl_, 0);
+  const auto total = static_cast<std::int64_t>(tokens.size()) - 1;
+  std::vector<float> scores(static_cast<std::size_t>(total));
+  const std::int64_t chunk = std::min(sequence.chunk_tokens(), total);
+  const Tensor logits = device_tensor(sequence.backend(), {chunk, config().padded_vocab_size});
+  for (std::int64_t t = 0; t < total; t += chunk) {
+    const auto first = static_cast<std::size_t>(t);
+    const auto n = static_cast<std::size_t>(std::min(chunk, total - t));
+    sequence.feed(tokens.subspan(first, n), logits.data(), interrupt);
+    sequence.backend().token_log_probs(
+        {logits.data(), DType::float32, static_cast<std::int64_t>(n), config().padded_vocab_size}, config().vocab_size,
+        tokens.subspan(first + 1, n), std::span(scores).subspan(first, n));
+  }
+  return scores;
+}
+
+LayerTrace Model::trace(std::span<const std::int32_t> tokens) const {
+  check_tokens(tokens, config().vocab_size, "trace: tokens");
+  const auto n = static_cast<std::int64_t>(tokens.size());
+  OneSequence sequence(*impl_, n);
+  LayerTrace trace;
+  const Tensor logits = device_tensor(sequence.backend(), {n, config().padded_vocab_size});
+  sequence.feed(tokens, logits.data(), {}, &trace);
+  trace.logits = Tensor::empty(DType::float32, logits.shape());
+  sequence.backend().copy_to_host(trace.logits.data(), logits.data(), logits.nbytes());
+  return trace;
+}
+
+}  // namespace based

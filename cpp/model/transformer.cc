@@ -1,0 +1,141 @@
+#include "model/transformer.h"
+
+#include <algorithm>
+
+namespace based {
+
+namespace {
+
+std::size_t matrix_bytes(std::int64_t rows, std::int64_t cols, DType dtype) {
+  return static_cast<std::size_t>(rows) * static_cast<std::size_t>(cols) * size_of(dtype);
+}
+
+const float* floats(const backend::Buffer& buffer) { return static_cast<const float*>(buffer.data.get()); }
+
+// A host copy of a float32 matrix.
+Tensor download(backend::Backend& backend, const backend::Matrix& m) {
+  Tensor host = Tensor::empty(DType::float32, {m.rows, m.cols});
+  backend.copy_to_host(host.data(), m.data, host.nbytes());
+  return host;
+}
+
+// What `add` adds to the residual stream, kept as a host copy.
+template <typename Add>
+Tensor add_traced(backend::Backend& backend, const backend::Matrix& r, Add&& add) {
+  const std::size_t nbytes = matrix_bytes(r.rows, r.cols, DType::float32);
+  const backend::Buffer delta = backend.allocate(nbytes);
+  backend.zero(delta.data.get(), nbytes);
+  const backend::Matrix out{delta.data.get(), DType::float32, r.rows, r.cols};
+  add(out);
+  Tensor added = download(backend, out);
+  Tensor sum = download(backend, r);
+  for (std::int64_t i = 0; i < sum.size(); ++i) sum.data_as<float>()[i] += added.data_as<float>()[i];
+  backend.copy_from_host(r.data, sum.data(), nbytes);
+  return added;
+}
+
+}  // namespace
+
+Transformer::Transformer(const ModelConfig& config, WeightLoader& loader)
+    : config_(config), activation_dtype_(loader.backend.activation_dtype(loader.dtype)) {
+  const std::int64_t d = config.hidden_size;
+  embedding_ = loader.linear({{"embedding", config.padded_vocab_size}}, d, false);
+  for (std::size_t i = 0; i < config.layers.size(); ++i) {
+    const std::string prefix = "layers." + std::to_string(i) + ".";
+    Layer layer;
+    layer.norm1 = load_norm(loader, prefix + "norm1");
+    layer.mixer = make_mixer(config.layers[i], d, loader, prefix + "mixer.");
+    layer.norm2 = load_norm(loader, prefix + "norm2");
+    layer.mlp = std::make_unique<Mlp>(config.mlp, d, loader, prefix + "mlp.");
+    wide_features_ = std::max(wide_features_, layer.mixer->wide_features());
+    inner_features_ = std::max({inner_features_, layer.mixer->inner_features(), layer.mlp->inner_features()});
+    layers_.push_back(std::move(layer));
+  }
+  final_norm_ = load_norm(loader, "final_norm");
+  head_ = config.tie_embeddings ? embedding_ : loader.linear({{"lm_head", config.padded_vocab_size}}, d, false);
+}
+
+Transformer::Norm Transformer::load_norm(WeightLoader& loader, const std::string& name) const {
+  Norm norm;
+  norm.weight = loader.vector(name + ".weight", {config_.hidden_size});
+  if (config_.norm == NormKind::layer_norm) norm.bias = loader.vector(name + ".bias", {config_.hidden_size});
+  return norm;
+}
+
+std::size_t Transformer::nbytes() const {
+  std::size_t total = embedding_->nbytes() + (head_ == embedding_ ? 0 : head_->nbytes());
+  const auto add = [&total](const Norm& n) { total += n.weight.nbytes + n.bias.nbytes; };
+  for (const Layer& layer : layers_) {
+    add(layer.norm1);
+    add(layer.norm2);
+    total += layer.mixer->nbytes() + layer.mlp->nbytes();
+  }
+  add(final_norm_);
+  return total;
+}
+
+void Transformer::reserve(backend::Backend& backend, Workspace& workspace, std::int64_t num_tokens) const {
+  if (num_tokens <= workspace.capacity) return;
+  Workspace grown;
+  grown.r = backend.allocate(matrix_bytes(num_tokens, config_.hidden_size, DType::float32));
+  grown.x = backend.allocate(matrix_bytes(num_tokens, config_.hidden_size, activation_dtype_));
+  grown.wide = backend.allocate(matrix_bytes(num_tokens, wide_features_, DType::float32));
+  grown.inner = backend.allocate(matrix_bytes(num_tokens, inner_features_, activation_dtype_));
+  grown.capacity = num_tokens;
+  workspace = std::move(grown);
+}
+
+void Transformer::norm(backend::Backend& backend, const Norm& norm, const backend::Matrix& r,
+                       std::span<const std::int32_t> rows, const backend::Matrix& out) const {
+  backend.norm(config_.norm, config_.norm_eps, floats(norm.weight), floats(norm.bias), r, rows, out);
+}
+
+backend::Matrix Transformer::hidden(backend::Backend& backend, const backend::RaggedBatch& batch,
+                                    backend::StatePool& states, Workspace& workspace, const InterruptCheck& interrupt,
+                                    LayerTrace* trace) const {
+  const std::int64_t n = batch.num_tokens(), d = config_.hidden_size;
+  reserve(backend, workspace, n);
+  Activations a;
+  a.r = {workspace.r.data.get(), DType::float32, n, d};
+  a.x = {workspace.x.data.get(), activation_dtype_, n, d};
+  a.wide = workspace.wide;
+  a.inner = workspace.inner;
+  a.dtype = activation_dtype_;
+
+  backend.embed(*embedding_, batch, a.r);
+  if (trace) trace->embed = download(backend, a.r);
+  for (std::size_t i = 0; i < layers_.size(); ++i) {
+    if (interrupt) interrupt();
+    const Layer& layer = layers_[i];
+    const auto mix = [&](const backend::Matrix& out) {
+      layer.mixer->forward(backend, batch, states, static_cast<int>(i), a, out);
+    };
+    norm(backend, layer.norm1, a.r, {}, a.x);
+    if (trace)
+      trace->mixer_out.push_back(add_traced(backend, a.r, mix));
+    else
+      mix(a.r);
+    norm(backend, layer.norm2, a.r, {}, a.x);
+    layer.mlp->forward(backend, a, a.r);
+    if (trace) trace->block_out.push_back(download(backend, a.r));
+  }
+  if (trace) {
+    const std::size_t nbytes = matrix_bytes(n, d, DType::float32);
+    const backend::Buffer out = backend.allocate(nbytes);
+    const backend::Matrix normed{out.data.get(), DType::float32, n, d};
+    norm(backend, final_norm_, a.r, {}, normed);
+    trace->final_norm = download(backend, normed);
+  }
+  return a.r;
+}
+
+void Transformer::final_norm(backend::Backend& backend, const backend::Matrix& r, std::span<const std::int32_t> rows,
+                             const backend::Matrix& out) const {
+  norm(backend, final_norm_, r, rows, out);
+}
+
+void Transformer::logits(backend::Backend& backend, const backend::Matrix& x, const backend::Matrix& logits) const {
+  backend.linear(*head_, x, logits, false);
+}
+
+}  // namespace based

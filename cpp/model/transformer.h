@@ -1,0 +1,72 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "backend/backend.h"
+#include "based/model.h"
+#include "model/mixer.h"
+#include "model/mlp.h"
+#include "model/weights.h"
+
+namespace based {
+
+/// Scratch memory of forward passes on one backend; grows to the largest batch it has seen.
+struct Workspace {
+  std::int64_t capacity = 0;  // tokens
+  backend::Buffer r, x, wide, inner;
+};
+
+/// The forward pass, for every device (MODEL.md's r = E[token]; r += mixer(norm1 r); r += mlp(norm2 r); head(ln_f r)).
+/// Immutable weights: may be used by many threads, each with a backend, states and workspace of its own.
+class Transformer {
+ public:
+  Transformer(const ModelConfig& config, WeightLoader& loader);
+
+  const ModelConfig& config() const { return config_; }
+  std::size_t nbytes() const;
+
+  /// Throws std::bad_alloc, and then nothing has changed.
+  void reserve(backend::Backend& backend, Workspace& workspace, std::int64_t num_tokens) const;
+
+  /// Advances the batch's states; returns the residual stream (N, d) after the last layer, in the workspace. A throwing
+  /// `interrupt` (called before each layer) leaves the states half advanced: the caller restores them.
+  backend::Matrix hidden(backend::Backend& backend, const backend::RaggedBatch& batch, backend::StatePool& states,
+                         Workspace& workspace, const InterruptCheck& interrupt, LayerTrace* trace = nullptr) const;
+
+  /// out (M, d) activation = ln_f(r[rows]); rows empty: all.
+  void final_norm(backend::Backend& backend, const backend::Matrix& r, std::span<const std::int32_t> rows,
+                  const backend::Matrix& out) const;
+
+  /// logits (M, padded_vocab_size) float32 = x Eᵀ.
+  void logits(backend::Backend& backend, const backend::Matrix& x, const backend::Matrix& logits) const;
+
+  DType activation_dtype() const { return activation_dtype_; }
+
+ private:
+  struct Norm {
+    backend::Buffer weight, bias;  // (d) float32; bias null for RMSNorm
+  };
+  struct Layer {
+    Norm norm1, norm2;
+    std::unique_ptr<Mixer> mixer;
+    std::unique_ptr<Mlp> mlp;
+  };
+  Norm load_norm(WeightLoader& loader, const std::string& name) const;
+  void norm(backend::Backend& backend, const Norm& norm, const backend::Matrix& r, std::span<const std::int32_t> rows,
+            const backend::Matrix& out) const;
+
+  ModelConfig config_;
+  DType activation_dtype_;
+  std::shared_ptr<const backend::LinearWeight> embedding_;
+  std::shared_ptr<const backend::LinearWeight> head_;  // the same object when tied
+  std::vector<Layer> layers_;
+  Norm final_norm_;
+  std::int64_t wide_features_ = 0;
+  std::int64_t inner_features_ = 0;
+};
+
+}  // namespace based
