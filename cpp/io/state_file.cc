@@ -1,0 +1,160 @@
+#include "io/state_file.h"
+
+#include <algorithm>
+#include <charconv>
+#include <optional>
+#include <string_view>
+#include <utility>
+
+#include "based/error.h"
+#include "io/hash.h"
+#include "io/json.h"
+#include "io/text.h"
+
+namespace based::io {
+
+namespace {
+
+constexpr std::string_view kFormat = "based-state";
+constexpr std::string_view kFormatVersion = "1";
+constexpr std::string_view kSequences = "sequences.";
+
+/// A decimal without sign or leading zeros.
+std::optional<std::int64_t> parse_decimal(std::string_view text) {
+  std::int64_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  const bool canonical = !text.empty() && text[0] != '-' && (text[0] != '0' || text.size() == 1);
+  if (error != std::errc() || end != text.data() + text.size() || !canonical) return std::nullopt;
+  return value;
+}
+
+bool is_digit(char c) { return c >= '0' && c <= '9'; }
+
+/// Orders names with runs of digits by their value: layers.2 before layers.10, so the order of the layers.
+bool natural_less(std::string_view a, std::string_view b) {
+  const auto take_digits = [](std::string_view& text) {
+    std::size_t n = 0;
+    while (n < text.size() && is_digit(text[n])) ++n;
+    std::string_view digits = text.substr(0, n);
+    text.remove_prefix(n);
+    while (digits.size() > 1 && digits[0] == '0') digits.remove_prefix(1);
+    return digits;
+  };
+  const std::string_view whole_a = a, whole_b = b;
+  while (!a.empty() && !b.empty()) {
+    if (is_digit(a[0]) && is_digit(b[0])) {
+      const std::string_view x = take_digits(a), y = take_digits(b);
+      if (x.size() != y.size()) return x.size() < y.size();
+      if (x != y) return x < y;
+    } else {
+      if (a[0] != b[0]) return a[0] < b[0];
+      a.remove_prefix(1);
+      b.remove_prefix(1);
+    }
+  }
+  return a.empty() != b.empty() ? a.empty() : whole_a < whole_b;
+}
+
+void sort_tensors(SavedState& state) {
+  std::sort(state.tensors.begin(), state.tensors.end(),
+            [](const TensorToWrite& a, const TensorToWrite& b) { return natural_less(a.name, b.name); });
+}
+
+/// Over what the header says of the states and over their data. `states` have their tensors sorted.
+std::string checksum(const std::vector<SavedState>& states) {
+  Fnv1a hash;
+  for (const SavedState& state : states) {
+    hash.add(std::to_string(state.num_tokens) + ';');
+    for (const auto& [name, tensor] : state.tensors) {
+      hash.add(name + ';' + std::string(name_of(tensor.dtype)) + ';' + shape_str(tensor.shape) + ';');
+      hash.add(tensor.data, tensor.nbytes());
+    }
+  }
+  return hash.hex();
+}
+
+}  // namespace
+
+void write_state_file(const std::filesystem::path& path, const std::string& fingerprint,
+                      const std::vector<SavedState>& states) {
+  std::vector<SavedState> sorted = states;
+  std::vector<TensorToWrite> tensors;
+  std::string num_tokens;
+  for (std::size_t b = 0; b < sorted.size(); ++b) {
+    sort_tensors(sorted[b]);
+    for (const auto& [name, tensor] : sorted[b].tensors) {
+      tensors.push_back({concat(kSequences, b, ".", name), tensor});
+    }
+    num_tokens += concat(b ? "," : "", sorted[b].num_tokens);
+  }
+  write_safetensors(path, tensors,
+                    {{"format", std::string(kFormat)},
+                     {"format_version", std::string(kFormatVersion)},
+                     {"fingerprint", fingerprint},
+                     {"num_tokens", num_tokens},
+                     {"checksum", checksum(sorted)}});
+}
+
+StateFile StateFile::open(const std::filesystem::path& path, const std::string& fingerprint) {
+  StateFile result;
+  result.file = SafetensorsFile::open(path);
+  const std::string where = concat(path.string(), ": ");
+  const auto& metadata = result.file->metadata();
+  const auto value = [&](const char* key) -> const std::string& {
+    const auto it = metadata.find(key);
+    if (it == metadata.end()) {
+      throw FormatError(concat(where, "found no ", key, " in the metadata, expected the state file of a session"));
+    }
+    return it->second;
+  };
+
+  if (value("format") != kFormat) {
+    throw FormatError(concat(where, "format: found ", in_quotes(value("format")), ", expected ", in_quotes(kFormat)));
+  }
+  if (value("format_version") != kFormatVersion) {
+    throw StateError(concat(where, "format_version: found ", in_quotes(value("format_version")), ", expected ",
+                            in_quotes(kFormatVersion)));
+  }
+  if (value("fingerprint") != fingerprint) {
+    throw StateError(concat(where, "found the state of the model ", in_quotes(value("fingerprint")),
+                            ", expected that of the model ", in_quotes(fingerprint)));
+  }
+  for (const char* key : {"num_tokens", "checksum"}) value(key);
+  if (metadata.size() != 5) throw FormatError(concat(where, "found unknown keys in the metadata"));
+
+  std::string_view rest = value("num_tokens");
+  while (true) {
+    const auto comma = rest.find(',');
+    const auto count = parse_decimal(rest.substr(0, comma));
+    if (!count) {
+      throw FormatError(concat(where, "num_tokens: found ", in_quotes(value("num_tokens")),
+                               ", expected non-negative integers, separated by commas"));
+    }
+    result.states.push_back({*count, {}});
+    if (comma == rest.npos) break;
+    rest.remove_prefix(comma + 1);
+  }
+
+  for (const auto& [name, tensor] : result.file->tensors()) {
+    // sequences.{b}.{the tensor's name in the state}
+    std::string_view text = name;
+    const bool prefixed = text.starts_with(kSequences);
+    if (prefixed) text.remove_prefix(kSequences.size());
+    const auto dot = text.find('.');
+    const auto b = parse_decimal(text.substr(0, dot));
+    if (!prefixed || dot == text.npos || dot + 1 == text.size() || !b ||
+        static_cast<std::uint64_t>(*b) >= result.states.size()) {
+      throw FormatError(concat(where, "found the tensor ", in_quotes(name), ", expected sequences.{0 to ",
+                               result.states.size() - 1, "}.{name}"));
+    }
+    result.states[static_cast<std::size_t>(*b)].tensors.push_back({std::string(text.substr(dot + 1)), tensor});
+  }
+  for (SavedState& state : result.states) sort_tensors(state);
+  if (const std::string found = checksum(result.states); found != value("checksum")) {
+    throw FormatError(concat(where, "found data with the checksum ", found, ", expected ", in_quotes(value("checksum")),
+                             " (damaged file)"));
+  }
+  return result;
+}
+
+}  // namespace based::io

@@ -1,0 +1,40 @@
+#pragma once
+
+#include <concepts>
+#include <cstddef>
+#include <string>
+#include <string_view>
+#include <type_traits>
+
+namespace based::io {
+
+/// The parts one after another, integers in decimal: for messages.
+template <class... Parts>
+std::string concat(const Parts&... parts) {
+  std::string text;
+  const auto append = [&text](const auto& part) {
+    using Part = std::remove_cvref_t<decltype(part)>;
+    if constexpr (std::integral<Part> && !std::same_as<Part, char>) {
+      text += std::to_string(part);
+    } else {
+      text += part;
+    }
+  };
+  (append(parts), ...);
+  return text;
+}
+
+/// Appends `item` to a list "a, b, c".
+void append_item(std::string& list, std::string_view item);
+
+/// True for well-formed UTF-8 (no surrogates, no overlong forms).
+bool is_utf8(std::string_view text);
+
+/// Text from outside, made fit for a message: control characters and bytes that are not UTF-8 as \xNN, at most
+/// `limit` bytes of it.
+std::string printable(std::string_view text, std::size_t limit = 120);
+
+/// printable() in double quotes.
+std::string in_quotes(std::string_view text);
+
+}  // namespace based::io
