@@ -1,0 +1,150 @@
+#include "based/model.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "based/error.h"
+#include "tiny_model.h"
+
+namespace based {
+namespace {
+
+using testing::floats;
+using testing::random_tokens;
+using testing::TempDir;
+using testing::tiny_config;
+using testing::write_model;
+
+// Message of the exception of type E that f throws.
+template <typename E, typename F>
+std::string message(F&& f) {
+  try {
+    f();
+  } catch (const E& e) {
+    return e.what();
+  }
+  ADD_FAILURE() << "no such exception";
+  return "";
+}
+
+TEST(Model, LoadGivesWhatWasWritten) {
+  const TempDir dir;
+  write_model(dir.path(), tiny_config(), 7);
+  const auto loaded = Model::load(dir.path());
+  const auto random = Model::random(tiny_config(), 7);
+  const auto tokens = random_tokens(300, 1);
+  EXPECT_EQ(floats(loaded->forward(tokens)), floats(random->forward(tokens)));
+  EXPECT_EQ(loaded->config(), tiny_config());
+  EXPECT_EQ(loaded->dtype(), DType::float32);
+  EXPECT_EQ(loaded->fingerprint(), Model::load(dir.path())->fingerprint());
+  EXPECT_NE(loaded->fingerprint(), random->fingerprint());
+}
+
+TEST(Model, CountsParametersAsTheWeightFileDoes) {
+  const TempDir dir;
+  write_model(dir.path(), tiny_config(), 7);
+  std::int64_t total = 0;
+  for (const auto& [name, tensor] : io::WeightFiles::open(dir.path()).tensors()) total += tensor.size();
+  EXPECT_EQ(Model::load(dir.path())->num_parameters(), total);
+}
+
+TEST(Model, UntiedHeadIsUsed) {
+  ModelConfig config = tiny_config();
+  config.tie_embeddings = false;
+  const auto untied = Model::random(config, 7), tied = Model::random(tiny_config(), 7);
+  const auto tokens = random_tokens(5, 1);
+  EXPECT_NE(floats(untied->forward(tokens)), floats(tied->forward(tokens)));
+  EXPECT_EQ(untied->num_parameters(), tied->num_parameters() + 64 * 24);
+}
+
+TEST(Model, TraceEndsInForward) {
+  const auto model = Model::random(tiny_config(), 7);
+  const auto tokens = random_tokens(20, 1);
+  const LayerTrace trace = model->trace(tokens);
+  ASSERT_EQ(trace.mixer_out.size(), 5u);
+  ASSERT_EQ(trace.block_out.size(), 5u);
+  EXPECT_EQ(floats(trace.logits), floats(model->forward(tokens)));
+}
+
+TEST(Model, ScoreIsLogSoftmaxOfForward) {
+  const auto model = Model::random(tiny_config(), 7);
+  const auto tokens = random_tokens(600, 2);
+  const auto logits = floats(model->forward(tokens));
+  const auto score = model->score(tokens);
+  ASSERT_EQ(score.size(), tokens.size() - 1);
+  for (std::size_t t = 0; t < score.size(); ++t) {
+    double sum = 0;
+    for (int v = 0; v < 61; ++v) sum += std::exp(static_cast<double>(logits[t * 64 + static_cast<std::size_t>(v)]));
+    const double want = logits[t * 64 + static_cast<std::size_t>(tokens[t + 1])] - std::log(sum);
+    ASSERT_NEAR(score[t], want, 1e-5) << t;
+  }
+  EXPECT_TRUE(model->score(random_tokens(1, 1)).empty());
+}
+
+TEST(Model, RefusesTokensOutsideTheVocabulary) {
+  const auto model = Model::random(tiny_config(), 7);
+  for (const std::int32_t bad : {-1, 61, 63, 1 << 30}) {
+    const std::vector<std::int32_t> tokens{1, bad};
+    const auto text = message<InvalidArgument>([&] { model->forward(tokens); });
+    EXPECT_NE(text.find(std::to_string(bad) + " at index 1"), std::string::npos) << text;
+  }
+  EXPECT_THROW(model->forward({}), InvalidArgument);
+  EXPECT_THROW(model->score({}), InvalidArgument);
+}
+
+TEST(Model, NamesMissingExtraAndMisshapenTensors) {
+  const TempDir dir;
+  write_model(dir.path(), tiny_config(), 7);
+  const auto files = io::WeightFiles::open(dir.path());
+  std::vector<io::TensorToWrite> tensors;
+  for (const auto& [name, tensor] : files.tensors()) tensors.push_back({name, tensor});
+  const auto reload = [&](const std::vector<io::TensorToWrite>& list) {
+    const TempDir changed;
+    std::filesystem::copy(dir.path() / "config.json", changed.path() / "config.json");
+    io::write_safetensors(changed.path() / "model.safetensors", list, {});
+    return message<FormatError>([&] { Model::load(changed.path()); });
+  };
+
+  auto missing = tensors;
+  std::erase_if(missing, [](const auto& t) { return t.name == "layers.2.mixer.qkv_proj.bias"; });
+  EXPECT_NE(reload(missing).find("layers.2.mixer.qkv_proj.bias (48) is missing"), std::string::npos);
+
+  auto extra = tensors;
+  extra.push_back({"layers.9.mixer.extra", tensors[0].tensor});
+  EXPECT_NE(reload(extra).find("layers.9.mixer.extra"), std::string::npos);
+
+  auto misshapen = tensors;
+  for (auto& t : misshapen)
+    if (t.name == "final_norm.weight") t.tensor.shape = {12, 2};
+  const auto shape_text = reload(misshapen);
+  EXPECT_NE(shape_text.find("final_norm.weight has shape (12, 2)"), std::string::npos) << shape_text;
+
+  auto mistyped = tensors;
+  for (auto& t : mistyped)
+    if (t.name == "final_norm.weight") t.tensor.dtype = DType::int32;
+  const auto dtype_text = reload(mistyped);
+  EXPECT_NE(dtype_text.find("int32, expected float32, bfloat16 or float16"), std::string::npos) << dtype_text;
+}
+
+TEST(Model, RefusesDevicesThreadsAndDtypesItCannotUse) {
+  LoadOptions options;
+  options.dtype = DType::float16;
+  EXPECT_THROW(Model::random(tiny_config(), 7, options), InvalidArgument);
+  options = {};
+  options.num_threads = -1;
+  EXPECT_THROW(Model::random(tiny_config(), 7, options), InvalidArgument);
+  EXPECT_THROW(Model::load("/nonexistent/model"), IoError);
+}
+
+TEST(Model, ResultsDoNotDependOnThreads) {
+  LoadOptions one, three;
+  one.num_threads = 1;
+  three.num_threads = 3;
+  const auto tokens = random_tokens(400, 3);
+  EXPECT_EQ(floats(Model::random(tiny_config(), 7, one)->forward(tokens)),
+            floats(Model::random(tiny_config(), 7, three)->forward(tokens)));
+}
+
+}  // namespace
+}  // namespace based

@@ -1,0 +1,240 @@
+#include "based/session.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <fstream>
+#include <thread>
+
+#include "based/error.h"
+#include "tiny_model.h"
+
+namespace based {
+namespace {
+
+using testing::floats;
+using testing::random_tokens;
+using testing::read_bytes;
+using testing::TempDir;
+using testing::tiny_config;
+
+using Prompts = std::vector<std::vector<std::int32_t>>;
+
+class SessionTest : public ::testing::TestWithParam<DType> {
+ protected:
+  std::shared_ptr<const Model> model_ = [this] {
+    LoadOptions options;
+    options.dtype = GetParam();
+    return Model::random(tiny_config(), 11, options);
+  }();
+  double tolerance_ = GetParam() == DType::float32 ? 2e-5 : 3e-2;
+
+  void expect_close(const std::vector<float>& a, const std::vector<float>& b) const {
+    ASSERT_EQ(a.size(), b.size());
+    double difference = 0, norm = 0;
+    for (std::size_t i = 0; i < a.size(); ++i) {
+      difference += std::pow(static_cast<double>(a[i]) - b[i], 2);
+      norm += std::pow(static_cast<double>(b[i]), 2);
+    }
+    EXPECT_LE(std::sqrt(difference / norm), tolerance_);
+  }
+
+  // The saved form of the states, as bytes.
+  std::string bytes(const Session& session) const {
+    const TempDir dir;
+    session.save_state(dir.path() / "state");
+    return read_bytes(dir.path() / "state");
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Dtypes, SessionTest, ::testing::Values(DType::float32, DType::bfloat16),
+                         [](const auto& param) { return std::string(name_of(param.param)); });
+
+TEST_P(SessionTest, DecodeEqualsPrefill) {
+  const auto tokens = random_tokens(330, 1);
+  const auto logits = floats(model_->forward(tokens));
+  for (const std::size_t cut : {1u, 2u, 3u, 5u, 63u, 64u, 65u, 255u, 256u, 257u, 320u}) {
+    Session session(model_, 1);
+    Prompts prompt{{tokens.begin(), tokens.begin() + static_cast<std::ptrdiff_t>(cut)}};
+    Tensor last = session.prefill(prompt);
+    for (std::size_t t = cut; t < std::min(cut + 10, tokens.size()); ++t) last = session.step({&tokens[t], 1});
+    const std::size_t seen = std::min(cut + 10, tokens.size());
+    EXPECT_EQ(session.num_tokens()[0], static_cast<std::int64_t>(seen));
+    expect_close(floats(last), {logits.begin() + static_cast<std::ptrdiff_t>((seen - 1) * 64),
+                                logits.begin() + static_cast<std::ptrdiff_t>(seen * 64)});
+  }
+}
+
+TEST_P(SessionTest, NeighboursDoNotMatter) {
+  const Prompts prompts{random_tokens(300, 1), random_tokens(1, 2), random_tokens(700, 3), random_tokens(17, 4)};
+  Session together(model_, 4);
+  const auto all = floats(together.prefill(prompts));
+  const std::vector<std::int32_t> next{1, 2, 3, 4};
+  const auto stepped = floats(together.step(next));
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    Session alone(model_, 1);
+    const auto row = static_cast<std::ptrdiff_t>(i * 64);
+    EXPECT_EQ(floats(alone.prefill({&prompts[i], 1})), std::vector<float>(all.begin() + row, all.begin() + row + 64));
+    EXPECT_EQ(floats(alone.step({&next[i], 1})), std::vector<float>(stepped.begin() + row, stepped.begin() + row + 64));
+  }
+}
+
+TEST_P(SessionTest, SubsetsAdvanceOnlyTheirSequences) {
+  Session session(model_, 3);
+  session.prefill(Prompts{random_tokens(9, 1), random_tokens(4, 2), random_tokens(6, 3)});
+  const std::vector<int> some{2, 0};
+  const std::vector<std::int32_t> tokens{5, 7};
+  const auto logits = floats(session.step(tokens, some));
+  EXPECT_EQ(session.num_tokens(), (std::vector<std::int64_t>{10, 4, 7}));
+  Session alone(model_, 1);
+  alone.prefill(Prompts{random_tokens(6, 3)});
+  EXPECT_EQ(floats(alone.step({tokens.data(), 1})), std::vector<float>(logits.begin(), logits.begin() + 64));
+}
+
+TEST_P(SessionTest, GoingOnAfterForkRollbackSaveAndLoadIsBitwiseTheSame) {
+  const TempDir dir;
+  const Prompts prompts{random_tokens(40, 1), random_tokens(3, 2)};
+  const std::vector<std::int32_t> next{3, 4}, other{9, 8};
+  Session session(model_, 2);
+  session.prefill(prompts);
+
+  const auto fork = session.fork();
+  const auto checkpoint = session.checkpoint();
+  session.save_state(dir.path() / "state");
+  const auto want = floats(session.step(next));
+  const auto state = bytes(session);
+
+  fork->step(other);
+  fork->rollback(*checkpoint);
+  EXPECT_EQ(fork->num_tokens(), (std::vector<std::int64_t>{40, 3}));
+  EXPECT_EQ(floats(fork->step(next)), want);
+  EXPECT_EQ(bytes(*fork), state);
+
+  session.rollback(*checkpoint);
+  EXPECT_EQ(floats(session.step(next)), want);
+
+  Session loaded(model_, 2);
+  loaded.prefill(Prompts{random_tokens(5, 5), random_tokens(200, 6)});
+  loaded.load_state(dir.path() / "state");
+  EXPECT_EQ(floats(loaded.step(next)), want);
+  EXPECT_EQ(bytes(loaded), state);
+
+  loaded.reset();
+  EXPECT_EQ(loaded.num_tokens(), (std::vector<std::int64_t>{0, 0}));
+  Session fresh(model_, 2);
+  EXPECT_EQ(floats(loaded.prefill(prompts)), floats(fresh.prefill(prompts)));
+}
+
+TEST_P(SessionTest, CopyAndResetOfOneSequence) {
+  Session session(model_, 2);
+  session.prefill(Prompts{random_tokens(40, 1), random_tokens(3, 2)});
+  session.copy(0, 1);
+  const std::vector<std::int32_t> same{3, 3};
+  const auto logits = floats(session.step(same));
+  EXPECT_EQ(std::vector<float>(logits.begin(), logits.begin() + 64),
+            std::vector<float>(logits.begin() + 64, logits.end()));
+  session.reset(0);
+  EXPECT_EQ(session.num_tokens(), (std::vector<std::int64_t>{0, 41}));
+}
+
+TEST_P(SessionTest, AnInterruptedPrefillChangesNothing) {
+  Session session(model_, 2);
+  const std::vector<int> first{0};
+  session.prefill(Prompts{random_tokens(20, 1)}, first);  // one used sequence, one fresh
+  const auto before = bytes(session);
+  for (const int stop_at : {0, 1, 4, 7}) {
+    int calls = 0;
+    const auto interrupt = [&] {
+      if (calls++ == stop_at) throw std::runtime_error("stop here");
+    };
+    EXPECT_THROW(session.prefill(Prompts{random_tokens(300, 2), random_tokens(400, 3)}, {}, interrupt),
+                 std::runtime_error);
+    EXPECT_EQ(bytes(session), before);
+  }
+}
+
+TEST_P(SessionTest, ASecondCallAtOnceIsRefused) {
+  Session session(model_, 1);
+  bool refused = false;
+  session.prefill(Prompts{random_tokens(10, 1)}, {}, [&] {
+    std::thread([&] {
+      try {
+        const std::int32_t token = 1;
+        session.step({&token, 1});
+      } catch (const SessionBusyError&) {
+        refused = true;
+      }
+    }).join();
+  });
+  EXPECT_TRUE(refused);
+  EXPECT_EQ(session.num_tokens()[0], 10);
+}
+
+TEST_P(SessionTest, RefusesWrongArgumentsAndChangesNothing) {
+  Session session(model_, 2);
+  session.prefill(Prompts{random_tokens(5, 1), random_tokens(6, 2)});
+  const auto before = bytes(session);
+  const std::vector<std::int32_t> one{1}, two{1, 2}, negative{1, -1}, beyond{61, 1};
+  const std::vector<int> twice{1, 1}, outside{0, 2};
+  EXPECT_THROW(session.step(one), InvalidArgument);
+  EXPECT_THROW(session.step(negative), InvalidArgument);
+  EXPECT_THROW(session.step(beyond), InvalidArgument);
+  EXPECT_THROW(session.step(two, twice), InvalidArgument);
+  EXPECT_THROW(session.step(two, outside), InvalidArgument);
+  EXPECT_THROW(session.prefill(Prompts{{1, 2}, {}}), InvalidArgument);
+  EXPECT_THROW(session.prefill(Prompts{{1, 2}}), InvalidArgument);
+  EXPECT_THROW(session.reset(2), InvalidArgument);
+  EXPECT_THROW(session.copy(0, -1), InvalidArgument);
+  EXPECT_THROW(Session(model_, 0), InvalidArgument);
+  EXPECT_EQ(bytes(session), before);
+}
+
+TEST_P(SessionTest, RefusesForeignAndDamagedStates) {
+  const TempDir dir;
+  const auto path = dir.path() / "state";
+  Session session(model_, 1);
+  session.prefill(Prompts{random_tokens(8, 1)});
+  session.save_state(path);
+  const auto before = bytes(session);
+
+  LoadOptions options;
+  options.dtype = GetParam();
+  const auto foreign = Model::random(tiny_config(), 12, options);
+  Session other(foreign, 1);
+  EXPECT_THROW(other.load_state(path), StateError);
+  EXPECT_THROW(other.rollback(*session.checkpoint()), StateError);
+  Session wider(model_, 2);
+  EXPECT_THROW(wider.load_state(path), StateError);
+  EXPECT_THROW(wider.rollback(*session.checkpoint()), StateError);
+  EXPECT_THROW(session.load_state(dir.path() / "absent"), IoError);
+  EXPECT_THROW(session.save_state(dir.path() / "absent" / "state"), IoError);
+
+  const std::string whole = read_bytes(path);
+  for (std::size_t i = 0; i < whole.size(); i += 97) {
+    std::string damaged = whole;
+    damaged[i] = static_cast<char>(damaged[i] ^ 0x11);
+    std::ofstream(path, std::ios::binary) << damaged;
+    EXPECT_THROW(session.load_state(path), Error) << "byte " << i;
+    std::ofstream(path, std::ios::binary) << whole.substr(0, i);
+    EXPECT_THROW(session.load_state(path), Error) << "cut at " << i;
+  }
+  EXPECT_EQ(bytes(session), before);
+}
+
+TEST_P(SessionTest, StateMovesBetweenDtypes) {
+  const TempDir dir;
+  testing::write_model(dir.path(), tiny_config(), 5);
+  LoadOptions from, to;
+  from.dtype = GetParam();
+  to.dtype = GetParam() == DType::float32 ? DType::bfloat16 : DType::float32;
+  Session source(Model::load(dir.path(), from), 1), target(Model::load(dir.path(), to), 1);
+  source.prefill(Prompts{random_tokens(30, 1)});
+  source.save_state(dir.path() / "state");
+  target.load_state(dir.path() / "state");
+  const std::int32_t token = 3;
+  tolerance_ = 5e-2;
+  expect_close(floats(target.step({&token, 1})), floats(source.step({&token, 1})));
+}
+
+}  // namespace
+}  // namespace based

@@ -1,0 +1,97 @@
+#pragma once
+
+// Small random models, and directories that hold them.
+
+#include <filesystem>
+#include <fstream>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "based/model.h"
+#include "io/safetensors.h"
+#include "model/model_impl.h"
+#include "model/weights.h"
+
+namespace based::testing {
+
+/// All three mixers, grouped heads, partial rotary; small and odd-sized.
+inline ModelConfig tiny_config() {
+  ModelConfig config;
+  config.vocab_size = 61;
+  config.padded_vocab_size = 64;
+  config.hidden_size = 24;
+  config.norm_eps = 1e-5;
+  config.mlp = {true, Activation::silu, 40, false, true};
+  SlidingWindowConfig window;
+  window.num_heads = 4;
+  window.num_kv_heads = 2;
+  window.head_dim = 6;
+  window.window = 5;
+  window.scale = 0.4;
+  window.qkv_bias = true;
+  window.rotary_dim = 4;
+  config.layers = {GatedConvConfig{48, 3, true}, LinearAttentionConfig{3, 4, 8, 1e-12}, window,
+                   GatedConvConfig{30, 4, false}, LinearAttentionConfig{2, 5, 7, 1e-12}};
+  config.eos_token_id = 60;
+  return config;
+}
+
+inline std::vector<std::int32_t> random_tokens(std::size_t count, std::uint32_t seed, std::int64_t vocab_size = 61) {
+  std::vector<std::int32_t> tokens(count);
+  std::uint64_t x = seed * 0x9e3779b97f4a7c15u + 1;
+  for (auto& token : tokens) {
+    x = x * 6364136223846793005u + 1442695040888963407u;
+    token = static_cast<std::int32_t>((x >> 33) % static_cast<std::uint64_t>(vocab_size));
+  }
+  return tokens;
+}
+
+/// A folder of its own, removed at the end.
+class TempDir {
+ public:
+  TempDir() {
+    std::string name = (std::filesystem::temp_directory_path() / "based_test_XXXXXX").string();
+    path_ = mkdtemp(name.data());
+  }
+  ~TempDir() { std::filesystem::remove_all(path_); }
+  TempDir(const TempDir&) = delete;
+  TempDir& operator=(const TempDir&) = delete;
+  const std::filesystem::path& path() const { return path_; }
+
+ private:
+  std::filesystem::path path_;
+};
+
+/// Writes the weights of Model::random(config, seed) as a model directory.
+inline void write_model(const std::filesystem::path& directory, const ModelConfig& config, std::uint64_t seed) {
+  struct Recorder final : WeightSource {
+    explicit Recorder(std::uint64_t s) : random(s) {}
+    TensorView take(const std::string& name, const std::vector<std::int64_t>& shape) override {
+      const TensorView view = random.take(name, shape);
+      const auto nbytes = view.nbytes();
+      kept.push_back(Tensor::empty(view.dtype, shape));
+      std::copy(view.data, view.data + nbytes, kept.back().data_as<std::byte>());
+      tensors.push_back({name, kept.back().view()});
+      return view;
+    }
+    void release() override { random.release(); }
+    RandomWeights random;
+    std::vector<Tensor> kept;
+    std::vector<io::TensorToWrite> tensors;
+  } recorder(seed);
+  const Model::Impl impl(config, backend::make_backend({}, 1), recorder, DType::float32);
+  io::write_safetensors(directory / "model.safetensors", recorder.tensors, {});
+  std::ofstream(directory / "config.json") << config.to_json();
+}
+
+inline std::string read_bytes(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+inline std::vector<float> floats(const Tensor& tensor) {
+  return {tensor.data_as<float>(), tensor.data_as<float>() + tensor.size()};
+}
+
+}  // namespace based::testing
