@@ -1,0 +1,365 @@
+"""Reads the tensors of a PyTorch zip file without torch and without running anything that the file asks for.
+
+The pickle inside is interpreted here, opcode by opcode, on values that are only str, int, bool, None, tuple, dict
+and the markers below. Nothing in it can import, call or set an attribute of anything, and no opcode can ask
+for more memory than the file itself holds (the standard library's unpickler would allocate whatever a memo index says).
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import pickletools
+import struct
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from based._core import FormatError
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a memory-mapped file: `bits` is a read-only view, bfloat16 shown as uint16."""
+
+    dtype: str  # "float32", "bfloat16", "float16" or "int64"
+    bits: np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class _Global:
+    name: str
+
+
+@dataclass(frozen=True)
+class _Storage:
+    dtype: str
+    values: np.ndarray[Any, Any]  # (numel,)
+
+
+_ORDERED_DICT = "collections.OrderedDict"
+_REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
+_STORAGES: dict[str, tuple[str, np.dtype[Any]]] = {
+    "torch.FloatStorage": ("float32", np.dtype("<f4")),
+    "torch.BFloat16Storage": ("bfloat16", np.dtype("<u2")),
+    "torch.HalfStorage": ("float16", np.dtype("<f2")),
+    "torch.LongStorage": ("int64", np.dtype("<i8")),
+}
+_GLOBALS = {name: _Global(name) for name in (_ORDERED_DICT, _REBUILD_TENSOR, *_STORAGES)}
+
+_LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # torch.save before 1.6: a bare pickle
+_MAX_PICKLE = 256 << 20
+
+
+def read_torch_file(path: Path) -> dict[str, StoredTensor]:
+    """The tensors that `torch.save` stored, by name.
+
+    The file must hold a dict (or OrderedDict) of dense float32, bfloat16, float16 or int64 tensors. Raises OSError when
+    it cannot be read, FormatError for anything else in it.
+    """
+    with path.open("rb") as file:
+        head = file.read(len(_LEGACY_MAGIC))
+        if head == _LEGACY_MAGIC:
+            raise FormatError(
+                f"{path}: a PyTorch file in the legacy format (before 1.6); expected the zip format. "
+                "Load it and save it again with a current torch.save"
+            )
+        if not head.startswith(b"PK"):
+            raise FormatError(f"{path}: not a PyTorch zip file: it begins with {head[:4]!r}, expected b'PK\\x03\\x04'")
+        # Views into the mapping keep it open after the file is closed.
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return _Archive(path, memoryview(mapping)).tensors()
+
+
+def _zip_members(path: Path) -> dict[str, zipfile.ZipInfo]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+    except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, EOFError, IndexError) as error:
+        raise FormatError(f"{path}: not a readable zip file (truncated?): {error}") from error
+    members: dict[str, zipfile.ZipInfo] = {}
+    for info in infos:
+        if info.filename in members:
+            raise FormatError(f"{path}: the zip holds {info.filename!r} twice")
+        members[info.filename] = info
+    return members
+
+
+class _Archive:
+    def __init__(self, path: Path, data: memoryview) -> None:
+        self.path = path
+        self.data = data
+        self.members = _zip_members(path)
+        roots = [name[: -len("data.pkl")] for name in self.members if name.rsplit("/", 1)[-1] == "data.pkl"]
+        if len(roots) != 1:
+            found = "no data.pkl" if not roots else f"{len(roots)} members named data.pkl"
+            raise FormatError(f"{path}: not a PyTorch file: the zip holds {found}, expected one")
+        self.root = roots[0]
+        self.storages: dict[str, _Storage] = {}
+
+    def member(self, name: str) -> memoryview:
+        """The bytes of an uncompressed member. Local headers may leave sizes out: the central directory tells."""
+        info = self.members.get(self.root + name)
+        if info is None:
+            raise FormatError(f"{self.path}: the zip holds no {self.root + name!r}")
+        if info.flag_bits & 1:
+            raise FormatError(f"{self.path}: {info.filename!r} is encrypted")
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            raise FormatError(f"{self.path}: {info.filename!r} is compressed, expected a stored (uncompressed) member")
+        header = info.header_offset
+        if header < 0 or header + 30 > len(self.data) or bytes(self.data[header : header + 4]) != b"PK\x03\x04":
+            raise FormatError(f"{self.path}: {info.filename!r}: no local header at byte {header}")
+        name_length, extra_length = struct.unpack_from("<HH", self.data, header + 26)
+        begin = header + 30 + name_length + extra_length
+        if begin + info.file_size > len(self.data):
+            raise FormatError(
+                f"{self.path}: {info.filename!r}: {info.file_size} bytes at byte {begin} do not fit in "
+                f"a file of {len(self.data)} bytes"
+            )
+        return self.data[begin : begin + info.file_size]
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        if self.root + "byteorder" in self.members:
+            order = bytes(self.member("byteorder")[:16])
+            if order.strip() != b"little":
+                raise FormatError(f"{self.path}: byteorder {order!r}, expected b'little'")
+        pickled = self.member("data.pkl")
+        if len(pickled) > _MAX_PICKLE:
+            raise FormatError(f"{self.path}: data.pkl of {len(pickled)} bytes, expected at most {_MAX_PICKLE}")
+        top = _Machine(self, bytes(pickled)).run()
+        if not isinstance(top, dict):
+            raise FormatError(f"{self.path}: holds {_describe(top)}, expected a dict of tensors")
+        for name, value in top.items():
+            if not isinstance(name, str) or not isinstance(value, StoredTensor):
+                raise FormatError(
+                    f"{self.path}: {_describe(name)} is {_describe(value)}, expected a name and its tensor"
+                )
+        return top
+
+    def storage(self, pid: object) -> _Storage:
+        """Resolves a persistent id ("storage", type, key, location, number of elements)."""
+        if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"):
+            raise FormatError(
+                f"{self.path}: data.pkl: persistent id {_describe(pid)}, expected ('storage', type, key, location, n)"
+            )
+        _, kind, key, location, numel = pid
+        if not (isinstance(kind, _Global) and kind.name in _STORAGES):
+            raise FormatError(
+                f"{self.path}: data.pkl: a storage of {_describe(kind)}, expected one of {sorted(_STORAGES)}"
+            )
+        if not (isinstance(key, str) and isinstance(location, str) and _is_size(numel)):
+            raise FormatError(f"{self.path}: data.pkl: found storage {_describe(pid)}, expected texts and a size")
+        dtype, numpy_dtype = _STORAGES[kind.name]
+        known = self.storages.get(key)
+        if known is None:
+            data = self.member(f"data/{key}")
+            if len(data) != numel * numpy_dtype.itemsize:
+                raise FormatError(
+                    f"{self.path}: {self.root}data/{key} has {len(data)} bytes, expected {numel} {dtype} values = "
+                    f"{numel * numpy_dtype.itemsize} bytes"
+                )
+            known = _Storage(dtype, np.frombuffer(data, numpy_dtype))
+            self.storages[key] = known
+        elif known.dtype != dtype or known.values.size != numel:
+            raise FormatError(
+                f"{self.path}: data.pkl: storage {key!r} is {numel} {dtype} values here, "
+                f"{known.values.size} {known.dtype} values before"
+            )
+        return known
+
+    def tensor(self, arguments: tuple[object, ...]) -> StoredTensor:
+        """_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks[, metadata]); strides in elements."""
+        if len(arguments) not in (6, 7):
+            raise FormatError(f"{self.path}: data.pkl: a tensor with {len(arguments)} arguments, expected 6 or 7")
+        storage, offset, size, stride = arguments[:4]
+        if not isinstance(storage, _Storage):
+            raise FormatError(f"{self.path}: data.pkl: a tensor over {_describe(storage)}, expected a storage")
+        if not (
+            _is_size(offset)
+            and isinstance(size, tuple)
+            and isinstance(stride, tuple)
+            and len(size) == len(stride) <= 8
+            and all(_is_size(number) for number in size + stride)
+        ):
+            raise FormatError(
+                f"{self.path}: data.pkl: tensor with offset {_describe(offset)}, size {_describe(size)}, "
+                f"stride {_describe(stride)}; expected sizes and as many strides"
+            )
+        count, last = 1, offset
+        for extent, step in zip(size, stride, strict=True):
+            count *= extent
+            last += (extent - 1) * step
+        available = storage.values.size
+        # Also refuses a tensor of more elements than its storage (stride 0): a few bytes must not become gigabytes.
+        if count > available or last >= available or count == 0:
+            raise FormatError(
+                f"{self.path}: data.pkl: a tensor of shape {size}, stride {stride}, offset {offset} does not fit in "
+                f"its storage of {available} elements"
+            )
+        # The stride of an axis of one element is never used, and may be anything.
+        steps = tuple(
+            step * storage.values.itemsize if extent > 1 else 0 for extent, step in zip(size, stride, strict=True)
+        )
+        view = np.lib.stride_tricks.as_strided(storage.values[offset:], size, steps, writeable=False)
+        return StoredTensor(storage.dtype, view)
+
+
+def _is_size(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, StoredTensor):
+        return "a tensor"
+    if isinstance(value, _Storage):
+        return "a storage"
+    if isinstance(value, _Global):
+        return value.name
+    if isinstance(value, dict) or (
+        isinstance(value, tuple) and not all(isinstance(item, (str, int)) for item in value)
+    ):
+        return f"a {type(value).__name__} of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+_MARK = object()
+
+
+class _Machine:
+    """The pickle machine, reduced to what state dicts are made of (protocols 2 to 5)."""
+
+    def __init__(self, archive: _Archive, data: bytes) -> None:
+        self.archive = archive
+        self.data = data
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+        # Operations without a result: they take their operands from the stack.
+        self.actions: dict[str, Callable[[Any], None]] = {
+            "MARK": lambda _: self.stack.append(_MARK),
+            "BINPUT": self._put,
+            "LONG_BINPUT": self._put,
+            "MEMOIZE": lambda _: self._put(len(self.memo)),
+            "SETITEM": lambda _: self._set_items([self._pop(), self._pop()][::-1]),
+            "SETITEMS": lambda _: self._set_items(self._pop_mark()),
+            "BUILD": lambda _: self._build(),
+        }
+        # Operations that push their result.
+        self.values: dict[str, Callable[[Any], Any]] = {
+            "NONE": lambda _: None,
+            "NEWTRUE": lambda _: True,
+            "NEWFALSE": lambda _: False,
+            "EMPTY_DICT": lambda _: {},
+            "EMPTY_TUPLE": lambda _: (),
+            "TUPLE": lambda _: tuple(self._pop_mark()),
+            "TUPLE1": lambda _: (self._pop(),),
+            "TUPLE2": lambda _: tuple([self._pop(), self._pop()][::-1]),
+            "TUPLE3": lambda _: tuple([self._pop(), self._pop(), self._pop()][::-1]),
+            "BINGET": self._get,
+            "LONG_BINGET": self._get,
+            "GLOBAL": lambda argument: self._global(argument.replace(" ", ".", 1)),
+            "STACK_GLOBAL": lambda _: self._stack_global(),
+            "BINPERSID": lambda _: self.archive.storage(self._pop()),
+            "REDUCE": lambda _: self._reduce(),
+        }
+        for literal in ("BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE"):
+            self.values[literal] = lambda argument: argument
+
+    def run(self) -> object:
+        try:
+            for opcode, argument, position in pickletools.genops(io.BytesIO(self.data)):
+                name = opcode.name
+                if name in ("PROTO", "FRAME"):
+                    continue
+                if name == "STOP":
+                    result = self._pop()
+                    if self.stack:
+                        raise self._error(f"{len(self.stack)} values left at the end")
+                    return result
+                if name in self.actions:
+                    self.actions[name](argument)
+                elif name in self.values:
+                    self.stack.append(self.values[name](argument))
+                elif name == "INST":
+                    self._global(str(argument).replace(" ", ".", 1))
+                else:
+                    raise self._error(f"opcode {name} at byte {position}: nothing that tensors need")
+        except FormatError:
+            raise
+        except (ValueError, struct.error, IndexError) as error:  # from genops
+            raise self._error(f"damaged: {error}") from error
+        raise self._error("ends without STOP")
+
+    def _error(self, message: str) -> FormatError:
+        return FormatError(f"{self.archive.path}: data.pkl: {message}")
+
+    def _pop(self) -> Any:
+        if not self.stack or self.stack[-1] is _MARK:
+            raise self._error("damaged: a value is missing on its stack")
+        return self.stack.pop()
+
+    def _pop_mark(self) -> list[Any]:
+        """Everything above the topmost mark, which goes too."""
+        for index in range(len(self.stack) - 1, -1, -1):
+            if self.stack[index] is _MARK:
+                items = self.stack[index + 1 :]
+                del self.stack[index:]
+                return items
+        raise self._error("damaged: a mark is missing on its stack")
+
+    def _put(self, index: int) -> None:
+        if not self.stack or self.stack[-1] is _MARK:
+            raise self._error("damaged: nothing to remember")
+        self.memo[index] = self.stack[-1]
+
+    def _get(self, index: int) -> Any:
+        if index not in self.memo:
+            raise self._error(f"damaged: nothing is remembered as {index}")
+        return self.memo[index]
+
+    def _global(self, name: str) -> _Global:
+        if name not in _GLOBALS:
+            raise self._error(f"asks for {name}, which tensors do not need. Refused: loading it could run code")
+        return _GLOBALS[name]
+
+    def _stack_global(self) -> _Global:
+        name, module = self._pop(), self._pop()
+        if not (isinstance(name, str) and isinstance(module, str)):
+            raise self._error(f"damaged: a global named {_describe(module)}, {_describe(name)}")
+        return self._global(f"{module}.{name}")
+
+    def _reduce(self) -> object:
+        arguments, function = self._pop(), self._pop()
+        if not (isinstance(function, _Global) and isinstance(arguments, tuple)):
+            raise self._error(f"calls {_describe(function)} with {_describe(arguments)}")
+        if function.name == _ORDERED_DICT:
+            if arguments:
+                raise self._error(f"{_ORDERED_DICT} with {len(arguments)} arguments, expected none")
+            return {}
+        if function.name == _REBUILD_TENSOR:
+            return self.archive.tensor(arguments)
+        raise self._error(f"calls {function.name}, which is a storage type")
+
+    def _set_items(self, items: list[Any]) -> None:
+        target = self._pop()
+        if not isinstance(target, dict) or len(items) % 2:
+            raise self._error(f"damaged: sets {len(items)} keys and values in {_describe(target)}")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if not isinstance(key, str):
+                raise self._error(f"a key {_describe(key)}, expected a name")
+            if key in target:
+                raise self._error(f"{key!r} twice in one dict")
+            target[key] = value
+        self.stack.append(target)
+
+    def _build(self) -> None:
+        """State of an OrderedDict: torch attaches `_metadata` (module versions), which is dropped."""
+        state, target = self._pop(), self._pop()
+        if not (isinstance(target, dict) and isinstance(state, dict) and set(state) <= {"_metadata"}):
+            names = sorted(state) if isinstance(state, dict) else _describe(state)
+            raise self._error(f"attributes {names} on {_describe(target)}; expected only _metadata, on an OrderedDict")
+        self.stack.append(target)

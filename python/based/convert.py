@@ -1,0 +1,270 @@
+"""Translates a published checkpoint directory into a model directory of `based`, without torch."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+
+from based import _core
+from based._core import FormatError
+from based._pickle import StoredTensor, read_torch_file
+from based._published import EMBEDDING, HEAD, Recipe, normalise_names, translate
+
+StrPath = str | os.PathLike[str]
+Tensors = dict[str, StoredTensor]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_MAX_JSON = 64 << 20
+_OUTPUTS = {"config.json", "model.safetensors", "tokenizer.json"}
+# Where the weights are, best first; the copies are equal where there are several.
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def convert(
+    src: StrPath,
+    dst: StrPath,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    tokenizer: StrPath | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes the model directory `dst` from the published directory `src`.
+
+    src: holds config.json and the weights as model.safetensors or pytorch_model.bin, either of them possibly in shards
+    with an index. dtype: of the weights written; None keeps each tensor's own. tokenizer: a tokenizer.json, or a
+    directory that holds one; by default that of `src`, if it has one. dst: must not exist, or be an empty directory;
+    with `overwrite` it may also be a model directory, which is replaced. It appears whole or not at all.
+
+    Raises FormatError (config or weights say something wrong, contradictory or unsupported: the message names it),
+    ValueError (dtype), and OSError: FileNotFoundError, FileExistsError, a full disk.
+    """
+    source, target = Path(src), Path(dst)
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype: found {dtype!r}, expected one of {', '.join(_DTYPES)}, or None")
+    config_path = source / "config.json"
+    config = _read_json(config_path)
+    if isinstance(config, dict) and config.get("format") == "based":
+        raise FormatError(f"{config_path}: already in the format of based, expected a published checkpoint")
+    tokenizer_path = _find_tokenizer(source, tokenizer)
+    weights_path, stored = _open_weights(source)
+    names = normalise_names(list(stored), str(weights_path))
+    tensors = {short: stored[name] for short, name in names.items()}
+    shapes = {name: tensor.bits.shape for name, tensor in tensors.items()}
+
+    translated, recipes = translate(config, shapes, _head_differs(tensors), str(config_path), str(weights_path))
+    text = _core.check_config(json.dumps(translated), f"{config_path} (translated)")
+    for recipe in recipes:
+        for name in recipe.sources:
+            if tensors[name].dtype not in _DTYPES:
+                raise FormatError(
+                    f"{weights_path}: {name}: found dtype {tensors[name].dtype}, expected one of {', '.join(_DTYPES)}"
+                )
+
+    with _atomic_directory(source, target, overwrite) as directory:
+        _write_weights(directory, recipes, tensors, dtype, str(weights_path))
+        if tokenizer_path is not None:
+            shutil.copyfile(tokenizer_path, directory / "tokenizer.json")
+            _sync(directory / "tokenizer.json")
+        (directory / "config.json").write_text(text, encoding="utf-8")
+        _sync(directory / "config.json")
+
+
+def is_published(directory: StrPath) -> bool:
+    """Whether `directory` holds a config.json that is not in our own format. Raises OSError, FormatError."""
+    config = _read_json(Path(directory) / "config.json")
+    return not (isinstance(config, dict) and config.get("format") == "based")
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path) -> object:
+    """A JSON value without duplicate keys, NaN or Infinity."""
+    with path.open("rb") as file:
+        data = file.read(_MAX_JSON + 1)
+    if len(data) > _MAX_JSON:
+        raise FormatError(f"{path}: more than {_MAX_JSON} bytes")
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} twice in one object")
+        return result
+
+    def constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not valid JSON: {error}") from error
+
+
+def _open_weights(directory: Path) -> tuple[Path, Tensors]:
+    """The file that names the weights, and every tensor in it or in its shards."""
+    for name in _WEIGHT_FILES:
+        path = directory / name
+        if path.exists():
+            return path, _read_shards(path) if name.endswith(".index.json") else _read_weights(path)
+    raise FileNotFoundError(errno.ENOENT, f"no weights: expected one of {', '.join(_WEIGHT_FILES)} in", str(directory))
+
+
+def _read_weights(path: Path) -> Tensors:
+    if path.suffix != ".safetensors":
+        return read_torch_file(path)
+    file = _core.SafetensorsFile(path)
+    dtypes = file.dtypes()
+    return {name: StoredTensor(dtypes[name], bits) for name, bits in file.tensors().items()}
+
+
+def _read_shards(index_path: Path) -> Tensors:
+    index = _read_json(index_path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise FormatError(f"{index_path}: expected an object with weight_map: tensor name to file name")
+    suffix = ".safetensors" if index_path.name.startswith("model.") else ".bin"
+    tensors: Tensors = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard or not shard.endswith(suffix):
+            raise FormatError(
+                f"{index_path}: weight_map: found file {shard!r}, expected the name of a {suffix} file beside it"
+            )
+        for name, tensor in _read_weights(index_path.parent / shard).items():
+            if weight_map.get(name) != shard:
+                raise FormatError(
+                    f"{index_path}: tensor {name} is in {shard}, but weight_map says {weight_map.get(name)!r}"
+                )
+            tensors[name] = tensor
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise FormatError(f"{index_path}: weight_map says that tensor {name} is in {shard}, but it is not")
+    return tensors
+
+
+def _find_tokenizer(source: Path, tokenizer: StrPath | None) -> Path | None:
+    if tokenizer is None:
+        path = source / "tokenizer.json"
+        return path if path.exists() else None
+    path = Path(tokenizer)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "no tokenizer", str(path))
+    return path
+
+
+def _head_differs(tensors: Tensors) -> bool:
+    """Whether there is an output head that is not bit for bit the embedding."""
+    head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)
+    if head is None or embedding is None:
+        return head is not None
+    a, b = head.bits, embedding.bits
+    if head.dtype != embedding.dtype or a.shape != b.shape:
+        return True
+    if a.__array_interface__["data"] == b.__array_interface__["data"] and a.strides == b.strides:
+        return False  # one storage
+    bits = f"u{a.dtype.itemsize}"
+    # Row by row, so that no copy of the embedding is made.
+    return a.ndim == 0 or any(not np.array_equal(x.view(bits), y.view(bits)) for x, y in zip(a, b, strict=True))
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _write_weights(directory: Path, recipes: list[Recipe], tensors: Tensors, dtype: str | None, where: str) -> None:
+    """Writes model.safetensors.
+
+    A tensor that can be written as it lies in the source is; the others are made one by one in a scratch file, so that
+    memory never holds more than one of them.
+    """
+    scratch = directory / "scratch"
+    output: list[tuple[str, np.ndarray[Any, Any], str]] = []
+    with scratch.open("wb") as file:
+        for recipe in recipes:
+            parts = [tensors[name] for name in recipe.sources]
+            common = parts[0].dtype if len({part.dtype for part in parts}) == 1 else "float32"
+            target = dtype or common
+            if len(parts) == 1 and parts[0].dtype == target and parts[0].bits.flags.c_contiguous:
+                output.append((recipe.name, parts[0].bits.reshape(recipe.shape), target))
+                continue
+            offset = file.tell()
+            for part, name in zip(parts, recipe.sources, strict=True):
+                bits = _convert_dtype(np.ascontiguousarray(part.bits), part.dtype, target, f"{where}: {name}")
+                file.write(bits.data)
+            file.flush()
+            output.append((recipe.name, np.memmap(scratch, bits.dtype, "r", offset, recipe.shape), target))
+    _core.write_safetensors(directory / "model.safetensors", output, {"format": "based"})
+    scratch.unlink()
+
+
+def _convert_dtype(bits: np.ndarray[Any, Any], source: str, target: str, where: str) -> np.ndarray[Any, Any]:
+    if source == target:
+        return bits
+    result = _core.convert_dtype(bits, source, target)
+    if target != "float32" and _count_infinite(result, target) > _count_infinite(bits, source):
+        raise FormatError(f"{where}: holds values beyond the range of {target}, expected a wider dtype")
+    return result
+
+
+def _count_infinite(bits: np.ndarray[Any, Any], dtype: str) -> int:
+    return int(np.count_nonzero((bits & 0x7FFF) == 0x7F80 if dtype == "bfloat16" else np.isinf(bits)))
+
+
+@contextmanager
+def _atomic_directory(source: Path, target: Path, overwrite: bool) -> Iterator[Path]:
+    """A new directory beside `target`, which takes its place when the block ends well, and is removed otherwise."""
+    target = Path(os.path.realpath(target))
+    if target.exists():
+        if not target.is_dir():
+            raise FileExistsError(errno.EEXIST, "expected a new or empty directory, found a file", str(target))
+        found = {path.name for path in target.iterdir()}
+        if found and not overwrite:
+            raise FileExistsError(errno.EEXIST, "expected a new or empty directory, found a full one", str(target))
+        if found - _OUTPUTS:  # nothing that conversion did not write is ever deleted
+            raise FileExistsError(errno.EEXIST, f"not a model directory: holds {min(found - _OUTPUTS)!r}", str(target))
+        if target.samefile(source):
+            raise FileExistsError(errno.EEXIST, "source and destination are the same", str(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stem = target.parent / f".{target.name}.{secrets.token_hex(4)}"
+    new, old = stem.with_name(stem.name + ".new"), stem.with_name(stem.name + ".old")
+    new.mkdir()
+    try:
+        yield new
+        _sync(new)
+        if overwrite and target.exists():
+            target.rename(old)
+        try:
+            new.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    _sync(target.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _sync(path: Path) -> None:
+    """Puts a file, or a directory's entries, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
