@@ -65,6 +65,7 @@ class CpuBackend final : public backend::Backend {
  private:
   std::shared_ptr<ThreadPool> pool_;
   Isa isa_;
+  backend::Buffer packed_rows_;  // scratch of linear()
 };
 
 }  // namespace based::cpu

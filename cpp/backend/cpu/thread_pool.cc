@@ -1,5 +1,6 @@
 #include "backend/cpu/thread_pool.h"
 
+#include <algorithm>
 #include <chrono>
 #include <string>
 #include <system_error>
@@ -8,7 +9,6 @@
 #include <sched.h>
 #include <unistd.h>
 
-#include <cstdio>
 #include <fstream>
 #include <sstream>
 #endif
@@ -190,9 +190,10 @@ int cgroup_cpus() {
     const auto first = line.find(':');
     const auto second = line.find(':', first + 1);
     if (first == std::string::npos || second == std::string::npos) continue;
-    const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
-    const bool v2 = controllers == ",,";
-    if (!v2 && controllers.find(",cpu,") == std::string::npos) continue;
+    std::string controllers = line.substr(first, second - first).append(":");  // ":cpu:cpuacct:", v2 "::"
+    std::replace(controllers.begin(), controllers.end(), ',', ':');
+    const bool v2 = controllers == "::";
+    if (!v2 && controllers.find(":cpu:") == std::string::npos) continue;
     const std::string root = v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/cpu";
     // In a container the path may be the host's: what is not there is skipped, and the root is looked at last.
     for (std::string path = line.substr(second + 1);; path.resize(path.rfind('/'))) {

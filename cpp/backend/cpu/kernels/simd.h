@@ -9,6 +9,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #ifndef BASED_ISA
@@ -69,6 +71,19 @@ BASED_INLINE float hmax(f32v v) {
   return a[0];
 }
 
+/// a · b + c, rounded once where the instruction set can (so always the same way, inlined or not).
+BASED_INLINE f32v fmadd(f32v a, f32v b, f32v c) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (f32v)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
 BASED_INLINE f32v vmax(f32v a, f32v b) { return a > b ? a : b; }
 BASED_INLINE f32v vmin(f32v a, f32v b) { return a < b ? a : b; }
 
@@ -105,6 +120,24 @@ BASED_INLINE void store_bf16(std::uint16_t* p, f32v v) {
 #else
   for (int i = 0; i < kLanes; ++i) p[i] = to_bf16(v[i]);
 #endif
+}
+
+/// The first n lanes.
+BASED_INLINE void store_bf16_n(std::uint16_t* p, f32v v, std::int64_t n) {
+  std::uint16_t h[kLanes];
+  store_bf16(h, v);
+  __builtin_memcpy(p, h, static_cast<std::size_t>(n) * sizeof(std::uint16_t));
+}
+
+/// Writes the first n lanes at element `index` of an array of float, or of bfloat16.
+BASED_INLINE void store_as(void* out, std::int64_t index, f32v v, std::int64_t n, bool bf16) {
+  if (bf16) {
+    std::uint16_t* p = static_cast<std::uint16_t*>(out) + index;
+    n == kLanes ? store_bf16(p, v) : store_bf16_n(p, v, n);
+  } else {
+    float* p = static_cast<float*>(out) + index;
+    n == kLanes ? store(p, v) : store_n(p, v, n);
+  }
 }
 
 /// e^x to about 2 ulp; 0 below −87.3, and clamped at 88.37 (2.4e38). x finite.

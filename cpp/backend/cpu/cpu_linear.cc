@@ -1,0 +1,220 @@
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "backend/cpu/cpu_backend.h"
+#include "backend/cpu/kernels/linear.h"
+#include "backend/cpu/linear_weight.h"
+#include "based/error.h"
+
+namespace based::cpu {
+namespace {
+
+using backend::Buffer;
+using backend::LinearSource;
+using backend::LinearWeight;
+using backend::Matrix;
+
+// Weights that one task streams when the whole batch is one tile of rows: enough to hide the hand-out, little enough
+// that threads end together.
+constexpr std::size_t kStreamBytes = std::size_t{64} << 10;
+
+// Weights that stay in L2 while a task goes through many tiles of rows.
+constexpr std::size_t kResidentBytes = std::size_t{512} << 10;
+
+const LinearKernels& kernels_of(Isa isa) {
+  return for_isa(isa, [](auto tag) -> const LinearKernels& { return linear_kernels(tag); });
+}
+
+bool is_weight_dtype(DType dtype) {
+  return dtype == DType::float32 || dtype == DType::bfloat16 || dtype == DType::float16;
+}
+
+const CpuLinearWeight& cpu_weight(const LinearWeight& weight) {
+  const auto* w = dynamic_cast<const CpuLinearWeight*>(&weight);
+  if (w == nullptr) throw InvalidArgument("weights of another device given to the CPU backend");
+  return *w;
+}
+
+std::string describe(const Matrix& m) {
+  return std::string(name_of(m.dtype)) + " " + shape_str({m.rows, m.cols});
+}
+
+void check(const LinearSource& source, DType dtype) {
+  if (dtype != DType::float32 && dtype != DType::bfloat16)
+    throw InvalidArgument("linear weights are packed as float32 or bfloat16, found " + std::string(name_of(dtype)));
+  if (source.weights.empty()) throw InvalidArgument("a linear layer without weights");
+  std::int64_t rows = 0;
+  for (const TensorView& w : source.weights) {
+    if (!is_weight_dtype(w.dtype) || w.shape.size() != 2 || w.shape[0] < 1 || w.shape[1] < 1 ||
+        w.shape[1] != source.weights[0].shape[1])
+      throw InvalidArgument("linear weight: found " + std::string(name_of(w.dtype)) + " " + shape_str(w.shape) +
+                            ", expected a float matrix with as many columns as its neighbours");
+    rows += w.shape[0];
+  }
+  if (source.gated && rows % 2 != 0)
+    throw InvalidArgument("a gated linear layer has an even number of rows, found " + std::to_string(rows));
+  if (!source.biases.empty() && source.biases.size() != source.weights.size())
+    throw InvalidArgument("linear layer: found " + std::to_string(source.biases.size()) + " biases for " +
+                          std::to_string(source.weights.size()) + " weights");
+  for (std::size_t i = 0; i < source.biases.size(); ++i) {
+    const TensorView& b = source.biases[i];
+    if (!is_weight_dtype(b.dtype) || b.shape != std::vector<std::int64_t>{source.weights[i].shape[0]})
+      throw InvalidArgument("linear bias: found " + std::string(name_of(b.dtype)) + " " + shape_str(b.shape) +
+                            ", expected floats of shape " + shape_str({source.weights[i].shape[0]}));
+  }
+}
+
+// The stacked row that column c of a panel holds, or −1 for padding.
+std::int64_t row_of(const CpuLinearWeight& w, std::int64_t panel, int c) {
+  const bool gate = w.gated && c >= kPanelColumns / 2;
+  const std::int64_t column = panel * w.panel_columns() + (gate ? c - kPanelColumns / 2 : c);
+  if (column >= w.n) return -1;
+  return gate ? w.n + column : column;
+}
+
+}  // namespace
+
+DType CpuBackend::activation_dtype(DType weights) const { return kernels_of(isa_).row_dtype(weights); }
+
+Buffer CpuBackend::pack_float32(const TensorView& tensor) {
+  if (!is_weight_dtype(tensor.dtype))
+    throw InvalidArgument("expected float32, bfloat16 or float16, found " + std::string(name_of(tensor.dtype)));
+  const std::int64_t n = tensor.size();
+  Buffer out = allocate(static_cast<std::size_t>(n) * sizeof(float));
+  kernels_of(isa_).to_float32(tensor.data, tensor.dtype, n, static_cast<float*>(out.data.get()));
+  return out;
+}
+
+std::shared_ptr<const LinearWeight> CpuBackend::pack_linear(const LinearSource& source, DType dtype) {
+  check(source, dtype);
+  const LinearKernels& kernels = kernels_of(isa_);
+  std::vector<std::int64_t> starts;  // first stacked row of each weight
+  std::int64_t rows = 0;
+  for (const TensorView& w : source.weights) {
+    starts.push_back(rows);
+    rows += w.shape[0];
+  }
+
+  auto packed = std::make_shared<CpuLinearWeight>();
+  CpuLinearWeight& w = *packed;
+  w.k = source.weights[0].shape[1];
+  w.n = source.gated ? rows / 2 : rows;
+  w.dtype = dtype;
+  w.activation = source.activation;
+  w.gated = source.gated;
+  w.panels = allocate(static_cast<std::size_t>(w.num_panels()) * w.panel_nbytes());
+  pool_->run(w.num_panels(), [&](std::int64_t panel, int) {
+    PanelSource from{};
+    for (int c = 0; c < kPanelColumns; ++c) {
+      const std::int64_t row = row_of(w, panel, c);
+      if (row < 0) continue;
+      const auto i = static_cast<std::size_t>(std::upper_bound(starts.begin(), starts.end(), row) - starts.begin() - 1);
+      const TensorView& view = source.weights[i];
+      from.dtypes[c] = view.dtype;
+      from.rows[c] = view.data + static_cast<std::size_t>((row - starts[i]) * w.k) * size_of(view.dtype);
+    }
+    kernels.pack_panel(from, w.k, dtype, w.panel(panel));
+  });
+
+  if (!source.biases.empty()) {
+    std::vector<float> stacked(static_cast<std::size_t>(rows));
+    for (std::size_t i = 0; i < starts.size(); ++i)
+      kernels.to_float32(source.biases[i].data, source.biases[i].dtype, source.biases[i].shape[0],
+                         stacked.data() + starts[i]);
+    w.bias = allocate(static_cast<std::size_t>(w.num_panels()) * kPanelColumns * sizeof(float));
+    auto* bias = static_cast<float*>(w.bias.data.get());
+    for (std::int64_t panel = 0; panel < w.num_panels(); ++panel)
+      for (int c = 0; c < kPanelColumns; ++c) {
+        const std::int64_t row = row_of(w, panel, c);
+        *bias++ = row < 0 ? 0.0f : stacked[static_cast<std::size_t>(row)];
+      }
+  }
+  return packed;
+}
+
+void CpuBackend::embed(const LinearWeight& table, const backend::RaggedBatch& batch, const Matrix& r) {
+  const CpuLinearWeight& w = cpu_weight(table);
+  if (w.gated || r.dtype != DType::float32 || r.rows != batch.num_tokens() || r.cols != w.k)
+    throw InvalidArgument("embed: found output " + describe(r) + ", expected float32 " +
+                          shape_str({batch.num_tokens(), w.k}) + " from a table without gate");
+  for (const std::int32_t token : batch.tokens)
+    if (token < 0 || token >= w.n)
+      throw InvalidArgument("token " + std::to_string(token) + " is not one of 0 … " + std::to_string(w.n - 1));
+  const LinearKernels& kernels = kernels_of(isa_);
+  pool_->run(r.rows, [&](std::int64_t i, int) {
+    const std::int64_t token = batch.tokens[static_cast<std::size_t>(i)];
+    kernels.unpack_column(w.panel(token / kPanelColumns), w.dtype, w.k, static_cast<int>(token % kPanelColumns),
+                          static_cast<float*>(r.data) + i * w.k);
+  });
+}
+
+void CpuBackend::linear(const LinearWeight& weight, const Matrix& x, const Matrix& y, bool accumulate) {
+  const CpuLinearWeight& w = cpu_weight(weight);
+  const LinearKernels& kernels = kernels_of(isa_);
+  const DType row_dtype = kernels.row_dtype(w.dtype);
+  if (x.cols != w.k || (x.dtype != DType::float32 && x.dtype != row_dtype))
+    throw InvalidArgument("linear: found x " + describe(x) + ", expected " + std::string(name_of(row_dtype)) +
+                          " or float32, " + std::to_string(w.k) + " columns");
+  if (y.rows != x.rows || y.cols != w.n || (y.dtype != DType::float32 && (accumulate || y.dtype != row_dtype)))
+    throw InvalidArgument("linear: found y " + describe(y) + ", expected float32" +
+                          (accumulate ? "" : " or " + std::string(name_of(row_dtype))) + " " +
+                          shape_str({x.rows, w.n}));
+  if (x.rows == 0) return;
+
+  // Tiles of rows, as even as they can be.
+  const std::int64_t tiles = (x.rows + kernels.max_rows - 1) / kernels.max_rows;
+  const auto tile_start = [&](std::int64_t tile) { return x.rows * tile / tiles; };
+
+  const std::size_t packed_row_nbytes = static_cast<std::size_t>(w.padded_k()) * size_of(row_dtype);
+  const auto* packed = static_cast<const std::byte*>(x.data);
+  if (x.rows > 1 || x.dtype != row_dtype || w.padded_k() != w.k) {
+    const std::size_t nbytes = static_cast<std::size_t>(x.rows) * packed_row_nbytes;
+    if (packed_rows_.nbytes < nbytes) {
+      packed_rows_ = {};
+      packed_rows_ = allocate(nbytes);
+    }
+    auto* out = static_cast<std::byte*>(packed_rows_.data.get());
+    packed = out;
+    const std::size_t x_row_nbytes = static_cast<std::size_t>(x.cols) * size_of(x.dtype);
+    pool_->run(tiles, [&](std::int64_t tile, int) {
+      const auto row = static_cast<std::size_t>(tile_start(tile));
+      const int num_rows = static_cast<int>(tile_start(tile + 1) - tile_start(tile));
+      kernels.pack_rows(static_cast<const std::byte*>(x.data) + row * x_row_nbytes, x.dtype, num_rows, w.k, w.dtype,
+                        out + row * packed_row_nbytes);
+    });
+  }
+
+  // A task: `width` panels times a share of the tiles.
+  const std::size_t bytes = tiles == 1 ? kStreamBytes : kResidentBytes;
+  const std::int64_t width = std::clamp<std::int64_t>(static_cast<std::int64_t>(bytes / w.panel_nbytes()), 1,
+                                                      kMaxTaskPanels);
+  const std::int64_t widths = (w.num_panels() + width - 1) / width;
+  const std::int64_t shares = std::clamp<std::int64_t>((4 * pool_->num_threads() + widths - 1) / widths, 1, tiles);
+  pool_->run(widths * shares, [&](std::int64_t i, int) {
+    const std::int64_t panel = i / shares * width;
+    const std::int64_t share = i % shares;
+    LinearTask task;
+    task.weights = w.panel(panel);
+    task.weight_dtype = w.dtype;
+    task.in_features = w.k;
+    task.num_panels = static_cast<int>(std::min(width, w.num_panels() - panel));
+    task.bias = w.bias.data == nullptr ? nullptr : static_cast<const float*>(w.bias.data.get()) + panel * kPanelColumns;
+    task.activation = w.activation;
+    task.gated = w.gated;
+    task.y_dtype = y.dtype;
+    task.y_stride = y.cols;
+    task.num_columns = y.cols - panel * w.panel_columns();
+    task.accumulate = accumulate;
+    for (std::int64_t tile = tiles * share / shares; tile < tiles * (share + 1) / shares; ++tile) {
+      const std::int64_t row = tile_start(tile);
+      task.num_rows = static_cast<int>(tile_start(tile + 1) - row);
+      task.x = packed + static_cast<std::size_t>(row) * packed_row_nbytes;
+      task.y = static_cast<std::byte*>(y.data) +
+               static_cast<std::size_t>(row * y.cols + panel * w.panel_columns()) * size_of(y.dtype);
+      kernels.multiply(task);
+    }
+  });
+}
+
+}  // namespace based::cpu
