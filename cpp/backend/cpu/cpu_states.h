@@ -1,0 +1,83 @@
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <vector>
+
+#include "backend/backend.h"
+#include "based/config.h"
+
+namespace based::cpu {
+
+/// Widths are padded to this many elements, the longest vector of any instruction set: a state looks the same under
+/// all of them.
+inline constexpr std::int64_t kStateLanes = 16;
+
+constexpr std::int64_t round_up(std::int64_t n, std::int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+/// Of one head: S (rows, cols) float32, S[p, c] = Σ φ_p(k) v_c, then z (size_z) float32, Σ φ(k). What is beyond
+/// num_features and head_dim is 0.
+struct TaylorLayout {
+  std::int64_t num_features = 0;
+  std::int64_t rows = 0;  // num_features up to a multiple of 4
+  std::int64_t cols = 0;
+  std::int64_t size_z = 0;
+  std::int64_t head_size = 0;  // floats
+
+  explicit TaylorLayout(const LinearAttentionConfig& config);
+};
+
+/// Of one kv head, in the ring's dtype, position p in ring slot p mod slots: keys in blocks of kStateLanes slots, block
+/// b being (head_dim, kStateLanes); then values (slots, cols). A key's lane is thus that of its position, wherever it
+/// comes from, and sums over keys have one order.
+struct RingLayout {
+  std::int64_t slots = 0;  // window up to a multiple of kStateLanes
+  std::int64_t cols = 0;   // head_dim up to a multiple of kStateLanes
+  std::int64_t keys_size = 0;
+  std::int64_t head_size = 0;  // elements
+
+  explicit RingLayout(const SlidingWindowConfig& config);
+};
+
+/// Slots of equal size, each one contiguous: layer after layer, every layer aligned to 64 bytes. A conv layer is
+/// (K − 1, e), oldest first.
+class CpuStatePool final : public backend::StatePool {
+ public:
+  /// `allocate` makes the memory of a given size. Throws std::bad_alloc, also when the size overflows.
+  CpuStatePool(const ModelConfig& config, DType ring_dtype, int capacity, backend::Backend& memory);
+
+  int capacity() const override { return capacity_; }
+  std::size_t nbytes_per_slot() const override { return slot_nbytes_; }
+
+  const std::vector<MixerConfig>& layers() const { return layers_; }
+  DType ring_dtype() const { return ring_dtype_; }
+
+  std::byte* slot(int slot) const { return data_ + static_cast<std::size_t>(slot) * slot_nbytes_; }
+
+  template <typename T>
+  T* layer(int slot, int layer) const {
+    return reinterpret_cast<T*>(this->slot(slot) + offsets_[static_cast<std::size_t>(layer)]);
+  }
+
+ private:
+  std::vector<MixerConfig> layers_;
+  DType ring_dtype_;
+  int capacity_;
+  std::vector<std::size_t> offsets_;
+  std::size_t slot_nbytes_ = 0;
+  backend::Buffer buffer_;
+  std::byte* data_ = nullptr;
+};
+
+inline float float_from_bf16(std::uint16_t x) { return std::bit_cast<float>(static_cast<std::uint32_t>(x) << 16); }
+
+/// Rounded to nearest even; NaN stays NaN.
+inline std::uint16_t bf16_from_float(float x) {
+  const auto bits = std::bit_cast<std::uint32_t>(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+}  // namespace based::cpu
