@@ -1,0 +1,110 @@
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
+
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "based/error.h"
+#include "bindings.h"
+#include "io/convert_dtype.h"
+#include "io/safetensors.h"
+
+namespace based::python {
+
+namespace {
+
+using io::SafetensorsFile;
+using TensorTuple = std::tuple<std::string, py::array, std::string>;
+
+/// NumPy's name for the bits of a dtype: itself, or the unsigned integer of its size.
+py::dtype numpy_dtype(DType dtype) {
+  switch (dtype) {
+    case DType::boolean:
+      return py::dtype("bool");
+    case DType::bfloat16:
+      return py::dtype("uint16");
+    case DType::float8_e4m3:
+    case DType::float8_e5m2:
+      return py::dtype("uint8");
+    default:
+      return py::dtype(std::string(name_of(dtype)));
+  }
+}
+
+py::dict tensors(const std::shared_ptr<SafetensorsFile>& file) {
+  const py::object owner = py::cast(file);
+  py::dict result;
+  for (const auto& [name, view] : file->tensors()) {
+    py::array array(numpy_dtype(view.dtype), view.shape, view.data, owner);
+    array.attr("setflags")(py::arg("write") = false);
+    result[py::str(name)] = array;
+  }
+  return result;
+}
+
+/// `array` as `dtype`, in place.
+TensorView view_of(const py::array& array, DType dtype, const std::string& name) {
+  if (!(array.flags() & py::array::c_style)) throw py::type_error(name + " must be a C-contiguous array");
+  if (static_cast<std::size_t>(array.itemsize()) != size_of(dtype)) {
+    throw py::type_error(name + ": an array of " + std::string(py::str(py::handle(array.dtype()))) +
+                         " cannot hold the bits of " + std::string(name_of(dtype)));
+  }
+  return {dtype, {array.shape(), array.shape() + array.ndim()}, static_cast<const std::byte*>(array.data())};
+}
+
+void write(const std::filesystem::path& path, const std::vector<TensorTuple>& tensors,
+           const std::map<std::string, std::string>& metadata) {
+  std::vector<io::TensorToWrite> to_write;
+  for (const auto& [name, array, dtype] : tensors) {
+    to_write.push_back({name, view_of(array, parse_dtype(dtype), "tensor '" + name + "'")});
+  }
+  const py::gil_scoped_release nogil;
+  io::write_safetensors(path, to_write, metadata);
+}
+
+py::array convert_dtype(const py::array& bits, const std::string& source, const std::string& target) {
+  const DType from = parse_dtype(source), to = parse_dtype(target);
+  const TensorView view = view_of(bits, from, "bits");
+  py::array result(numpy_dtype(to), view.shape);
+  auto* out = static_cast<std::byte*>(result.mutable_data());
+  const py::gil_scoped_release nogil;
+  io::convert(view, to, out);
+  return result;
+}
+
+}  // namespace
+
+void bind_safetensors(py::module_& m) {
+  py::class_<SafetensorsFile, std::shared_ptr<SafetensorsFile>>(
+      m, "SafetensorsFile", "A safetensors file, memory-mapped and checked whole. Raises OSError or FormatError.")
+      .def(py::init([](const std::filesystem::path& path) {
+             const py::gil_scoped_release nogil;
+             return std::const_pointer_cast<SafetensorsFile>(SafetensorsFile::open(path));
+           }),
+           py::arg("path"))
+      .def("tensors", &tensors,
+           "Read-only arrays on the mapping, which they keep alive, by name. bfloat16 comes as uint16 and float8 as "
+           "uint8, bit for bit; arrays may be unaligned.")
+      .def(
+          "dtypes",
+          [](const SafetensorsFile& file) {
+            std::map<std::string, std::string> result;
+            for (const auto& [name, view] : file.tensors()) result.emplace(name, name_of(view.dtype));
+            return result;
+          },
+          "\"float32\", \"bfloat16\", … by tensor name.")
+      .def("metadata", &SafetensorsFile::metadata);
+  m.def("write_safetensors", &write, py::arg("path"), py::arg("tensors"), py::arg("metadata"),
+        "Writes (name, array, dtype name) in this order to a temporary file beside `path` and renames it. Arrays are "
+        "C-contiguous and hold the dtype's bits (bfloat16 as uint16). Raises OSError, TypeError, ValueError.");
+  m.def("convert_dtype", &convert_dtype, py::arg("bits"), py::arg("source"), py::arg("target"),
+        "A new array of the same shape, each number converted between float32, bfloat16 and float16 (nearest even; too "
+        "large gives inf). bfloat16 as uint16.");
+}
+
+}  // namespace based::python

@@ -1,0 +1,127 @@
+#include <pybind11/stl.h>
+
+#include <limits>
+#include <map>
+#include <type_traits>
+
+#include "arguments.h"
+#include "bindings.h"
+
+namespace based::python {
+
+namespace {
+
+using Params = TextSamplingParams;
+using LogitBias = std::vector<std::pair<std::int64_t, double>>;
+
+/// Names of the fields in order, for __repr__, __eq__ and pickling.
+std::vector<const char*> field_names;
+
+template <typename Owner, typename T>
+void field(py::class_<Params>& cls, const char* name, T Owner::* member, const char* doc) {
+  if constexpr (std::is_same_v<T, LogitBias>) {
+    cls.def_property_readonly(name, [member](const Params& params) {
+      return std::map<std::int64_t, double>((params.*member).begin(), (params.*member).end());
+    });
+  } else {
+    cls.def_property_readonly(name, [member](const Params& params) { return T(params.*member); });
+  }
+  const py::object property = cls.attr(name);
+  const py::cpp_function setter(
+      [member, name](Params& params, const Arg<T>& value) { params.*member = value.get(name); }, py::is_method(cls));
+  cls.attr(name) = property.attr("setter")(setter);
+  cls.attr(name).attr("__doc__") = doc;
+  field_names.push_back(name);
+}
+
+py::dict fields(const py::object& params) {
+  py::dict result;
+  for (const char* name : field_names) result[name] = params.attr(name);
+  return result;
+}
+
+}  // namespace
+
+void bind_sampling(py::module_& m) {
+  const Params d;
+  py::class_<Params> cls(m, "SamplingParams", R"(How to choose tokens: vLLM's names and meanings.
+
+Applied in this order: logit_bias, min_tokens, penalties, temperature, min_p, top_k, top_p. Raises TypeError for a value
+of a wrong type and ValueError for one outside its domain. Lists and dicts are copied: assign a new one to change them.)");
+  cls.def(
+      py::init([](const Arg<int>& n, const Arg<std::int64_t>& max_tokens, const Arg<std::int64_t>& min_tokens,
+                  const Arg<double>& temperature, const Arg<double>& top_p, const Arg<std::int64_t>& top_k,
+                  const Arg<double>& min_p, const Arg<double>& repetition_penalty, const Arg<double>& presence_penalty,
+                  const Arg<double>& frequency_penalty, const Arg<std::optional<std::uint64_t>>& seed,
+                  const Arg<std::vector<std::string>>& stop, const Arg<std::vector<std::int64_t>>& stop_token_ids,
+                  const Arg<bool>& ignore_eos, const Arg<std::optional<int>>& logprobs,
+                  const Arg<LogitBias>& logit_bias, const Arg<bool>& include_stop_str_in_output) {
+        Params p;
+        p.n = n.get("n");
+        p.max_tokens = max_tokens.get("max_tokens");
+        p.min_tokens = min_tokens.get("min_tokens");
+        p.temperature = temperature.get("temperature");
+        p.top_p = top_p.get("top_p");
+        p.top_k = top_k.get("top_k");
+        p.min_p = min_p.get("min_p");
+        p.repetition_penalty = repetition_penalty.get("repetition_penalty");
+        p.presence_penalty = presence_penalty.get("presence_penalty");
+        p.frequency_penalty = frequency_penalty.get("frequency_penalty");
+        p.seed = seed.get("seed");
+        p.stop = stop.get("stop");
+        p.stop_token_ids = stop_token_ids.get("stop_token_ids");
+        p.ignore_eos = ignore_eos.get("ignore_eos");
+        p.logprobs = logprobs.get("logprobs");
+        p.logit_bias = logit_bias.get("logit_bias");
+        p.include_stop_str_in_output = include_stop_str_in_output.get("include_stop_str_in_output");
+        p.validate(std::numeric_limits<std::int64_t>::max());  // token ids: once the vocabulary is known
+        return p;
+      }),
+      py::kw_only(), py::arg("n") = d.n, py::arg("max_tokens") = d.max_tokens, py::arg("min_tokens") = d.min_tokens,
+      py::arg("temperature") = d.temperature, py::arg("top_p") = d.top_p, py::arg("top_k") = d.top_k,
+      py::arg("min_p") = d.min_p, py::arg("repetition_penalty") = d.repetition_penalty,
+      py::arg("presence_penalty") = d.presence_penalty, py::arg("frequency_penalty") = d.frequency_penalty,
+      py::arg("seed") = d.seed, py::arg("stop") = py::none(), py::arg("stop_token_ids") = py::none(),
+      py::arg("ignore_eos") = d.ignore_eos, py::arg("logprobs") = d.logprobs, py::arg("logit_bias") = py::none(),
+      py::arg("include_stop_str_in_output") = d.include_stop_str_in_output);
+
+  field(cls, "n", &Params::n, "Samples per prompt, ≥ 1.");
+  field(cls, "max_tokens", &Params::max_tokens, "Tokens to generate at most, ≥ 1.");
+  field(cls, "min_tokens", &Params::min_tokens, "Nothing stops a sequence before so many tokens; 0 … max_tokens.");
+  field(cls, "temperature", &Params::temperature, "≥ 0; 0 is greedy.");
+  field(cls, "top_p", &Params::top_p, "(0, 1].");
+  field(cls, "top_k", &Params::top_k, "0 or -1: all; else ≥ 1.");
+  field(cls, "min_p", &Params::min_p, "[0, 1].");
+  field(cls, "repetition_penalty", &Params::repetition_penalty, "> 0; counts tokens of prompt and output.");
+  field(cls, "presence_penalty", &Params::presence_penalty, "[-2, 2]; counts tokens of the output.");
+  field(cls, "frequency_penalty", &Params::frequency_penalty, "[-2, 2]; counts tokens of the output.");
+  field(cls, "seed", &Params::seed, "None: a fresh one per request.");
+  field(cls, "stop", &Params::stop, "Strings that end the text, which is cut before them.");
+  field(cls, "stop_token_ids", &Params::stop_token_ids, "Tokens that end the sequence; kept in token_ids.");
+  field(cls, "ignore_eos", &Params::ignore_eos, "Do not end at the model's eos_token_id.");
+  field(cls, "logprobs", &Params::logprobs,
+        "Also return the log-probabilities of this many likeliest tokens, from the model's own distribution.");
+  field(cls, "logit_bias", &Params::logit_bias, "Number in [-100, 100] added to the logit, by token id.");
+  field(cls, "include_stop_str_in_output", &Params::include_stop_str_in_output,
+        "Cut the text after what stopped it instead.");
+
+  cls.def("__eq__", [](const py::object& self, const py::object& other) -> py::object {
+    if (!py::isinstance<Params>(other)) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+    return py::bool_(fields(self).equal(fields(other)));
+  });
+  cls.def("__repr__", [](const py::object& self) {
+    std::string text;
+    for (const char* name : field_names) {
+      text += (text.empty() ? "" : ", ") + std::string(name) + "=" + std::string(py::repr(self.attr(name)));
+    }
+    return "SamplingParams(" + text + ")";
+  });
+  cls.def(py::pickle(&fields, [](const py::dict& state) {
+    Params params;
+    const py::object self = py::cast(&params, py::return_value_policy::reference);
+    for (const auto& [name, value] : state) self.attr(name) = value;
+    return params;
+  }));
+}
+
+}  // namespace based::python

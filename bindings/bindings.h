@@ -1,0 +1,50 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "based/model.h"
+#include "based/sampling.h"
+#include "based/tensor.h"
+
+namespace based::python {
+
+namespace py = pybind11;
+
+// One per public type; module.cc calls them in the order in which they need each other.
+void bind_errors(py::module_& m);
+void bind_tensor(py::module_& m);
+void bind_safetensors(py::module_& m);
+void bind_config(py::module_& m);
+void bind_sampling(py::module_& m);
+void bind_model(py::module_& m);
+void bind_session(py::module_& m);
+void bind_generator(py::module_& m);
+void bind_bandwidth(py::module_& m);
+
+/// SamplingParams with the fields that concern text, which the core knows nothing of.
+struct TextSamplingParams : SamplingParams {
+  std::vector<std::string> stop;
+  bool include_stop_str_in_output = false;
+};
+
+/// Raises what a signal handler raised (KeyboardInterrupt), within some 20 ms of the signal; raises based.Error once
+/// `*cancelled`. To be used with the GIL released.
+InterruptCheck interrupt_check(std::shared_ptr<const std::atomic<bool>> cancelled = nullptr);
+
+/// A NumPy array on the tensor's memory, which it keeps alive. Raises TypeError for a dtype that NumPy lacks.
+py::object as_numpy(const Tensor& tensor);
+
+/// Token ids from any sequence of integers or 1-D integer array. Raises TypeError on anything else (bool and float
+/// included), ValueError when empty or when an id is outside [0, vocab_size). `name` opens every message.
+std::vector<std::int32_t> token_ids(py::handle ids, std::int64_t vocab_size, const std::string& name);
+
+/// The same for a sequence of prompts.
+std::vector<std::vector<std::int32_t>> prompts(py::handle value, std::int64_t vocab_size);
+
+}  // namespace based::python

@@ -1,0 +1,147 @@
+"""From a path or a hub name to a model."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from based import _core
+from based._model import Model, core_options
+from based._tokenizer import GPT2_VOCAB_SIZE, LazyTokenizer, fetch_gpt2_tokenizer, read_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SAFETENSORS = ["config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json"]
+_PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+
+
+def load(
+    path_or_id: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    num_threads: int | None = None,
+    revision: str | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> Model:
+    """Loads a model.
+
+    A published checkpoint is converted once, into $BASED_CACHE (by default $XDG_CACHE_HOME/based or ~/.cache/based);
+    what lies there may be deleted at any time.
+
+    Args:
+        path_or_id: A directory, in our format or as published; or a name "owner/name" at the hub. A directory wins.
+        device: "cpu", or "auto" for the best that this build and machine have.
+        dtype: Of the weights: "float32", "bfloat16", or "auto" for bfloat16 when the files are, otherwise float32.
+        num_threads: CPU threads of this model; None for the CPUs that this process may use.
+        revision: Branch, tag or commit at the hub.
+        tokenizer: A tokenizer.json, or a directory that holds one. By default the model's own; the published models
+            have none and use GPT-2's, which is fetched from the hub when text is first needed.
+
+    Raises:
+        FileNotFoundError: Neither a directory nor at the hub; or a file is missing.
+        OSError: A file cannot be read or written, or the hub cannot be reached.
+        FormatError: A file contradicts its format, or describes a model that `based` does not run.
+        UnsupportedError: This build or machine lacks the device.
+        ValueError: An argument outside its domain.
+    """
+    options = core_options(device, dtype, num_threads)
+    read = None if tokenizer is None else _tokenizer_file(Path(tokenizer))
+    source = _locate(path_or_id, revision)
+    core = _core.Model.load(_in_our_format(source), **options)
+
+    def load_tokenizer() -> "Tokenizer":
+        return fetch_gpt2_tokenizer() if read is None else read_tokenizer(read)
+
+    if read is None and (own := source.directory / "tokenizer.json").exists():
+        read = own
+    has_tokenizer = read is not None or core.config.vocab_size == GPT2_VOCAB_SIZE
+    return Model(core, LazyTokenizer(load_tokenizer if has_tokenizer else None))
+
+
+@dataclass(slots=True, frozen=True)
+class _Source:
+    directory: Path
+    name: str
+    identity: list[object]
+    """Changes whenever what the files say may have changed."""
+
+
+def _locate(path_or_id: str | os.PathLike[str], revision: str | None) -> _Source:
+    path = Path(path_or_id)
+    if path.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for models at the hub, but {str(path)!r} is a directory")
+        path = path.resolve()
+        files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".bin", ".safetensors"))
+        stats = [(file.name, stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]]
+        return _Source(path, path.name, [str(path), stats])
+    if path.exists():
+        raise NotADirectoryError(errno.ENOTDIR, "a model is a directory, this is a file", str(path))
+    name = os.fspath(path_or_id)
+    if not _HUB_ID.fullmatch(name):
+        raise FileNotFoundError(
+            errno.ENOENT, "neither an existing directory nor a model's name at the hub (owner/name)", name
+        )
+    directory = _download(name, revision)
+    return _Source(directory, name.replace("/", "--"), [name, directory.name])  # a snapshot's folder is its commit
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """The hub's files of a model in the hub's own cache; pickles only when there is nothing safer."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        directory = Path(snapshot_download(name, revision=revision, allow_patterns=_SAFETENSORS))
+        if not any(directory.glob("model*.safetensors")):
+            directory = Path(snapshot_download(name, revision=revision, allow_patterns=[*_SAFETENSORS, *_PICKLES]))
+    except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            errno.ENOENT, f"no such directory, and the hub does not give a model of this name: {error}", name
+        ) from error
+    except Exception as error:  # httpx's, the hub's, the system's
+        raise OSError(errno.EIO, f"no such directory, and fetching it from the hub failed: {error}", name) from error
+    return directory
+
+
+def _in_our_format(source: _Source) -> Path:
+    """The source itself, or its conversion in the cache."""
+    from based.convert import convert, is_published
+
+    if not is_published(source.directory):
+        return source.directory
+    identity = json.dumps([_core.__version__, *source.identity]).encode()
+    cache = _cache_directory()
+    cache.mkdir(parents=True, exist_ok=True)
+    converted = cache / f"{source.name}-{hashlib.sha256(identity).hexdigest()[:16]}"
+    if converted.exists():
+        return converted
+    with open(cache / f"{converted.name}.lock", "w") as lock:  # another process may be at it: one converts
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not converted.exists():
+            for leftover in cache.glob(f".{converted.name}.*"):  # of a process that was killed
+                shutil.rmtree(leftover)
+            convert(source.directory, converted)
+    return converted
+
+
+def _cache_directory() -> Path:
+    if own := os.environ.get("BASED_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "based"
+
+
+def _tokenizer_file(path: Path) -> Path:
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.exists():
+        raise FileNotFoundError(errno.ENOENT, "no such tokenizer", str(file))
+    return file

@@ -1,0 +1,194 @@
+"""A model: immutable weights, shared by any number of sessions and threads."""
+
+from collections.abc import AsyncIterator, Generator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from based import _core
+from based._generate import Run, asynchronously, encode, make_requests
+from based._outputs import RequestOutput, StreamChunk
+from based._prompts import Prompt, as_array, as_list
+from based._session import Session
+from based._tokenizer import LazyTokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Params = _core.SamplingParams | None
+
+
+def core_options(device: str, dtype: str, num_threads: int | None) -> dict[str, Any]:
+    """Arguments of _core.Model.load and .random. Raises ValueError."""
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"dtype must be 'auto', 'float32' or 'bfloat16', not {dtype!r}")
+    return {
+        "device": "cpu" if device == "auto" else device,
+        "dtype": None if dtype == "auto" else dtype,
+        "num_threads": num_threads,
+    }
+
+
+class Model:
+    """Weights on one device. Made by `based.load`; any number of threads may use it at once.
+
+    A prompt is a str, a sequence of ints, or a 1-D integer array. Wrong types raise TypeError; empty prompts and token
+    ids outside [0, vocab_size) raise ValueError; so does text when the model has no tokenizer.
+    """
+
+    def __init__(self, core: _core.Model, tokenizer: LazyTokenizer) -> None:
+        self._core = core
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def random(
+        cls,
+        config: _core.ModelConfig,
+        seed: int = 0,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        num_threads: int | None = None,
+    ) -> "Model":
+        """A model of this shape with seeded random weights and no tokenizer, for benchmarks."""
+        core = _core.Model.random(config, seed, **core_options(device, dtype, num_threads))
+        return cls(core, LazyTokenizer(None))
+
+    # ---- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> _core.ModelConfig:
+        """The shape of the model."""
+        return self._core.config
+
+    @property
+    def device(self) -> str:
+        """Such as "cpu"."""
+        return self._core.device
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights: "float32" or "bfloat16"."""
+        return self._core.dtype
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads that a computation uses."""
+        return self._core.num_threads
+
+    @property
+    def num_parameters(self) -> int:
+        """A tied head counted once."""
+        return self._core.num_parameters
+
+    @property
+    def weight_nbytes(self) -> int:
+        """Memory of the weights."""
+        return self._core.weight_nbytes
+
+    @property
+    def state_nbytes(self) -> int:
+        """Memory of one sequence's state, of whatever length."""
+        return self._core.state_nbytes
+
+    @property
+    def kernel_isa(self) -> str:
+        """The instruction set whose kernels run, such as "avx512bf16"."""
+        return self._core.kernel_isa
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over config and weights; a saved state carries it."""
+        return self._core.fingerprint
+
+    @property
+    def tokenizer(self) -> "Tokenizer | None":
+        """A tokenizers.Tokenizer, or None; loaded at first use. Raises OSError or FormatError when that fails."""
+        return self._tokenizer.get()
+
+    def __repr__(self) -> str:
+        millions = self.num_parameters / 1e6
+        return f"<based.Model: {millions:,.1f} M parameters, {self.dtype} on {self.device}>"
+
+    # ---- logits ----------------------------------------------------------------------------------------------------
+
+    def forward(self, token_ids: Prompt, *, include_padding: bool = False) -> npt.NDArray[np.float32]:
+        """Logits (T, vocab_size) float32 at every position of one sequence.
+
+        Args:
+            token_ids: The sequence, T tokens (or a text).
+            include_padding: Also return the columns of the embedding's padding rows: (T, padded_vocab_size).
+        """
+        return self._vocabulary(self._core.forward(self._encode(token_ids)), include_padding)
+
+    def score(self, token_ids: Prompt) -> npt.NDArray[np.float32]:
+        """Natural-log probability of each token given its past, (T - 1,) float32: the first token has none."""
+        return self._core.score(self._encode(token_ids))
+
+    def trace(self, token_ids: Prompt, *, include_padding: bool = False) -> dict[str, npt.NDArray[np.float32]]:
+        """Every layer's activations on one sequence, to compare with another implementation.
+
+        Returns:
+            float32 arrays: `embed` (T, d); `mixer_out` (L, T, d), a mixer's output before the residual add; `block_out`
+            (L, T, d), the residual stream after each layer; `final_norm` (T, d); `logits` as forward gives them.
+        """
+        result = {
+            name: np.stack([np.asarray(t) for t in value]) if isinstance(value, list) else np.asarray(value)
+            for name, value in self._core.trace(self._encode(token_ids)).items()
+        }
+        result["logits"] = self._vocabulary(result["logits"], include_padding)
+        return result
+
+    # ---- text ------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: Params | Sequence[_core.SamplingParams] = None,
+        *,
+        max_batch_size: int = 32,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Continues each prompt; what a prompt gets does not depend on the others.
+
+        Args:
+            prompts: One prompt or a list of them.
+            params: For all prompts, or one each; None for the defaults.
+            max_batch_size: Sequences that run at once; each holds `state_nbytes`.
+            progress: Show progress on stderr, if that is a terminal.
+
+        Returns:
+            One output per prompt, in order. Text is empty when the model has no tokenizer.
+        """
+        return self._run(as_list(prompts), params, max_batch_size).collect(progress=progress)
+
+    def stream(self, prompt: Prompt, params: Params = None) -> Generator[StreamChunk, None, None]:
+        """Yields a chunk per new token as it comes; closing the iterator cancels the rest.
+
+        With n > 1 the samples' chunks alternate. A sample's texts and token_ids, joined, are what `generate` returns.
+        """
+        run = self._run([as_array(prompt)], params)
+        return (chunk for _, chunk in run.chunks())
+
+    def astream(self, prompt: Prompt, params: Params = None) -> AsyncIterator[StreamChunk]:
+        """As stream, for `async for`: steps run in a thread; cancelling the task or closing stops them."""
+        return asynchronously(self._run([as_array(prompt)], params))
+
+    def session(self, batch_size: int = 1) -> Session:
+        """A session of `batch_size` sequences that have seen nothing."""
+        return Session(_core.Session(self._core, batch_size), self._core, self._tokenizer)
+
+    def _run(
+        self, prompts: list[Any], params: Params | Sequence[_core.SamplingParams], max_batch_size: int | None = None
+    ) -> Run:
+        requests = make_requests(prompts, params, self._tokenizer, [True] * len(prompts))
+        batch = max((r.params.n for r in requests), default=1) if max_batch_size is None else max_batch_size
+        return Run(self._core, self.config.eos_token_id, requests, self._tokenizer, batch)
+
+    def _encode(self, prompt: Any) -> Any:
+        return encode(as_array(prompt), self._tokenizer, add_special_tokens=True)
+
+    def _vocabulary(self, logits: Any, include_padding: bool) -> npt.NDArray[np.float32]:
+        array: npt.NDArray[np.float32] = np.asarray(logits)
+        return array if include_padding else array[:, : self.config.vocab_size]

@@ -1,0 +1,30 @@
+"""The forms that a prompt may have."""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+TokenIds: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
+"""A list or tuple of ints, a 1-D integer array, or anything that NumPy takes by DLPack."""
+Prompt: TypeAlias = str | TokenIds
+
+
+def as_array(value: Any) -> Any:
+    """A tensor of another library as a NumPy array on the same memory; anything else as it is."""
+    if hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray):
+        return np.from_dlpack(value)
+    return value
+
+
+def as_list(prompts: Any) -> list[Any]:
+    """One prompt or several as a list of prompts. What is neither is left for the core to refuse."""
+    prompts = as_array(prompts)
+    if isinstance(prompts, np.ndarray):
+        return list(prompts) if prompts.ndim == 2 else [prompts]
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        return [prompts]
+    first = as_array(prompts[0]) if prompts else None
+    is_one = first is not None and not isinstance(first, (str, Sequence)) and np.ndim(first) == 0
+    return [prompts] if is_one else [as_array(prompt) for prompt in prompts]

@@ -1,0 +1,176 @@
+"""A session: the states of some sequences that are advanced together."""
+
+import os
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from based import _core
+from based._generate import Run, encode, make_requests
+from based._outputs import RequestOutput, StreamChunk
+from based._prompts import Prompt, TokenIds, as_array, as_list
+from based._tokenizer import LazyTokenizer
+
+
+class Session:
+    """The states of `batch_size` sequences. Made by `Model.session`; keeps its model alive.
+
+    One thread at a time: a call that finds another one under way, or an open stream, raises SessionBusyError. A call
+    that raises leaves every state as it was.
+    """
+
+    def __init__(self, core: _core.Session, model: _core.Model, tokenizer: LazyTokenizer) -> None:
+        self._core = core
+        self._model = model
+        self._tokenizer = tokenizer
+        self._streaming = False
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences, B."""
+        return self._core.batch_size
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """Tokens that each sequence has seen."""
+        return self._core.num_tokens
+
+    @property
+    def state_nbytes(self) -> int:
+        """Memory of all states."""
+        return self._core.state_nbytes
+
+    def __repr__(self) -> str:
+        return f"<based.Session: {self.batch_size} sequences, {self.state_nbytes:,} bytes of state>"
+
+    # ---- logits ----------------------------------------------------------------------------------------------------
+
+    def prefill(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sequences: Sequence[int] | None = None,
+        *,
+        include_padding: bool = False,
+    ) -> npt.NDArray[np.float32]:
+        """Feeds a prompt to each sequence, after whatever it has seen; memory does not grow with the prompts' length.
+
+        Args:
+            prompts: One per listed sequence (a single one need not be in a list).
+            sequences: Which sequences; None for all, in order.
+            include_padding: Also return the columns of the embedding's padding rows.
+
+        Returns:
+            Logits at each prompt's last token, (len(prompts), vocab_size) float32, a NumPy array (and so a DLPack
+            producer).
+        """
+        self._check_idle()
+        ids = [
+            encode(prompt, self._tokenizer, add_special_tokens=self._is_fresh(i, sequences))
+            for i, prompt in enumerate(as_list(prompts))
+        ]
+        return self._vocabulary(self._core.prefill(ids, sequences), include_padding)
+
+    def step(
+        self, tokens: TokenIds, sequences: Sequence[int] | None = None, *, include_padding: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """Feeds one token to each listed sequence (None: all, in order). Logits as prefill."""
+        self._check_idle()
+        return self._vocabulary(self._core.step(as_array(tokens), sequences), include_padding)
+
+    # ---- text ------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: _core.SamplingParams | Sequence[_core.SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Continues each sequence with its prompt, one per sequence; every n must be 1.
+
+        Afterwards the session has seen every prompt and every token returned. When it raises (KeyboardInterrupt too),
+        the session is as it was before.
+        """
+        run = self._run(as_list(prompts), params)
+        before = self._core.checkpoint()
+        try:
+            return run.collect()
+        except BaseException:
+            self._core.rollback(before)
+            raise
+
+    def stream(self, prompt: Prompt, params: _core.SamplingParams | None = None) -> Generator[StreamChunk, None, None]:
+        """As generate, for a session of one sequence: yields a chunk per new token as it comes.
+
+        Until it is read to its end or closed, other calls raise SessionBusyError. Closing it ends the generation; the
+        session has then seen the prompt and the tokens that were yielded.
+        """
+        return self._stream(self._run([as_array(prompt)], params))
+
+    def _stream(self, run: Run) -> Generator[StreamChunk, None, None]:
+        self._check_idle()
+        self._streaming = True
+        try:
+            for _, chunk in run.chunks():
+                yield chunk
+        finally:
+            self._streaming = False
+
+    def _run(self, prompts: list[Any], params: _core.SamplingParams | Sequence[_core.SamplingParams] | None) -> Run:
+        self._check_idle()
+        requests = make_requests(prompts, params, self._tokenizer, [self._is_fresh(i) for i in range(len(prompts))])
+        return Run(self._core, self._model.config.eos_token_id, requests, self._tokenizer)
+
+    # ---- state -----------------------------------------------------------------------------------------------------
+
+    def fork(self) -> "Session":
+        """A new session with equal states."""
+        self._check_idle()
+        return Session(self._core.fork(), self._model, self._tokenizer)
+
+    def checkpoint(self) -> _core.Checkpoint:
+        """A copy of all states, for rollback. It does not change and may outlive the session."""
+        self._check_idle()
+        return self._core.checkpoint()
+
+    def rollback(self, checkpoint: _core.Checkpoint) -> None:
+        """Back to the checkpoint, bit for bit. Raises StateError for one of another model or batch size."""
+        self._check_idle()
+        self._core.rollback(checkpoint)
+
+    def reset(self, sequence: int | None = None) -> None:
+        """Forgets what one sequence, or every one, has seen."""
+        self._check_idle()
+        self._core.reset(sequence)
+
+    def copy(self, source: int, target: int) -> None:
+        """Makes sequence `target` equal to `source`."""
+        self._check_idle()
+        self._core.copy(source, target)
+
+    def save_state(self, path: str | os.PathLike[str]) -> None:
+        """Saves all states as one safetensors file: written aside, then renamed. Raises OSError."""
+        self._check_idle()
+        self._core.save_state(path)
+
+    def load_state(self, path: str | os.PathLike[str]) -> None:
+        """Replaces all states by a saved file's.
+
+        Raises StateError on another model, batch size or format version, FormatError on a damaged file, and OSError.
+        """
+        self._check_idle()
+        self._core.load_state(path)
+
+    def _check_idle(self) -> None:
+        if self._streaming:
+            raise _core.SessionBusyError("a stream of this session is open: read it to its end or close it")
+
+    def _is_fresh(self, position: int, sequences: Sequence[int] | None = None) -> bool:
+        """Whether prompt `position` begins its sequence, so that the tokenizer may put a start token before it."""
+        seen = dict(enumerate(self._core.num_tokens))
+        sequence = position if sequences is None else dict(enumerate(sequences)).get(position, -1)
+        return not seen.get(sequence)
+
+    def _vocabulary(self, logits: Any, include_padding: bool) -> npt.NDArray[np.float32]:
+        array: npt.NDArray[np.float32] = np.asarray(logits)
+        return array if include_padding else array[:, : self._model.config.vocab_size]
