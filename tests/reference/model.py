@@ -1,0 +1,251 @@
+"""The forward pass of docs/model-format.md in NumPy float64, twice: in parallel and step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.reference.files import read_model
+
+Array = np.ndarray[Any, Any]
+Config = Mapping[str, Any]
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def sigmoid(x: Array) -> Array:
+    return np.exp(-np.logaddexp(0, -x))
+
+
+ACTIVATIONS = {
+    "identity": lambda x: x,
+    "silu": lambda x: x * sigmoid(x),
+    "gelu": lambda x: 0.5 * x * (1 + _erf(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "sigmoid": sigmoid,
+    "relu": lambda x: np.maximum(x, 0),
+    "relu_squared": lambda x: np.maximum(x, 0) ** 2,
+}
+
+
+def taylor(s: Array) -> Array:
+    return 1 + s + s**2 / 2
+
+
+def taylor_features(x: Array) -> Array:
+    """φ with φ(q)·φ(k) = taylor(q·k/√f). x (…, f) → (…, 1 + f + f(f+1)/2): [1, x_i / f^¼, x_i x_j / √f (i ≤ j)], the
+    squares (i = j) over √2 more."""
+    f = x.shape[-1]
+    rows, cols = np.triu_indices(f)
+    pairs = x[..., rows] * x[..., cols] / math.sqrt(f) / np.where(rows == cols, math.sqrt(2), 1)
+    return np.concatenate([np.ones((*x.shape[:-1], 1)), x / f**0.25, pairs], axis=-1)
+
+
+def rotate(x: Array, positions: Array, mixer: Config) -> Array:
+    """Rotary embedding of x (T, heads, head_dim) at positions (T): pair i turns by position · base^(-2i/R)."""
+    dims = mixer["rotary_dim"]
+    n = -(-dims // 2)
+    if n == 0:
+        return x
+    angle = positions[:, None] * float(mixer["rotary_base"]) ** (-2 * np.arange(n) / dims)
+    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]  # (T, 1, n)
+    if mixer["rotary_interleaved"]:
+        first, second = slice(0, 2 * n, 2), slice(1, 2 * n, 2)
+    else:
+        first, second = slice(0, n), slice(n, 2 * n)
+    result = x.copy()
+    result[..., first] = x[..., first] * cos - x[..., second] * sin
+    result[..., second] = x[..., first] * sin + x[..., second] * cos
+    return result
+
+
+def softmax(x: Array) -> Array:
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+@dataclass
+class Trace:
+    """Values of one parallel forward pass of T tokens, float64."""
+
+    embed: Array  # (T, d)
+    mixer_out: Array  # (L, T, d)
+    block_out: Array  # (L, T, d)
+    final_norm: Array  # (T, d)
+    logits: Array  # (T, padded_vocab_size)
+
+
+@dataclass
+class State:
+    """What one sequence has seen, named and shaped as in a saved state (docs/state-format.md), float64.
+
+    layers.{i}.conv (K-1, e) · layers.{i}.taylor (H, features, head_dim + 1) · layers.{i}.keys and .values
+    (min(num_tokens, window), H_kv, head_dim).
+    """
+
+    num_tokens: int = 0
+    tensors: dict[str, Array] = field(default_factory=dict)
+
+    def copy(self) -> State:
+        return State(self.num_tokens, {name: values.copy() for name, values in self.tensors.items()})
+
+
+class Model:
+    """A model: config as in our config.json, tensors float64 by the names of our model.safetensors."""
+
+    def __init__(self, config: Config, tensors: Mapping[str, Array]) -> None:
+        self.config = config
+        self.tensors = tensors
+        self.layers: Sequence[Config] = config["layers"]
+
+    @classmethod
+    def load(cls, directory: Path) -> Model:
+        return cls(*read_model(directory))
+
+    # ---- pieces, for any number of tokens ----------------------------------------------------------------------
+
+    def _linear(self, x: Array, name: str) -> Array:
+        y = x @ self.tensors[f"{name}.weight"].T
+        bias = self.tensors.get(f"{name}.bias")
+        return y if bias is None else y + bias
+
+    def _norm(self, x: Array, name: str) -> Array:
+        norm = self.config["norm"]
+        if norm["type"] == "rms_norm":
+            return x / np.sqrt((x**2).mean(-1, keepdims=True) + norm["eps"]) * self.tensors[f"{name}.weight"]
+        centred = x - x.mean(-1, keepdims=True)
+        scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + norm["eps"])
+        return scaled * self.tensors[f"{name}.weight"] + self.tensors[f"{name}.bias"]
+
+    def _mlp(self, x: Array, layer: int) -> Array:
+        mlp = self.config["mlp"]
+        act = ACTIVATIONS[mlp["activation"]]
+        h = self._linear(x, f"layers.{layer}.mlp.fc1")
+        if mlp["gated"]:
+            value, gate = h[..., : mlp["inner_size"]], h[..., mlp["inner_size"] :]
+            h = value * act(gate)
+        else:
+            h = act(h)
+        return self._linear(h, f"layers.{layer}.mlp.fc2")
+
+    def _head(self, x: Array) -> Array:
+        name = "embedding.weight" if self.config["tie_embeddings"] else "lm_head.weight"
+        return x @ self.tensors[name].T
+
+    def _heads(self, x: Array, layer: int) -> tuple[Array, Array, Array]:
+        """q, k, v of an attention layer, (T, heads, size) each."""
+        name, mixer = f"layers.{layer}.mixer", self.layers[layer]
+        t = x.shape[0]
+        if mixer["mixer"] == "linear_attention":
+            projections = (x @ self.tensors[f"{name}.proj_{part}.weight"].T for part in "qkv")
+            q, k, v = (projected.reshape(t, mixer["num_heads"], -1) for projected in projections)
+            return q, k, v
+        h, h_kv = mixer["num_heads"], mixer["num_kv_heads"]
+        qkv = self._linear(x, f"{name}.qkv_proj").reshape(t, h + 2 * h_kv, mixer["head_dim"])
+        return qkv[:, :h], qkv[:, h : h + h_kv], qkv[:, h + h_kv :]
+
+    # ---- the whole sequence at once ----------------------------------------------------------------------------
+
+    def forward(self, tokens: Sequence[int] | Array) -> Trace:
+        """Logits and intermediate values of one sequence that starts from nothing."""
+        r = self.tensors["embedding.weight"][np.asarray(tokens)]
+        embed, mixer_out, block_out = r, [], []
+        for layer, mixer in enumerate(self.layers):
+            mix = getattr(self, f"_{mixer['mixer']}")
+            mixed = self._linear(mix(self._norm(r, f"layers.{layer}.norm1"), layer), f"layers.{layer}.mixer.out_proj")
+            r = r + mixed
+            r = r + self._mlp(self._norm(r, f"layers.{layer}.norm2"), layer)
+            mixer_out.append(mixed)
+            block_out.append(r)
+        final_norm = self._norm(r, "final_norm")
+        return Trace(embed, np.array(mixer_out), np.array(block_out), final_norm, self._head(final_norm))
+
+    def _gated_conv(self, x: Array, layer: int) -> Array:
+        u = self._linear(x, f"layers.{layer}.mixer.in_proj")
+        e, taps = self.layers[layer]["inner_size"], self.tensors[f"layers.{layer}.mixer.conv.weight"]
+        padded = np.concatenate([np.zeros((taps.shape[1] - 1, e)), u[:, :e]])
+        conv = sum(taps[:, j] * padded[j : j + len(x)] for j in range(taps.shape[1]))
+        return ACTIVATIONS["silu"](conv) * u[:, e:]
+
+    def _linear_attention(self, x: Array, layer: int) -> Array:
+        q, k, v = self._heads(x, layer)
+        p = np.tril(taylor(np.einsum("thf,shf->hts", q, k) / math.sqrt(q.shape[-1])))
+        y = np.einsum("hts,shd->thd", p, v)
+        return (y / (p.sum(-1).T[..., None] + self.layers[layer]["eps"])).reshape(len(x), -1)
+
+    def _sliding_window(self, x: Array, layer: int) -> Array:
+        q, k, v = self._heads(x, layer)
+        mixer, positions = self.layers[layer], np.arange(len(x))
+        group = mixer["num_heads"] // mixer["num_kv_heads"]
+        q, k = rotate(q, positions, mixer), rotate(k, positions, mixer)
+        k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+        age = positions[:, None] - positions
+        scores = np.where((age >= 0) & (age < mixer["window"]), np.einsum("thd,shd->hts", q, k), -np.inf)
+        return np.einsum("hts,shd->thd", softmax(scores * mixer["scale"]), v).reshape(len(x), -1)
+
+    # ---- token by token ----------------------------------------------------------------------------------------
+
+    def fresh_state(self) -> State:
+        """The state of a sequence that has seen nothing."""
+        state = State()
+        for i, mixer in enumerate(self.layers):
+            if mixer["mixer"] == "gated_conv":
+                state.tensors[f"layers.{i}.conv"] = np.zeros((mixer["kernel_size"] - 1, mixer["inner_size"]))
+            elif mixer["mixer"] == "linear_attention":
+                f = mixer["feature_dim"]
+                shape = (mixer["num_heads"], 1 + f + f * (f + 1) // 2, mixer["head_dim"] + 1)
+                state.tensors[f"layers.{i}.taylor"] = np.zeros(shape)
+            else:
+                for name in ("keys", "values"):
+                    state.tensors[f"layers.{i}.{name}"] = np.zeros((0, mixer["num_kv_heads"], mixer["head_dim"]))
+        return state
+
+    def step(self, state: State, token: int) -> Array:
+        """Feeds one token to `state`, which it advances. Returns logits (padded_vocab_size)."""
+        r = self.tensors["embedding.weight"][[token]]
+        for layer, mixer in enumerate(self.layers):
+            step = getattr(self, f"_{mixer['mixer']}_step")
+            mixed = step(self._norm(r, f"layers.{layer}.norm1"), layer, state)
+            r = r + self._linear(mixed, f"layers.{layer}.mixer.out_proj")
+            r = r + self._mlp(self._norm(r, f"layers.{layer}.norm2"), layer)
+        state.num_tokens += 1
+        return self._head(self._norm(r, "final_norm"))[0]
+
+    def decode(self, tokens: Sequence[int] | Array, state: State | None = None) -> tuple[Array, State]:
+        """step() over all tokens: logits (T, padded_vocab_size), and the state after them."""
+        state = self.fresh_state() if state is None else state
+        return np.array([self.step(state, int(token)) for token in tokens]), state
+
+    def _gated_conv_step(self, x: Array, layer: int, state: State) -> Array:
+        u = self._linear(x, f"layers.{layer}.mixer.in_proj")
+        e, taps = self.layers[layer]["inner_size"], self.tensors[f"layers.{layer}.mixer.conv.weight"]
+        inputs = np.concatenate([state.tensors[f"layers.{layer}.conv"], u[:, :e]])  # (K, e)
+        state.tensors[f"layers.{layer}.conv"] = inputs[1:]
+        return ACTIVATIONS["silu"]((taps.T * inputs).sum(0, keepdims=True)) * u[:, e:]
+
+    def _linear_attention_step(self, x: Array, layer: int, state: State) -> Array:
+        q, k, v = (part[0] for part in self._heads(x, layer))  # (H, f), (H, f), (H, head_dim)
+        extended = np.concatenate([v, np.ones((len(v), 1))], axis=-1)
+        s = state.tensors[f"layers.{layer}.taylor"]
+        s = s + taylor_features(k)[:, :, None] * extended[:, None, :]
+        state.tensors[f"layers.{layer}.taylor"] = s
+        y = np.einsum("hp,hpd->hd", taylor_features(q), s)
+        return (y[:, :-1] / (y[:, -1:] + self.layers[layer]["eps"])).reshape(1, -1)
+
+    def _sliding_window_step(self, x: Array, layer: int, state: State) -> Array:
+        q, k, v = self._heads(x, layer)
+        mixer, position = self.layers[layer], np.array([state.num_tokens])
+        q, k = rotate(q, position, mixer), rotate(k, position, mixer)
+        for name, new in (("keys", k), ("values", v)):
+            kept = np.concatenate([state.tensors[f"layers.{layer}.{name}"], new])[-mixer["window"] :]
+            state.tensors[f"layers.{layer}.{name}"] = kept
+        group = mixer["num_heads"] // mixer["num_kv_heads"]
+        keys = np.repeat(state.tensors[f"layers.{layer}.keys"], group, axis=1)
+        values = np.repeat(state.tensors[f"layers.{layer}.values"], group, axis=1)
+        scores = np.einsum("hd,shd->hs", q[0], keys) * mixer["scale"]
+        return np.einsum("hs,shd->hd", softmax(scores), values).reshape(1, -1)
