@@ -258,7 +258,7 @@ std::string json_number(double x) {
   char buffer[40];
   const auto end = std::to_chars(buffer, buffer + sizeof buffer, x).ptr;
   std::string text(buffer, end);
-  if (text.find_first_of(".e") == text.npos) text += ".0";
+  if (text.find_first_of(".en") == text.npos) text += ".0";  // n: inf and nan stay as they are
   return text;
 }
 

@@ -81,7 +81,7 @@ class JsonObject {
 /// A JSON string literal. Throws InvalidArgument when the text is not UTF-8.
 std::string json_string(std::string_view text);
 
-/// Shortest JSON number that reads back as the same double; always with a point or an exponent. x is finite.
+/// Shortest number that reads back as the same double; always with a point or an exponent, unless it is not finite.
 std::string json_number(double x);
 
 }  // namespace based::io
