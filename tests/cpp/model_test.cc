@@ -45,7 +45,8 @@ TEST(Model, CountsParametersAsTheWeightFileDoes) {
   const TempDir dir;
   write_model(dir.path(), tiny_config(), 7);
   std::int64_t total = 0;
-  for (const auto& [name, tensor] : io::WeightFiles::open(dir.path()).tensors()) total += tensor.size();
+  const auto files = io::WeightFiles::open(dir.path());
+  for (const auto& [name, tensor] : files.tensors()) total += tensor.size();
   EXPECT_EQ(Model::load(dir.path())->num_parameters(), total);
 }
 

@@ -13,7 +13,7 @@ MAY_INCLUDE = {
     "cpp/io": {"based", "io"},
     "cpp/model": {"based", "io", "model", "backend/backend.h"},
     "cpp/session": {"based", "io", "model", "session", "backend/backend.h"},
-    "cpp/backend/cpu/kernels": {"backend/cpu/kernels"},
+    "cpp/backend/cpu/kernels": {"backend/cpu/kernels", "based/tensor.h"},
     "cpp/backend/cpu": {"based", "backend"},
     "cpp/backend": {"based", "backend"},
     "bindings": {"based", "bindings", "io", "backend/cpu/bandwidth.h"},
