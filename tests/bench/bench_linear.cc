@@ -32,9 +32,9 @@ struct Shape {
 
 // docs: hidden 1024, 27 layers (17 gated convolution, 5 linear attention, 5 window), inner size 2048.
 constexpr Shape kShapes[] = {
-    {"conv in", 4096, 1024, false, 17}, {"conv out", 1024, 2048, false, 17}, {"taylor qkv", 1536, 1024, false, 5},
+    {"conv in", 4096, 1024, false, 17},   {"conv out", 1024, 2048, false, 17},  {"taylor qkv", 1536, 1024, false, 5},
     {"taylor out", 1024, 1024, false, 5}, {"window qkv", 3072, 1024, false, 5}, {"window out", 1024, 1024, false, 5},
-    {"fc1", 4096, 1024, true, 27},      {"fc2", 1024, 2048, false, 27},      {"logits", 50264, 1024, false, 1},
+    {"fc1", 4096, 1024, true, 27},        {"fc2", 1024, 2048, false, 27},       {"logits", 50264, 1024, false, 1},
 };
 
 double seconds(Clock::time_point from) { return std::chrono::duration<double>(Clock::now() - from).count(); }

@@ -36,9 +36,7 @@ const CpuLinearWeight& cpu_weight(const LinearWeight& weight) {
   return *w;
 }
 
-std::string describe(const Matrix& m) {
-  return std::string(name_of(m.dtype)) + " " + shape_str({m.rows, m.cols});
-}
+std::string describe(const Matrix& m) { return std::string(name_of(m.dtype)) + " " + shape_str({m.rows, m.cols}); }
 
 void check(const LinearSource& source, DType dtype) {
   if (dtype != DType::float32 && dtype != DType::bfloat16)
@@ -187,8 +185,8 @@ void CpuBackend::linear(const LinearWeight& weight, const Matrix& x, const Matri
 
   // A task: `width` panels times a share of the tiles.
   const std::size_t bytes = tiles == 1 ? kStreamBytes : kResidentBytes;
-  const std::int64_t width = std::clamp<std::int64_t>(static_cast<std::int64_t>(bytes / w.panel_nbytes()), 1,
-                                                      kMaxTaskPanels);
+  const std::int64_t width =
+      std::clamp<std::int64_t>(static_cast<std::int64_t>(bytes / w.panel_nbytes()), 1, kMaxTaskPanels);
   const std::int64_t widths = (w.num_panels() + width - 1) / width;
   const std::int64_t shares = std::clamp<std::int64_t>((4 * pool_->num_threads() + widths - 1) / widths, 1, tiles);
   pool_->run(widths * shares, [&](std::int64_t i, int) {

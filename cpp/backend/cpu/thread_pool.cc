@@ -148,7 +148,9 @@ void ThreadPool::run_tasks(std::int64_t num_tasks, TaskRef f) {
   pool.next.store(0, std::memory_order_relaxed);
   pool.epoch.fetch_add(1);
   if (pool.sleepers.load() > 0) {
-    { std::lock_guard lock(pool.sleep_mutex); }
+    {
+      std::lock_guard lock(pool.sleep_mutex);
+    }
     pool.wake.notify_all();
   }
   pool.work_through(0);

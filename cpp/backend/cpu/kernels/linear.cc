@@ -188,8 +188,8 @@ void multiply_panel(const void* x, const void* w, std::int64_t num_words, float*
           __builtin_memcpy(&pair, xp + r, 4);
 #pragma GCC unroll 4
           for (int v = 0; v < V; ++v)
-            acc[r][v] = (f32v)_mm512_dpbf16_ps((__m512)acc[r][v], (__m512bh)_mm512_set1_epi32(pair),
-                                               (__m512bh)weight[v]);
+            acc[r][v] =
+                (f32v)_mm512_dpbf16_ps((__m512)acc[r][v], (__m512bh)_mm512_set1_epi32(pair), (__m512bh)weight[v]);
         }
         xp += R;
 #endif
@@ -246,9 +246,7 @@ BASED_INLINE f32v gelu(f32v x) {
 }
 
 // ½ x (1 + tanh u) = x · sigmoid(2u), u = √(2/π) (x + 0.044715 x³).
-BASED_INLINE f32v gelu_tanh(f32v x) {
-  return x * sigmoid(splat(1.59576912f) * (x + splat(0.044715f) * x * x * x));
-}
+BASED_INLINE f32v gelu_tanh(f32v x) { return x * sigmoid(splat(1.59576912f) * (x + splat(0.044715f) * x * x * x)); }
 
 BASED_INLINE f32v activate(Activation activation, f32v x) {
   switch (activation) {
@@ -327,7 +325,8 @@ void multiply(const LinearTask& task) {
 
 const LinearKernels& linear_kernels(IsaTag<BASED_ISA::kIsa>) {
   using namespace BASED_ISA;
-  static constexpr LinearKernels kernels{kMaxRows,  row_dtype, pack_panel, pack_rows, multiply, unpack_column, to_float32};
+  static constexpr LinearKernels kernels{kMaxRows, row_dtype,     pack_panel, pack_rows,
+                                         multiply, unpack_column, to_float32};
   return kernels;
 }
 
