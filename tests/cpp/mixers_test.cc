@@ -1,0 +1,502 @@
+// Operations of a block on the CPU against plain double-precision references, and the laws: what a sequence yields
+// does not depend on its neighbours, on the number of threads, nor (where that is promised) on how it is cut.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "backend/cpu/cpu_backend.h"
+#include "backend/cpu/cpu_states.h"
+#include "backend/cpu/kernels/linear_attention.h"
+
+namespace based::cpu {
+namespace {
+
+using backend::Matrix;
+using backend::RaggedBatch;
+
+std::vector<float> random_floats(std::size_t size, std::uint64_t seed, double sd = 1) {
+  std::mt19937_64 random(seed);
+  std::normal_distribution<double> normal(0, sd);
+  std::vector<float> x(size);
+  for (float& xi : x) xi = static_cast<float>(normal(random));
+  return x;
+}
+
+double relative_error(const std::vector<float>& x, const std::vector<double>& expected) {
+  EXPECT_EQ(x.size(), expected.size());
+  double error = 0, norm = 0;
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    error += (x[i] - expected[i]) * (x[i] - expected[i]);
+    norm += expected[i] * expected[i];
+  }
+  return std::sqrt(error / norm);
+}
+
+// rel-L2. φ(q)·φ(k) of f = 64 cancels to about 1/64 of its terms: the others stay below 1e-6.
+constexpr double kTolerance = 3e-6;
+
+CpuBackend make_cpu(Isa isa, int threads = 2) { return {std::make_shared<ThreadPool>(threads), isa}; }
+
+// One mixer layer, seen from outside: a sequence of input rows to a sequence of output rows.
+struct Mixer {
+  MixerConfig config;
+  std::vector<float> taps;  // of a gated conv
+
+  explicit Mixer(MixerConfig mixer) : config(std::move(mixer)) {
+    if (const auto* conv = std::get_if<GatedConvConfig>(&config))
+      taps = random_floats(static_cast<std::size_t>(conv->inner_size * conv->kernel_size), 77, 0.5);
+  }
+
+  std::int64_t input_width() const {
+    if (const auto* conv = std::get_if<GatedConvConfig>(&config)) return 2 * conv->inner_size;
+    if (const auto* linear = std::get_if<LinearAttentionConfig>(&config))
+      return linear->num_heads * (2 * linear->feature_dim + linear->head_dim);
+    const auto& window = std::get<SlidingWindowConfig>(config);
+    return (window.num_heads + 2 * window.num_kv_heads) * window.head_dim;
+  }
+  std::int64_t output_width() const {
+    if (const auto* conv = std::get_if<GatedConvConfig>(&config)) return conv->inner_size;
+    if (const auto* linear = std::get_if<LinearAttentionConfig>(&config)) return linear->num_heads * linear->head_dim;
+    const auto& window = std::get<SlidingWindowConfig>(config);
+    return window.num_heads * window.head_dim;
+  }
+  std::unique_ptr<backend::StatePool> states(CpuBackend& cpu, DType ring, int capacity) const {
+    ModelConfig model;
+    model.layers = {config};
+    return cpu.make_states(model, ring, capacity);
+  }
+  void run(CpuBackend& cpu, const RaggedBatch& batch, const Matrix& in, backend::StatePool& states,
+           const Matrix& out) const {
+    if (const auto* conv = std::get_if<GatedConvConfig>(&config)) {
+      cpu.gated_conv(*conv, taps.data(), batch, in, states, 0, out);
+    } else if (const auto* linear = std::get_if<LinearAttentionConfig>(&config)) {
+      cpu.linear_attention(*linear, batch, in, states, 0, out);
+    } else {
+      cpu.sliding_window(std::get<SlidingWindowConfig>(config), batch, in, states, 0, out);
+    }
+  }
+  // Input of one sequence.
+  std::vector<float> input(std::int64_t tokens, std::uint64_t seed) const {
+    return random_floats(static_cast<std::size_t>(tokens * input_width()), seed);
+  }
+};
+
+// A part of a sequence, to be fed in one call.
+struct Piece {
+  const float* in;
+  std::int64_t tokens;
+  int slot;
+  std::int64_t position;
+};
+
+// Feeds the pieces in one call. Returns each one's output.
+std::vector<std::vector<float>> feed(const Mixer& mixer, CpuBackend& cpu, backend::StatePool& states,
+                                     const std::vector<Piece>& pieces, DType dtype = DType::float32) {
+  std::vector<std::int32_t> tokens, offsets{0}, slots;
+  std::vector<std::int64_t> positions;
+  std::vector<float> in;
+  for (const Piece& piece : pieces) {
+    tokens.insert(tokens.end(), static_cast<std::size_t>(piece.tokens), 0);
+    offsets.push_back(static_cast<std::int32_t>(tokens.size()));
+    slots.push_back(piece.slot);
+    positions.push_back(piece.position);
+    in.insert(in.end(), piece.in, piece.in + piece.tokens * mixer.input_width());
+  }
+  const auto rows = static_cast<std::int64_t>(tokens.size());
+  std::vector<float> out(static_cast<std::size_t>(rows * mixer.output_width()), std::nanf(""));
+  std::vector<std::uint16_t> out16(out.size(), 0x7fc0);
+  const bool bf16 = dtype == DType::bfloat16;
+  mixer.run(cpu, {tokens, offsets, slots, positions}, {in.data(), DType::float32, rows, mixer.input_width()}, states,
+            {bf16 ? static_cast<void*>(out16.data()) : out.data(), dtype, rows, mixer.output_width()});
+  if (bf16) std::transform(out16.begin(), out16.end(), out.begin(), float_from_bf16);
+  std::vector<std::vector<float>> results;
+  for (std::size_t b = 0; b < pieces.size(); ++b)
+    results.emplace_back(out.begin() + offsets[b] * mixer.output_width(),
+                         out.begin() + offsets[b + 1] * mixer.output_width());
+  return results;
+}
+
+// One sequence, in calls of the given numbers of tokens.
+std::vector<float> feed_cut(const Mixer& mixer, CpuBackend& cpu, const std::vector<float>& in,
+                            const std::vector<std::int64_t>& cuts, DType ring = DType::float32) {
+  const auto states = mixer.states(cpu, ring, 1);
+  std::vector<float> out;
+  std::int64_t position = 0;
+  for (std::int64_t tokens : cuts) {
+    const auto part = feed(mixer, cpu, *states, {{in.data() + position * mixer.input_width(), tokens, 0, position}});
+    out.insert(out.end(), part[0].begin(), part[0].end());
+    position += tokens;
+  }
+  EXPECT_EQ(position * mixer.input_width(), static_cast<std::int64_t>(in.size()));
+  return out;
+}
+
+// ---- references -----------------------------------------------------------------------------------------------------
+
+std::vector<double> reference(const GatedConvConfig& c, const std::vector<float>& taps, const std::vector<float>& u,
+                              std::int64_t) {
+  const std::int64_t e = c.inner_size, k = c.kernel_size, tokens = static_cast<std::int64_t>(u.size()) / (2 * e);
+  std::vector<double> out;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    for (std::int64_t i = 0; i < e; ++i) {
+      double sum = 0;
+      for (std::int64_t j = 0; j < k; ++j)
+        if (t - k + 1 + j >= 0) sum += double{taps[i * k + j]} * u[(t - k + 1 + j) * 2 * e + i];
+      out.push_back(sum / (1 + std::exp(-sum)) * u[t * 2 * e + e + i]);
+    }
+  }
+  return out;
+}
+
+std::vector<double> reference(const LinearAttentionConfig& c, const std::vector<float>&, const std::vector<float>& qkv,
+                              std::int64_t) {
+  const std::int64_t H = c.num_heads, f = c.feature_dim, dv = c.head_dim, width = H * (2 * f + dv);
+  const std::int64_t tokens = static_cast<std::int64_t>(qkv.size()) / width;
+  std::vector<double> out(static_cast<std::size_t>(tokens * H * dv));
+  for (std::int64_t h = 0; h < H; ++h) {
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      double denominator = c.eps;
+      std::vector<double> numerator(static_cast<std::size_t>(dv));
+      for (std::int64_t j = 0; j <= t; ++j) {
+        double s = 0;
+        for (std::int64_t i = 0; i < f; ++i) s += double{qkv[t * width + h * f + i]} * qkv[j * width + (H + h) * f + i];
+        s /= std::sqrt(static_cast<double>(f));
+        const double p = 1 + s + s * s / 2;
+        denominator += p;
+        for (std::int64_t i = 0; i < dv; ++i) numerator[i] += p * qkv[j * width + 2 * H * f + h * dv + i];
+      }
+      for (std::int64_t i = 0; i < dv; ++i) out[(t * H + h) * dv + i] = numerator[i] / denominator;
+    }
+  }
+  return out;
+}
+
+// The first token stands at `start`; what the ring holds before is zeros.
+std::vector<double> reference(const SlidingWindowConfig& c, const std::vector<float>&, const std::vector<float>& qkv,
+                              std::int64_t start) {
+  const std::int64_t H = c.num_heads, Hkv = c.num_kv_heads, hd = c.head_dim, width = (H + 2 * Hkv) * hd;
+  const std::int64_t tokens = static_cast<std::int64_t>(qkv.size()) / width;
+  const auto rotated = [&](std::int64_t t, std::int64_t head) {
+    const float* x = qkv.data() + t * width + head * hd;
+    std::vector<double> y(x, x + hd);
+    const std::int64_t n = (c.rotary_dim + 1) / 2;
+    for (std::int64_t i = 0; i < n; ++i) {
+      const double angle = static_cast<double>(start + t) * std::pow(c.rotary_base, -2.0 * i / c.rotary_dim);
+      const std::int64_t a = c.rotary_interleaved ? 2 * i : i, b = c.rotary_interleaved ? 2 * i + 1 : i + n;
+      y[a] = x[a] * std::cos(angle) - x[b] * std::sin(angle);
+      y[b] = x[a] * std::sin(angle) + x[b] * std::cos(angle);
+    }
+    return y;
+  };
+  std::vector<double> out(static_cast<std::size_t>(tokens * H * hd));
+  for (std::int64_t h = 0; h < H; ++h) {
+    const std::int64_t kv = h / (H / Hkv);
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      const auto q = rotated(t, h);
+      double denominator = 0;
+      std::vector<double> numerator(static_cast<std::size_t>(hd));
+      for (std::int64_t p = std::max<std::int64_t>(0, start + t - c.window + 1); p <= start + t; ++p) {
+        if (p < start) {
+          denominator += 1;
+          continue;
+        }
+        const auto k = rotated(p - start, H + kv);
+        double s = 0;
+        for (std::int64_t i = 0; i < hd; ++i) s += q[i] * k[i];
+        const double e = std::exp(c.scale * s);
+        denominator += e;
+        for (std::int64_t i = 0; i < hd; ++i) numerator[i] += e * qkv[(p - start) * width + (H + Hkv + kv) * hd + i];
+      }
+      for (std::int64_t i = 0; i < hd; ++i) out[(t * H + h) * hd + i] = numerator[i] / denominator;
+    }
+  }
+  return out;
+}
+
+std::vector<double> reference(const Mixer& mixer, const std::vector<float>& in, std::int64_t start = 0) {
+  return std::visit([&](const auto& config) { return reference(config, mixer.taps, in, start); }, mixer.config);
+}
+
+// ---- shapes ---------------------------------------------------------------------------------------------------------
+
+std::vector<Mixer> convs() {
+  return {Mixer(GatedConvConfig{256, 3, true}), Mixer(GatedConvConfig{1, 1, false}),
+          Mixer(GatedConvConfig{37, 4, false}), Mixer(GatedConvConfig{530, 2, false}),
+          Mixer(GatedConvConfig{19, 90, false})};
+}
+
+std::vector<Mixer> linears() {
+  return {Mixer(LinearAttentionConfig{4, 16, 32, 1e-12}),  Mixer(LinearAttentionConfig{3, 16, 64, 1e-12}),
+          Mixer(LinearAttentionConfig{1, 1, 1, 0}),        Mixer(LinearAttentionConfig{2, 5, 7, 1e-6}),
+          Mixer(LinearAttentionConfig{1, 24, 112, 1e-12}), Mixer(LinearAttentionConfig{1, 33, 80, 1e-12}),
+          Mixer(LinearAttentionConfig{1, 64, 130, 1e-12})};
+}
+
+SlidingWindowConfig window_config(std::int64_t H, std::int64_t Hkv, std::int64_t hd, std::int64_t window,
+                                  std::int64_t rotary, bool interleaved = false) {
+  SlidingWindowConfig c;
+  c.num_heads = H;
+  c.num_kv_heads = Hkv;
+  c.head_dim = hd;
+  c.window = window;
+  c.scale = 1 / std::sqrt(static_cast<double>(hd));
+  c.rotary_dim = rotary;
+  c.rotary_interleaved = interleaved;
+  return c;
+}
+
+std::vector<Mixer> windows() {
+  return {Mixer(window_config(4, 4, 32, 9, 32)),         Mixer(window_config(2, 2, 64, 129, 64)),
+          Mixer(window_config(1, 1, 1, 1, 0)),           Mixer(window_config(6, 2, 7, 5, 3)),
+          Mixer(window_config(6, 1, 20, 16, 20, true)),  Mixer(window_config(3, 3, 112, 17, 50)),
+          Mixer(window_config(2, 1, 80, 300, 13, true)), Mixer(window_config(5, 5, 33, 31, 31))};
+}
+
+std::vector<Mixer> all_mixers() {
+  std::vector<Mixer> all = convs();
+  for (auto& mixers : {linears(), windows()}) all.insert(all.end(), mixers.begin(), mixers.end());
+  return all;
+}
+
+std::string describe(const Mixer& mixer) {
+  return std::to_string(mixer.config.index()) + ": " + std::to_string(mixer.input_width()) + " → " +
+         std::to_string(mixer.output_width());
+}
+
+class Mixers : public testing::TestWithParam<Isa> {};
+INSTANTIATE_TEST_SUITE_P(Cpu, Mixers, testing::ValuesIn(available_isas()),
+                         [](const auto& isa) { return std::string(name_of(isa.param)); });
+
+// ---- tests ----------------------------------------------------------------------------------------------------------
+
+TEST_P(Mixers, MatchReferenceInOneCall) {
+  CpuBackend cpu = make_cpu(GetParam());
+  for (const Mixer& mixer : all_mixers()) {
+    SCOPED_TRACE(describe(mixer));
+    for (std::int64_t tokens : {1, 2, 15, 16, 17, 63, 64, 65, 150, 200}) {
+      const auto in = mixer.input(tokens, static_cast<std::uint64_t>(tokens));
+      EXPECT_LT(relative_error(feed_cut(mixer, cpu, in, {tokens}), reference(mixer, in)), kTolerance) << tokens;
+    }
+  }
+}
+
+TEST_P(Mixers, MatchReferenceTokenByToken) {
+  CpuBackend cpu = make_cpu(GetParam());
+  for (const Mixer& mixer : all_mixers()) {
+    SCOPED_TRACE(describe(mixer));
+    const auto in = mixer.input(150, 1);
+    EXPECT_LT(relative_error(feed_cut(mixer, cpu, in, std::vector<std::int64_t>(150, 1)), reference(mixer, in)),
+              kTolerance);
+  }
+}
+
+TEST_P(Mixers, MatchReferenceInRaggedBatches) {
+  CpuBackend cpu = make_cpu(GetParam(), 3);
+  std::mt19937 random(5);
+  const std::vector<std::int64_t> lengths{150, 1, 40, 97, 3, 129};
+  for (const Mixer& mixer : all_mixers()) {
+    SCOPED_TRACE(describe(mixer));
+    const auto states = mixer.states(cpu, DType::float32, 8);
+    std::vector<std::vector<float>> in, out(lengths.size());
+    for (std::size_t b = 0; b < lengths.size(); ++b) in.push_back(mixer.input(lengths[b], b));
+    std::vector<std::int64_t> seen(lengths.size(), 0);
+    while (seen != lengths) {
+      std::vector<Piece> pieces;
+      std::vector<std::size_t> who;
+      for (std::size_t b = 0; b < lengths.size(); ++b) {
+        const std::int64_t left = lengths[b] - seen[b];
+        if (left == 0 || random() % 4 == 0) continue;
+        const std::int64_t tokens = random() % 2 == 0 ? 1 : 1 + static_cast<std::int64_t>(random() % left);
+        who.push_back(b);
+        pieces.push_back(
+            {in[b].data() + seen[b] * mixer.input_width(), tokens, static_cast<int>((b * 3 + 1) % 8), seen[b]});
+        seen[b] += tokens;
+      }
+      if (pieces.empty()) continue;
+      const auto parts = feed(mixer, cpu, *states, pieces);
+      for (std::size_t i = 0; i < who.size(); ++i)
+        out[who[i]].insert(out[who[i]].end(), parts[i].begin(), parts[i].end());
+    }
+    for (std::size_t b = 0; b < lengths.size(); ++b)
+      EXPECT_LT(relative_error(out[b], reference(mixer, in[b])), kTolerance) << b;
+  }
+}
+
+TEST_P(Mixers, CutsChangeNoBitOfConvAndWindow) {
+  CpuBackend cpu = make_cpu(GetParam());
+  std::vector<Mixer> mixers = convs();
+  for (const Mixer& mixer : windows()) mixers.push_back(mixer);
+  std::mt19937 random(6);
+  for (const Mixer& mixer : mixers) {
+    SCOPED_TRACE(describe(mixer));
+    for (DType ring : {DType::float32, DType::bfloat16}) {
+      const std::int64_t tokens = 170;
+      const auto in = mixer.input(tokens, 8);
+      const auto whole = feed_cut(mixer, cpu, in, {tokens}, ring);
+      EXPECT_EQ(feed_cut(mixer, cpu, in, std::vector<std::int64_t>(170, 1), ring), whole);
+      for (int trial = 0; trial < 6; ++trial) {
+        std::vector<std::int64_t> cuts;
+        for (std::int64_t left = tokens; left > 0; left -= cuts.back())
+          cuts.push_back(std::min<std::int64_t>(left, 1 + random() % (trial < 3 ? 6 : 90)));
+        EXPECT_EQ(feed_cut(mixer, cpu, in, cuts, ring), whole);
+      }
+    }
+  }
+}
+
+TEST_P(Mixers, CutsAtChunksChangeNoBitOfLinearAttention) {
+  CpuBackend cpu = make_cpu(GetParam());
+  ASSERT_EQ(cpu.chunk_tokens() % kTaylorChunk, 0);
+  for (const Mixer& mixer : linears()) {
+    SCOPED_TRACE(describe(mixer));
+    for (std::int64_t tail : {5, 40, 64}) {
+      const std::int64_t c = kTaylorChunk;
+      const auto in = mixer.input(4 * c + tail, 9);
+      const auto whole = feed_cut(mixer, cpu, in, {4 * c + tail});
+      EXPECT_EQ(feed_cut(mixer, cpu, in, {c, 2 * c, c, tail}), whole);
+      EXPECT_EQ(feed_cut(mixer, cpu, in, {3 * c, c + tail}), whole);
+    }
+  }
+}
+
+TEST_P(Mixers, NeighboursAndThreadsChangeNoBit) {
+  CpuBackend one = make_cpu(GetParam(), 1);
+  for (const Mixer& mixer : all_mixers()) {
+    SCOPED_TRACE(describe(mixer));
+    const auto in = mixer.input(100, 10), other = mixer.input(100, 11);
+    const std::vector<std::int64_t> cuts{30, 1, 1, 20, 48};
+    const auto alone = feed_cut(mixer, one, in, cuts, DType::bfloat16);
+    for (int threads : {1, 2, 5, 40}) {
+      CpuBackend cpu = make_cpu(GetParam(), threads);
+      const auto states = mixer.states(cpu, DType::bfloat16, 3);
+      std::vector<float> out;
+      std::int64_t position = 0, other_position = 0;
+      for (std::int64_t tokens : cuts) {
+        const std::int64_t other_tokens = 21 - tokens % 20;
+        const auto parts = feed(mixer, cpu, *states,
+                                {{other.data() + other_position * mixer.input_width(), other_tokens, 0, other_position},
+                                 {in.data() + position * mixer.input_width(), tokens, 2, position},
+                                 {other.data() + other_position * mixer.input_width(), 1, 1, other_position}});
+        out.insert(out.end(), parts[1].begin(), parts[1].end());
+        position += tokens;
+        other_position += other_tokens;
+      }
+      EXPECT_EQ(out, alone) << threads << " threads";
+    }
+  }
+}
+
+TEST_P(Mixers, Bfloat16OutputIsTheRoundedFloat32Output) {
+  CpuBackend cpu = make_cpu(GetParam());
+  for (const Mixer& mixer : all_mixers()) {
+    SCOPED_TRACE(describe(mixer));
+    for (std::int64_t tokens : {1, 70}) {
+      const auto in = mixer.input(tokens, 12);
+      const auto a = mixer.states(cpu, DType::float32, 1), b = mixer.states(cpu, DType::float32, 1);
+      auto wide = feed(mixer, cpu, *a, {{in.data(), tokens, 0, 0}})[0];
+      for (float& x : wide) x = float_from_bf16(bf16_from_float(x));
+      EXPECT_EQ(feed(mixer, cpu, *b, {{in.data(), tokens, 0, 0}}, DType::bfloat16)[0], wide);
+    }
+  }
+}
+
+TEST_P(Mixers, RotaryIsExactFarFromTheStart) {
+  CpuBackend cpu = make_cpu(GetParam());
+  for (bool interleaved : {false, true}) {
+    const Mixer mixer(window_config(2, 2, 32, 12, 32, interleaved));
+    const std::int64_t start = 30'000'017, tokens = 40;
+    const auto in = mixer.input(tokens, 13);
+    const auto states = mixer.states(cpu, DType::float32, 1);
+    EXPECT_LT(
+        relative_error(feed(mixer, cpu, *states, {{in.data(), tokens, 0, start}})[0], reference(mixer, in, start)),
+        2e-6);
+  }
+}
+
+TEST_P(Mixers, Bfloat16RingsCostWhatTheirRoundingDoes) {
+  CpuBackend cpu = make_cpu(GetParam());
+  for (const Mixer& mixer : windows()) {
+    const auto in = mixer.input(150, 14);
+    EXPECT_LT(relative_error(feed_cut(mixer, cpu, in, {150}, DType::bfloat16), reference(mixer, in)), 8e-3);
+  }
+}
+
+TEST_P(Mixers, LinearAttentionStaysExactOverManyTokens) {
+  CpuBackend cpu = make_cpu(GetParam());
+  const Mixer mixer(LinearAttentionConfig{1, 8, 16, 1e-12});
+  const auto in = mixer.input(3000, 15);
+  const auto expected = reference(mixer, in);
+  EXPECT_LT(relative_error(feed_cut(mixer, cpu, in, {3000}), expected), 3e-6);
+  EXPECT_LT(relative_error(feed_cut(mixer, cpu, in, std::vector<std::int64_t>(3000, 1)), expected), 3e-6);
+}
+
+TEST_P(Mixers, WindowAttentionWithLargeScoresIsExact) {
+  CpuBackend cpu = make_cpu(GetParam());
+  const Mixer mixer(window_config(2, 2, 64, 33, 0));
+  auto in = mixer.input(60, 16);
+  for (float& x : in) x *= 6;  // scores up to some hundred
+  EXPECT_LT(relative_error(feed_cut(mixer, cpu, in, {60}), reference(mixer, in)), 2e-5);
+}
+
+// ---- norm -----------------------------------------------------------------------------------------------------------
+
+std::vector<double> norm_reference(NormKind kind, double eps, const std::vector<float>& w, const float* b,
+                                   const float* x) {
+  const std::size_t d = w.size();
+  double mean = 0, square = 0;
+  if (kind == NormKind::layer_norm)
+    for (std::size_t i = 0; i < d; ++i) mean += x[i] / static_cast<double>(d);
+  for (std::size_t i = 0; i < d; ++i) square += (x[i] - mean) * (x[i] - mean) / static_cast<double>(d);
+  std::vector<double> y;
+  for (std::size_t i = 0; i < d; ++i)
+    y.push_back((x[i] - mean) / std::sqrt(square + eps) * w[i] + (b == nullptr ? 0 : b[i]));
+  return y;
+}
+
+TEST_P(Mixers, NormMatchesReference) {
+  CpuBackend cpu = make_cpu(GetParam(), 3);
+  for (NormKind kind : {NormKind::rms_norm, NormKind::layer_norm}) {
+    for (std::int64_t d : {1, 3, 16, 63, 64, 65, 128, 1000, 1792}) {
+      const std::int64_t rows = 37;
+      const auto width = static_cast<std::size_t>(d);
+      auto x = random_floats(width * rows, 20), w = random_floats(width, 21), b = random_floats(width, 22);
+      for (float& xi : x) xi += 0.5f;
+      for (double eps : {1e-5, 0.1}) {
+        for (const float* bias : {static_cast<const float*>(nullptr), static_cast<const float*>(b.data())}) {
+          std::vector<float> y(x.size());
+          std::vector<std::uint16_t> y16(x.size());
+          const Matrix r{x.data(), DType::float32, rows, d};
+          cpu.norm(kind, eps, w.data(), bias, r, {}, {y.data(), DType::float32, rows, d});
+          cpu.norm(kind, eps, w.data(), bias, r, {}, {y16.data(), DType::bfloat16, rows, d});
+          std::vector<double> expected;
+          for (std::int64_t i = 0; i < rows; ++i)
+            for (double v : norm_reference(kind, eps, w, bias, x.data() + i * d)) expected.push_back(v);
+          if (kind == NormKind::rms_norm || d > 1) {  // else all zeros
+            EXPECT_LT(relative_error(y, expected), 5e-7) << d;
+          }
+          for (std::size_t i = 0; i < y.size(); ++i) ASSERT_EQ(y16[i], bf16_from_float(y[i]));
+
+          const std::vector<std::int32_t> some{36, 0, 5};
+          std::vector<float> picked(width * some.size());
+          cpu.norm(kind, eps, w.data(), bias, r, some, {picked.data(), DType::float32, 3, d});
+          for (std::size_t i = 0; i < some.size(); ++i)
+            EXPECT_TRUE(std::equal(picked.begin() + static_cast<std::ptrdiff_t>(i * width),
+                                   picked.begin() + static_cast<std::ptrdiff_t>((i + 1) * width),
+                                   y.begin() + some[i] * d));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace based::cpu
