@@ -1,0 +1,262 @@
+// Slots of the CPU's state pool: saved form, copies, limits.
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <memory>
+#include <new>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "backend/cpu/cpu_backend.h"
+#include "backend/cpu/cpu_states.h"
+#include "based/error.h"
+
+namespace based::cpu {
+namespace {
+
+using backend::NamedTensor;
+using backend::StatePool;
+
+CpuBackend make_cpu() { return {std::make_shared<ThreadPool>(2), choose_isa()}; }
+
+constexpr GatedConvConfig kConv{21, 4, true};
+constexpr LinearAttentionConfig kLinear{3, 5, 18, 1e-12};
+constexpr SlidingWindowConfig kWindow{4, 2, 10, 19, 0.3, false, false, 10, 10000.0, false};
+
+ModelConfig model() {
+  ModelConfig config;
+  config.layers = {kConv, kLinear, kWindow, kConv};
+  return config;
+}
+
+std::vector<float> random_floats(std::int64_t size, std::uint64_t seed) {
+  std::mt19937_64 random(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> x(static_cast<std::size_t>(size));
+  for (float& xi : x) xi = normal(random);
+  return x;
+}
+
+// Feeds tokens [begin, end) of a fixed random sequence to every layer of a slot; all outputs, one after another.
+std::vector<float> advance(CpuBackend& cpu, StatePool& states, int slot, std::int64_t begin, std::int64_t end,
+                           std::uint64_t seed = 0) {
+  const std::int64_t n = end - begin;
+  const std::vector<std::int32_t> tokens(static_cast<std::size_t>(n)), offsets{0, static_cast<std::int32_t>(n)},
+      slots{slot};
+  const std::vector<std::int64_t> positions{begin};
+  const backend::RaggedBatch batch{tokens, offsets, slots, positions};
+  std::vector<float> outputs;
+  const auto layer = [&](std::int64_t in_width, std::int64_t out_width, auto&& run) {
+    std::vector<float> in, out(static_cast<std::size_t>(n * out_width));
+    for (std::int64_t t = begin; t < end; ++t) {
+      const auto row = random_floats(in_width, seed * 1000 + static_cast<std::uint64_t>(t));
+      in.insert(in.end(), row.begin(), row.end());
+    }
+    run({in.data(), DType::float32, n, in_width}, {out.data(), DType::float32, n, out_width});
+    outputs.insert(outputs.end(), out.begin(), out.end());
+  };
+  const auto taps = random_floats(kConv.inner_size * kConv.kernel_size, 99);
+  for (int i : {0, 3}) {
+    layer(2 * kConv.inner_size, kConv.inner_size, [&](const backend::Matrix& in, const backend::Matrix& out) {
+      cpu.gated_conv(kConv, taps.data(), batch, in, states, i, out);
+    });
+  }
+  layer(kLinear.num_heads * (2 * kLinear.feature_dim + kLinear.head_dim), kLinear.num_heads * kLinear.head_dim,
+        [&](const backend::Matrix& in, const backend::Matrix& out) {
+          cpu.linear_attention(kLinear, batch, in, states, 1, out);
+        });
+  layer((kWindow.num_heads + 2 * kWindow.num_kv_heads) * kWindow.head_dim, kWindow.num_heads * kWindow.head_dim,
+        [&](const backend::Matrix& in, const backend::Matrix& out) {
+          cpu.sliding_window(kWindow, batch, in, states, 2, out);
+        });
+  return outputs;
+}
+
+std::vector<TensorView> views(const std::vector<NamedTensor>& tensors) {
+  std::vector<TensorView> out;
+  for (const NamedTensor& t : tensors) out.push_back(t.tensor.view());
+  return out;
+}
+
+void expect_equal(const std::vector<NamedTensor>& a, const std::vector<NamedTensor>& b) {
+  ASSERT_EQ(a.size(), b.size());
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    EXPECT_EQ(a[i].name, b[i].name);
+    EXPECT_EQ(a[i].tensor.dtype(), b[i].tensor.dtype());
+    ASSERT_EQ(a[i].tensor.shape(), b[i].tensor.shape());
+    EXPECT_EQ(std::memcmp(a[i].tensor.data(), b[i].tensor.data(), a[i].tensor.nbytes()), 0) << a[i].name;
+  }
+}
+
+TEST(States, SavedFormHasNamesShapesAndDtypes) {
+  CpuBackend cpu = make_cpu();
+  for (DType ring : {DType::float32, DType::bfloat16}) {
+    const auto states = cpu.make_states(model(), ring, 2);
+    for (std::int64_t tokens : {0, 7, 40}) {
+      if (tokens > 0) {
+        cpu.reset_state(*states, 1);
+        advance(cpu, *states, 1, 0, tokens);
+      }
+      const auto saved = cpu.export_state(*states, 1, tokens);
+      const std::vector<std::string> names{"layers.0.conv", "layers.1.taylor", "layers.2.keys", "layers.2.values",
+                                           "layers.3.conv"};
+      const std::int64_t kept = std::min<std::int64_t>(tokens, 19);
+      const std::vector<std::vector<std::int64_t>> shapes{{3, 21}, {3, 21, 19}, {kept, 2, 10}, {kept, 2, 10}, {3, 21}};
+      ASSERT_EQ(saved.size(), names.size());
+      for (std::size_t i = 0; i < names.size(); ++i) {
+        EXPECT_EQ(saved[i].name, names[i]);
+        EXPECT_EQ(saved[i].tensor.shape(), shapes[i]);
+        EXPECT_EQ(saved[i].tensor.dtype(), i == 2 || i == 3 ? ring : DType::float32);
+      }
+    }
+  }
+}
+
+TEST(States, SavedFormHoldsWhatItSays) {
+  CpuBackend cpu = make_cpu();
+  const auto states = cpu.make_states(model(), DType::float32, 1);
+  advance(cpu, *states, 0, 0, 2);
+  advance(cpu, *states, 0, 2, 25);
+  const auto saved = cpu.export_state(*states, 0, 25);
+
+  const auto* conv = saved[0].tensor.data_as<float>();  // the last u₁, oldest first
+  for (std::int64_t i = 0; i < 3; ++i) {
+    const auto u = random_floats(2 * 21, static_cast<std::uint64_t>(22 + i));
+    for (std::size_t c = 0; c < 21; ++c) EXPECT_EQ(conv[static_cast<std::size_t>(i) * 21 + c], u[c]);
+  }
+
+  const std::int64_t H = 3, f = 5, dv = 18;  // Σ φ(k) [v | 1]ᵀ
+  std::vector<double> expected(static_cast<std::size_t>(H * 21 * (dv + 1)));
+  for (std::int64_t t = 0; t < 25; ++t) {
+    const auto qkv = random_floats(H * (2 * f + dv), static_cast<std::uint64_t>(t));
+    for (std::int64_t h = 0; h < H; ++h) {
+      const float* k = qkv.data() + (H + h) * f;
+      std::vector<double> phi{1};
+      for (std::int64_t i = 0; i < f; ++i) phi.push_back(k[i] / std::pow(5, 0.25));
+      for (std::int64_t i = 0; i < f; ++i)
+        for (std::int64_t j = i; j < f; ++j) phi.push_back(k[i] * k[j] / std::sqrt(i == j ? 10.0 : 5.0));
+      for (std::int64_t p = 0; p < 21; ++p)
+        for (std::int64_t c = 0; c <= dv; ++c)
+          expected[static_cast<std::size_t>((h * 21 + p) * (dv + 1) + c)] +=
+              phi[static_cast<std::size_t>(p)] * (c < dv ? qkv[static_cast<std::size_t>(2 * H * f + h * dv + c)] : 1);
+    }
+  }
+  for (std::size_t i = 0; i < expected.size(); ++i)
+    EXPECT_NEAR(saved[1].tensor.data_as<float>()[i], expected[i], 2e-5) << i;
+
+  const std::int64_t Hkv = 2, hd = 10, n = 5;  // tokens 6 … 24, keys rotated
+  for (std::int64_t t = 6; t < 25; ++t) {
+    const auto qkv = random_floats((4 + 2 * Hkv) * hd, static_cast<std::uint64_t>(t));
+    for (std::int64_t h = 0; h < Hkv; ++h) {
+      const float* k = qkv.data() + (4 + h) * hd;
+      const float* v = k + Hkv * hd;
+      const std::int64_t at = ((t - 6) * Hkv + h) * hd;
+      for (std::int64_t i = 0; i < n; ++i) {
+        const double angle = static_cast<double>(t) * std::pow(10000.0, -2.0 * static_cast<double>(i) / 10);
+        EXPECT_NEAR(saved[2].tensor.data_as<float>()[at + i], k[i] * std::cos(angle) - k[i + n] * std::sin(angle),
+                    1e-6);
+        EXPECT_NEAR(saved[2].tensor.data_as<float>()[at + i + n], k[i] * std::sin(angle) + k[i + n] * std::cos(angle),
+                    1e-6);
+      }
+      for (std::int64_t i = 0; i < hd; ++i) EXPECT_EQ(saved[3].tensor.data_as<float>()[at + i], v[i]);
+    }
+  }
+}
+
+TEST(States, ImportContinuesBitForBit) {
+  CpuBackend cpu = make_cpu();
+  for (DType ring : {DType::float32, DType::bfloat16}) {
+    for (std::int64_t tokens : {1, 2, 18, 19, 20, 33, 100}) {
+      const auto states = cpu.make_states(model(), ring, 1), other = cpu.make_states(model(), ring, 3);
+      advance(cpu, *states, 0, 0, tokens);
+      const auto saved = cpu.export_state(*states, 0, tokens);
+      advance(cpu, *other, 2, 0, 64, 7);  // to be forgotten
+      cpu.import_state(*other, 2, tokens, views(saved));
+      expect_equal(cpu.export_state(*other, 2, tokens), saved);
+      EXPECT_EQ(advance(cpu, *other, 2, tokens, tokens + 1), advance(cpu, *states, 0, tokens, tokens + 1));
+      EXPECT_EQ(advance(cpu, *other, 2, tokens + 1, tokens + 50), advance(cpu, *states, 0, tokens + 1, tokens + 50));
+      expect_equal(cpu.export_state(*other, 2, tokens + 50), cpu.export_state(*states, 0, tokens + 50));
+    }
+  }
+}
+
+TEST(States, ImportTakesMisalignedDataAndConvertsRings) {
+  CpuBackend cpu = make_cpu();
+  const auto narrow = cpu.make_states(model(), DType::bfloat16, 1), wide = cpu.make_states(model(), DType::float32, 1);
+  advance(cpu, *narrow, 0, 0, 30);
+  const auto saved = cpu.export_state(*narrow, 0, 30);
+  std::vector<std::vector<std::byte>> shifted;
+  std::vector<TensorView> tensors = views(saved);
+  for (TensorView& view : tensors) {
+    shifted.emplace_back(view.nbytes() + 1);
+    std::memcpy(shifted.back().data() + 1, view.data, view.nbytes());
+    view.data = shifted.back().data() + 1;
+  }
+  cpu.import_state(*wide, 0, 30, tensors);
+  const auto widened = cpu.export_state(*wide, 0, 30);
+  for (std::size_t i : {2, 3})
+    for (std::int64_t j = 0; j < saved[i].tensor.size(); ++j)
+      ASSERT_EQ(widened[i].tensor.data_as<float>()[j], float_from_bf16(saved[i].tensor.data_as<std::uint16_t>()[j]));
+  const auto back = cpu.make_states(model(), DType::bfloat16, 1);
+  cpu.import_state(*back, 0, 30, views(widened));
+  expect_equal(cpu.export_state(*back, 0, 30), saved);
+}
+
+TEST(States, CopyAndReset) {
+  CpuBackend cpu = make_cpu();
+  const auto states = cpu.make_states(model(), DType::bfloat16, 3),
+             fresh = cpu.make_states(model(), DType::bfloat16, 1);
+  advance(cpu, *states, 0, 0, 30);
+  advance(cpu, *states, 1, 0, 12, 3);
+  const auto first = cpu.export_state(*states, 0, 30);
+  cpu.copy_state(*states, 0, *states, 2);
+  cpu.copy_state(*states, 0, *fresh, 0);
+  cpu.copy_state(*states, 0, *states, 0);
+  expect_equal(cpu.export_state(*states, 2, 30), first);
+  expect_equal(cpu.export_state(*fresh, 0, 30), first);
+  EXPECT_EQ(advance(cpu, *states, 2, 30, 45), advance(cpu, *fresh, 0, 30, 45));
+  expect_equal(cpu.export_state(*states, 0, 30), first);
+
+  const auto expected = advance(cpu, *cpu.make_states(model(), DType::bfloat16, 1), 0, 0, 9);
+  cpu.reset_state(*states, 0);
+  EXPECT_EQ(advance(cpu, *states, 0, 0, 9), expected);
+}
+
+TEST(States, SizesAreThoseOfTheirParts) {
+  CpuBackend cpu = make_cpu();
+  ModelConfig config;
+  config.layers = {SlidingWindowConfig{16, 16, 64, 128, 0.125, false, false, 64, 10000.0, false}};
+  EXPECT_EQ(cpu.make_states(config, DType::bfloat16, 1)->nbytes_per_slot(), 2u * 128 * 16 * 64 * 2);
+  config.layers = {LinearAttentionConfig{16, 16, 64, 1e-12}};
+  EXPECT_EQ(cpu.make_states(config, DType::bfloat16, 1)->nbytes_per_slot(), 16u * (156 * 64 + 160) * 4);
+  config.layers = {GatedConvConfig{2048, 3, true}};
+  const auto states = cpu.make_states(config, DType::bfloat16, 5);
+  EXPECT_EQ(states->nbytes_per_slot(), 2u * 2048 * 4);
+  EXPECT_EQ(states->capacity(), 5);
+}
+
+TEST(States, RefusesWhatCannotBe) {
+  CpuBackend cpu = make_cpu();
+  EXPECT_THROW(cpu.make_states(model(), DType::float32, 0), InvalidArgument);
+  EXPECT_THROW(cpu.make_states(model(), DType::float16, 1), InvalidArgument);
+  ModelConfig huge;
+  const std::int64_t big = std::int64_t{1} << 62;
+  const std::vector<MixerConfig> layers{
+      GatedConvConfig{big, big, false},
+      GatedConvConfig{1 << 20, 1 << 24, false},
+      LinearAttentionConfig{big, 16, 64, 0},
+      LinearAttentionConfig{1, big, 1, 0},
+      LinearAttentionConfig{16, 1 << 20, 64, 0},
+      SlidingWindowConfig{1, 1, 64, big, 1, false, false, 0, 10000.0, false},
+      SlidingWindowConfig{1, 1, 1 << 24, 1 << 24, 1, false, false, 0, 10000.0, false}};
+  for (const MixerConfig& layer : layers) {
+    huge.layers = {layer};
+    EXPECT_THROW(cpu.make_states(huge, DType::float32, 1), std::bad_alloc);
+  }
+  EXPECT_THROW(cpu.make_states(model(), DType::float32, std::numeric_limits<int>::max()), std::bad_alloc);
+}
+
+}  // namespace
+}  // namespace based::cpu
