@@ -24,6 +24,7 @@ Tensors = dict[str, StoredTensor]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _MAX_JSON = 64 << 20
+_BLOCK = 1 << 20  # elements that memory holds at a time
 _OUTPUTS = {"config.json", "model.safetensors", "tokenizer.json"}
 # Where the weights are, best first; the copies are equal where there are several.
 _WEIGHT_FILES = (
@@ -94,16 +95,16 @@ def is_published(directory: StrPath) -> bool:
 
 def _read_json(path: Path) -> object:
     """A JSON value without duplicate keys, NaN or Infinity."""
-    with path.open("rb") as file:
-        data = file.read(_MAX_JSON + 1)
-    if len(data) > _MAX_JSON:
-        raise FormatError(f"{path}: more than {_MAX_JSON} bytes")
+    if (size := path.stat().st_size) > _MAX_JSON:
+        raise FormatError(f"{path}: {size} bytes, expected at most {_MAX_JSON}")
+    data = path.read_bytes()
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} twice in one object")
+        result: dict[str, object] = {}
+        for key, value in pairs:
+            if key in result:
+                raise ValueError(f"key {key!r} twice in one object")
+            result[key] = value
         return result
 
     def constant(name: str) -> NoReturn:
@@ -140,7 +141,7 @@ def _read_shards(index_path: Path) -> Tensors:
     suffix = ".safetensors" if index_path.name.startswith("model.") else ".bin"
     tensors: Tensors = {}
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard or not shard.endswith(suffix):
+        if Path(shard).name != shard or "\0" in shard or not shard.endswith(suffix):
             raise FormatError(
                 f"{index_path}: weight_map: found file {shard!r}, expected the name of a {suffix} file beside it"
             )
@@ -177,9 +178,15 @@ def _head_differs(tensors: Tensors) -> bool:
         return True
     if a.__array_interface__["data"] == b.__array_interface__["data"] and a.strides == b.strides:
         return False  # one storage
-    bits = f"u{a.dtype.itemsize}"
-    # Row by row, so that no copy of the embedding is made.
-    return a.ndim == 0 or any(not np.array_equal(x.view(bits), y.view(bits)) for x, y in zip(a, b, strict=True))
+    if a.ndim == 0:
+        return True  # translation refuses its shape
+    return any(x.tobytes() != y.tobytes() for x, y in zip(_row_blocks(a), _row_blocks(b), strict=True))
+
+
+def _row_blocks(array: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
+    """The array in slices of its first axis, about _BLOCK elements each."""
+    rows = max(1, _BLOCK * len(array) // max(1, array.size))
+    return (array[row : row + rows] for row in range(0, len(array), rows))
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -188,8 +195,8 @@ def _head_differs(tensors: Tensors) -> bool:
 def _write_weights(directory: Path, recipes: list[Recipe], tensors: Tensors, dtype: str | None, where: str) -> None:
     """Writes model.safetensors.
 
-    A tensor that can be written as it lies in the source is; the others are made one by one in a scratch file, so that
-    memory never holds more than one of them.
+    A tensor that can be written as it lies in the source is; the others are made in a scratch file, some rows at a
+    time, so that memory holds no more than these.
     """
     scratch = directory / "scratch"
     output: list[tuple[str, np.ndarray[Any, Any], str]] = []
@@ -203,8 +210,9 @@ def _write_weights(directory: Path, recipes: list[Recipe], tensors: Tensors, dty
                 continue
             offset = file.tell()
             for part, name in zip(parts, recipe.sources, strict=True):
-                bits = _convert_dtype(np.ascontiguousarray(part.bits), part.dtype, target, f"{where}: {name}")
-                file.write(bits.data)
+                for block in _row_blocks(part.bits):
+                    bits = _convert_dtype(np.ascontiguousarray(block), part.dtype, target, f"{where}: {name}")
+                    file.write(bits.data)
             file.flush()
             output.append((recipe.name, np.memmap(scratch, bits.dtype, "r", offset, recipe.shape), target))
     _core.write_safetensors(directory / "model.safetensors", output, {"format": "based"})
