@@ -1,0 +1,96 @@
+"""The command line: `based generate | convert | inspect | tokenize | bench`.
+
+Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted,
+141 the reader of stdout went away.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+COMMANDS = {
+    "generate": "continue a prompt",
+    "convert": "translate a published checkpoint into a model directory",
+    "inspect": "show a model's shape, size, and bytes of state per sequence",
+    "tokenize": "turn text into token ids, and back",
+    "bench": "measure prefill and decoding speed",
+}
+"""Subcommand, which is the module of this package that has it, and its line of help."""
+
+
+class UsageError(Exception):
+    """Arguments that contradict each other or the domain of a value; what argparse itself cannot see."""
+
+
+class _CommandParser(argparse.ArgumentParser):
+    """Imports its subcommand's module when it is first used, so that `based --help` imports nothing."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        command = self.prog.rsplit(" ", 1)[-1]
+        module = importlib.import_module(f"based.cli.{command}")
+        self.description = module.__doc__
+        module.add_arguments(self)
+        self.set_defaults(run=module.run, parser=self)
+        self.add_argument("--debug", action="store_true", help="show where in the code an error comes from")
+        return super().parse_known_args(args, namespace)
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="based", description="Runtime for BASED language models.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and leave")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_CommandParser)
+    for name, line in COMMANDS.items():
+        commands.add_parser(name, help=line, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from based import __version__
+
+        print(f"based {__version__}")
+        parser.exit()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status. argv: without the program's name; None for the process's own."""
+    debug = False
+    showwarning = warnings.showwarning
+    try:
+        args = _make_parser().parse_args(argv)
+        debug = args.debug
+        warnings.showwarning = lambda message, *_, **__: print(f"based: warning: {message}", file=sys.stderr)
+        try:
+            args.run(args)
+        except UsageError as error:
+            args.parser.error(str(error))
+        finally:
+            warnings.showwarning = showwarning
+        sys.stdout.flush()
+        return 0
+    except SystemExit as stop:  # argparse's: 0 after --help, 2 after a wrong argument
+        return stop.code if isinstance(stop.code, int) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # What is left in the buffer has nowhere to go; flushing it at exit would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"based: error: {_describe(error)}", file=sys.stderr)
+        return 1
+
+
+def _describe(error: Exception) -> str:
+    """One line: what str() makes of it, without OSError's "[Errno 2]", or its type when that says nothing."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        return where + error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

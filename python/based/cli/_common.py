@@ -1,0 +1,121 @@
+"""What several subcommands share: the model's arguments, where text comes from, how numbers are shown."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from based.cli import UsageError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from based import Model
+
+MODEL_HELP = "model directory, published checkpoint directory, or owner/name on the hub"
+REVISION_HELP = "branch, tag or commit on the hub"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--model, and where its tokenizer is."""
+    parser.add_argument("-m", "--model", required=True, metavar="PATH|ID", help=MODEL_HELP)
+    parser.add_argument("--revision", metavar="REV", help=REVISION_HELP)
+    parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json, or its directory (default: the model's)")
+
+
+def add_compute_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where and how to compute."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights")
+    parser.add_argument("-t", "--threads", type=positive, metavar="N", help="CPU threads (default: all usable)")
+
+
+def load_model(args: argparse.Namespace) -> "Model":
+    """The model that add_model_arguments and add_compute_arguments ask for."""
+    import based
+
+    return based.load(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        num_threads=args.threads,
+        revision=args.revision,
+        tokenizer=args.tokenizer,
+    )
+
+
+def require_tokenizer(tokenizer: "Tokenizer | None", model: str) -> "Tokenizer":
+    """The tokenizer itself. Raises ValueError when the model has none."""
+    if tokenizer is None:
+        raise ValueError(f"{model} has no tokenizer: name one with --tokenizer")
+    return tokenizer
+
+
+def add_text_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """A text as argument, --file or stdin."""
+    parser.add_argument("text", nargs="?", metavar=name.upper(), help=f"the {name} (default: --file, or else stdin)")
+    parser.add_argument("-f", "--file", type=Path, metavar="FILE", help=f"read the {name} from a file")
+
+
+def read_text(args: argparse.Namespace, what: str) -> str:
+    """The text that add_text_arguments asks for; one newline at the end of a file or of stdin is not part of it."""
+    if args.text is not None and args.file is not None:
+        raise UsageError(f"give the {what} as an argument or with --file, not both")
+    if args.text is not None:
+        try:
+            text: str = args.text
+            text.encode()
+        except UnicodeEncodeError as error:  # bytes that the shell passed on as they were
+            raise ValueError(f"the {what} is not UTF-8: {error}") from error
+        return text
+    if args.file is not None:
+        data, where = args.file.read_bytes(), str(args.file)
+    elif sys.stdin is None or sys.stdin.isatty():
+        raise UsageError(f"no {what}: give it as an argument, with --file, or on stdin")
+    else:
+        data, where = sys.stdin.buffer.read(), "stdin"
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: byte {error.start} is not UTF-8 ({error.reason})") from error
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def parse_ids(text: str) -> list[int]:
+    """Token ids separated by commas or white space. Raises UsageError."""
+    try:
+        return [int(word) for word in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise UsageError(f"token ids are integers separated by commas or spaces: {error}") from error
+
+
+def add_statistics_argument(parser: argparse.ArgumentParser) -> None:
+    """--stats, --no-stats: see wants_statistics."""
+    parser.add_argument(
+        "--stats",
+        action=argparse.BooleanOptionalAction,
+        help="statistics and progress on stderr (default: if that is a terminal)",
+    )
+
+
+def wants_statistics(args: argparse.Namespace) -> bool:
+    """Whether to write statistics to stderr."""
+    asked: bool | None = args.stats
+    return sys.stderr.isatty() if asked is None else asked
+
+
+def positive(text: str) -> int:
+    """An argument that is an integer ≥ 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not ≥ 1")
+    return value
+
+
+def nbytes(count: float) -> str:
+    """Bytes for people: "13.2 MB", decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.{0 if unit == 'B' else 1}f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,393 @@
+"""Measure prefill and decoding speed.
+
+Every combination of -b, -d and -t is measured for every -p (prefill of a prompt) and every -n (decoding, one token at a
+time); lists are separated by commas. --size makes a model of a named shape with seeded random weights, so that no
+checkpoint is needed. Decoding is the library's own generation loop, greedy sampling included. See docs/cli.md.
+"""
+
+import argparse
+import csv
+import io
+import itertools
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from based.cli import UsageError, _common
+
+if TYPE_CHECKING:
+    from based import _core
+
+_READ_BYTES = 1 << 30  # many times any last-level cache
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    from based.sizes import SIZES
+
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("-m", "--model", metavar="PATH|ID", help=_common.MODEL_HELP)
+    what.add_argument("--size", choices=SIZES, help="a named shape, with random weights")
+    parser.add_argument("--revision", metavar="REV", help=_common.REVISION_HELP)
+    for flag, name, default, text in (
+        ("-p", "--prompt", "512", "tokens of a prompt to prefill; 0: none"),
+        ("-n", "--generate", "128", "tokens to generate; 0: none"),
+        ("-b", "--batch", "1", "sequences at once"),
+        ("-d", "--depth", "0", "tokens that each sequence has seen before"),
+    ):
+        least = 1 if flag == "-b" else 0
+        parser.add_argument(
+            flag, name, type=_integers(least), default=default, metavar="N,…", help=f"{text} (default: {default})"
+        )
+    parser.add_argument(
+        "-t", "--threads", type=_integers(1), default=[None], metavar="N,…", help="CPU threads (default: all usable)"
+    )
+    parser.add_argument(
+        "-r", "--repetitions", type=_common.positive, default=5, metavar="N", help="of each test (default: 5)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="of the weights (default: the model's, bfloat16 with --size)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights and tokens (default: 0)")
+    parser.add_argument("--no-warmup", action="store_true", help="do not run each test once before measuring it")
+    parser.add_argument(
+        "--no-bandwidth", action="store_true", help="do not measure the memory's read bandwidth beside each test"
+    )
+    parser.add_argument(
+        "-o", "--output", default="md", choices=tuple(_WRITERS), help="format of the results (default: md)"
+    )
+    _common.add_statistics_argument(parser)
+
+
+def _integers(least: int) -> Callable[[str], list[int]]:
+    def parse(text: str) -> list[int]:
+        values = [int(word) for word in text.split(",")]
+        if min(values) < least:
+            raise argparse.ArgumentTypeError(f"{min(values)} is not ≥ {least}")
+        return values
+
+    parse.__name__ = "list of integers"  # in argparse's message
+    return parse
+
+
+@dataclass(slots=True)
+class Result:
+    """One test: its figures are means over the repetitions, with sample standard deviations."""
+
+    test: str  # "pp512": prefill of 512 tokens, "tg128": generation of 128
+    batch: int
+    depth: int
+    threads: int
+    repetitions: int
+    tokens_per_second: float
+    tokens_per_second_sd: float
+    gbytes_per_second: float | None = None  # decoding: bytes that a step must read, over its time
+    gbytes_per_second_sd: float | None = None
+    read_bandwidth: float | None = None  # GB/s, measured beside the test
+    bandwidth_share: float | None = None
+    gflops: float | None = None  # prefill: operations of its matrix products, over its time
+    gflops_sd: float | None = None
+    seconds: list[float] = field(default_factory=list)  # per repetition
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command."""
+    from based import Model, load
+    from based.sizes import named_config
+
+    show = _common.wants_statistics(args)
+    writer: Writer | None = None
+    for threads in args.threads:
+        options: dict[str, Any] = {"device": args.device, "dtype": args.dtype, "num_threads": threads}
+        if args.size is not None:
+            options["dtype"] = "bfloat16" if args.dtype == "auto" else args.dtype
+            model = Model.random(named_config(args.size), args.seed, **options)
+        else:
+            model = load(args.model, revision=args.revision, **options)
+        bench = Bench(model._core, args.seed, args.repetitions, not args.no_warmup, not args.no_bandwidth)
+        writer = writer or _WRITERS[args.output](_header(bench.model, args.size or args.model))
+        for batch in args.batch:
+            for depth in args.depth:
+                tests = [(bench.prefill, n) for n in args.prompt if n] + [(bench.decode, n) for n in args.generate if n]
+                if not tests:
+                    raise UsageError("nothing to measure: -p and -n are 0")
+                session = bench.session(batch, depth)
+                for measure, count in tests:
+                    if show:
+                        print(f"{measure.__name__} of {count}, batch {batch}, depth {depth} …", file=sys.stderr)
+                    writer.add(measure(session, depth, count))
+    if writer is not None:
+        writer.end()
+
+
+class Bench:
+    """Measures one model."""
+
+    def __init__(self, model: "_core.Model", seed: int, repetitions: int, warm_up: bool, bandwidth: bool) -> None:
+        import numpy as np
+
+        self.model = model
+        self._random = np.random.default_rng(seed)
+        self._repetitions = repetitions
+        self._warm_up = warm_up
+        self._bandwidth = bandwidth and model.device == "cpu"
+
+    def session(self, batch: int, depth: int) -> "_core.Session":
+        """A session whose sequences have seen `depth` tokens: one was fed them, the others are copies of it."""
+        from based import _core
+
+        session = _core.Session(self.model, batch)
+        if depth:
+            session.prefill([self._tokens(depth)], [0])
+            for sequence in range(1, batch):
+                session.copy(0, sequence)
+        return session
+
+    def prefill(self, session: "_core.Session", depth: int, count: int) -> Result:
+        """Feeds a prompt of `count` tokens to each sequence; the session is as before afterwards."""
+        batch = session.batch_size
+        prompts = [self._tokens(count) for _ in range(batch)]
+        before = session.checkpoint()
+
+        def once() -> float:
+            session.rollback(before)
+            start = time.perf_counter()
+            session.prefill(prompts)
+            return time.perf_counter() - start
+
+        if self._warm_up:
+            once()
+        seconds = [once() for _ in range(self._repetitions)]
+        session.rollback(before)
+        result = self._result(f"pp{count}", session, depth, [count * batch / s for s in seconds], seconds)
+        operations = prefill_operations(self.model.config, count) * batch
+        result.gflops, result.gflops_sd = _mean_sd([operations / s / 1e9 for s in seconds])
+        return result
+
+    def decode(self, session: "_core.Session", depth: int, count: int) -> Result:
+        """Generates `count` tokens on each sequence; the session is as before afterwards."""
+        batch = session.batch_size
+        before = session.checkpoint()
+        read = sum(step_nbytes(self.model, batch, depth + i) for i in range(1, count + 1)) / count
+
+        def once(count: int) -> float:
+            session.rollback(before)
+            generator = self._generator(session, count)
+            generator.next()  # feeds the token that starts it
+            start = time.perf_counter()
+            for _ in range(count):
+                generator.next()
+            return time.perf_counter() - start
+
+        if self._warm_up:
+            once(min(count, 16))
+        bandwidths = [self._read_bandwidth()]
+        seconds = []
+        for _ in range(self._repetitions):
+            seconds.append(once(count))
+            bandwidths.append(self._read_bandwidth())
+        session.rollback(before)
+        result = self._result(f"tg{count}", session, depth, [count * batch / s for s in seconds], seconds)
+        speeds = [read * count / s / 1e9 for s in seconds]
+        result.gbytes_per_second, result.gbytes_per_second_sd = _mean_sd(speeds)
+        if self._bandwidth:
+            # Of each repetition: the bandwidth before and after it, for it drifts where machines are shared.
+            around = [(a + b) / 2 for a, b in itertools.pairwise(bandwidths)]
+            result.read_bandwidth = statistics.mean(around)
+            result.bandwidth_share = statistics.mean(s / b for s, b in zip(speeds, around, strict=True))
+        return result
+
+    def _generator(self, session: "_core.Session", count: int) -> "_core.Generator":
+        from based import _core
+
+        # One token more than the first and the `count` measured: the end of a request costs a step of its own.
+        params = _core.SamplingParams(max_tokens=count + 2, temperature=0, ignore_eos=True)
+        prompts = [self._tokens(1) for _ in range(session.batch_size)]
+        return _core.Generator(session, prompts, [params] * session.batch_size)
+
+    def _tokens(self, count: int) -> list[int]:
+        tokens: list[int] = self._random.integers(self.model.config.vocab_size, size=count).tolist()
+        return tokens
+
+    def _read_bandwidth(self) -> float:
+        from based import _core
+
+        return _core.measure_read_bandwidth(self.model.num_threads, _READ_BYTES) / 1e9 if self._bandwidth else math.nan
+
+    def _result(
+        self, test: str, session: "_core.Session", depth: int, speeds: Sequence[float], seconds: list[float]
+    ) -> Result:
+        mean, sd = _mean_sd(speeds)
+        return Result(test, session.batch_size, depth, self.model.num_threads, len(seconds), mean, sd, seconds=seconds)
+
+
+def step_nbytes(model: "_core.Model", batch: int, num_tokens: int) -> int:
+    """Bytes that a decode step must read: the weights once, and each sequence's state after `num_tokens` tokens."""
+    from based import sizes
+
+    config = model.config
+    weights = model.weight_nbytes
+    if not config.tie_embeddings:  # a lookup reads a row of it
+        weights -= config.padded_vocab_size * config.hidden_size * sizes.ITEM_SIZE[model.dtype]
+    return weights + batch * sizes.state_nbytes(config, model.dtype, num_tokens)
+
+
+def prefill_operations(config: "_core.ModelConfig", num_tokens: int) -> int:
+    """Operations of a prompt's matrix products, a multiplication and an addition each; the head once, at its end."""
+    from based import sizes
+
+    layers = sum(rows * columns for rows, columns in sizes.gemm_shapes(config))
+    return 2 * (num_tokens * layers + config.padded_vocab_size * config.hidden_size)
+
+
+def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _header(model: "_core.Model", name: str) -> dict[str, Any]:
+    """What all results of one run have in common."""
+    from based import build_info
+
+    return {
+        "version": build_info()["version"],
+        "commit": _commit(),
+        "compiler": build_info()["compiler"],
+        "cpu": _cpu_name(),
+        "device": model.device,
+        "kernel_isa": model.kernel_isa,
+        "model": name,
+        "num_parameters": model.num_parameters,
+        "dtype": model.dtype,
+        "weight_nbytes": model.weight_nbytes,
+        "state_nbytes": model.state_nbytes,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from, "+" for changes; None when it runs from elsewhere."""
+
+    def git(*arguments: str) -> str:
+        here = Path(__file__).parent
+        done = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # an installed copy may lie in another repository
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu_name() -> str:
+    import platform
+
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+class Writer:
+    """Shows results as they come, or at the end; `header` holds for all of them."""
+
+    def __init__(self, header: dict[str, Any]) -> None:
+        self.header = header
+
+    def add(self, result: Result) -> None:
+        """Takes one result."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """No more come."""
+
+
+class _Markdown(Writer):
+    _COLUMNS = ("test", "batch", "depth", "threads", "tok/s", "GB/s", "of bandwidth", "GFLOP/s")
+
+    def __init__(self, header: dict[str, Any]) -> None:
+        super().__init__(header)
+        commit = f" ({header['commit']})" if header["commit"] else ""
+        weights = f"{header['num_parameters'] / 1e6:,.1f} M parameters, {_common.nbytes(header['weight_nbytes'])}"
+        print(
+            f"based {header['version']}{commit}, {header['compiler']}; {header['cpu']}, {header['kernel_isa']}; "
+            f"{header['model']}: {weights} {header['dtype']}, state {_common.nbytes(header['state_nbytes'])}\n"
+        )
+        print("| " + " | ".join(self._COLUMNS) + " |")
+        print("|:---|" + "---:|" * (len(self._COLUMNS) - 1), flush=True)
+
+    def add(self, result: Result) -> None:
+        share = ""
+        if result.bandwidth_share is not None:
+            share = f"{result.bandwidth_share:.0%} of {result.read_bandwidth:.1f}"
+        cells = [
+            result.test,
+            result.batch,
+            result.depth,
+            result.threads,
+            _plus_minus(result.tokens_per_second, result.tokens_per_second_sd),
+            _plus_minus(result.gbytes_per_second, result.gbytes_per_second_sd),
+            share,
+            _plus_minus(result.gflops, result.gflops_sd),
+        ]
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def _plus_minus(mean: float | None, sd: float | None) -> str:
+    return "" if mean is None else f"{mean:.1f} ± {sd:.1f}"
+
+
+class _Csv(Writer):
+    _names: list[str] | None = None
+
+    def add(self, result: Result) -> None:
+        row = self.header | asdict(result)
+        row["seconds"] = " ".join(map(str, row["seconds"]))
+        if self._names is None:
+            self._names = list(row)
+            print(_csv_line(self._names))
+        print(_csv_line(row.values()), flush=True)
+
+
+def _csv_line(values: Any) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow("" if value is None else value for value in values)
+    return line.getvalue()
+
+
+class _JsonLines(Writer):
+    def add(self, result: Result) -> None:
+        print(json.dumps(self.header | asdict(result), ensure_ascii=False), flush=True)
+
+
+class _Json(Writer):
+    def __init__(self, header: dict[str, Any]) -> None:
+        super().__init__(header)
+        self._results: list[dict[str, Any]] = []
+
+    def add(self, result: Result) -> None:
+        self._results.append(asdict(result))
+
+    def end(self) -> None:
+        print(json.dumps(self.header | {"results": self._results}, ensure_ascii=False, indent=2))
+
+
+_WRITERS: dict[str, Callable[[dict[str, Any]], Writer]] = {
+    "md": _Markdown,
+    "csv": _Csv,
+    "json": _Json,
+    "jsonl": _JsonLines,
+}

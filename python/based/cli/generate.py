@@ -1,0 +1,216 @@
+"""Continue a prompt.
+
+The text goes to stdout as it comes, without the prompt. With --session the prompt continues what the state in FILE has
+seen, and the state after it replaces FILE: a conversation of any length in a file of constant size.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from based.cli import UsageError, _common
+
+if TYPE_CHECKING:
+    from based import SamplingParams, StreamChunk
+
+_FIELDS: dict[str, Any] = {
+    "n": int,
+    "max_tokens": int,
+    "min_tokens": int,
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "repetition_penalty": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "seed": int,
+    "stop": str,
+    "stop_token_ids": _common.parse_ids,
+    "ignore_eos": bool,
+    "logprobs": int,
+    "logit_bias": str,
+    "include_stop_str_in_output": bool,
+}
+"""Fields of SamplingParams, each one a flag, with the type of its argument. Defaults and their domains are there."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments; the sampling flags' help comes from SamplingParams."""
+    from based import SamplingParams
+
+    _common.add_text_arguments(parser, "prompt")
+    _common.add_model_arguments(parser)
+    _common.add_compute_arguments(parser)
+    parser.add_argument(
+        "--session", type=Path, metavar="FILE", help="start from the state in FILE, if there is one, and save it there"
+    )
+    parser.add_argument("--token-ids", action="store_true", help="the prompt and the output are token ids")
+    parser.add_argument("--json", action="store_true", help="one JSON object per sample, at the end")
+    _common.add_statistics_argument(parser)
+
+    group = parser.add_argument_group("sampling")
+    defaults = SamplingParams()
+    metavars = {"stop": "TEXT", "stop_token_ids": "ID,…", "logit_bias": "ID:BIAS"}
+    for name, kind in _FIELDS.items():
+        flags = ["-n"] if name == "n" else ["--" + name.replace("_", "-")]
+        help_text = getattr(SamplingParams, name).__doc__.strip().replace("%", "%%")
+        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": help_text}
+        if kind is bool:
+            group.add_argument(*flags, action="store_true", **options)
+            continue
+        if name in ("stop", "logit_bias"):
+            options |= {"action": "append", "help": help_text + " May be repeated."}
+        elif getattr(defaults, name) not in (None, []):
+            options["help"] += f" (default: {getattr(defaults, name)})"
+        group.add_argument(*flags, type=kind, metavar=metavars.get(name, "N"), **options)
+
+
+def sampling_params(args: argparse.Namespace) -> "SamplingParams":
+    """The sampling flags that were given, over the defaults. Raises UsageError."""
+    from based import SamplingParams
+
+    given = {name: getattr(args, name) for name in _FIELDS if hasattr(args, name)}
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(_bias(entry) for entry in given["logit_bias"])
+    try:
+        return SamplingParams(**given)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _bias(entry: str) -> tuple[int, float]:
+    token, colon, bias = entry.partition(":")
+    try:
+        if colon:
+            return int(token), float(bias)
+    except ValueError:
+        pass
+    raise UsageError(f"--logit-bias {entry}: expected ID:BIAS, an integer and a number")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command."""
+    params = sampling_params(args)
+    if args.session is not None and params.n != 1:
+        raise UsageError(f"--session continues one sequence: -n {params.n} must be 1")
+    if params.logprobs is not None and not args.json:
+        raise UsageError("--logprobs are shown with --json only")
+    text = _common.read_text(args, "prompt")
+    prompt: list[int] | None = _common.parse_ids(text) if args.token_ids else None
+
+    model = _common.load_model(args)
+    session = model.session() if args.session is not None else None
+    if session is not None and args.session.exists():
+        session.load_state(args.session)
+    first = session is None or session.num_tokens == [0]
+    if prompt is None:
+        if (tokenizer := model.tokenizer) is None:
+            raise ValueError(f"{args.model} has no tokenizer: name one with --tokenizer, or use --token-ids")
+        prompt = list(tokenizer.encode(text, add_special_tokens=first).ids)
+
+    start = time.perf_counter()
+    printer = _JsonPrinter(params, len(prompt)) if args.json else _TextPrinter(params.n, args.token_ids)
+    clock = _Clock()
+    printer.print_all(clock.watch(model.stream(prompt, params) if session is None else session.stream(prompt, params)))
+    if session is not None:
+        session.save_state(args.session)
+
+    if _common.wants_statistics(args):
+        seen, state = len(prompt) + clock.num_tokens, params.n * model.state_nbytes
+        if session is not None:
+            seen, state = session.num_tokens[0], session.state_nbytes
+        parts = [
+            f"prompt {len(prompt)} tokens, {len(prompt) / (clock.first - start):.1f} tok/s",
+            f"output {clock.num_tokens} tokens" + (f", {clock.rate:.1f} tok/s" if clock.rate else ""),
+            f"state {_common.nbytes(state)}"
+            + (f" after {seen} tokens" if params.n == 1 else f" in {params.n} samples"),
+            f"{model.dtype}, {model.num_threads} threads, {model.kernel_isa}",
+        ]
+        print("; ".join(parts), file=sys.stderr)
+
+
+class _Clock:
+    """Counts the tokens of a stream and times them. The first one comes out of the prefill."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self.first = self.last = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second after the first one; 0 when there was no other."""
+        return (self.num_tokens - 1) / (self.last - self.first) if self.last > self.first else 0.0
+
+    def watch(self, chunks: Iterable["StreamChunk"]) -> Iterable["StreamChunk"]:
+        for chunk in chunks:
+            self.last = time.perf_counter()
+            self.first = self.first or self.last
+            self.num_tokens += 1
+            yield chunk
+
+
+class _TextPrinter:
+    """Writes sample after sample, the running one as it comes, with lines of --- between them."""
+
+    def __init__(self, num_samples: int, token_ids: bool) -> None:
+        self._token_ids = token_ids
+        self._held: list[list[str]] = [[] for _ in range(num_samples)]
+        self._finished = [False] * num_samples
+        self._current = 0
+
+    def print_all(self, chunks: Iterable["StreamChunk"]) -> None:
+        for chunk in chunks:
+            piece = " ".join(map(str, chunk.token_ids)) + " " if self._token_ids else chunk.text
+            self._held[chunk.index].append(piece)
+            self._finished[chunk.index] |= chunk.finish_reason is not None
+            while self._current < len(self._held) and self._advance():
+                pass
+
+    def _advance(self) -> bool:
+        """Writes what there is of the current sample; whether it is complete."""
+        held = self._held[self._current]
+        sys.stdout.write("".join(held))
+        held.clear()
+        done = self._finished[self._current]
+        if done:
+            self._current += 1
+            sys.stdout.write("\n" if self._current == len(self._held) else "\n---\n")
+        sys.stdout.flush()
+        return done
+
+
+class _JsonPrinter:
+    """Writes one object per sample, in order, when all are complete."""
+
+    def __init__(self, params: "SamplingParams", num_prompt_tokens: int) -> None:
+        self._num_prompt_tokens = num_prompt_tokens
+        self._chunks: list[list[StreamChunk]] = [[] for _ in range(params.n)]
+
+    def print_all(self, chunks: Iterable["StreamChunk"]) -> None:
+        for chunk in chunks:
+            self._chunks[chunk.index].append(chunk)
+        for index, sample in enumerate(self._chunks):
+            record: dict[str, Any] = {
+                "index": index,
+                "text": "".join(chunk.text for chunk in sample),
+                "token_ids": [token for chunk in sample for token in chunk.token_ids],
+                "num_prompt_tokens": self._num_prompt_tokens,
+                "finish_reason": sample[-1].finish_reason,
+                "stop_reason": sample[-1].stop_reason,
+                "cumulative_logprob": sum(chunk.logprob for chunk in sample),
+            }
+            if sample[-1].logprobs is not None:
+                record["logprobs"] = [
+                    [
+                        {"token_id": token, "token": top.decoded_token, "logprob": top.logprob, "rank": top.rank}
+                        for token, top in entry.items()
+                    ]
+                    for chunk in sample
+                    for entry in chunk.logprobs or ()
+                ]
+            print(json.dumps(record, ensure_ascii=False))

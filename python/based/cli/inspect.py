@@ -1,0 +1,132 @@
+"""Show a model's shape, its size, and what a sequence costs: bytes of state, beside a transformer's KV cache.
+
+Weights are not loaded: everything follows from the config and from the headers of the weight files.
+"""
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from based.cli import UsageError, _common
+
+if TYPE_CHECKING:
+    from based import ModelConfig
+
+_CONTEXTS = (1024, 8192, 131072)
+_LETTERS = {"gated_conv": "c", "linear_attention": "L", "sliding_window": "W"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    from based.sizes import SIZES
+
+    parser.add_argument("model", nargs="?", metavar="PATH|ID", help=_common.MODEL_HELP)
+    parser.add_argument("--revision", metavar="REV", help=_common.REVISION_HELP)
+    parser.add_argument("--size", choices=SIZES, help="a named shape instead of a model, in bfloat16")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command."""
+    from based._loading import model_directory
+    from based.sizes import named_config
+
+    if (args.model is None) == (args.size is None):
+        raise UsageError("give a model or --size")
+    if args.size is not None:
+        facts = _describe(named_config(args.size), "bfloat16")
+        facts = {"model": args.size} | facts
+    else:
+        directory = model_directory(args.model, args.revision)
+        config, dtype, files = read_directory(directory)
+        facts = {"model": args.model, "directory": str(directory)} | _describe(config, dtype)
+        facts["files"] = files
+    print(json.dumps(facts, ensure_ascii=False) if args.json else _format(facts))
+
+
+def read_directory(directory: Path) -> tuple["ModelConfig", str, dict[str, int]]:
+    """Config, dtype of the embedding, and bytes of each weight file, from the config and the files' headers."""
+    from based import FormatError, ModelConfig
+    from based._core import SafetensorsFile
+
+    path = directory / "config.json"
+    config = ModelConfig.from_json(path.read_text(), str(path))
+    index = directory / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.exists():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    dtypes: dict[str, str] = {}
+    for name in sorted(names):
+        dtypes |= SafetensorsFile(directory / name).dtypes()
+    if "embedding.weight" not in dtypes:
+        raise FormatError(f"{directory}: tensor embedding.weight is missing")
+    return config, dtypes["embedding.weight"], {name: (directory / name).stat().st_size for name in sorted(names)}
+
+
+def _describe(config: "ModelConfig", dtype: str) -> dict[str, Any]:
+    from based import sizes
+
+    # The runtime computes float16 checkpoints in float32, and so keeps keys and values.
+    ring_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
+    by_kind: Counter[str] = Counter()
+    for mixer in config.layers:
+        by_kind[mixer.mixer] += sizes.mixer_nbytes(mixer, ring_dtype)
+    state = sizes.state_nbytes(config, ring_dtype)
+    document = json.loads(config.to_json())
+    return {
+        "num_parameters": config.num_parameters,
+        "dtype": dtype,
+        "pattern": "".join(_LETTERS[mixer.mixer] for mixer in config.layers),
+        "config": document,
+        "state_nbytes": {"total": state, **by_kind},
+        "transformer_kv_cache_nbytes": {str(t): sizes.kv_cache_nbytes(config, ring_dtype, t) for t in _CONTEXTS},
+    }
+
+
+def _format(facts: dict[str, Any]) -> str:
+    config = facts["config"]
+    mlp, layers = config["mlp"], config["layers"]
+    weights = f"{facts['num_parameters']:,} parameters, {facts['dtype']}"
+    if "files" in facts:
+        sizes = facts["files"].values()
+        weights += f", {_common.nbytes(sum(sizes))} in {len(sizes)} file{'s' if len(sizes) > 1 else ''}"
+    biases = [f"{name} bias" for name in ("fc1", "fc2") if mlp[f"{name}_bias"]]
+    lines = [
+        facts["model"],
+        f"  weights     {weights}",
+        f"  vocabulary  {config['vocab_size']:,} tokens, {config['padded_vocab_size']:,} rows, "
+        + ("tied to the head" if config["tie_embeddings"] else "with a head of its own"),
+        f"  width       {config['hidden_size']}, {config['norm']['type']} (eps {config['norm']['eps']:g})",
+        f"  mlp         {'gated ' if mlp['gated'] else ''}{mlp['activation']} of {mlp['inner_size']}"
+        + "".join(f", {bias}" for bias in biases),
+        f"  layers      {len(layers)}: {facts['pattern']}",
+    ]
+    for kind, letter in _LETTERS.items():
+        shapes = Counter(_shape(layer) for layer in layers if layer["mixer"] == kind)
+        lines += [f"    {letter} {kind:16}  {count:3} x {shape}" for shape, count in shapes.items()]
+
+    state = facts["state_nbytes"]
+    lines += ["", f"state of a sequence of any length{'':8}{_common.nbytes(state['total']):>10}"]
+    lines += [f"    {_LETTERS[kind]} {kind:35}{_common.nbytes(state[kind]):>10}" for kind in _LETTERS if kind in state]
+    lines.append("KV cache of a transformer of the same width and depth")
+    for tokens, nbytes in facts["transformer_kv_cache_nbytes"].items():
+        ratio = nbytes / state["total"]
+        lines.append(f"    at {int(tokens):>7,} tokens{'':20}{_common.nbytes(nbytes):>10}   {ratio:,.1f} x")
+    return "\n".join(lines)
+
+
+def _shape(layer: dict[str, Any]) -> str:
+    match layer["mixer"]:
+        case "gated_conv":
+            return f"{layer['inner_size']} channels, kernel {layer['kernel_size']}" + (
+                ", biases" if layer["bias"] else ""
+            )
+        case "linear_attention":
+            return f"{layer['num_heads']} heads of {layer['head_dim']}, feature size {layer['feature_dim']}"
+        case _:
+            heads = f"{layer['num_heads']} heads of {layer['head_dim']}"
+            if layer["num_kv_heads"] != layer["num_heads"]:
+                heads += f" on {layer['num_kv_heads']} key heads"
+            return f"{heads}, {layer['window']} keys, rotary on {layer['rotary_dim']}"

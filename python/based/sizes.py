@@ -1,0 +1,134 @@
+"""Named model shapes, and what a shape costs: bytes of state, bytes of a transformer's KV cache, products per token.
+
+All of it follows from a ModelConfig alone; no weights are needed.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from based._core import (
+    GatedConvConfig,
+    LinearAttentionConfig,
+    ModelConfig,
+    SlidingWindowConfig,
+)
+
+Mixer = GatedConvConfig | LinearAttentionConfig | SlidingWindowConfig
+
+ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of one number, by the name of its dtype."""
+
+
+def named_config(name: str) -> ModelConfig:
+    """The config of a named shape: one of `SIZES`. Raises ValueError for any other name."""
+    if name not in SIZES:
+        raise ValueError(f"size is {name!r}, expected one of {', '.join(SIZES)}")
+    return ModelConfig.from_json(json.dumps(SIZES[name]()), f"size {name}")
+
+
+def mixer_nbytes(mixer: Mixer, ring_dtype: str, num_tokens: int | None = None) -> int:
+    """Bytes that one layer keeps of a sequence of `num_tokens` tokens; None: of one that fills every window.
+
+    ring_dtype: of a window's keys and values, the model's. All other state is float32. A device may round up.
+    """
+    match mixer:
+        case GatedConvConfig():
+            return (mixer.kernel_size - 1) * mixer.inner_size * ITEM_SIZE["float32"]
+        case LinearAttentionConfig():
+            return mixer.num_heads * mixer.num_features * (mixer.head_dim + 1) * ITEM_SIZE["float32"]
+        case SlidingWindowConfig():
+            keys = mixer.window if num_tokens is None else min(mixer.window, num_tokens)
+            return 2 * keys * mixer.num_kv_heads * mixer.head_dim * ITEM_SIZE[ring_dtype]
+
+
+def state_nbytes(config: ModelConfig, ring_dtype: str, num_tokens: int | None = None) -> int:
+    """Bytes of one sequence's state: the sum of mixer_nbytes over all layers."""
+    return sum(mixer_nbytes(mixer, ring_dtype, num_tokens) for mixer in config.layers)
+
+
+def kv_cache_nbytes(config: ModelConfig, dtype: str, num_tokens: int) -> int:
+    """Bytes that a transformer of the same width and number of layers keeps of a sequence.
+
+    Multi-head attention in every layer, num_heads · head_dim = hidden_size: a key and a value of hidden_size numbers
+    per layer and token.
+    """
+    return 2 * len(config.layers) * config.hidden_size * ITEM_SIZE[dtype] * num_tokens
+
+
+def gemm_shapes(config: ModelConfig) -> list[tuple[int, int]]:
+    """(out_features, in_features) of every matrix that each token is multiplied by, in order; without the head."""
+    d = config.hidden_size
+    mlp = [((2 if config.mlp.gated else 1) * config.mlp.inner_size, d), (d, config.mlp.inner_size)]
+    return [shape for mixer in config.layers for shape in (*_mixer_shapes(mixer, d), *mlp)]
+
+
+def _mixer_shapes(mixer: Mixer, d: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    match mixer:
+        case GatedConvConfig():
+            return (2 * mixer.inner_size, d), (d, mixer.inner_size)
+        case LinearAttentionConfig():
+            inner = mixer.num_heads * mixer.head_dim
+            return (2 * mixer.num_heads * mixer.feature_dim + inner, d), (d, inner)
+        case SlidingWindowConfig():
+            inner = mixer.num_heads * mixer.head_dim
+            return (inner + 2 * mixer.num_kv_heads * mixer.head_dim, d), (d, inner)
+
+
+def _based(
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    inner_size: int,
+    linear: Iterable[int],
+    window: Iterable[int],
+    *,
+    window_size: int = 256,
+    vocab_size: int = 50257,
+) -> dict[str, Any]:
+    """The published recipe (docs/model-format.md): convolutions, but for the layers listed."""
+    head_dim = hidden_size // num_heads
+    conv = {"mixer": "gated_conv", "inner_size": 2 * hidden_size, "kernel_size": 3, "bias": True}
+    taylor = {
+        "mixer": "linear_attention",
+        "num_heads": num_heads,
+        "feature_dim": 16,
+        "head_dim": head_dim,
+        "eps": 1e-12,
+    }
+    attention = {
+        "mixer": "sliding_window",
+        "num_heads": num_heads,
+        "num_kv_heads": num_heads,
+        "head_dim": head_dim,
+        "window": window_size // 2 + 1,
+        "scale": head_dim**-0.5,
+        "qkv_bias": False,
+        "out_bias": False,
+        "rotary_dim": head_dim,
+        "rotary_base": 10000.0,
+        "rotary_interleaved": False,
+    }
+    linear, window = set(linear), set(window)
+    return {
+        "format": "based",
+        "format_version": 1,
+        "vocab_size": vocab_size,
+        "padded_vocab_size": -(-vocab_size // 8) * 8,
+        "hidden_size": hidden_size,
+        "norm": {"type": "rms_norm", "eps": 1e-5},
+        "mlp": {"gated": True, "activation": "silu", "inner_size": inner_size, "fc1_bias": False, "fc2_bias": False},
+        "tie_embeddings": True,
+        "bos_token_id": vocab_size - 1,
+        "eos_token_id": vocab_size - 1,
+        "layers": [taylor if i in linear else attention if i in window else conv for i in range(num_layers)],
+    }
+
+
+SIZES: dict[str, Callable[[], dict[str, Any]]] = {
+    "tiny": lambda: _based(128, 7, 4, 256, [1, 6], [2], window_size=16, vocab_size=258),
+    "60m": lambda: _based(512, 12, 8, 1024, [1, 6], [2, 7]),
+    "360m": lambda: _based(1024, 27, 16, 2048, [1, 6, 11, 16, 21], [2, 7, 12, 17, 22]),
+    "1.3b": lambda: _based(1792, 36, 16, 3584, [1, 6, 11, 16, 21, 27, 33], [2, 7, 12, 17, 22, 28, 34]),
+}
+"""Names for `named_config`: 360m and 1.3b are the published models' shapes, the others smaller ones of that recipe."""
