@@ -6,7 +6,6 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "The C++ core of based.";
-  m.attr("__version__") = BASED_VERSION;
   m.def(
       "build_info",
       [] {

@@ -17,13 +17,14 @@ from based._core import (
     SlidingWindowConfig,
     StateError,
     UnsupportedError,
-    __version__,
     build_info,
 )
 from based._loading import load
 from based._model import Model
 from based._outputs import CompletionOutput, Logprob, RequestOutput, StreamChunk
 from based._session import Session
+
+__version__: str = build_info()["version"]
 
 __all__ = [
     "Checkpoint",
@@ -48,3 +49,6 @@ __all__ = [
     "build_info",
     "load",
 ]
+
+for _type in (Error, FormatError, SessionBusyError, StateError, UnsupportedError):
+    _type.__module__ = "based"  # where users find them; tracebacks say so

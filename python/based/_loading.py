@@ -9,14 +9,10 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from based import _core
 from based._model import Model, core_options
 from based._tokenizer import GPT2_VOCAB_SIZE, LazyTokenizer, fetch_gpt2_tokenizer, read_tokenizer
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SAFETENSORS = ["config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json"]
@@ -54,17 +50,21 @@ def load(
         ValueError: An argument outside its domain.
     """
     options = core_options(device, dtype, num_threads)
-    read = None if tokenizer is None else _tokenizer_file(Path(tokenizer))
     source = _locate(path_or_id, revision)
-    core = _core.Model.load(_in_our_format(source), **options)
+    lazy_tokenizer = _tokenizer_of(source, tokenizer)
+    return Model(_core.Model.load(_in_our_format(source), **options), lazy_tokenizer)
 
-    def load_tokenizer() -> "Tokenizer":
-        return fetch_gpt2_tokenizer() if read is None else read_tokenizer(read)
 
-    if read is None and (own := source.directory / "tokenizer.json").exists():
-        read = own
-    has_tokenizer = read is not None or core.config.vocab_size == GPT2_VOCAB_SIZE
-    return Model(core, LazyTokenizer(load_tokenizer if has_tokenizer else None))
+def model_directory(path_or_id: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The directory in our format that load() would read, made if need be. Raises as load()."""
+    return _in_our_format(_locate(path_or_id, revision))
+
+
+def find_tokenizer(
+    path_or_id: str | os.PathLike[str], revision: str | None = None, tokenizer: str | os.PathLike[str] | None = None
+) -> LazyTokenizer:
+    """The tokenizer that load() would give the model. Raises as load()."""
+    return _tokenizer_of(_locate(path_or_id, revision), tokenizer)
 
 
 @dataclass(slots=True, frozen=True)
@@ -119,7 +119,7 @@ def _in_our_format(source: _Source) -> Path:
 
     if not is_published(source.directory):
         return source.directory
-    identity = json.dumps([_core.__version__, *source.identity]).encode()
+    identity = json.dumps([_core.build_info()["version"], *source.identity]).encode()
     cache = _cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
     converted = cache / f"{source.name}-{hashlib.sha256(identity).hexdigest()[:16]}"
@@ -140,8 +140,13 @@ def _cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "based"
 
 
-def _tokenizer_file(path: Path) -> Path:
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.exists():
-        raise FileNotFoundError(errno.ENOENT, "no such tokenizer", str(file))
-    return file
+def _tokenizer_of(source: _Source, tokenizer: str | os.PathLike[str] | None) -> LazyTokenizer:
+    path = source.directory if tokenizer is None else Path(tokenizer)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if path.exists():
+        return LazyTokenizer(lambda: read_tokenizer(path))
+    if tokenizer is not None:
+        raise FileNotFoundError(errno.ENOENT, "no such tokenizer", str(path))
+    config = _in_our_format(source) / "config.json"
+    vocab_size = _core.ModelConfig.from_json(config.read_text(), str(config)).vocab_size
+    return LazyTokenizer(fetch_gpt2_tokenizer if vocab_size == GPT2_VOCAB_SIZE else None)

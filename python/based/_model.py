@@ -1,7 +1,7 @@
 """A model: immutable weights, shared by any number of sessions and threads."""
 
 from collections.abc import AsyncIterator, Generator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from based._tokenizer import LazyTokenizer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-Params = _core.SamplingParams | None
+Params: TypeAlias = _core.SamplingParams | None
 
 
 def core_options(device: str, dtype: str, num_threads: int | None) -> dict[str, Any]:

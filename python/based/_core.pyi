@@ -1,0 +1,586 @@
+"""
+The C++ core of based.
+"""
+from __future__ import annotations
+import collections.abc
+import enum
+import numpy
+import numpy.typing
+import os
+import typing
+import typing_extensions
+__all__: list[str] = ['Activation', 'Checkpoint', 'Error', 'FinishReason', 'FormatError', 'GatedConvConfig', 'Generator', 'LinearAttentionConfig', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'SafetensorsFile', 'SamplingParams', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'StateError', 'Tensor', 'TokenEvent', 'UnsupportedError', 'build_info', 'check_config', 'convert_dtype', 'measure_read_bandwidth', 'write_safetensors']
+class Error(Exception):
+    """
+    Base of the failures that are particular to this library.
+    """
+class FormatError(Error, ValueError):
+    """
+    A file whose bytes contradict its format: weights, config, state.
+    """
+class StateError(Error, ValueError):
+    """
+    A state or checkpoint that belongs to another model or shape.
+    """
+class SessionBusyError(Error, RuntimeError):
+    """
+    A session or stream used while another call on it is under way.
+    """
+class UnsupportedError(Error, RuntimeError):
+    """
+    A request for something that this build or machine cannot do.
+    """
+class Tensor:
+    """
+    Dense row-major array; copies of it share its memory. NumPy and DLPack read it.
+    """
+    def __array__(self, dtype: typing.Any = None, copy: typing.Any = None) -> numpy.ndarray:
+        """
+        A NumPy array on the same memory.
+        """
+    def __dlpack__(self, *, stream: typing.Any = None, max_version: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex] | None = None, dl_device: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex] | None = None, copy: bool | None = None) -> typing_extensions.CapsuleType:
+        ...
+    def __dlpack_device__(self) -> tuple[int, int]:
+        ...
+    def __repr__(self) -> str:
+        ...
+    @property
+    def device(self) -> str:
+        ...
+    @property
+    def dtype(self) -> str:
+        ...
+    @property
+    def nbytes(self) -> int:
+        ...
+    @property
+    def shape(self) -> tuple:
+        ...
+class SafetensorsFile:
+    """
+    A safetensors file, memory-mapped and checked whole. Raises OSError or FormatError.
+    """
+    def __init__(self, path: os.PathLike | str | bytes) -> None:
+        ...
+    def dtypes(self) -> dict[str, str]:
+        """
+        "float32", "bfloat16", … by tensor name.
+        """
+    def metadata(self) -> dict[str, str]:
+        ...
+    def tensors(self) -> dict:
+        """
+        Read-only arrays on the mapping, which they keep alive, by name. bfloat16 comes as uint16 and float8 as uint8, bit for bit; arrays may be unaligned.
+        """
+class NormKind(enum.Enum):
+    layer_norm: typing.ClassVar[NormKind]
+    rms_norm: typing.ClassVar[NormKind]
+    @classmethod
+    def __new__(cls, value):
+        ...
+class Activation(enum.Enum):
+    """
+    gelu is the exact (erf) form, relu_squared relu(x)².
+    """
+    gelu: typing.ClassVar[Activation]
+    gelu_tanh: typing.ClassVar[Activation]
+    identity: typing.ClassVar[Activation]
+    relu: typing.ClassVar[Activation]
+    relu_squared: typing.ClassVar[Activation]
+    sigmoid: typing.ClassVar[Activation]
+    silu: typing.ClassVar[Activation]
+    @classmethod
+    def __new__(cls, value):
+        ...
+class GatedConvConfig:
+    """
+    A gated short convolution.
+    """
+    __hash__: typing.ClassVar[None] = None
+    mixer: typing.ClassVar[str] = 'gated_conv'
+    def __eq__(self, arg0: GatedConvConfig) -> bool:
+        ...
+    @property
+    def bias(self) -> bool:
+        ...
+    @property
+    def inner_size(self) -> int:
+        ...
+    @property
+    def kernel_size(self) -> int:
+        ...
+class LinearAttentionConfig:
+    """
+    Second-order Taylor linear attention.
+    """
+    __hash__: typing.ClassVar[None] = None
+    mixer: typing.ClassVar[str] = 'linear_attention'
+    def __eq__(self, arg0: LinearAttentionConfig) -> bool:
+        ...
+    @property
+    def eps(self) -> float:
+        ...
+    @property
+    def feature_dim(self) -> int:
+        ...
+    @property
+    def head_dim(self) -> int:
+        ...
+    @property
+    def num_features(self) -> int:
+        ...
+    @property
+    def num_heads(self) -> int:
+        ...
+class SlidingWindowConfig:
+    """
+    Sliding-window attention.
+    """
+    __hash__: typing.ClassVar[None] = None
+    mixer: typing.ClassVar[str] = 'sliding_window'
+    def __eq__(self, arg0: SlidingWindowConfig) -> bool:
+        ...
+    @property
+    def head_dim(self) -> int:
+        ...
+    @property
+    def num_heads(self) -> int:
+        ...
+    @property
+    def num_kv_heads(self) -> int:
+        ...
+    @property
+    def out_bias(self) -> bool:
+        ...
+    @property
+    def qkv_bias(self) -> bool:
+        ...
+    @property
+    def rotary_base(self) -> float:
+        ...
+    @property
+    def rotary_dim(self) -> int:
+        ...
+    @property
+    def rotary_interleaved(self) -> bool:
+        ...
+    @property
+    def scale(self) -> float:
+        ...
+    @property
+    def window(self) -> int:
+        """
+        Keys attended, the query's own included.
+        """
+class MlpConfig:
+    __hash__: typing.ClassVar[None] = None
+    def __eq__(self, arg0: MlpConfig) -> bool:
+        ...
+    @property
+    def activation(self) -> Activation:
+        ...
+    @property
+    def fc1_bias(self) -> bool:
+        ...
+    @property
+    def fc2_bias(self) -> bool:
+        ...
+    @property
+    def gated(self) -> bool:
+        ...
+    @property
+    def inner_size(self) -> int:
+        ...
+class ModelConfig:
+    """
+    Every number that the maths needs: a model directory's config.json.
+    """
+    __hash__: typing.ClassVar[None] = None
+    @staticmethod
+    def from_json(text: str, where: str = 'config') -> ModelConfig:
+        """
+        Parses and checks; `where` opens every message. Raises FormatError.
+        """
+    def __eq__(self, arg0: ModelConfig) -> bool:
+        ...
+    def __repr__(self) -> str:
+        ...
+    def to_json(self) -> str:
+        """
+        The canonical text: from_json(to_json()) is equal.
+        """
+    @property
+    def bos_token_id(self) -> int | None:
+        ...
+    @property
+    def eos_token_id(self) -> int | None:
+        ...
+    @property
+    def hidden_size(self) -> int:
+        ...
+    @property
+    def layers(self) -> list[GatedConvConfig | LinearAttentionConfig | SlidingWindowConfig]:
+        ...
+    @property
+    def mlp(self) -> MlpConfig:
+        ...
+    @property
+    def norm(self) -> NormKind:
+        ...
+    @property
+    def norm_eps(self) -> float:
+        ...
+    @property
+    def num_parameters(self) -> int:
+        ...
+    @property
+    def padded_vocab_size(self) -> int:
+        ...
+    @property
+    def tie_embeddings(self) -> bool:
+        ...
+    @property
+    def vocab_size(self) -> int:
+        ...
+class SamplingParams:
+    """
+    How to choose tokens: vLLM's names and meanings.
+    
+    Applied in this order: logit_bias, min_tokens, penalties, temperature, min_p, top_k, top_p. Raises TypeError for a value
+    of a wrong type and ValueError for one outside its domain. Lists and dicts are copied: assign a new one to change them.
+    """
+    __hash__: typing.ClassVar[None] = None
+    def __eq__(self, arg0: typing.Any) -> typing.Any:
+        ...
+    def __getstate__(self) -> dict:
+        ...
+    def __init__(self, *, n: typing.SupportsIndex = 1, max_tokens: typing.SupportsIndex = 16, min_tokens: typing.SupportsIndex = 0, temperature: typing.SupportsFloat = 1.0, top_p: typing.SupportsFloat = 1.0, top_k: typing.SupportsIndex = 0, min_p: typing.SupportsFloat = 0.0, repetition_penalty: typing.SupportsFloat = 1.0, presence_penalty: typing.SupportsFloat = 0.0, frequency_penalty: typing.SupportsFloat = 0.0, seed: typing.SupportsIndex | None = None, stop: str | collections.abc.Sequence[str] | None = None, stop_token_ids: collections.abc.Sequence[typing.SupportsIndex] | None = None, ignore_eos: bool = False, logprobs: typing.SupportsIndex | None = None, logit_bias: collections.abc.Mapping[typing.SupportsIndex, typing.SupportsFloat] | None = None, include_stop_str_in_output: bool = False) -> None:
+        ...
+    def __repr__(self) -> str:
+        ...
+    def __setstate__(self, arg0: dict) -> None:
+        ...
+    @property
+    def frequency_penalty(self) -> float:
+        """
+        [-2, 2]; counts tokens of the output.
+        """
+    @frequency_penalty.setter
+    def frequency_penalty(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def ignore_eos(self) -> bool:
+        """
+        Do not end at the model's eos_token_id.
+        """
+    @ignore_eos.setter
+    def ignore_eos(self, arg0: bool) -> None:
+        ...
+    @property
+    def include_stop_str_in_output(self) -> bool:
+        """
+        Cut the text after what stopped it instead.
+        """
+    @include_stop_str_in_output.setter
+    def include_stop_str_in_output(self, arg0: bool) -> None:
+        ...
+    @property
+    def logit_bias(self) -> dict[int, float]:
+        """
+        Number in [-100, 100] added to the logit, by token id.
+        """
+    @logit_bias.setter
+    def logit_bias(self, arg0: collections.abc.Mapping[typing.SupportsIndex, typing.SupportsFloat] | None) -> None:
+        ...
+    @property
+    def logprobs(self) -> int | None:
+        """
+        Also return the log-probabilities of this many likeliest tokens, from the model's own distribution.
+        """
+    @logprobs.setter
+    def logprobs(self, arg0: typing.SupportsIndex | None) -> None:
+        ...
+    @property
+    def max_tokens(self) -> int:
+        """
+        Tokens to generate at most, ≥ 1.
+        """
+    @max_tokens.setter
+    def max_tokens(self, arg0: typing.SupportsIndex) -> None:
+        ...
+    @property
+    def min_p(self) -> float:
+        """
+        [0, 1].
+        """
+    @min_p.setter
+    def min_p(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def min_tokens(self) -> int:
+        """
+        Nothing stops a sequence before so many tokens; 0 … max_tokens.
+        """
+    @min_tokens.setter
+    def min_tokens(self, arg0: typing.SupportsIndex) -> None:
+        ...
+    @property
+    def n(self) -> int:
+        """
+        Samples per prompt, ≥ 1.
+        """
+    @n.setter
+    def n(self, arg0: typing.SupportsIndex) -> None:
+        ...
+    @property
+    def presence_penalty(self) -> float:
+        """
+        [-2, 2]; counts tokens of the output.
+        """
+    @presence_penalty.setter
+    def presence_penalty(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def repetition_penalty(self) -> float:
+        """
+        > 0; counts tokens of prompt and output.
+        """
+    @repetition_penalty.setter
+    def repetition_penalty(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def seed(self) -> int | None:
+        """
+        None: a fresh one per request.
+        """
+    @seed.setter
+    def seed(self, arg0: typing.SupportsIndex | None) -> None:
+        ...
+    @property
+    def stop(self) -> list[str]:
+        """
+        Strings that end the text, which is cut before them.
+        """
+    @stop.setter
+    def stop(self, arg0: str | collections.abc.Sequence[str] | None) -> None:
+        ...
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """
+        Tokens that end the sequence; kept in token_ids.
+        """
+    @stop_token_ids.setter
+    def stop_token_ids(self, arg0: collections.abc.Sequence[typing.SupportsIndex] | None) -> None:
+        ...
+    @property
+    def temperature(self) -> float:
+        """
+        ≥ 0; 0 is greedy.
+        """
+    @temperature.setter
+    def temperature(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def top_k(self) -> int:
+        """
+        0 or -1: all; else ≥ 1.
+        """
+    @top_k.setter
+    def top_k(self, arg0: typing.SupportsIndex) -> None:
+        ...
+    @property
+    def top_p(self) -> float:
+        """
+        (0, 1].
+        """
+    @top_p.setter
+    def top_p(self, arg0: typing.SupportsFloat) -> None:
+        ...
+class Model:
+    """
+    Immutable weights on one device. Any number of threads.
+    """
+    @staticmethod
+    def load(directory: os.PathLike | str | bytes, *, device: str = 'cpu', dtype: str | None = None, num_threads: typing.SupportsIndex | None = None) -> Model:
+        """
+        Reads config.json and model.safetensors (or its shards). Raises OSError, FormatError, UnsupportedError, ValueError.
+        """
+    @staticmethod
+    def random(config: ModelConfig, seed: typing.SupportsIndex = 0, *, device: str = 'cpu', dtype: str | None = None, num_threads: typing.SupportsIndex | None = None) -> Model:
+        """
+        Seeded random weights of this shape.
+        """
+    def forward(self, token_ids: collections.abc.Sequence[int] | numpy.ndarray) -> Tensor:
+        """
+        Logits (T, padded_vocab_size) float32.
+        """
+    def score(self, token_ids: collections.abc.Sequence[int] | numpy.ndarray) -> numpy.typing.NDArray[numpy.float32]:
+        """
+        (T - 1) natural-log probabilities, float32.
+        """
+    def trace(self, token_ids: collections.abc.Sequence[int] | numpy.ndarray) -> dict:
+        """
+        Tensors by name; mixer_out and block_out are lists, one per layer.
+        """
+    @property
+    def config(self) -> ModelConfig:
+        ...
+    @property
+    def device(self) -> str:
+        ...
+    @property
+    def dtype(self) -> str:
+        ...
+    @property
+    def fingerprint(self) -> str:
+        ...
+    @property
+    def kernel_isa(self) -> str:
+        ...
+    @property
+    def num_parameters(self) -> int:
+        ...
+    @property
+    def num_threads(self) -> int:
+        ...
+    @property
+    def state_nbytes(self) -> int:
+        ...
+    @property
+    def weight_nbytes(self) -> int:
+        ...
+class Checkpoint:
+    """
+    A copy of all states of one session at one moment.
+    """
+    @property
+    def num_tokens(self) -> list[int]:
+        ...
+    @property
+    def state_nbytes(self) -> int:
+        ...
+class Session:
+    """
+    The states of B sequences that are advanced together. One thread at a time.
+    """
+    def __init__(self, model: Model, batch_size: typing.SupportsIndex = 1) -> None:
+        ...
+    def checkpoint(self) -> Checkpoint:
+        ...
+    def copy(self, source: typing.SupportsIndex, target: typing.SupportsIndex) -> None:
+        """
+        Makes sequence `target` equal to `source`.
+        """
+    def fork(self) -> Session:
+        ...
+    def load_state(self, path: os.PathLike | str | bytes) -> None:
+        ...
+    def prefill(self, prompts: collections.abc.Sequence[collections.abc.Sequence[int] | numpy.ndarray], sequences: collections.abc.Sequence[typing.SupportsIndex] | None = None) -> Tensor:
+        """
+        Feeds one prompt to each listed sequence. Logits at their last tokens, (B, padded_vocab_size) float32.
+        """
+    def reset(self, sequence: typing.SupportsIndex | None = None) -> None:
+        """
+        Forgets what one sequence, or every one, has seen.
+        """
+    def rollback(self, checkpoint: Checkpoint) -> None:
+        ...
+    def save_state(self, path: os.PathLike | str | bytes) -> None:
+        ...
+    def step(self, tokens: collections.abc.Sequence[int] | numpy.ndarray, sequences: collections.abc.Sequence[typing.SupportsIndex] | None = None) -> Tensor:
+        """
+        Feeds one token to each listed sequence. Logits (B, padded_vocab_size) float32.
+        """
+    @property
+    def batch_size(self) -> int:
+        ...
+    @property
+    def num_tokens(self) -> list[int]:
+        """
+        Tokens seen, by sequence.
+        """
+    @property
+    def state_nbytes(self) -> int:
+        ...
+class FinishReason(enum.Enum):
+    length: typing.ClassVar[FinishReason]
+    none: typing.ClassVar[FinishReason]
+    stop: typing.ClassVar[FinishReason]
+    @classmethod
+    def __new__(cls, value):
+        ...
+class TokenEvent:
+    """
+    One new token of one sample of one request.
+    """
+    @property
+    def finish(self) -> FinishReason:
+        ...
+    @property
+    def logprob(self) -> float:
+        ...
+    @property
+    def request(self) -> int:
+        ...
+    @property
+    def sample(self) -> int:
+        ...
+    @property
+    def stop_token(self) -> int | None:
+        ...
+    @property
+    def token(self) -> int:
+        ...
+    @property
+    def top_logprobs(self) -> list[tuple[int, float]]:
+        """
+        (token, log-probability), likeliest first.
+        """
+class Generator:
+    """
+    Runs requests to their ends, one token per sequence and call.
+    """
+    @typing.overload
+    def __init__(self, model: Model, prompts: collections.abc.Sequence[collections.abc.Sequence[int] | numpy.ndarray], params: collections.abc.Sequence[SamplingParams], max_batch_size: typing.SupportsIndex) -> None:
+        """
+        On a session of its own, of at most `max_batch_size` sequences.
+        """
+    @typing.overload
+    def __init__(self, session: Session, prompts: collections.abc.Sequence[collections.abc.Sequence[int] | numpy.ndarray], params: collections.abc.Sequence[SamplingParams]) -> None:
+        """
+        On a session: request i continues sequence i; every n must be 1.
+        """
+    def cancel(self) -> None:
+        """
+        Makes a next() that another thread is in, and every later one, raise Error soon. From any thread.
+        """
+    def done(self) -> bool:
+        ...
+    def finish(self, request: typing.SupportsInt | typing.SupportsIndex, sample: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Ends a sample early. No effect on one that has ended.
+        """
+    def next(self) -> list[TokenEvent]:
+        """
+        Advances every running sequence by one token. Empty only when done().
+        """
+def build_info() -> dict:
+    """
+    version, compiler, and the instruction sets that kernels were compiled for.
+    """
+def check_config(text: str, where: str) -> str:
+    """
+    The canonical form of a config.json's text. Raises FormatError.
+    """
+def convert_dtype(bits: numpy.ndarray, source: str, target: str) -> numpy.ndarray:
+    """
+    A new array of the same shape, each number converted between float32, bfloat16 and float16 (nearest even; too large gives inf). bfloat16 as uint16.
+    """
+def measure_read_bandwidth(num_threads: typing.SupportsIndex | None = None, nbytes: typing.SupportsIndex = 1073741824) -> float:
+    """
+    Bytes per second at which that many CPU threads (None: all) read a buffer of `nbytes`; median of several passes.
+    """
+def write_safetensors(path: os.PathLike | str | bytes, tensors: collections.abc.Sequence[tuple[str, numpy.ndarray, str]], metadata: collections.abc.Mapping[str, str]) -> None:
+    """
+    Writes (name, array, dtype name) in this order to a temporary file beside `path` and renames it. Arrays are C-contiguous and hold the dtype's bits (bfloat16 as uint16). Raises OSError, TypeError, ValueError.
+    """
