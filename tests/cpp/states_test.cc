@@ -2,7 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <new>
 #include <random>
@@ -243,19 +246,21 @@ TEST(States, RefusesWhatCannotBe) {
   EXPECT_THROW(cpu.make_states(model(), DType::float16, 1), InvalidArgument);
   ModelConfig huge;
   const std::int64_t big = std::int64_t{1} << 62;
-  const std::vector<MixerConfig> layers{
-      GatedConvConfig{big, big, false},
-      GatedConvConfig{1 << 20, 1 << 24, false},
-      LinearAttentionConfig{big, 16, 64, 0},
-      LinearAttentionConfig{1, big, 1, 0},
-      LinearAttentionConfig{16, 1 << 20, 64, 0},
-      SlidingWindowConfig{1, 1, 64, big, 1, false, false, 0, 10000.0, false},
-      SlidingWindowConfig{1, 1, 1 << 24, 1 << 24, 1, false, false, 0, 10000.0, false}};
+  const std::int64_t large = std::int64_t{1} << 28;  // a product of two is beyond any address space
+  const std::vector<MixerConfig> layers{GatedConvConfig{big, big, false},
+                                        GatedConvConfig{large, large, false},
+                                        LinearAttentionConfig{big, 16, 64, 0},
+                                        LinearAttentionConfig{1, big, 1, 0},
+                                        LinearAttentionConfig{1, large, 64, 0},
+                                        LinearAttentionConfig{large, 1 << 10, 1 << 20, 0},
+                                        SlidingWindowConfig{1, 1, 64, big, 1, false, false, 0, 10000.0, false},
+                                        SlidingWindowConfig{1, 1, large, large, 1, false, false, 0, 10000.0, false}};
   for (const MixerConfig& layer : layers) {
     huge.layers = {layer};
     EXPECT_THROW(cpu.make_states(huge, DType::float32, 1), std::bad_alloc);
   }
-  EXPECT_THROW(cpu.make_states(model(), DType::float32, std::numeric_limits<int>::max()), std::bad_alloc);
+  huge.layers = {GatedConvConfig{1 << 20, 1 << 14, false}};
+  EXPECT_THROW(cpu.make_states(huge, DType::float32, std::numeric_limits<int>::max()), std::bad_alloc);
 }
 
 }  // namespace
