@@ -200,8 +200,7 @@ std::int32_t CpuSampler::draw(const Row& row, const float* logits, const Softmax
 
   if (row.selects()) {
     keep_candidates(row, logits, stats.max, workspace);
-    std::vector<Candidate>& kept = workspace.candidates;
-    std::sort(kept.begin(), kept.end(), [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
+    const std::vector<Candidate>& kept = workspace.candidates;
     double total = 0;
     for (const Candidate& c : kept) total += c.weight;
     double cumulative = 0;
@@ -229,7 +228,7 @@ std::int32_t CpuSampler::draw(const Row& row, const float* logits, const Softmax
   return static_cast<std::int32_t>(stats.argmax);  // rounding left the target just out of reach
 }
 
-// workspace.candidates = the tokens that min_p, then top_k, then top_p leave, in no order.
+// workspace.candidates = the tokens that min_p, then top_k, then top_p leave, in the order of their ids.
 void CpuSampler::keep_candidates(const Row& row, const float* logits, float max, Workspace& workspace) const {
   const SamplingParams& params = row.params;
   const float* weights = workspace.weights.data();
@@ -278,6 +277,11 @@ void CpuSampler::keep_candidates(const Row& row, const float* logits, float max,
     }
     kept.erase(end, kept.end());
   }
+
+  // In the order of their ids: everything down to the last one kept.
+  const Candidate last = *std::max_element(kept.begin(), kept.end(), kByLogit);
+  collect(logits, weights, last.logit, kept);
+  std::erase_if(kept, [&](const Candidate& c) { return kByLogit(last, c) || c.weight < params.min_p; });
 }
 
 // out = the tokens with a logit ≥ threshold and, where weights are given, a weight.
