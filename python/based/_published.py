@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -120,10 +119,10 @@ class _Fields:
             raise self.error(key, f"an integer from {minimum} to {_HUGE}" + (", or null" if null else ""))
         return value
 
-    def number(self, key: str, default: float) -> float:
+    def number(self, key: str, default: float, maximum: float = 1e30) -> float:
         value = self.get(key, default)
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise self.error(key, "a finite number")
+        if type(value) not in (int, float) or not 0 <= value <= maximum:
+            raise self.error(key, f"a number from 0 to {maximum:g}")
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:
@@ -300,7 +299,7 @@ def translate(
         out_bias=top.boolean("out_proj_bias", True),
         scale_by_head_dim=top.boolean("scale_attn_weights", True),
         scale_by_layer=top.boolean("scale_attn_by_inverse_layer_idx", False),
-        rotary_fraction=top.number("rotary_emb_fraction", 0.0),
+        rotary_fraction=top.number("rotary_emb_fraction", 0.0, maximum=2),
         rotary_base=top.number("rotary_emb_base", 10000.0),
         rotary_interleaved=top.boolean("rotary_emb_interleaved", False),
     )
@@ -376,7 +375,7 @@ class _Mlp:
         self.fc2_bias = top.boolean("mlp_fc2_bias", True)
         # Both are read by gated MLPs only.
         alternative = top.choice("mlp_type", "base", ("base", "alt")) == "alt"
-        ff_mult = top.number("ff_mult", 2)
+        ff_mult = top.number("ff_mult", 2, maximum=_HUGE)
         self.split = gated and alternative
 
         if not gated:
@@ -499,7 +498,7 @@ def _sliding_window(
         raise top.error("n_head", f"a divisor of n_embd {d}")
     head_dim = attention.head_dim or d // num_heads
     rotary_dim = int(attention.rotary_fraction * head_dim)
-    if attention.rotary_fraction < 0 or 2 * -(-rotary_dim // 2) > head_dim:
+    if 2 * -(-rotary_dim // 2) > head_dim:
         raise top.error("rotary_emb_fraction", f"a fraction whose pairs fit in a head of {head_dim}")
     scale = head_dim**-0.5 if attention.scale_by_head_dim else 1.0
     if attention.scale_by_layer:

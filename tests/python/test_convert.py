@@ -1,6 +1,7 @@
 """Published checkpoints become model directories of ours, or a clear error; nothing in them ever runs."""
 
 import builtins
+import contextlib
 import json
 import resource
 import shutil
@@ -13,8 +14,10 @@ import pytest
 from based import FormatError, _core
 from based.convert import convert, is_published
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.reference.checkpoints import (
+    DEFAULTS,
     Checkpoint,
     Pickle,
     Seeded,
@@ -325,7 +328,7 @@ def test_an_infinite_number(tmp_path):
     checkpoint.write(tmp_path / "published")
     path = tmp_path / "published" / "config.json"
     path.write_text(path.read_text().replace("123", "1e999"))
-    assert_refused(tmp_path / "published", "layer_norm_epsilon: found Infinity, expected a finite number")
+    assert_refused(tmp_path / "published", "layer_norm_epsilon: found Infinity, expected a number")
 
 
 def test_missing_files(tmp_path):
@@ -401,7 +404,7 @@ def without(*keys):
         (top(vocab_size=None), "vocab_size: found null, expected an integer"),
         (top(rms_norm=1), "rms_norm: found 1, expected true or false"),
         (top(layer_norm_epsilon="1e-5"), "layer_norm_epsilon: found"),
-        (top(rotary_emb_fraction=None), "rotary_emb_fraction: found null, expected a finite number"),
+        (top(rotary_emb_fraction=None), "rotary_emb_fraction: found null, expected a number from 0 to 2"),
         (top(mixer=[1]), "mixer: found [1], expected an object"),
         (top(alt_mixer_layers=3), "alt_mixer_layers: found 3, expected a list of layer numbers"),
         (top(alt_mixer_layers=[1, "2"]), "alt_mixer_layers: found"),
@@ -488,6 +491,36 @@ def test_config_refusals(tmp_path, change, fragment):
     (tmp_path / "published" / "config.json").write_text(json.dumps(checkpoint.config))
     message = assert_refused(tmp_path / "published", fragment)
     assert "published/config.json" in message
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**320), 10**320)
+    | st.integers(-2, 20)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=5), values, max_size=2),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), value=JSON)
+def test_any_value_anywhere_is_taken_or_refused(tmp_path_factory, data, value):
+    checkpoint = golden_like()
+    checkpoint.config.update({key: default for key, default in DEFAULTS.items() if key not in checkpoint.config})
+    place = checkpoint.config
+    while isinstance(place, dict):
+        target, key = place, data.draw(st.sampled_from(sorted(place)))
+        place = place[key] if data.draw(st.booleans()) else None
+    directory = tmp_path_factory.mktemp("value")
+    target[key] = value
+    checkpoint.write(directory / "published")
+    with contextlib.suppress(FormatError):
+        convert(directory / "published", directory / "model")
+    assert {path.name for path in directory.iterdir()} <= {"published", "model"}
+    shutil.rmtree(directory)
 
 
 @pytest.mark.parametrize("value", [[], {}, "x", -1, None])

@@ -242,7 +242,8 @@ _NO_EFFECT: Config = {
     "decay_const": -5,
     "model_type": "gpt2",
 }
-_DEFAULTS: Config = {
+# What the absence of a field says.
+DEFAULTS: Config = {
     "layer_norm_epsilon": 1e-5,
     "rms_norm": False,
     "activation_function": "gelu_new",
@@ -519,7 +520,7 @@ def random_checkpoint(choose: Choose, max_layers: int = 4) -> Checkpoint:
         "layers": layers,
     }
     return Checkpoint(
-        config={**_omit_defaults(choose, config, _DEFAULTS), **(_NO_EFFECT if choose.one_of(flag) else {})},
+        config={**_omit_defaults(choose, config, DEFAULTS), **(_NO_EFFECT if choose.one_of(flag) else {})},
         expected=expected,
         seed=choose.integer(0, 1 << 30),
         dtype=choose.one_of(DTYPES),
