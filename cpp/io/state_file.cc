@@ -18,6 +18,7 @@ namespace {
 constexpr std::string_view kFormat = "based-state";
 constexpr std::string_view kFormatVersion = "1";
 constexpr std::string_view kSequences = "sequences.";
+constexpr std::int64_t kMaxTokens = std::int64_t{1} << 53;  // positions stay exact as doubles, and never overflow
 
 /// A decimal without sign or leading zeros.
 std::optional<std::int64_t> parse_decimal(std::string_view text) {
@@ -126,9 +127,9 @@ StateFile StateFile::open(const std::filesystem::path& path, const std::string& 
   while (true) {
     const auto comma = rest.find(',');
     const auto count = parse_decimal(rest.substr(0, comma));
-    if (!count) {
+    if (!count || *count > kMaxTokens) {
       throw FormatError(concat(where, "num_tokens: found ", in_quotes(value("num_tokens")),
-                               ", expected non-negative integers, separated by commas"));
+                               ", expected integers from 0 to 2^53, separated by commas"));
     }
     result.states.push_back({*count, {}});
     if (comma == rest.npos) break;

@@ -38,6 +38,7 @@ class TemporaryFolder {
 };
 
 inline void write_bytes(const std::filesystem::path& path, const std::string& bytes) {
+  std::filesystem::remove(path);  // some filesystems flush a file that is truncated and written again
   std::ofstream(path, std::ios::binary) << bytes;
 }
 
