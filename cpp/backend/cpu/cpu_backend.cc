@@ -54,8 +54,6 @@ void CpuBackend::copy_from_host(void* device, const void* host, std::size_t nbyt
   std::memcpy(device, host, nbytes);
 }
 
-void CpuBackend::copy_to_host(void* host, const void* device, std::size_t nbytes) {
-  std::memcpy(host, device, nbytes);
-}
+void CpuBackend::copy_to_host(void* host, const void* device, std::size_t nbytes) { std::memcpy(host, device, nbytes); }
 
 }  // namespace based::cpu

@@ -195,14 +195,17 @@ void multiply_panel(const void* x, const void* w, std::int64_t num_words, float*
 #endif
       } else {
         // A bfloat16 is the upper half of a float32.
+#pragma GCC unroll 2
+        for (int parity = 0; parity < 2; ++parity) {
+          f32v half[V];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-          const f32v even = (f32v)((i32v)weight[v] << 16);
-          const f32v odd = (f32v)((i32v)weight[v] & static_cast<std::int32_t>(0xffff0000u));
+          for (int v = 0; v < V; ++v)
+            half[v] = (f32v)(parity == 0 ? (i32v)weight[v] << 16
+                                         : (i32v)weight[v] & static_cast<std::int32_t>(0xffff0000u));
 #pragma GCC unroll 16
-          for (int r = 0; r < R; ++r) acc[r][v] = fmadd(splat(xp[r]), even, acc[r][v]);
-#pragma GCC unroll 16
-          for (int r = 0; r < R; ++r) acc[r][v] = fmadd(splat(xp[R + r]), odd, acc[r][v]);
+          for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) acc[r][v] = fmadd(splat(xp[parity * R + r]), half[v], acc[r][v]);
         }
         xp += 2 * R;
       }
