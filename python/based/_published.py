@@ -98,6 +98,10 @@ class _Fields:
         self.where = where
         self.path = path
         self.asked: set[str] = set()
+        for key, only in _ONLY.items():  # first: tensors of such a model may differ in any way
+            value = self.get(key, only)
+            if type(value) is not type(only) or value != only:
+                raise self.error(key, f"{_show(only)}: nothing else is supported")
 
     def error(self, key: str, expected: str) -> FormatError:
         found = f"found {_show(self.values[key])}" if key in self.values else "missing"
@@ -148,10 +152,6 @@ class _Fields:
         return values.pop()
 
     def finish(self, also_without_effect: Sequence[str] = ()) -> None:
-        for key, only in _ONLY.items():
-            value = self.get(key, only)
-            if type(value) is not type(only) or value != only:
-                raise self.error(key, f"{_show(only)}: nothing else is supported")
         for key in self.values:
             if key in self.asked or key in _NO_EFFECT or key in also_without_effect:
                 continue
@@ -245,11 +245,6 @@ def translate(
     Raises FormatError naming the field or tensor, what was found and what was expected.
     """
     top = _Fields(config, where)
-    for name in shapes:
-        if name.startswith("backbone."):
-            raise FormatError(f"{weights_where}: {name}: the tensors of a Mamba model, not supported")
-        if "position_embeddings" in name:
-            raise FormatError(f"{weights_where}: {name}: a table of learned positions, not supported")
     for key in ("d_model", "ssm_cfg"):
         if key in top.values:
             raise FormatError(f"{where}: {key}: found {_show(top.values[key])}: a Mamba model, not supported")
@@ -267,6 +262,11 @@ def translate(
     if positions and positions[-1] > 0:
         key = "max_position_embeddings" if "max_position_embeddings" in top.values else "n_positions"
         raise top.error(key, "0: a table of learned positions is not supported")
+    for name in shapes:
+        if name.startswith("backbone."):
+            raise FormatError(f"{weights_where}: {name}: the tensors of a Mamba model, not supported")
+        if "position_embeddings" in name:
+            raise FormatError(f"{weights_where}: {name}: a table of learned positions, not supported")
     stored = {int(match[1]) for name in shapes if (match := re.match(r"transformer\.layers\.(\d{1,9})\.", name))}
     if stored and max(stored) + 1 != num_layers:
         raise FormatError(f"{where}: n_layer: found {num_layers}, but {weights_where} holds {max(stored) + 1} layers")
