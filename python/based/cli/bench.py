@@ -103,32 +103,35 @@ class Result:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    from based import Model, load
-    from based.sizes import named_config
-
+    if not any(args.prompt + args.generate):
+        raise UsageError("nothing to measure: -p and -n are 0")
     show = _common.wants_statistics(args)
     writer: Writer | None = None
     for threads in args.threads:
-        options: dict[str, Any] = {"device": args.device, "dtype": args.dtype, "num_threads": threads}
-        if args.size is not None:
-            options["dtype"] = "bfloat16" if args.dtype == "auto" else args.dtype
-            model = Model.random(named_config(args.size), args.seed, **options)
-        else:
-            model = load(args.model, revision=args.revision, **options)
-        bench = Bench(model._core, args.seed, args.repetitions, not args.no_warmup, not args.no_bandwidth)
-        writer = writer or _WRITERS[args.output](_header(bench.model, args.size or args.model))
-        for batch in args.batch:
-            for depth in args.depth:
-                tests = [(bench.prefill, n) for n in args.prompt if n] + [(bench.decode, n) for n in args.generate if n]
-                if not tests:
-                    raise UsageError("nothing to measure: -p and -n are 0")
-                session = bench.session(batch, depth)
-                for measure, count in tests:
-                    if show:
-                        print(f"{measure.__name__} of {count}, batch {batch}, depth {depth} …", file=sys.stderr)
-                    writer.add(measure(session, depth, count))
+        model = _make_model(args, threads)
+        writer = writer or _WRITERS[args.output](_header(model, args.size or args.model))
+        bench = Bench(model, args.seed, args.repetitions, not args.no_warmup, not args.no_bandwidth)
+        tests = [(bench.prefill, n) for n in args.prompt if n] + [(bench.decode, n) for n in args.generate if n]
+        for batch, depth in itertools.product(args.batch, args.depth):
+            session = bench.session(batch, depth)
+            for measure, count in tests:
+                if show:
+                    print(f"{measure.__name__} of {count}, batch {batch}, depth {depth} …", file=sys.stderr)
+                writer.add(measure(session, depth, count))
     if writer is not None:
         writer.end()
+
+
+def _make_model(args: argparse.Namespace, threads: int | None) -> "_core.Model":
+    from based import Model, load
+    from based.sizes import named_config
+
+    options: dict[str, Any] = {"device": args.device, "dtype": args.dtype, "num_threads": threads}
+    if args.size is None:
+        return load(args.model, revision=args.revision, **options)._core
+    if args.dtype == "auto":
+        options["dtype"] = "bfloat16"
+    return Model.random(named_config(args.size), args.seed, **options)._core
 
 
 class Bench:

@@ -103,6 +103,8 @@ def run(args: argparse.Namespace) -> None:
     text = _common.read_text(args, "prompt")
     prompt: list[int] | None = _common.parse_ids(text) if args.token_ids else None
 
+    if args.session is not None:
+        args.session.parent.stat()  # a folder that is not there: say so before the work, not after it
     model = _common.load_model(args)
     session = model.session() if args.session is not None else None
     if session is not None and args.session.exists():
@@ -160,16 +162,22 @@ class _TextPrinter:
     def __init__(self, num_samples: int, token_ids: bool) -> None:
         self._token_ids = token_ids
         self._held: list[list[str]] = [[] for _ in range(num_samples)]
+        self._started = [False] * num_samples
         self._finished = [False] * num_samples
         self._current = 0
 
     def print_all(self, chunks: Iterable["StreamChunk"]) -> None:
         for chunk in chunks:
-            piece = " ".join(map(str, chunk.token_ids)) + " " if self._token_ids else chunk.text
-            self._held[chunk.index].append(piece)
+            self._held[chunk.index].append(self._piece(chunk))
             self._finished[chunk.index] |= chunk.finish_reason is not None
             while self._current < len(self._held) and self._advance():
                 pass
+
+    def _piece(self, chunk: "StreamChunk") -> str:
+        if not self._token_ids:
+            return chunk.text
+        started, self._started[chunk.index] = self._started[chunk.index], True
+        return (" " if started else "") + " ".join(map(str, chunk.token_ids))
 
     def _advance(self) -> bool:
         """Writes what there is of the current sample; whether it is complete."""

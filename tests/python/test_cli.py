@@ -1,0 +1,662 @@
+"""The command line as a user meets it: through a process of its own, on the golden model."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import based
+import numpy as np
+import pytest
+from based import cli, sizes
+from tokenizers import Tokenizer
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "based-tiny"
+COMMAND = [sys.executable, "-m", "based.cli"]
+GREEDY = ["--temperature", "0"]
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden model in our format, with its tokenizer."""
+    directory = tmp_path_factory.mktemp("cli") / "based-tiny"
+    done = based_cli("convert", GOLDEN, directory)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+@pytest.fixture(scope="session")
+def model(model_directory: Path) -> based.Model:
+    return based.load(model_directory)
+
+
+@pytest.fixture(scope="session")
+def without_tokenizer(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("cli") / "no-tokenizer"
+    directory.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (directory / name).write_bytes((model_directory / name).read_bytes())
+    return directory
+
+
+def based_cli(*args: object, stdin: bytes | str | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs `based ARGS` with stdin from a pipe, or from nowhere."""
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    given: dict[str, Any] = {"input": data} if data is not None else {"stdin": subprocess.DEVNULL}
+    done = subprocess.run([*COMMAND, *map(str, args)], capture_output=True, **given, **options)
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def ok(*args: object, stdin: bytes | str | None = None, **options: Any) -> str:
+    """stdout of a run that must succeed, silently."""
+    done = based_cli(*args, stdin=stdin, **options)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def fails(status: int, fragment: str, *args: object, stdin: bytes | str | None = None) -> None:
+    """Must exit with `status`, nothing on stdout, and one line of error that holds `fragment`."""
+    done = based_cli(*args, stdin=stdin)
+    assert done.returncode == status, done.stderr
+    assert done.stdout == ""
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("based") and "error: " in last and fragment in last
+    assert "Traceback" not in done.stderr
+    if status == 1:
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def objects(stdout: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stdout.splitlines()]
+
+
+# ---- the whole program -----------------------------------------------------------------------------------------------
+
+
+def test_help_and_version() -> None:
+    for name in cli.COMMANDS:
+        assert name in ok("--help")
+    assert ok("--version") == f"based {based.__version__}\n"
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_of_a_command(command: str) -> None:
+    assert f"based {command}" in ok(command, "--help")
+
+
+def test_help_of_the_program_imports_no_command() -> None:
+    """`based --help` is to be instant."""
+    code = "import sys, based.cli; based.cli.main(['--help']); print([m for m in sys.modules if 'based.cli.' in m])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+
+
+@pytest.mark.parametrize(
+    ("fragment", "args"),
+    [
+        ("required: COMMAND", []),
+        ("invalid choice: 'dance'", ["dance"]),
+        ("required: -m/--model", ["generate", "x"]),
+        ("unrecognized arguments: --nonsense", ["generate", "-m", "x", "--nonsense"]),
+        ("unrecognized arguments: --temp", ["generate", "-m", "x", "--temp", "0"]),
+        ("required: SRC, DST", ["convert"]),
+    ],
+)
+def test_usage_errors(fragment: str, args: list[str]) -> None:
+    fails(2, fragment, *args)
+
+
+def test_a_failure_shows_its_traceback_with_debug(tmp_path: Path) -> None:
+    done = based_cli("generate", "-m", tmp_path, "--debug", "x")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("based: error: ")
+
+
+@pytest.mark.parametrize("command", ["generate", "inspect", "tokenize"])
+def test_a_model_that_is_not_there(command: str, tmp_path: Path) -> None:
+    where = tmp_path / "absent"
+    args = [command, str(where)] if command == "inspect" else [command, "-m", str(where), "text"]
+    fails(1, str(where), *args)
+
+
+# ---- generate: text in and out ---------------------------------------------------------------------------------------
+
+
+def expected_text(model: based.Model, prompt: str, **params: Any) -> str:
+    return model.generate(prompt, based.SamplingParams(temperature=0, **params))[0].outputs[0].text
+
+
+def test_generate_matches_the_library(model: based.Model, model_directory: Path) -> None:
+    text = ok("generate", "-m", model_directory, *GREEDY, "--max-tokens", 24, "Hello")
+    assert text == expected_text(model, "Hello", max_tokens=24) + "\n"
+
+
+def test_a_published_directory_is_converted_by_itself(model: based.Model, tmp_path: Path) -> None:
+    environment = os.environ | {"BASED_CACHE": str(tmp_path)}
+    text = ok("generate", "-m", GOLDEN, *GREEDY, "Hello", env=environment)
+    assert text == expected_text(model, "Hello") + "\n"
+    assert list(tmp_path.glob("based-tiny-*/model.safetensors"))
+
+
+def test_prompt_from_argument_file_and_stdin(model_directory: Path, tmp_path: Path) -> None:
+    prompt = "Grüße, 世界 🙂\nline two"
+    file = tmp_path / "prompt.txt"
+    file.write_text(prompt + "\n", encoding="utf-8")
+    run = ["generate", "-m", model_directory, *GREEDY, "--json"]
+    outputs = {ok(*run, prompt), ok(*run, "--file", file), ok(*run, stdin=prompt + "\n"), ok(*run, stdin=prompt)}
+    assert len(outputs) == 1
+    assert json.loads(outputs.pop())["num_prompt_tokens"] == len(prompt.encode())
+
+
+def test_only_one_newline_at_the_end_is_dropped(model_directory: Path) -> None:
+    run = ["generate", "-m", model_directory, "--json"]
+    for text, expected in (("ab\n\n", 3), ("ab\r\n", 2), ("\nab", 3), ("ab ", 3)):
+        assert json.loads(ok(*run, stdin=text))["num_prompt_tokens"] == expected
+
+
+@pytest.mark.parametrize(
+    ("status", "fragment", "args", "stdin"),
+    [
+        (2, "not both", ["--file", "x", "prompt"], None),
+        (1, "no-such-file: No such file", ["--file", "no-such-file"], None),
+        (1, "stdin: byte 2 is not UTF-8", [], b"ab\xff"),
+        (1, "empty", [""], None),
+        (1, "empty", [], b""),
+        (2, "integers", ["--token-ids", "1 two 3"], None),
+        (1, "258", ["--token-ids", "1 258"], None),
+        (1, "-1", ["--token-ids", "--", "-1"], None),
+        (2, "temperature", ["--temperature", "-1", "x"], None),
+        (2, "temperature", ["--temperature", "nan", "x"], None),
+        (2, "invalid float value", ["--top-p", "high", "x"], None),
+        (2, "top_p", ["--top-p", "1.5", "x"], None),
+        (2, "n ", ["-n", "0", "x"], None),
+        (2, "max_tokens", ["--max-tokens", "0", "x"], None),
+        (2, "min_tokens", ["--min-tokens", "99", "x"], None),
+        (2, "logit-bias 5", ["--logit-bias", "5", "x"], None),
+        (2, "logit-bias a:1", ["--logit-bias", "a:1", "x"], None),
+        (1, "300", ["--logit-bias", "300:1", "x"], None),
+        (1, "258", ["--stop-token-ids", "258", "x"], None),
+        (2, "--json", ["--logprobs", "2", "x"], None),
+        (2, "-n 2 must be 1", ["--session", "s", "-n", "2", "x"], None),
+        (2, "is not ≥ 1", ["--threads", "0", "x"], None),
+        (2, "invalid choice: 'int3'", ["--dtype", "int3", "x"], None),
+        (1, "tpu", ["--device", "tpu", "x"], None),
+        (1, "revision", ["--revision", "v2", "x"], None),
+        (1, "no-such-tokenizer", ["--tokenizer", "no-such-tokenizer", "x"], None),
+    ],
+)
+def test_bad_arguments(status: int, fragment: str, args: list[str], stdin: bytes | None, model_directory: Path) -> None:
+    fails(status, fragment, "generate", "-m", model_directory, *args, stdin=stdin)
+
+
+def test_a_prompt_argument_that_is_not_utf8(model_directory: Path) -> None:
+    done = subprocess.run([*COMMAND, "generate", "-m", model_directory, b"ab\xff"], capture_output=True)
+    assert done.returncode == 1
+    assert b"prompt is not UTF-8" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_no_prompt_at_a_terminal_is_a_usage_error(model_directory: Path) -> None:
+    terminal, its_end = pty.openpty()
+    done = subprocess.run(
+        [*COMMAND, "generate", "-m", model_directory], stdin=its_end, capture_output=True, text=True, timeout=60
+    )
+    os.close(its_end)
+    os.close(terminal)
+    assert done.returncode == 2
+    assert "no prompt" in done.stderr
+
+
+# ---- generate: sampling ----------------------------------------------------------------------------------------------
+
+
+def sample(model_directory: Path, *args: object) -> dict[str, Any]:
+    (record,) = objects(ok("generate", "-m", model_directory, "--json", *args, "Hello, world"))
+    return record
+
+
+def greedy_ids(model: based.Model, count: int = 16, **params: Any) -> list[int]:
+    ids = list(b"Hello, world")
+    return model.generate(ids, based.SamplingParams(temperature=0, max_tokens=count, **params))[0].outputs[0].token_ids
+
+
+def test_every_field_of_sampling_params_is_a_flag() -> None:
+    from based.cli import generate
+
+    fields = [name for name in dir(based.SamplingParams) if not name.startswith("_")]
+    fields = [name for name in fields if not callable(getattr(based.SamplingParams, name))]
+    assert sorted(generate._FIELDS) == sorted(fields)
+
+
+def test_defaults_are_those_of_sampling_params(model: based.Model, model_directory: Path) -> None:
+    record = sample(model_directory, "--seed", 3)
+    params = based.SamplingParams(seed=3)
+    assert record["token_ids"] == model.generate("Hello, world", params)[0].outputs[0].token_ids
+    assert len(record["token_ids"]) == params.max_tokens
+
+
+@pytest.mark.parametrize(
+    ("flags", "params"),
+    [
+        (["--max-tokens", "5"], {"max_tokens": 5}),
+        (["--temperature", "0.3"], {"temperature": 0.3}),
+        (["--top-p", "0.5"], {"top_p": 0.5}),
+        (["--top-k", "3"], {"top_k": 3}),
+        (["--min-p", "0.4"], {"min_p": 0.4}),
+        (["--temperature", "0", "--repetition-penalty", "3"], {"temperature": 0, "repetition_penalty": 3}),
+        (
+            ["--temperature", "0", "--max-tokens", "64", "--presence-penalty", "2"],
+            {"temperature": 0, "max_tokens": 64, "presence_penalty": 2},
+        ),
+        (
+            ["--temperature", "0", "--max-tokens", "64", "--frequency-penalty", "2"],
+            {"temperature": 0, "max_tokens": 64, "frequency_penalty": 2},
+        ),
+        (["--seed", "8"], {"seed": 8}),
+        (["--logit-bias", "65:60", "--logit-bias", "66:60"], {"logit_bias": {65: 60, 66: 60}}),
+    ],
+)
+def test_sampling_flags_reach_the_sampler(
+    flags: list[str], params: dict[str, Any], model: based.Model, model_directory: Path
+) -> None:
+    """Same ids as the library gives for these params, and other ids than without the flag."""
+    plain = {"seed": 7, "temperature": params.get("temperature", 1.0), "max_tokens": params.get("max_tokens", 16)}
+    seed = [] if "--seed" in flags else ["--seed", "7"]
+    ids = sample(model_directory, *seed, *flags)["token_ids"]
+    params = {"seed": 7} | params
+    assert ids == model.generate("Hello, world", based.SamplingParams(**params))[0].outputs[0].token_ids
+    if set(params) & {"temperature", "max_tokens"} and len(params) == 2:
+        plain |= {"temperature": 1.0, "max_tokens": 16}
+    assert ids != model.generate("Hello, world", based.SamplingParams(**plain))[0].outputs[0].token_ids
+
+
+def test_stop_token_ids_and_min_tokens(model: based.Model, model_directory: Path) -> None:
+    ids = greedy_ids(model)
+    stop = ids[4]
+    first = ids.index(stop)
+    record = sample(model_directory, *GREEDY, "--stop-token-ids", f"{stop},{stop}")
+    assert record["token_ids"] == ids[: first + 1]
+    assert (record["finish_reason"], record["stop_reason"]) == ("stop", stop)
+    record = sample(model_directory, *GREEDY, "--stop-token-ids", stop, "--min-tokens", 12)
+    assert len(record["token_ids"]) >= 12
+    assert stop not in record["token_ids"][:11]
+
+
+def test_stop_strings(model_directory: Path) -> None:
+    """Bias makes the model say A and B only; stop strings are cut off, or kept with the flag."""
+    bias = ["--logit-bias", "65:100", "--logit-bias", "66:100", "--seed", 1, "--max-tokens", 64]
+    text = sample(model_directory, *bias)["text"]
+    assert set(text) == {"A", "B"}
+    stops = ["--stop", "zzz", "--stop", "BA"]
+    record = sample(model_directory, *bias, *stops)
+    assert record["text"] == text[: text.index("BA")]
+    assert (record["finish_reason"], record["stop_reason"]) == ("stop", "BA")
+    record = sample(model_directory, *bias, *stops, "--include-stop-str-in-output")
+    assert record["text"] == text[: text.index("BA") + 2]
+
+
+def test_ignore_eos(model: based.Model, model_directory: Path, tmp_path: Path) -> None:
+    ids = greedy_ids(model)
+    directory = tmp_path / "with-eos"
+    directory.mkdir()
+    for path in model_directory.iterdir():
+        (directory / path.name).write_bytes(path.read_bytes())
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"eos_token_id": ids[3]}))
+    record = sample(directory, *GREEDY)
+    assert record["token_ids"] == ids[: ids.index(ids[3]) + 1]
+    assert record["finish_reason"] == "stop"
+    record = sample(directory, *GREEDY, "--ignore-eos")
+    assert (record["token_ids"], record["finish_reason"]) == (ids, "length")
+
+
+def test_logprobs(model: based.Model, model_directory: Path) -> None:
+    record = sample(model_directory, *GREEDY, "--logprobs", 3, "--max-tokens", 4)
+    assert len(record["logprobs"]) == 4
+    ids = list(b"Hello, world") + record["token_ids"]
+    scores = model.score(ids)[-4:]
+    for token, score, top in zip(record["token_ids"], scores, record["logprobs"], strict=True):
+        assert [entry["rank"] for entry in top] == [1, 2, 3]
+        assert top[0]["token_id"] == token
+        assert top[0]["logprob"] == pytest.approx(float(score), abs=1e-4)
+        assert top[0]["logprob"] >= top[1]["logprob"] >= top[2]["logprob"]
+    assert record["cumulative_logprob"] == pytest.approx(float(np.sum(scores)), abs=1e-3)
+    assert "logprobs" not in sample(model_directory, *GREEDY)
+
+
+def test_several_samples(model: based.Model, model_directory: Path) -> None:
+    run = ["generate", "-m", model_directory, "-n", 3, "--seed", 5, "--logit-bias", "65:100", "--logit-bias", "66:100"]
+    records = objects(ok(*run, "--json", "Hi"))
+    assert [record["index"] for record in records] == [0, 1, 2]
+    texts = [record["text"] for record in records]
+    assert len(set(texts)) == 3
+    assert ok(*run, "Hi") == "\n---\n".join(texts) + "\n"
+
+
+# ---- generate: ids, dtype, threads -----------------------------------------------------------------------------------
+
+
+def test_token_ids_in_and_out(model: based.Model, without_tokenizer: Path) -> None:
+    expected = " ".join(map(str, greedy_ids(model, 6))) + "\n"
+    prompt = ", ".join(map(str, b"Hello, world"))
+    run = ["generate", "-m", without_tokenizer, "--token-ids", *GREEDY, "--max-tokens", 6]
+    assert ok(*run, prompt) == expected
+    assert ok(*run, stdin=prompt.replace(",", "\n")) == expected
+    assert objects(ok(*run, "--json", prompt))[0]["text"] == ""
+
+
+def test_text_without_a_tokenizer(without_tokenizer: Path, model: based.Model) -> None:
+    fails(1, "--token-ids", "generate", "-m", without_tokenizer, "text")
+    named = ["--tokenizer", GOLDEN / "tokenizer.json"]
+    assert ok("generate", "-m", without_tokenizer, *named, *GREEDY, "text") == expected_text(model, "text") + "\n"
+
+
+def test_dtype_threads_and_statistics(model_directory: Path) -> None:
+    run = ["generate", "-m", model_directory, "--stats", "--device", "cpu", "Hello"]
+    stderr = based_cli(*run, "--dtype", "bfloat16", "--threads", 1, "--max-tokens", 7).stderr
+    assert "prompt 5 tokens, " in stderr
+    assert "output 7 tokens, " in stderr
+    assert "after 12 tokens" in stderr
+    assert "bfloat16, 1 threads" in stderr
+    assert "float32" in based_cli(*run).stderr
+    assert len(stderr.splitlines()) == 1
+
+
+def test_statistics_only_at_a_terminal(model_directory: Path) -> None:
+    run = [*COMMAND, "generate", "-m", str(model_directory), "Hello"]
+    for extra, expected in (([], True), (["--no-stats"], False)):
+        terminal, its_end = pty.openpty()
+        subprocess.run(run + extra, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=its_end, check=True)
+        os.write(its_end, b"END")
+        assert (b"tok/s" in os.read(terminal, 10000)) is expected
+        os.close(its_end)
+        os.close(terminal)
+
+
+# ---- generate: sessions ----------------------------------------------------------------------------------------------
+
+
+def test_a_session_in_pieces_is_one_long_sequence(model: based.Model, model_directory: Path, tmp_path: Path) -> None:
+    file = tmp_path / "state.safetensors"
+    run = ["generate", "-m", model_directory, *GREEDY, "--json", "--session", file, "--max-tokens", 20]
+    prompts, seen, sizes_seen = ["The first part.", " And then, ", "x"], [], []
+    for prompt in prompts:
+        (record,) = objects(ok(*run, prompt))
+        seen += list(prompt.encode())
+        whole = model.generate(seen, based.SamplingParams(temperature=0, max_tokens=20))[0].outputs[0]
+        assert record["token_ids"] == whole.token_ids
+        assert record["num_prompt_tokens"] == len(prompt)
+        seen += record["token_ids"]
+        sizes_seen.append(file.stat().st_size)
+    assert sizes_seen[1] == sizes_seen[2]  # 17 keys of window are full: a state of constant size
+    session = model.session()
+    session.load_state(file)
+    assert session.num_tokens == [len(seen)]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_failed_run_leaves_the_session_file(model_directory: Path, tmp_path: Path) -> None:
+    file = tmp_path / "state.safetensors"
+    run = ["generate", "-m", model_directory, "--session", file]
+    ok(*run, "Hello")
+    before = file.read_bytes()
+    fails(1, "300", *run, "--token-ids", "300")
+    assert file.read_bytes() == before
+    file.write_bytes(before[:-1])
+    fails(1, "state.safetensors", *run, "Hello")
+    assert file.read_bytes() == before[:-1]
+    fails(1, "a: No such file or directory", "generate", "-m", model_directory, "--session", tmp_path / "a" / "b", "x")
+
+
+def test_a_session_of_another_model_is_refused(model_directory: Path, tmp_path: Path) -> None:
+    file = tmp_path / "state.safetensors"
+    based.Model.random(sizes.named_config("tiny"), 1).session().save_state(file)
+    fails(1, "state.safetensors", "generate", "-m", model_directory, "--session", file, "Hello")
+
+
+# ---- generate: pipes and interrupts ----------------------------------------------------------------------------------
+
+
+def start(*args: object) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [*COMMAND, *map(str, args)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def test_text_streams_and_a_closed_pipe_ends_it_quietly(model_directory: Path) -> None:
+    with start("generate", "-m", model_directory, "--max-tokens", 10_000_000, "Hello") as process:
+        assert process.stdout and process.stderr
+        assert process.stdout.read(10)  # long before the end
+        process.stdout.close()
+        assert process.wait(20) == 141
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_interrupt(flags: list[str], model_directory: Path, tmp_path: Path) -> None:
+    file = tmp_path / "state.safetensors"
+    ok("generate", "-m", model_directory, "--session", file, "Hello")
+    before = file.read_bytes()
+    run = ["generate", "-m", model_directory, "--session", file, "--max-tokens", 10_000_000, *flags, "Hello"]
+    with start(*run) as process:
+        assert process.stdout and process.stderr
+        if flags:
+            time.sleep(2)
+        else:
+            process.stdout.read(10)
+        process.send_signal(signal.SIGINT)
+        asked = time.monotonic()
+        process.communicate(timeout=20)
+        assert process.returncode == 130
+        assert time.monotonic() - asked < 5
+    assert file.read_bytes() == before
+
+
+# ---- convert ---------------------------------------------------------------------------------------------------------
+
+
+def test_convert(model_directory: Path, tmp_path: Path) -> None:
+    assert sorted(path.name for path in model_directory.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    assert based.load(model_directory).num_parameters == sizes.named_config("tiny").num_parameters
+    for dtype, bytes_each in (("bfloat16", 2), ("float16", 2), ("float32", 4)):
+        target = tmp_path / dtype
+        done = based_cli("convert", GOLDEN, target, "--dtype", dtype, "--stats")
+        assert done.returncode == 0
+        assert f"{target}: " in done.stderr
+        size = (target / "model.safetensors").stat().st_size
+        assert size == pytest.approx(bytes_each * sizes.named_config("tiny").num_parameters, rel=0.02)
+
+
+def test_convert_with_a_tokenizer_and_overwrite(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    for name in ("config.json", "pytorch_model.bin"):
+        (source / name).symlink_to(GOLDEN / name)
+    ok("convert", source, target)
+    assert not (target / "tokenizer.json").exists()
+    fails(1, f"{target}: ", "convert", source, target)
+    ok("convert", source, target, "--overwrite", "--tokenizer", GOLDEN / "tokenizer.json")
+    assert (target / "tokenizer.json").exists()
+    fails(1, "absent", "convert", tmp_path / "absent", tmp_path / "x")
+    fails(2, "invalid choice", "convert", source, tmp_path / "x", "--dtype", "int8")
+
+
+# ---- tokenize --------------------------------------------------------------------------------------------------------
+
+TEXTS = ["Hello", "Grüße, 世界 🙂", "a\tb\n\nc", "  spaces  ", "\x00\x7f\u2028", "it's <bos>? no"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_tokenize_round_trip(text: str) -> None:
+    run = ["tokenize", "-m", GOLDEN]
+    ids = ok(*run, stdin=text)
+    assert ok(*run, "--decode", stdin=ids) == text + "\n"
+    record = json.loads(ok(*run, "--json", stdin=text))
+    assert record["text"] == text
+    assert record["token_ids"] == list(map(int, ids.split()))
+    assert len(record["tokens"]) == len(record["token_ids"])
+
+
+def test_tokenize_from_argument_and_file(tmp_path: Path) -> None:
+    file = tmp_path / "text"
+    file.write_text("Hi!\n")
+    assert ok("tokenize", "-m", GOLDEN, "Hi!") == ok("tokenize", "-m", GOLDEN, "--file", file) == "72 105 33\n"
+    assert ok("tokenize", "-m", GOLDEN, "--decode", "72,105 33") == "Hi!\n"
+
+
+def test_tokenize_bad_input(without_tokenizer: Path) -> None:
+    fails(1, "no tokenizer", "tokenize", "-m", without_tokenizer, "x")
+    fails(1, "258", "tokenize", "-m", GOLDEN, "--decode", "258")
+    fails(2, "integers", "tokenize", "-m", GOLDEN, "--decode", "x")
+
+
+def test_the_golden_tokenizer_is_of_bytes() -> None:
+    tokenizer = Tokenizer.from_file(str(GOLDEN / "tokenizer.json"))
+    text = "".join(map(chr, [*range(0x300), 0x4E16, 0xFFFD, 0x1F642, 0x10FFFF]))
+    assert tokenizer.encode(text).ids == list(text.encode())
+    assert tokenizer.decode(list(text.encode())) == text
+    assert [tokenizer.token_to_id(token) for token in ("<bos>", "<eos>")] == [256, 257]
+    assert tokenizer.get_vocab_size() == 258
+
+
+# ---- inspect ---------------------------------------------------------------------------------------------------------
+
+
+def test_inspect(model: based.Model, model_directory: Path) -> None:
+    facts = json.loads(ok("inspect", model_directory, "--json"))
+    assert facts["num_parameters"] == model.num_parameters == 1286528
+    assert facts["pattern"] == "cLWcccL"
+    assert facts["dtype"] == "float32"
+    assert facts["files"] == {"model.safetensors": (model_directory / "model.safetensors").stat().st_size}
+    assert based.ModelConfig.from_json(json.dumps(facts["config"])) == model.config
+    # conv 4 layers × 2 × 256, Taylor 2 layers × 4 heads × 153 × 33, window 9 keys and values × 128, float32
+    state = {"gated_conv": 4 * 2 * 256 * 4, "linear_attention": 2 * 4 * 153 * 33 * 4, "sliding_window": 2 * 9 * 128 * 4}
+    assert facts["state_nbytes"] == {"total": sum(state.values()), **state}
+    assert facts["state_nbytes"]["total"] <= model.state_nbytes <= 1.4 * facts["state_nbytes"]["total"]
+    # 7 layers, a key and a value of 128 float32 each
+    expected = {str(tokens): 7 * 2 * 128 * 4 * tokens for tokens in (1024, 8192, 131072)}
+    assert facts["transformer_kv_cache_nbytes"] == expected
+    text = ok("inspect", model_directory)
+    assert "1,286,528 parameters, float32, 5.2 MB in 1 file" in text
+    assert "7: cLWcccL" in text
+    assert "128" in text
+
+
+def test_the_saved_state_has_the_size_that_inspect_tells(model: based.Model, tmp_path: Path) -> None:
+    session = model.session()
+    session.prefill([list(range(40))])
+    session.save_state(tmp_path / "state")
+    stored = (tmp_path / "state").stat().st_size
+    told = sizes.state_nbytes(model.config, "float32")
+    assert told < stored < told + 8192  # the header
+
+
+def test_inspect_loads_no_weights(model_directory: Path, tmp_path: Path) -> None:
+    """The data of the weight file may even be nonsense."""
+    directory = tmp_path / "nonsense"
+    directory.mkdir()
+    (directory / "config.json").write_bytes((model_directory / "config.json").read_bytes())
+    weights = bytearray((model_directory / "model.safetensors").read_bytes())
+    header = 8 + int.from_bytes(weights[:8], "little")
+    weights[header:] = b"\xff" * (len(weights) - header)
+    (directory / "model.safetensors").write_bytes(weights)
+    assert json.loads(ok("inspect", directory, "--json"))["num_parameters"] == 1286528
+    (directory / "model.safetensors").write_bytes(weights[:-1])
+    fails(1, "model.safetensors", "inspect", directory)
+
+
+def test_inspect_sharded_files(model_directory: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(model_directory / "model.safetensors")
+    shards = {"a.safetensors": {}, "b.safetensors": {}}
+    for i, (name, tensor) in enumerate(tensors.items()):
+        shards["ab"[i % 2] + ".safetensors"][name] = tensor
+    for name, shard in shards.items():
+        save_file(shard, tmp_path / name)
+    index = {"weight_map": {tensor: name for name, shard in shards.items() for tensor in shard}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_bytes((model_directory / "config.json").read_bytes())
+    facts = json.loads(ok("inspect", tmp_path, "--json"))
+    assert sorted(facts["files"]) == ["a.safetensors", "b.safetensors"]
+    assert "in 2 files" in ok("inspect", tmp_path)
+
+
+def test_inspect_published_directory_and_sizes(tmp_path: Path) -> None:
+    environment = os.environ | {"BASED_CACHE": str(tmp_path)}
+    assert json.loads(ok("inspect", GOLDEN, "--json", env=environment))["pattern"] == "cLWcccL"
+    facts = json.loads(ok("inspect", "--size", "1.3b", "--json"))
+    assert facts["num_parameters"] == 1349453056
+    assert facts["pattern"] == "cLWcccLWcccLWcccLWcccLWccccLWccccLWc"
+    fails(2, "a model or --size", "inspect")
+    fails(2, "a model or --size", "inspect", GOLDEN, "--size", "1.3b")
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def test_sizes(model: based.Model) -> None:
+    config = sizes.named_config("360m")
+    assert config.num_parameters == 362620928
+    kinds = [layer.mixer for layer in config.layers]
+    assert [i for i, kind in enumerate(kinds) if kind == "linear_attention"] == [1, 6, 11, 16, 21]
+    assert [i for i, kind in enumerate(kinds) if kind == "sliding_window"] == [2, 7, 12, 17, 22]
+    assert config.layers[2].window == 129
+    assert (config.hidden_size, config.mlp.inner_size, config.padded_vocab_size) == (1024, 2048, 50264)
+    # "tiny" is the golden model's shape, whose published config names no token to end with.
+    golden, tiny = (json.loads(c.to_json()) for c in (model.config, sizes.named_config("tiny")))
+    assert golden | {"bos_token_id": 257, "eos_token_id": 257} == tiny
+    with pytest.raises(ValueError, match="size is '7b', expected one of tiny"):
+        sizes.named_config("7b")
+
+
+@pytest.mark.parametrize("name", ["tiny", "60m"])
+def test_products_account_for_the_parameters(name: str) -> None:
+    """All matrices but the embedding; the rest is vectors: norms, biases, taps."""
+    config = sizes.named_config(name)
+    matrices = sum(rows * columns for rows, columns in sizes.gemm_shapes(config))
+    embedding = config.padded_vocab_size * config.hidden_size
+    vectors = (2 * len(config.layers) + 1) * config.hidden_size
+    for mixer in config.layers:
+        if mixer.mixer == "gated_conv":
+            vectors += mixer.inner_size * (mixer.kernel_size + 2) + config.hidden_size
+    assert matrices + embedding + vectors == config.num_parameters
+
+
+# ---- in this process -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (ValueError("two\nlines"), 1, "based: error: two lines\n"),
+        (FileNotFoundError(2, "No such file or directory", "x/y"), 1, "based: error: x/y: No such file or directory\n"),
+        (MemoryError(), 1, "based: error: MemoryError\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_errors_become_one_line_and_a_status(
+    error: BaseException,
+    status: int,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    module: Callable[..., None] = fail
+    monkeypatch.setattr("based.convert.convert", module)
+    assert cli.main(["convert", "a", "b"]) == status
+    assert capsys.readouterr().err == text
