@@ -24,8 +24,6 @@ using TensorTuple = std::tuple<std::string, py::array, std::string>;
 /// NumPy's name for the bits of a dtype: itself, or the unsigned integer of its size.
 py::dtype numpy_dtype(DType dtype) {
   switch (dtype) {
-    case DType::boolean:
-      return py::dtype("bool");
     case DType::bfloat16:
       return py::dtype("uint16");
     case DType::float8_e4m3:

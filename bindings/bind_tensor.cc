@@ -128,7 +128,7 @@ py::object as_numpy(const Tensor& tensor) {
   auto owner = std::make_unique<std::shared_ptr<void>>(tensor.storage());
   const py::capsule base(owner.get(), [](void* pointer) { delete static_cast<std::shared_ptr<void>*>(pointer); });
   owner.release();
-  return py::array(py::dtype(tensor.dtype() == DType::boolean ? "bool" : name), tensor.shape(), tensor.data(), base);
+  return py::array(py::dtype(name), tensor.shape(), tensor.data(), base);
 }
 
 void bind_tensor(py::module_& m) {

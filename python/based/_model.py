@@ -16,6 +16,7 @@ from based._tokenizer import LazyTokenizer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+MAX_BATCH_SIZE = 32
 Params: TypeAlias = _core.SamplingParams | None
 
 
@@ -147,7 +148,7 @@ class Model:
         prompts: Prompt | Sequence[Prompt],
         params: Params | Sequence[_core.SamplingParams] = None,
         *,
-        max_batch_size: int = 32,
+        max_batch_size: int = MAX_BATCH_SIZE,
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Continues each prompt; what a prompt gets does not depend on the others.
@@ -180,11 +181,10 @@ class Model:
         return Session(_core.Session(self._core, batch_size), self._core, self._tokenizer)
 
     def _run(
-        self, prompts: list[Any], params: Params | Sequence[_core.SamplingParams], max_batch_size: int | None = None
+        self, prompts: list[Any], params: Params | Sequence[_core.SamplingParams], max_batch_size: int = MAX_BATCH_SIZE
     ) -> Run:
         requests = make_requests(prompts, params, self._tokenizer, [True] * len(prompts))
-        batch = max((r.params.n for r in requests), default=1) if max_batch_size is None else max_batch_size
-        return Run(self._core, self.config.eos_token_id, requests, self._tokenizer, batch)
+        return Run(self._core, self.config.eos_token_id, requests, self._tokenizer, max_batch_size)
 
     def _encode(self, prompt: Any) -> Any:
         return encode(as_array(prompt), self._tokenizer, add_special_tokens=True)

@@ -1,0 +1,61 @@
+"""What the Python tests share: golden cases, models, and a world without network and without the user's caches."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+
+import based
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+settings.register_profile("based", deadline=None)  # machines differ, and are shared
+settings.load_profile("based")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """A conversion cache of this test run."""
+    path = tmp_path_factory.mktemp("cache")
+    os.environ["BASED_CACHE"] = str(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """golden(case, file) gives the arrays of tests/golden/{case}/{file}.npz."""
+
+    def read(case: str, file: str = "golden") -> dict[str, np.ndarray]:
+        with np.load(GOLDEN / case / f"{file}.npz") as arrays:
+            return dict(arrays)
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def models(cache):
+    """models(case) gives the loaded golden case, in float32 whatever its file's dtype."""
+    loaded: dict[str, based.Model] = {}
+
+    def get(case: str) -> based.Model:
+        if case not in loaded:
+            loaded[case] = based.load(GOLDEN / case, dtype="float32")
+        return loaded[case]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def model(models):
+    """based-tiny, which has a tokenizer of bytes: 256 of them, <bos>, <eos>."""
+    return models("based-tiny")
+
+
+@pytest.fixture(scope="session")
+def mute_model(models):
+    """based-tiny-bf16, which has no tokenizer."""
+    return models("based-tiny-bf16")
