@@ -15,11 +15,15 @@ using backend::LinearSource;
 using backend::LinearWeight;
 using backend::Matrix;
 
-// Weights that one task streams when the whole batch is one tile of rows: enough to hide the hand-out, little enough
-// that threads end together.
+// Few rows: the weights are a stream from memory, each panel used by all tiles at once. Weights of a task when there is
+// one tile: enough to hide the hand-out, little enough that threads end together.
+constexpr std::int64_t kStreamTiles = 8;
 constexpr std::size_t kStreamBytes = std::size_t{64} << 10;
 
-// Weights that stay in L2 while a task goes through many tiles of rows.
+// How far ahead of the first use; the hardware's prefetcher starts slowly and stops at pages.
+constexpr std::int64_t kPrefetchBytes = 2048;
+
+// Many rows: weights that stay in L2 while a task goes through the tiles, each tile in L1 from panel to panel.
 constexpr std::size_t kResidentBytes = std::size_t{512} << 10;
 
 const LinearKernels& kernels_of(Isa isa) {
@@ -183,35 +187,61 @@ void CpuBackend::linear(const LinearWeight& weight, const Matrix& x, const Matri
     });
   }
 
-  // A task: `width` panels times a share of the tiles.
-  const std::size_t bytes = tiles == 1 ? kStreamBytes : kResidentBytes;
-  const std::int64_t width =
-      std::clamp<std::int64_t>(static_cast<std::int64_t>(bytes / w.panel_nbytes()), 1, kMaxTaskPanels);
-  const std::int64_t widths = (w.num_panels() + width - 1) / width;
-  const std::int64_t shares = std::clamp<std::int64_t>((4 * pool_->num_threads() + widths - 1) / widths, 1, tiles);
-  pool_->run(widths * shares, [&](std::int64_t i, int) {
-    const std::int64_t panel = i / shares * width;
-    const std::int64_t share = i % shares;
-    LinearTask task;
+  const auto make_task = [&](std::int64_t tile, std::int64_t panel, std::int64_t num_panels) {
+    const std::int64_t row = tile_start(tile);
+    LinearTask task{};
+    task.x = packed + static_cast<std::size_t>(row) * packed_row_nbytes;
+    task.num_rows = static_cast<int>(tile_start(tile + 1) - row);
     task.weights = w.panel(panel);
     task.weight_dtype = w.dtype;
     task.in_features = w.k;
-    task.num_panels = static_cast<int>(std::min(width, w.num_panels() - panel));
+    task.num_panels = static_cast<int>(num_panels);
+    task.prefetch = task.weights;
     task.bias = w.bias.data == nullptr ? nullptr : static_cast<const float*>(w.bias.data.get()) + panel * kPanelColumns;
     task.activation = w.activation;
     task.gated = w.gated;
+    task.y = static_cast<std::byte*>(y.data) +
+             static_cast<std::size_t>(row * y.cols + panel * w.panel_columns()) * size_of(y.dtype);
     task.y_dtype = y.dtype;
     task.y_stride = y.cols;
     task.num_columns = y.cols - panel * w.panel_columns();
     task.accumulate = accumulate;
-    for (std::int64_t tile = tiles * share / shares; tile < tiles * (share + 1) / shares; ++tile) {
-      const std::int64_t row = tile_start(tile);
-      task.num_rows = static_cast<int>(tile_start(tile + 1) - row);
-      task.x = packed + static_cast<std::size_t>(row) * packed_row_nbytes;
-      task.y = static_cast<std::byte*>(y.data) +
-               static_cast<std::size_t>(row * y.cols + panel * w.panel_columns()) * size_of(y.dtype);
-      kernels.multiply(task);
-    }
+    return task;
+  };
+  const std::int64_t panels = w.num_panels();
+  const auto panels_in = [&](std::size_t nbytes) { return static_cast<std::int64_t>(nbytes / w.panel_nbytes()); };
+  constexpr int kRowBytes = kPanelColumns * 4;
+
+  if (tiles <= kStreamTiles) {
+    const std::int64_t width =
+        std::max<std::int64_t>(1, tiles == 1 ? panels_in(kStreamBytes) : panels / (6 * pool_->num_threads()));
+    pool_->run((panels + width - 1) / width, [&](std::int64_t i, int) {
+      const std::int64_t first = i * width, last = std::min(panels, first + width);
+      for (std::int64_t panel = first; panel < last; ++panel)
+        for (std::int64_t tile = 0; tile < tiles; ++tile) {
+          LinearTask task = make_task(tile, panel, 1);
+          if (tile == 0 && (tiles == 1 || panel == first)) {
+            task.prefetch = w.panel(panel) + kPrefetchBytes;
+            task.prefetch_step = kRowBytes;
+          } else if (tile >= tiles - 2 && panel + 1 < last) {
+            // The last two tiles fetch half of the next panel each.
+            task.prefetch = w.panel(panel + 1) + (tile == tiles - 1 ? w.panel_nbytes() / 2 : 0);
+            task.prefetch_step = kRowBytes / 2;
+          }
+          kernels.multiply(task);
+        }
+    });
+    return;
+  }
+
+  // A task: `width` panels times a share of the tiles.
+  const std::int64_t width = std::clamp<std::int64_t>(panels_in(kResidentBytes), 1, kMaxTaskPanels);
+  const std::int64_t widths = (panels + width - 1) / width;
+  const std::int64_t shares = std::clamp<std::int64_t>((4 * pool_->num_threads() + widths - 1) / widths, 1, tiles);
+  pool_->run(widths * shares, [&](std::int64_t i, int) {
+    const std::int64_t panel = i / shares * width, share = i % shares;
+    for (std::int64_t tile = tiles * share / shares; tile < tiles * (share + 1) / shares; ++tile)
+      kernels.multiply(make_task(tile, panel, std::min(width, panels - panel)));
   });
 }
 

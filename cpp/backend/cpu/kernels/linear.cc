@@ -20,8 +20,8 @@ constexpr int vectors_for(int rows) { return kLanes == 16 ? 2 : rows <= 3 ? 4 : 
 // stays in L1 from panel to panel. The partial sums are kept exactly: cutting changes no bit.
 constexpr std::int64_t kBlockBytes = 2048;
 
-// Bytes ahead in the stream of weights; the hardware's prefetcher is slow to start and stops at pages.
-constexpr int kPrefetch = 2048;
+// Rows of a panel (128 bytes) that stay in L1 while it is read twice.
+constexpr std::int64_t kHalvesBlock = 128;
 
 std::int64_t round_up_even(std::int64_t k) { return (k + 1) / 2 * 2; }
 
@@ -157,7 +157,7 @@ void pack_rows(const void* x, DType dtype, int num_rows, std::int64_t in_feature
 
 // sums (R, 32) += x (K words, R) · w (K words, 32), where a word of w is a float32 or a pair of bfloat16.
 template <int R, bool kBf16>
-void multiply_panel(const void* x, const void* w, std::int64_t num_words, float* sums) {
+void multiply_panel(const void* x, const void* w, std::int64_t num_words, const char* ahead, int step, float* sums) {
   constexpr int V = vectors_for(R);
   for (int c = 0; c < kPanelColumns; c += V * kLanes) {
     f32v acc[R][V];
@@ -168,9 +168,11 @@ void multiply_panel(const void* x, const void* w, std::int64_t num_words, float*
     const float* wp = static_cast<const float*>(w) + c;
     const float* xp = static_cast<const float*>(x);
     for (std::int64_t k = 0; k < num_words; ++k) {
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v += 16 / kLanes < V ? 16 / kLanes : V)
-        __builtin_prefetch(reinterpret_cast<const char*>(wp + v * kLanes) + kPrefetch);
+      if (c == 0) {
+        __builtin_prefetch(ahead);
+        __builtin_prefetch(ahead + 64);
+        ahead += step;
+      }
       f32v weight[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) weight[v] = load(wp + v * kLanes);
@@ -200,8 +202,8 @@ void multiply_panel(const void* x, const void* w, std::int64_t num_words, float*
           f32v half[V];
 #pragma GCC unroll 4
           for (int v = 0; v < V; ++v)
-            half[v] = (f32v)(parity == 0 ? (i32v)weight[v] << 16
-                                         : (i32v)weight[v] & static_cast<std::int32_t>(0xffff0000u));
+            half[v] =
+                (f32v)(parity == 0 ? (i32v)weight[v] << 16 : (i32v)weight[v] & static_cast<std::int32_t>(0xffff0000u));
 #pragma GCC unroll 16
           for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -219,13 +221,14 @@ void multiply_panel(const void* x, const void* w, std::int64_t num_words, float*
 }
 
 template <int R>
-void multiply_panel_rows(int rows, bool bf16, const void* x, const void* w, std::int64_t num_words, float* sums) {
+void multiply_panel_rows(int rows, bool bf16, const void* x, const void* w, std::int64_t num_words, const char* ahead,
+                         int step, float* sums) {
   if constexpr (R > 0) {
-    if (rows != R) return multiply_panel_rows<R - 1>(rows, bf16, x, w, num_words, sums);
+    if (rows != R) return multiply_panel_rows<R - 1>(rows, bf16, x, w, num_words, ahead, step, sums);
     if (bf16) {
-      multiply_panel<R, true>(x, w, num_words, sums);
+      multiply_panel<R, true>(x, w, num_words, ahead, step, sums);
     } else {
-      multiply_panel<R, false>(x, w, num_words, sums);
+      multiply_panel<R, false>(x, w, num_words, ahead, step, sums);
     }
   }
 }
@@ -311,13 +314,17 @@ void multiply(const LinearTask& task) {
   const int per_word = bf16 ? 2 : 1;
   const std::int64_t num_words = (task.in_features + per_word - 1) / per_word;
   const std::int64_t x_word = row_dtype(task.weight_dtype) == DType::bfloat16 ? 4 : 4 * per_word;  // bytes of a row
-  const std::int64_t block = task.num_panels == 1 ? num_words : kBlockBytes / x_word;
+  // A kernel that takes a panel in two halves of its columns reads each block twice: from L1.
+  const bool halves = vectors_for(task.num_rows) * kLanes < kPanelColumns;
+  const std::int64_t block = task.num_panels > 1 ? kBlockBytes / x_word : halves ? kHalvesBlock : num_words;
+  const char* ahead = static_cast<const char*>(task.prefetch);
   for (std::int64_t word = 0; word < num_words; word += block) {
     const std::int64_t n = num_words - word < block ? num_words - word : block;
     const std::byte* x = static_cast<const std::byte*>(task.x) + word * x_word * task.num_rows;
     for (int panel = 0; panel < task.num_panels; ++panel) {
       const std::byte* w = static_cast<const std::byte*>(task.weights) + (panel * num_words + word) * kPanelColumns * 4;
-      multiply_panel_rows<kMaxRows>(task.num_rows, bf16, x, w, n, sums[panel]);
+      multiply_panel_rows<kMaxRows>(task.num_rows, bf16, x, w, n, ahead, task.prefetch_step, sums[panel]);
+      ahead += n * task.prefetch_step;
       if (word + n == num_words) finish_panel(task, panel, sums[panel]);
     }
   }

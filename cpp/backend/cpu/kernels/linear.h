@@ -35,14 +35,17 @@ struct LinearTask {
   const void* weights;  // packed panels of weight_dtype
   DType weight_dtype;   // float32 or bfloat16
   std::int64_t in_features;
-  int num_panels;     // 1 … kMaxTaskPanels
+  int num_panels;  // 1 … kMaxTaskPanels
+  /// Weights to fetch into the cache meanwhile: `prefetch_step` bytes for each row of a panel (128 bytes).
+  const void* prefetch;
+  int prefetch_step;
   const float* bias;  // (num_panels · 32) in packed order, null for none
   Activation activation;
   bool gated;
   void* y;  // row stride y_stride numbers
   DType y_dtype;
   std::int64_t y_stride;
-  std::int64_t num_columns;  // of y that these panels hold
+  std::int64_t num_columns;  // of y, from the first panel's on
   bool accumulate;           // y float32
 };
 
