@@ -198,9 +198,9 @@ class Backend {
                             std::span<const TensorView> tensors) = 0;
 };
 
-/// The only way to a device. num_threads: CPU threads, 0 for the CPUs that this process may use; instances given the
-/// same `share` use its threads. Throws UnsupportedError for a device that this build or machine does not have, and
-/// InvalidArgument for a number of threads < 0 or > 1024.
+/// The only way to a device. num_threads: CPU threads, 0 for the CPUs that this process may use; an instance given
+/// `share` uses its threads and its kernels. Throws UnsupportedError for a device that this build or machine does not
+/// have, and InvalidArgument for a number of threads < 0 or > 1024.
 std::unique_ptr<Backend> make_backend(Device device, int num_threads, const Backend* share = nullptr);
 
 }  // namespace based::backend

@@ -15,12 +15,9 @@ std::unique_ptr<Backend> make_backend(Device device, int num_threads, const Back
     throw UnsupportedError("this build has no CUDA: device " + device.str() + " is not available, \"cpu\" is");
   if (device.index != 0)
     throw UnsupportedError("there is one CPU device, index 0: found index " + std::to_string(device.index));
-  std::shared_ptr<cpu::ThreadPool> pool;
-  if (const auto* other = dynamic_cast<const cpu::CpuBackend*>(share)) {
-    pool = other->pool();
-  } else {
-    pool = std::make_shared<cpu::ThreadPool>(num_threads == 0 ? cpu::available_cpus() : num_threads);
-  }
+  if (const auto* other = dynamic_cast<const cpu::CpuBackend*>(share))
+    return std::make_unique<cpu::CpuBackend>(other->pool(), other->isa());
+  auto pool = std::make_shared<cpu::ThreadPool>(num_threads == 0 ? cpu::available_cpus() : num_threads);
   return std::make_unique<cpu::CpuBackend>(std::move(pool), cpu::choose_isa());
 }
 

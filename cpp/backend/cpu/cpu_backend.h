@@ -16,6 +16,7 @@ class CpuBackend final : public backend::Backend {
   CpuBackend(std::shared_ptr<ThreadPool> pool, Isa isa);
 
   const std::shared_ptr<ThreadPool>& pool() const { return pool_; }
+  Isa isa() const { return isa_; }
 
   Device device() const override { return {}; }
   int num_threads() const override { return pool_->num_threads(); }
