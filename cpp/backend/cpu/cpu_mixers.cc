@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <string>
+#include <memory>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -13,7 +13,6 @@
 #include "backend/cpu/kernels/linear_attention.h"
 #include "backend/cpu/kernels/norm.h"
 #include "backend/cpu/kernels/sliding_window.h"
-#include "based/error.h"
 
 namespace based::cpu {
 namespace {
@@ -34,17 +33,27 @@ const float* row(const Matrix& matrix, std::int64_t row) { return static_cast<co
 
 const CpuStatePool& pool_of(backend::StatePool& states) { return static_cast<CpuStatePool&>(states); }
 
-// Floats for each thread, aligned to 64 bytes.
+// Uninitialised, aligned to 64 bytes. From the heap, which keeps its pages from call to call.
+struct FreeFloats {
+  void operator()(float* data) const { ::operator delete(data, std::align_val_t{64}); }
+};
+using Floats = std::unique_ptr<float[], FreeFloats>;
+
+Floats make_floats(std::int64_t size) {
+  return Floats(
+      static_cast<float*>(::operator new(static_cast<std::size_t>(size) * sizeof(float), std::align_val_t{64})));
+}
+
+// `size` floats for each thread.
 class Scratch {
  public:
-  Scratch(CpuBackend& backend, std::int64_t floats)
-      : stride_(round_up(floats, 16)),
-        buffer_(backend.allocate(static_cast<std::size_t>(stride_ * backend.num_threads()) * sizeof(float))) {}
-  float* of(int thread) const { return static_cast<float*>(buffer_.data.get()) + thread * stride_; }
+  Scratch(int num_threads, std::int64_t size)
+      : stride_(round_up(size, kStateLanes)), data_(make_floats(stride_ * num_threads)) {}
+  float* of(int thread) const { return data_.get() + thread * stride_; }
 
  private:
   std::int64_t stride_;
-  backend::Buffer buffer_;
+  Floats data_;
 };
 
 }  // namespace
@@ -97,7 +106,7 @@ void CpuBackend::gated_conv(const GatedConvConfig& config, const float* taps, co
   };
 
   const std::int64_t channel_blocks = ceil_div(e, kChannels);
-  const Scratch scratch(*this, config.kernel_size * kChannels);
+  const Scratch scratch(num_threads(), config.kernel_size * kChannels);
   pool_->run(static_cast<std::int64_t>(blocks.size()) * channel_blocks, [&](std::int64_t task, int thread) {
     const Block& block = blocks[static_cast<std::size_t>(task / channel_blocks)];
     const std::int64_t first = batch.offsets[block.sequence];
@@ -127,13 +136,12 @@ void CpuBackend::linear_attention(const LinearAttentionConfig& config, const Rag
   const std::int64_t wanted = std::clamp<std::int64_t>(ceil_div(num_threads(), pairs), 1, layout.cols / kStateLanes);
   const std::int64_t cols = round_up(ceil_div(layout.cols, wanted), kStateLanes);
   const std::int64_t shares = ceil_div(layout.cols, cols);
-  backend::Buffer z_buffer;
-  if (shares > 1) z_buffer = allocate(static_cast<std::size_t>(pairs * shares * layout.size_z) * sizeof(float));
+  const Floats shared_z = make_floats(shares > 1 ? pairs * shares * layout.size_z : 0);
   const auto state_of = [&](std::int64_t pair) {
     return pool.layer<float>(batch.slots[pair / heads], layer) + pair % heads * layout.head_size;
   };
   const auto z_of = [&](std::int64_t pair, std::int64_t share) {
-    return static_cast<float*>(z_buffer.data.get()) + (pair * shares + share) * layout.size_z;
+    return shared_z.get() + (pair * shares + share) * layout.size_z;
   };
   const std::int64_t s_size = layout.rows * layout.cols;
   if (shares > 1) {
@@ -142,7 +150,7 @@ void CpuBackend::linear_attention(const LinearAttentionConfig& config, const Rag
         std::copy_n(state_of(pair) + s_size, layout.size_z, z_of(pair, share));
   }
 
-  const Scratch scratch(*this, kernels.scratch_size(f, layout.num_features, cols));
+  const Scratch scratch(num_threads(), kernels.scratch_size(f, layout.num_features, cols));
   pool_->run(pairs * shares, [&](std::int64_t index, int thread) {
     const std::int64_t pair = index / shares, share = index % shares, b = pair / heads, h = pair % heads;
     const std::int64_t first = batch.offsets[b], col = share * cols;
@@ -183,10 +191,10 @@ static_assert(kKeyBlock == kStateLanes);
 // cos and sin of every token's angles, (N, num_pairs) each. In double: a position may be large.
 class RotaryTable {
  public:
-  RotaryTable(CpuBackend& backend, const SlidingWindowConfig& config, const RaggedBatch& batch)
+  RotaryTable(ThreadPool& threads, const SlidingWindowConfig& config, const RaggedBatch& batch)
       : num_pairs_((config.rotary_dim + 1) / 2), num_tokens_(batch.num_tokens()) {
     if (num_pairs_ == 0) return;
-    buffer_ = backend.allocate(static_cast<std::size_t>(2 * num_tokens_ * num_pairs_) * sizeof(float));
+    table_ = make_floats(2 * num_tokens_ * num_pairs_);
     std::vector<double> frequency(static_cast<std::size_t>(num_pairs_));
     for (std::int64_t i = 0; i < num_pairs_; ++i)
       frequency[static_cast<std::size_t>(i)] =
@@ -195,10 +203,10 @@ class RotaryTable {
     for (std::int64_t b = 0; b < batch.num_sequences(); ++b)
       for (std::int64_t t = batch.offsets[b]; t < batch.offsets[b + 1]; ++t)
         positions[static_cast<std::size_t>(t)] = batch.positions[b] + t - batch.offsets[b];
-    float* cosine = static_cast<float*>(buffer_.data.get());
+    float* cosine = table_.get();
     float* sine = cosine + num_tokens_ * num_pairs_;
     constexpr std::int64_t kTokens = 16;
-    backend.pool()->run(ceil_div(num_tokens_, kTokens), [&](std::int64_t task, int) {
+    threads.run(ceil_div(num_tokens_, kTokens), [&](std::int64_t task, int) {
       for (std::int64_t t = task * kTokens; t < std::min(num_tokens_, (task + 1) * kTokens); ++t) {
         for (std::int64_t i = 0; i < num_pairs_; ++i) {
           const double angle =
@@ -210,14 +218,12 @@ class RotaryTable {
     });
   }
   std::int64_t num_pairs() const { return num_pairs_; }
-  const float* cosine(std::int64_t token) const {
-    return static_cast<const float*>(buffer_.data.get()) + token * num_pairs_;
-  }
+  const float* cosine(std::int64_t token) const { return table_.get() + token * num_pairs_; }
   const float* sine(std::int64_t token) const { return cosine(num_tokens_ + token); }
 
  private:
   std::int64_t num_pairs_, num_tokens_;
-  backend::Buffer buffer_;
+  Floats table_;
 };
 
 template <typename T>
@@ -237,18 +243,18 @@ float from_ring(std::uint16_t x) { return float_from_bf16(x); }
 template <typename T>
 class SlidingWindow {
  public:
-  SlidingWindow(CpuBackend& backend, const SlidingWindowKernels& kernels, const SlidingWindowConfig& config,
-                const RaggedBatch& batch, const Matrix& qkv, const CpuStatePool& pool, int layer, const Matrix& out)
-      : backend_(backend),
+  SlidingWindow(ThreadPool& threads, const SlidingWindowKernels& kernels, const SlidingWindowConfig& config,
+                const RaggedBatch& batch, const Matrix& qkv, const CpuStatePool& states, int layer, const Matrix& out)
+      : threads_(threads),
         kernels_(kernels),
         config_(config),
         batch_(batch),
         qkv_(qkv),
-        pool_(pool),
+        states_(states),
         layer_(layer),
         out_(out),
         ring_(config),
-        rotary_(backend, config, batch) {}
+        rotary_(threads, config, batch) {}
 
   void run() {
     // Sequences of several tokens read keys and values from a copy: those in the ring that any query sees, then the
@@ -262,8 +268,8 @@ class SlidingWindow {
       sequences_.push_back(s);
       if (tokens > 1) copied += config_.num_kv_heads * copy_size(s);
     }
-    const backend::Buffer copies = backend_.allocate(static_cast<std::size_t>(copied) * sizeof(float));
-    float* copy = static_cast<float*>(copies.data.get());
+    const Floats copies = make_floats(copied);
+    float* copy = copies.get();
     std::vector<Task> fills, tasks;
     for (std::int64_t b = 0; b < batch_.num_sequences(); ++b) {
       Sequence& s = sequences_[static_cast<std::size_t>(b)];
@@ -277,11 +283,10 @@ class SlidingWindow {
       }
     }
     q_size_ = round_up(kQueryBlock * config_.head_dim, kStateLanes);
-    const Scratch scratch(backend_, q_size_ + kQueryBlock * kKeyBlock * max_blocks);
-    backend_.pool()->run(static_cast<std::int64_t>(fills.size()), [&](std::int64_t i, int thread) {
-      fill(fills[static_cast<std::size_t>(i)], scratch.of(thread));
-    });
-    backend_.pool()->run(static_cast<std::int64_t>(tasks.size()), [&](std::int64_t i, int thread) {
+    const Scratch scratch(threads_.num_threads(), q_size_ + kQueryBlock * kKeyBlock * max_blocks);
+    threads_.run(static_cast<std::int64_t>(fills.size()),
+                 [&](std::int64_t i, int thread) { fill(fills[static_cast<std::size_t>(i)], scratch.of(thread)); });
+    threads_.run(static_cast<std::int64_t>(tasks.size()), [&](std::int64_t i, int thread) {
       const Task& task = tasks[static_cast<std::size_t>(i)];
       sequences_[static_cast<std::size_t>(task.sequence)].tokens > 1 ? attend_tokens(task, scratch.of(thread))
                                                                      : attend_token(task, scratch.of(thread));
@@ -307,7 +312,7 @@ class SlidingWindow {
   std::int64_t group() const { return config_.num_heads / config_.num_kv_heads; }
   std::int64_t copy_size(const Sequence& s) const { return s.num_blocks * kKeyBlock * (config_.head_dim + ring_.cols); }
   T* ring_of(const Task& task) const {
-    return pool_.layer<T>(batch_.slots[task.sequence], layer_) + task.kv_head * ring_.head_size;
+    return states_.layer<T>(batch_.slots[task.sequence], layer_) + task.kv_head * ring_.head_size;
   }
   T* ring_key(T* ring, std::int64_t position) const {
     const std::int64_t slot = position % ring_.slots;
@@ -418,12 +423,12 @@ class SlidingWindow {
     }
   }
 
-  CpuBackend& backend_;
+  ThreadPool& threads_;
   const SlidingWindowKernels& kernels_;
   const SlidingWindowConfig& config_;
   const RaggedBatch& batch_;
   const Matrix& qkv_;
-  const CpuStatePool& pool_;
+  const CpuStatePool& states_;
   int layer_;
   const Matrix& out_;
   RingLayout ring_;
@@ -440,9 +445,9 @@ void CpuBackend::sliding_window(const SlidingWindowConfig& config, const RaggedB
       for_isa(isa_, [](auto tag) -> const SlidingWindowKernels& { return sliding_window_kernels(tag); });
   const CpuStatePool& pool = pool_of(states);
   if (pool.ring_dtype() == DType::bfloat16) {
-    SlidingWindow<std::uint16_t>(*this, kernels, config, batch, qkv, pool, layer, out).run();
+    SlidingWindow<std::uint16_t>(*pool_, kernels, config, batch, qkv, pool, layer, out).run();
   } else {
-    SlidingWindow<float>(*this, kernels, config, batch, qkv, pool, layer, out).run();
+    SlidingWindow<float>(*pool_, kernels, config, batch, qkv, pool, layer, out).run();
   }
 }
 

@@ -33,8 +33,7 @@ constexpr auto kByLogit = [](const auto& a, const auto& b) {
   return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
 };
 
-// Thresholds max − reach · 2^i take in more and more logits; e^−kAll is 0 in float.
-constexpr double kAll = 128;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 }  // namespace
 
@@ -120,7 +119,7 @@ void CpuSampler::reserve(std::span<const std::int32_t> rows) {
   for (Workspace& workspace : workspaces_) {
     if (change) workspace.logits.resize(size);
     if (draw) workspace.weights.resize(size);
-    if (select) workspace.candidates.reserve(size);
+    if (select) workspace.candidates.resize(size);
   }
 }
 
@@ -182,7 +181,7 @@ void CpuSampler::change_logits(const Row& row, float* logits) const {
   const SamplingParams& params = row.params;
   for (const auto& [token, bias] : params.logit_bias) logits[token] += static_cast<float>(bias);
   if (row.num_output < params.min_tokens)
-    for (std::int32_t token : row.stop_ids) logits[token] = -std::numeric_limits<float>::infinity();
+    for (std::int32_t token : row.stop_ids) logits[token] = -kInfinity;
   for (const Seen& seen : row.seen) {
     double x = logits[seen.token];
     x = x > 0 ? x / params.repetition_penalty : x * params.repetition_penalty;
@@ -199,8 +198,7 @@ std::int32_t CpuSampler::draw(const Row& row, const float* logits, const Softmax
   kernels_.weights(logits, vocab_size_, stats.max, static_cast<float>(inverse_temperature), weights);
 
   if (row.selects()) {
-    keep_candidates(row, logits, stats.max, workspace);
-    const std::vector<Candidate>& kept = workspace.candidates;
+    const std::span<const Candidate> kept = keep_candidates(row, logits, stats.max, workspace);
     double total = 0;
     for (const Candidate& c : kept) total += c.weight;
     double cumulative = 0;
@@ -228,41 +226,66 @@ std::int32_t CpuSampler::draw(const Row& row, const float* logits, const Softmax
   return static_cast<std::int32_t>(stats.argmax);  // rounding left the target just out of reach
 }
 
-// workspace.candidates = the tokens that min_p, then top_k, then top_p leave, in the order of their ids.
-void CpuSampler::keep_candidates(const Row& row, const float* logits, float max, Workspace& workspace) const {
+// `enough` takes the number and the weight of logits from `low` on; it does not hold for `high`.
+template <typename Above, typename Enough>
+CpuSampler::Bracket CpuSampler::narrow(double max, double temperature, Above&& above, Enough&& enough) {
+  constexpr double kAll = 128;  // e^−kAll is 0 in float
+  constexpr int kHalvings = 8;
+  constexpr std::int64_t kFew = 256;
+  Bracket bracket;
+  double near = 0, far = kAll;
+  const auto look = [&](double reach) {
+    const Bound bound = above(static_cast<float>(max - reach * temperature));
+    const bool found = enough(bound);
+    (found ? bracket.low : bracket.high) = bound;
+    (found ? far : near) = reach;
+    return found;
+  };
+  for (double reach = 1; !look(reach); reach *= 2)
+    if (2 * reach >= kAll) return bracket;
+  for (int i = 0; i < kHalvings && bracket.low.count - bracket.high.count > kFew; ++i) look((near + far) / 2);
+  return bracket;
+}
+
+// The tokens that min_p, then top_k, then top_p leave, in the order of their ids; in workspace.candidates.
+std::span<const CpuSampler::Candidate> CpuSampler::keep_candidates(const Row& row, const float* logits, float max,
+                                                                   Workspace& workspace) const {
   const SamplingParams& params = row.params;
   const float* weights = workspace.weights.data();
-  std::vector<Candidate>& kept = workspace.candidates;
+  const auto above = [&](float threshold) {
+    Bound bound{threshold, 0, 0};
+    kernels_.above(logits, weights, vocab_size_, threshold, &bound.count, &bound.weight);
+    return bound;
+  };
 
-  // Find a threshold with few logits above it, but all that can be kept.
-  const double total = params.top_p < 1 ? kernels_.sum(weights, vocab_size_) : 0;
-  float threshold = -std::numeric_limits<float>::infinity();
-  for (double reach = 1; reach < kAll; reach *= 2) {
-    const float candidate = static_cast<float>(max - reach * params.temperature);
-    std::int64_t count;
-    double weight;
-    kernels_.above(logits, weights, vocab_size_, candidate, &count, &weight);
-    const bool enough = params.top_k > 0   ? count >= params.top_k
-                        : params.min_p > 0 ? std::exp(-reach) < 0.99 * params.min_p
-                                           : weight > params.top_p * total + 1e-5 * total;
-    if (enough) {
-      threshold = candidate;
-      break;
-    }
+  // Some tokens: all that are kept, or, with top_p alone, those that the last one kept is among.
+  float low, high = kInfinity;
+  double wanted = 0;  // with top_p: weight of those of them that are kept
+  if (params.top_k > 0) {
+    low = narrow(max, params.temperature, above, [&](const Bound& b) { return b.count >= params.top_k; }).low.threshold;
+  } else if (params.min_p > 0) {
+    low = static_cast<float>(max + (std::log(params.min_p) - 0.01) * params.temperature);
+  } else {
+    const double total = params.top_p * kernels_.sum(weights, vocab_size_);
+    const Bracket bracket = narrow(max, params.temperature, above, [&](const Bound& b) { return b.weight >= total; });
+    low = bracket.low.threshold;
+    high = bracket.high.threshold;
+    wanted = total - bracket.high.weight;
   }
-  collect(logits, weights, threshold, kept);
+  std::span<Candidate> kept = collect(logits, weights, low, high, params.min_p, workspace);
 
-  if (params.min_p > 0) std::erase_if(kept, [&](const Candidate& c) { return c.weight < params.min_p; });
   if (params.top_k > 0 && static_cast<std::size_t>(params.top_k) < kept.size()) {
     std::nth_element(kept.begin(), kept.begin() + params.top_k, kept.end(), kByLogit);
-    kept.resize(static_cast<std::size_t>(params.top_k));
+    kept = kept.first(static_cast<std::size_t>(params.top_k));
   }
   if (params.top_p < 1) {
-    // The shortest prefix of the sorted candidates with enough weight, by halving the range that its end lies in.
-    double wanted = 0;
-    for (const Candidate& c : kept) wanted += c.weight;
-    wanted *= params.top_p;
-    auto begin = kept.begin(), end = kept.end();  // everything before `begin` is kept, everything from `end` on is not
+    if (params.top_k > 0 || params.min_p > 0) {
+      for (const Candidate& c : kept) wanted += c.weight;
+      wanted *= params.top_p;
+    }
+    // The shortest prefix of the sorted candidates with enough weight, by halving the range that its end lies in:
+    // everything before `begin` is kept, nothing from `end` on.
+    auto begin = kept.begin(), end = kept.end();
     while (end - begin > 1) {
       const auto middle = begin + (end - begin) / 2;
       std::nth_element(begin, middle, end, kByLogit);
@@ -275,48 +298,45 @@ void CpuSampler::keep_candidates(const Row& row, const float* logits, float max,
         begin = middle;
       }
     }
-    kept.erase(end, kept.end());
+    kept = {kept.begin(), end};
   }
 
   // In the order of their ids: everything down to the last one kept.
   const Candidate last = *std::max_element(kept.begin(), kept.end(), kByLogit);
-  collect(logits, weights, last.logit, kept);
-  std::erase_if(kept, [&](const Candidate& c) { return kByLogit(last, c) || c.weight < params.min_p; });
+  kept = collect(logits, weights, last.logit, kInfinity, params.min_p, workspace);
+  const auto end = std::remove_if(kept.begin(), kept.end(), [&](const Candidate& c) { return kByLogit(last, c); });
+  return {kept.begin(), end};
 }
 
-// out = the tokens with a logit ≥ threshold and, where weights are given, a weight.
-void CpuSampler::collect(const float* logits, const float* weights, float threshold,
-                         std::vector<Candidate>& out) const {
-  out.clear();
+// The tokens with low ≤ logit < high and a weight > 0 and ≥ least_weight; weights null: each of weight 1.
+std::span<CpuSampler::Candidate> CpuSampler::collect(const float* logits, const float* weights, float low, float high,
+                                                     double least_weight, Workspace& workspace) const {
+  Candidate* out = workspace.candidates.data();
   constexpr std::int64_t kBlock = 64;
   for (std::int64_t begin = 0; begin < vocab_size_; begin += kBlock) {
     const std::int64_t end = std::min(begin + kBlock, vocab_size_);
     bool any = false;
-    for (std::int64_t i = begin; i < end; ++i) any |= logits[i] >= threshold;
+    for (std::int64_t i = begin; i < end; ++i) any |= logits[i] >= low;
     if (!any) continue;
     for (std::int64_t i = begin; i < end; ++i) {
-      const float weight = weights == nullptr ? 1.0f : weights[i];
-      if (logits[i] >= threshold && weight > 0)
-        out.push_back({std::min(logits[i], FLT_MAX), weight, static_cast<std::int32_t>(i)});
+      const float logit = std::min(logits[i], FLT_MAX), weight = weights == nullptr ? 1.0f : weights[i];
+      *out = {logit, weight, static_cast<std::int32_t>(i)};
+      out += (logit >= low) & (logit < high) & (weight > 0) & (weight >= least_weight);
     }
   }
+  return {workspace.candidates.data(), out};
 }
 
 void CpuSampler::likeliest(const float* logits, const SoftmaxStats& stats, Workspace& workspace, std::size_t count,
                            std::vector<TokenLogprob>& out) const {
-  float threshold = -std::numeric_limits<float>::infinity();
-  for (double reach = 1; reach < kAll; reach *= 2) {
-    const float candidate = static_cast<float>(stats.max - reach);
-    std::int64_t above;
-    double weight;
-    kernels_.above(logits, logits, vocab_size_, candidate, &above, &weight);
-    if (static_cast<std::size_t>(above) >= count) {
-      threshold = candidate;
-      break;
-    }
-  }
-  std::vector<Candidate>& found = workspace.candidates;
-  collect(logits, nullptr, threshold, found);
+  const auto above = [&](float threshold) {
+    Bound bound{threshold, 0, 0};
+    kernels_.above(logits, logits, vocab_size_, threshold, &bound.count, &bound.weight);
+    return bound;
+  };
+  const Bracket bracket =
+      narrow(stats.max, 1, above, [&](const Bound& b) { return static_cast<std::size_t>(b.count) >= count; });
+  const std::span<Candidate> found = collect(logits, nullptr, bracket.low.threshold, kInfinity, 0, workspace);
   count = std::min(count, found.size());
   std::partial_sort(found.begin(), found.begin() + static_cast<std::ptrdiff_t>(count), found.end(), kByLogit);
   for (std::size_t i = 0; i < count; ++i) out.push_back({found[i].token, log_softmax(found[i].logit, stats)});

@@ -1,6 +1,8 @@
 #pragma once
 
+#include <limits>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "backend/backend.h"
@@ -52,6 +54,17 @@ class CpuSampler final : public backend::Sampler {
     std::vector<float> logits, weights;
     std::vector<Candidate> candidates;
   };
+  // The logits ≥ threshold.
+  struct Bound {
+    float threshold;
+    std::int64_t count;
+    double weight;
+  };
+  // Two thresholds: enough logits from the lower one on, too few from the higher one on.
+  struct Bracket {
+    Bound low{-std::numeric_limits<float>::infinity(), 0, 0};
+    Bound high{std::numeric_limits<float>::infinity(), 0, 0};
+  };
   enum class Failure : std::uint8_t { none, no_logit, no_token };
 
   void reserve(std::span<const std::int32_t> rows);
@@ -60,8 +73,12 @@ class CpuSampler final : public backend::Sampler {
   void change_logits(const Row& row, float* logits) const;
   std::int32_t draw(const Row& row, const float* logits, const SoftmaxStats& stats, double random,
                     Workspace& workspace) const;
-  void keep_candidates(const Row& row, const float* logits, float max, Workspace& workspace) const;
-  void collect(const float* logits, const float* weights, float threshold, std::vector<Candidate>& out) const;
+  std::span<const Candidate> keep_candidates(const Row& row, const float* logits, float max,
+                                             Workspace& workspace) const;
+  template <typename Above, typename Enough>
+  static Bracket narrow(double max, double temperature, Above&& above, Enough&& enough);
+  std::span<Candidate> collect(const float* logits, const float* weights, float low, float high, double least_weight,
+                               Workspace& workspace) const;
   void likeliest(const float* logits, const SoftmaxStats& stats, Workspace& workspace, std::size_t count,
                  std::vector<TokenLogprob>& out) const;
 
