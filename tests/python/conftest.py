@@ -13,7 +13,9 @@ import based
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
-settings.register_profile("based", deadline=None)  # machines differ, and are shared
+# No deadline: machines differ, and are shared. The same examples in each run; others by --hypothesis-profile=explore.
+settings.register_profile("explore", deadline=None, print_blob=True)
+settings.register_profile("based", settings.get_profile("explore"), derandomize=True)
 settings.load_profile("based")
 
 
