@@ -19,18 +19,15 @@ std::vector<const char*> field_names;
 
 template <typename Owner, typename T>
 void field(py::class_<Params>& cls, const char* name, T Owner::* member, const char* doc) {
-  if constexpr (std::is_same_v<T, LogitBias>) {
-    cls.def_property_readonly(name, [member](const Params& params) {
-      return std::map<std::int64_t, double>((params.*member).begin(), (params.*member).end());
-    });
-  } else {
-    cls.def_property_readonly(name, [member](const Params& params) { return T(params.*member); });
-  }
-  const py::object property = cls.attr(name);
-  const py::cpp_function setter(
-      [member, name](Params& params, const Arg<T>& value) { params.*member = value.get(name); }, py::is_method(cls));
-  cls.attr(name) = property.attr("setter")(setter);
-  cls.attr(name).attr("__doc__") = doc;
+  const auto get = [member](const Params& params) {
+    const T& value = params.*member;
+    if constexpr (std::is_same_v<T, LogitBias>)
+      return std::map<std::int64_t, double>(value.begin(), value.end());
+    else
+      return T(value);
+  };
+  const auto set = [member, name](Params& params, const Arg<T>& value) { params.*member = value.get(name); };
+  cls.def_property(name, get, set, doc);
   field_names.push_back(name);
 }
 

@@ -65,7 +65,7 @@ struct Export {
 };
 
 template <typename Managed>
-py::capsule export_dlpack(const Tensor& tensor, bool copied) {
+py::object export_dlpack(const Tensor& tensor, bool copied) {
   auto owner = std::make_unique<Export<Managed>>();
   owner->tensor = tensor;
   owner->shape = tensor.shape();
@@ -93,10 +93,10 @@ py::capsule export_dlpack(const Tensor& tensor, bool copied) {
   });
   if (capsule == nullptr) throw py::error_already_set();
   owner.release();
-  return py::reinterpret_steal<py::capsule>(capsule);
+  return py::reinterpret_steal<py::object>(capsule);
 }
 
-py::capsule to_dlpack(const Tensor& tensor, const py::object& stream,
+py::object to_dlpack(const Tensor& tensor, const py::object& stream,
                       std::optional<std::pair<std::int64_t, std::int64_t>> max_version,
                       std::optional<std::pair<std::int32_t, std::int32_t>> device, std::optional<bool> copy) {
   if (tensor.device().type != Device::Type::cpu) throw py::buffer_error("only tensors of the CPU can be exported");

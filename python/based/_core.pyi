@@ -8,7 +8,6 @@ import numpy
 import numpy.typing
 import os
 import typing
-import typing_extensions
 __all__: list[str] = ['Activation', 'Checkpoint', 'Error', 'FinishReason', 'FormatError', 'GatedConvConfig', 'Generator', 'LinearAttentionConfig', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'SafetensorsFile', 'SamplingParams', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'StateError', 'Tensor', 'TokenEvent', 'UnsupportedError', 'build_info', 'check_config', 'convert_dtype', 'measure_read_bandwidth', 'write_safetensors']
 class Error(Exception):
     """
@@ -38,7 +37,7 @@ class Tensor:
         """
         A NumPy array on the same memory.
         """
-    def __dlpack__(self, *, stream: typing.Any = None, max_version: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex] | None = None, dl_device: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex] | None = None, copy: bool | None = None) -> typing_extensions.CapsuleType:
+    def __dlpack__(self, *, stream: typing.Any = None, max_version: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex] | None = None, dl_device: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex] | None = None, copy: bool | None = None) -> typing.Any:
         ...
     def __dlpack_device__(self) -> tuple[int, int]:
         ...
@@ -266,7 +265,7 @@ class SamplingParams:
         [-2, 2]; counts tokens of the output.
         """
     @frequency_penalty.setter
-    def frequency_penalty(self, arg0: typing.SupportsFloat) -> None:
+    def frequency_penalty(self, arg1: typing.SupportsFloat) -> None:
         ...
     @property
     def ignore_eos(self) -> bool:
@@ -274,7 +273,7 @@ class SamplingParams:
         Do not end at the model's eos_token_id.
         """
     @ignore_eos.setter
-    def ignore_eos(self, arg0: bool) -> None:
+    def ignore_eos(self, arg1: bool) -> None:
         ...
     @property
     def include_stop_str_in_output(self) -> bool:
@@ -282,7 +281,7 @@ class SamplingParams:
         Cut the text after what stopped it instead.
         """
     @include_stop_str_in_output.setter
-    def include_stop_str_in_output(self, arg0: bool) -> None:
+    def include_stop_str_in_output(self, arg1: bool) -> None:
         ...
     @property
     def logit_bias(self) -> dict[int, float]:
@@ -290,7 +289,7 @@ class SamplingParams:
         Number in [-100, 100] added to the logit, by token id.
         """
     @logit_bias.setter
-    def logit_bias(self, arg0: collections.abc.Mapping[typing.SupportsIndex, typing.SupportsFloat] | None) -> None:
+    def logit_bias(self, arg1: collections.abc.Mapping[typing.SupportsIndex, typing.SupportsFloat] | None) -> None:
         ...
     @property
     def logprobs(self) -> int | None:
@@ -298,7 +297,7 @@ class SamplingParams:
         Also return the log-probabilities of this many likeliest tokens, from the model's own distribution.
         """
     @logprobs.setter
-    def logprobs(self, arg0: typing.SupportsIndex | None) -> None:
+    def logprobs(self, arg1: typing.SupportsIndex | None) -> None:
         ...
     @property
     def max_tokens(self) -> int:
@@ -306,7 +305,7 @@ class SamplingParams:
         Tokens to generate at most, ≥ 1.
         """
     @max_tokens.setter
-    def max_tokens(self, arg0: typing.SupportsIndex) -> None:
+    def max_tokens(self, arg1: typing.SupportsIndex) -> None:
         ...
     @property
     def min_p(self) -> float:
@@ -314,7 +313,7 @@ class SamplingParams:
         [0, 1].
         """
     @min_p.setter
-    def min_p(self, arg0: typing.SupportsFloat) -> None:
+    def min_p(self, arg1: typing.SupportsFloat) -> None:
         ...
     @property
     def min_tokens(self) -> int:
@@ -322,7 +321,7 @@ class SamplingParams:
         Nothing stops a sequence before so many tokens; 0 … max_tokens.
         """
     @min_tokens.setter
-    def min_tokens(self, arg0: typing.SupportsIndex) -> None:
+    def min_tokens(self, arg1: typing.SupportsIndex) -> None:
         ...
     @property
     def n(self) -> int:
@@ -330,7 +329,7 @@ class SamplingParams:
         Samples per prompt, ≥ 1.
         """
     @n.setter
-    def n(self, arg0: typing.SupportsIndex) -> None:
+    def n(self, arg1: typing.SupportsIndex) -> None:
         ...
     @property
     def presence_penalty(self) -> float:
@@ -338,7 +337,7 @@ class SamplingParams:
         [-2, 2]; counts tokens of the output.
         """
     @presence_penalty.setter
-    def presence_penalty(self, arg0: typing.SupportsFloat) -> None:
+    def presence_penalty(self, arg1: typing.SupportsFloat) -> None:
         ...
     @property
     def repetition_penalty(self) -> float:
@@ -346,7 +345,7 @@ class SamplingParams:
         > 0; counts tokens of prompt and output.
         """
     @repetition_penalty.setter
-    def repetition_penalty(self, arg0: typing.SupportsFloat) -> None:
+    def repetition_penalty(self, arg1: typing.SupportsFloat) -> None:
         ...
     @property
     def seed(self) -> int | None:
@@ -354,7 +353,7 @@ class SamplingParams:
         None: a fresh one per request.
         """
     @seed.setter
-    def seed(self, arg0: typing.SupportsIndex | None) -> None:
+    def seed(self, arg1: typing.SupportsIndex | None) -> None:
         ...
     @property
     def stop(self) -> list[str]:
@@ -362,7 +361,7 @@ class SamplingParams:
         Strings that end the text, which is cut before them.
         """
     @stop.setter
-    def stop(self, arg0: str | collections.abc.Sequence[str] | None) -> None:
+    def stop(self, arg1: str | collections.abc.Sequence[str] | None) -> None:
         ...
     @property
     def stop_token_ids(self) -> list[int]:
@@ -370,7 +369,7 @@ class SamplingParams:
         Tokens that end the sequence; kept in token_ids.
         """
     @stop_token_ids.setter
-    def stop_token_ids(self, arg0: collections.abc.Sequence[typing.SupportsIndex] | None) -> None:
+    def stop_token_ids(self, arg1: collections.abc.Sequence[typing.SupportsIndex] | None) -> None:
         ...
     @property
     def temperature(self) -> float:
@@ -378,7 +377,7 @@ class SamplingParams:
         ≥ 0; 0 is greedy.
         """
     @temperature.setter
-    def temperature(self, arg0: typing.SupportsFloat) -> None:
+    def temperature(self, arg1: typing.SupportsFloat) -> None:
         ...
     @property
     def top_k(self) -> int:
@@ -386,7 +385,7 @@ class SamplingParams:
         0 or -1: all; else ≥ 1.
         """
     @top_k.setter
-    def top_k(self, arg0: typing.SupportsIndex) -> None:
+    def top_k(self, arg1: typing.SupportsIndex) -> None:
         ...
     @property
     def top_p(self) -> float:
@@ -394,7 +393,7 @@ class SamplingParams:
         (0, 1].
         """
     @top_p.setter
-    def top_p(self, arg0: typing.SupportsFloat) -> None:
+    def top_p(self, arg1: typing.SupportsFloat) -> None:
         ...
 class Model:
     """

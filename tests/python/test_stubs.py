@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -19,6 +21,7 @@ def generate(directory: Path) -> Path:
     return directory / "based" / "_core.pyi"
 
 
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="other Pythons describe enums in other words")
 def test_stub_is_current(tmp_path):
     command = [sys.executable, __file__, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)  # away from the source tree
