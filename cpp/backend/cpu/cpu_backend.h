@@ -46,6 +46,8 @@ class CpuBackend final : public backend::Backend {
   void linear_attention(const LinearAttentionConfig& config, const backend::RaggedBatch& batch,
                         const backend::Matrix& qkv, backend::StatePool& states, int layer,
                         const backend::Matrix& out) override;
+
+  // cpu_sliding_window.cc
   void sliding_window(const SlidingWindowConfig& config, const backend::RaggedBatch& batch, const backend::Matrix& qkv,
                       backend::StatePool& states, int layer, const backend::Matrix& out) override;
 

@@ -4,9 +4,9 @@
 #include <cstring>
 #include <new>
 #include <string>
-#include <type_traits>
 
 #include "backend/cpu/cpu_backend.h"
+#include "backend/cpu/cpu_operands.h"
 #include "based/error.h"
 
 namespace based::cpu {
@@ -96,8 +96,6 @@ void for_each_feature(const LinearAttentionConfig& config, State* state, Visit&&
     for (std::int64_t p = 0; p < layout.num_features; ++p, saved += config.head_dim + 1)
       visit(saved, state + p * layout.cols, state + layout.rows * layout.cols + p);
 }
-
-const CpuStatePool& pool_of(const backend::StatePool& states) { return static_cast<const CpuStatePool&>(states); }
 
 }  // namespace
 
