@@ -1,0 +1,112 @@
+"""The same equations in plain bfloat16 NumPy: the yardstick for the runtime's bfloat16 error that needs no torch.
+
+Weights and activations are bfloat16, every operation rounds its result and sums in float32, as torch_bf16 does, with
+which it must agree; only the residual stream and the norms' insides are float32. Arrays are float32 and hold bfloat16
+values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tests.reference.model import ACTIVATIONS, Array, Config, State, softmax, taylor_features
+
+
+def bf16(x: Any) -> Array:
+    """The nearest bfloat16 values, ties to even, in float32."""
+    word = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((word + np.uint32(0x7FFF) + ((word >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def forward_bf16(config: Config, tensors: Mapping[str, Array], tokens: Sequence[int] | Array) -> tuple[Array, State]:
+    """Logits (T, padded_vocab_size) of one sequence, and the state after it, from its bfloat16 keys, values and u₁."""
+    return _Forward(config, tensors).run(np.asarray(tokens))
+
+
+class _Forward:
+    def __init__(self, config: Config, tensors: Mapping[str, Array]) -> None:
+        self.config = config
+        self.w = {name: bf16(values) for name, values in tensors.items()}
+        self.state = State()
+
+    def run(self, tokens: Array) -> tuple[Array, State]:
+        r = self.w["embedding.weight"][tokens]
+        for i, layer in enumerate(self.config["layers"]):
+            y = getattr(self, f"_{layer['mixer']}")(self._norm(r, f"layers.{i}.norm1"), layer, i)
+            r = r + self._linear(y, f"layers.{i}.mixer.out_proj")
+            r = r + self._mlp(self._norm(r, f"layers.{i}.norm2"), f"layers.{i}.mlp")
+        head = self.w["embedding.weight" if self.config["tie_embeddings"] else "lm_head.weight"]
+        self.state.num_tokens = len(tokens)
+        return bf16(self._norm(r, "final_norm") @ head.T), self.state
+
+    def _linear(self, x: Array, name: str) -> Array:
+        bias = self.w.get(f"{name}.bias")
+        y = x @ self.w[f"{name}.weight"].T
+        return bf16(y if bias is None else y + bias)
+
+    def _norm(self, r: Array, name: str) -> Array:
+        norm, weight = self.config["norm"], self.w[f"{name}.weight"]
+        if norm["type"] == "rms_norm":
+            return bf16(r / np.sqrt((r**2).mean(-1, keepdims=True) + np.float32(norm["eps"])) * weight)
+        centred = r - r.mean(-1, keepdims=True)
+        scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + np.float32(norm["eps"]))
+        return bf16(scaled * weight + self.w[f"{name}.bias"])
+
+    def _mlp(self, x: Array, name: str) -> Array:
+        mlp = self.config["mlp"]
+        h = self._linear(x, f"{name}.fc1")
+        if mlp["gated"]:
+            value, gate = np.split(h, 2, axis=-1)
+            h = bf16(value * bf16(ACTIVATIONS[mlp["activation"]](gate)))
+        else:
+            h = bf16(ACTIVATIONS[mlp["activation"]](h))
+        return self._linear(h, f"{name}.fc2")
+
+    def _gated_conv(self, x: Array, layer: Config, i: int) -> Array:
+        e, taps = layer["inner_size"], self.w[f"layers.{i}.mixer.conv.weight"]
+        u = self._linear(x, f"layers.{i}.mixer.in_proj")
+        padded = np.concatenate([np.zeros((layer["kernel_size"] - 1, e), np.float32), u[:, :e]])
+        self.state.tensors[f"layers.{i}.conv"] = padded[len(x) :].astype(np.float64)
+        conv = bf16(sum(taps[:, j] * padded[j : j + len(x)] for j in range(taps.shape[1])))
+        return bf16(bf16(ACTIVATIONS["silu"](conv)) * u[:, e:])
+
+    def _linear_attention(self, x: Array, layer: Config, i: int) -> Array:
+        projections = (self._linear(x, f"layers.{i}.mixer.proj_{part}") for part in "qkv")
+        q, k, v = (y.reshape(len(x), layer["num_heads"], -1).transpose(1, 0, 2) for y in projections)  # (H, T, …)
+        extended = np.concatenate([v, np.ones((*v.shape[:2], 1))], axis=-1)
+        taylor = np.einsum("htp,htd->hpd", taylor_features(k.astype(np.float64)), extended)
+        self.state.tensors[f"layers.{i}.taylor"] = taylor
+        s = bf16(bf16(q @ k.transpose(0, 2, 1)) / np.float32(math.sqrt(layer["feature_dim"])))
+        p = np.tril(bf16(bf16(1 + s) + bf16(bf16(s * s) / 2)))
+        y = bf16(bf16(p @ v) / bf16(bf16(p.sum(-1, keepdims=True)) + np.float32(layer["eps"])))
+        return y.transpose(1, 0, 2).reshape(len(x), -1)
+
+    def _sliding_window(self, x: Array, layer: Config, i: int) -> Array:
+        t, h, h_kv, window = len(x), layer["num_heads"], layer["num_kv_heads"], layer["window"]
+        qkv = self._linear(x, f"layers.{i}.mixer.qkv_proj").reshape(t, h + 2 * h_kv, layer["head_dim"])
+        q, k, v = _rotate(qkv[:, :h], layer), _rotate(qkv[:, h : h + h_kv], layer), qkv[:, h + h_kv :]
+        for name, kept in (("keys", k), ("values", v)):
+            self.state.tensors[f"layers.{i}.{name}"] = kept[-window:].astype(np.float64)
+        q, k, v = (np.repeat(part.transpose(1, 0, 2), h // part.shape[1], axis=0) for part in (q, k, v))
+        scores = bf16(bf16(q @ k.transpose(0, 2, 1)) * np.float32(layer["scale"]))
+        age = np.arange(t)[:, None] - np.arange(t)
+        weights = bf16(softmax(np.where((age >= 0) & (age < window), scores, np.float32(-np.inf))))
+        return bf16(weights @ v).transpose(1, 0, 2).reshape(t, -1)
+
+
+def _rotate(x: Array, layer: Config) -> Array:
+    n = -(-layer["rotary_dim"] // 2)
+    if n == 0:
+        return x
+    angle = np.arange(len(x))[:, None] * float(layer["rotary_base"]) ** (-2 * np.arange(n) / layer["rotary_dim"])
+    cos, sin = bf16(np.cos(angle))[:, None], bf16(np.sin(angle))[:, None]
+    interleaved = layer["rotary_interleaved"]
+    first, second = (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if interleaved else (slice(0, n), slice(n, 2 * n))
+    result = x.copy()
+    result[..., first] = bf16(bf16(x[..., first] * cos) - bf16(x[..., second] * sin))
+    result[..., second] = bf16(bf16(x[..., first] * sin) + bf16(x[..., second] * cos))
+    return result
