@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -660,3 +661,15 @@ def test_errors_become_one_line_and_a_status(
     monkeypatch.setattr("based.convert.convert", module)
     assert cli.main(["convert", "a", "b"]) == status
     assert capsys.readouterr().err == text
+
+
+# ---- documentation ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_option_is_documented(command: str) -> None:
+    """docs/cli.md names every flag of every command."""
+    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    flags = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", ok(command, "--help"))) - {"-h", "--help"}
+    assert len(flags) >= 3
+    assert [flag for flag in sorted(flags) if not re.search(rf"`{flag}[^a-z-]", text)] == []
