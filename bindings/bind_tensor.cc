@@ -97,8 +97,8 @@ py::object export_dlpack(const Tensor& tensor, bool copied) {
 }
 
 py::object to_dlpack(const Tensor& tensor, const py::object& stream,
-                      std::optional<std::pair<std::int64_t, std::int64_t>> max_version,
-                      std::optional<std::pair<std::int32_t, std::int32_t>> device, std::optional<bool> copy) {
+                     std::optional<std::pair<std::int64_t, std::int64_t>> max_version,
+                     std::optional<std::pair<std::int32_t, std::int32_t>> device, std::optional<bool> copy) {
   if (tensor.device().type != Device::Type::cpu) throw py::buffer_error("only tensors of the CPU can be exported");
   if (!stream.is_none()) throw py::buffer_error("stream must be None for a tensor of the CPU");
   if (device && *device != dlpack_device(tensor)) {
