@@ -9,7 +9,7 @@ import numpy.typing as npt
 from based import _core
 from based._generate import Run, asynchronously, encode, make_requests
 from based._outputs import RequestOutput, StreamChunk
-from based._prompts import Prompt, as_array, as_list
+from based._prompts import Prompt, Prompts, as_array, as_list
 from based._session import Session
 from based._tokenizer import LazyTokenizer
 
@@ -145,7 +145,7 @@ class Model:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         params: Params | Sequence[_core.SamplingParams] = None,
         *,
         max_batch_size: int = MAX_BATCH_SIZE,

@@ -9,6 +9,8 @@ import numpy.typing as npt
 TokenIds: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
 """A list or tuple of ints, a 1-D integer array, or anything that NumPy takes by DLPack."""
 Prompt: TypeAlias = str | TokenIds
+Prompts: TypeAlias = Sequence[Prompt | int] | npt.NDArray[np.integer[Any]]
+"""A prompt or a list of them (a str is a Sequence of str). Flat, because that is how mypy infers mixed lists."""
 
 
 def as_array(value: Any) -> Any:

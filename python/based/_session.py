@@ -10,7 +10,7 @@ import numpy.typing as npt
 from based import _core
 from based._generate import Run, encode, make_requests
 from based._outputs import RequestOutput, StreamChunk
-from based._prompts import Prompt, TokenIds, as_array, as_list
+from based._prompts import Prompt, Prompts, TokenIds, as_array, as_list
 from based._tokenizer import LazyTokenizer
 
 
@@ -49,7 +49,7 @@ class Session:
 
     def prefill(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         sequences: Sequence[int] | None = None,
         *,
         include_padding: bool = False,
@@ -83,7 +83,7 @@ class Session:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         params: _core.SamplingParams | Sequence[_core.SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Continues each sequence with its prompt, one per sequence; every n must be 1.
