@@ -30,7 +30,7 @@ struct Shape {
   int count;  // layers
 };
 
-// docs: hidden 1024, 27 layers (17 gated convolution, 5 linear attention, 5 window), inner size 2048.
+// based-360m: hidden 1024, 27 layers (17 gated convolution, 5 linear attention, 5 window), inner size 2048.
 constexpr Shape kShapes[] = {
     {"conv in", 4096, 1024, false, 17},   {"conv out", 1024, 2048, false, 17},  {"taylor qkv", 1536, 1024, false, 5},
     {"taylor out", 1024, 1024, false, 5}, {"window qkv", 3072, 1024, false, 5}, {"window out", 1024, 1024, false, 5},
