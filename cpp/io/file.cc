@@ -78,6 +78,10 @@ std::string read_file(const std::filesystem::path& path, std::size_t limit) {
 }
 
 AtomicFile::AtomicFile(std::filesystem::path path) : path_(std::move(path)) {
+  // A rename would put a file in the place of /dev/null as gladly as of a file.
+  struct stat info;
+  if (::stat(path_.c_str(), &info) == 0 && !S_ISREG(info.st_mode))
+    fail(S_ISDIR(info.st_mode) ? EISDIR : EINVAL, "replace (not a regular file)", path_);
   static std::atomic<unsigned> counter{0};
   for (int attempt = 0; attempt < 100; ++attempt) {
     // Not made from the file's name: that may already have the longest length allowed.

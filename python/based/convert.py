@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,8 +96,11 @@ def is_published(directory: StrPath) -> bool:
 
 def _read_json(path: Path) -> object:
     """A JSON value without duplicate keys, NaN or Infinity."""
-    if (size := path.stat().st_size) > _MAX_JSON:
-        raise FormatError(f"{path}: {size} bytes, expected at most {_MAX_JSON}")
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # a pipe would be waited for
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if status.st_size > _MAX_JSON:
+        raise FormatError(f"{path}: {status.st_size} bytes, expected at most {_MAX_JSON}")
     data = path.read_bytes()
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
