@@ -52,7 +52,7 @@ py::dict trace(const Model& model, const TokenIds& ids) {
   LayerTrace trace;
   {
     const py::gil_scoped_release nogil;
-    trace = model.trace(tokens);
+    trace = model.trace(tokens, interrupt_check());
   }
   py::dict result;
   result["embed"] = trace.embed;

@@ -39,6 +39,7 @@ class OneSequence {
     const std::int64_t positions[] = {position_};
     const backend::RaggedBatch batch{tokens, offsets, slots, positions};
     const auto r = transformer_.hidden(*backend_, batch, *states_, workspace_, interrupt, trace);
+    if (interrupt) interrupt();
     const backend::Matrix x{normed_.data.get(), transformer_.activation_dtype(), n, config.hidden_size};
     transformer_.final_norm(*backend_, r, {}, x);
     transformer_.logits(*backend_, x, {logits, DType::float32, n, config.padded_vocab_size});
@@ -159,13 +160,13 @@ std::vector<float> Model::score(std::span<const std::int32_t> tokens, const Inte
   return scores;
 }
 
-LayerTrace Model::trace(std::span<const std::int32_t> tokens) const {
+LayerTrace Model::trace(std::span<const std::int32_t> tokens, const InterruptCheck& interrupt) const {
   check_tokens(tokens, config().vocab_size, "trace: tokens");
   const auto n = static_cast<std::int64_t>(tokens.size());
   OneSequence sequence(*impl_, n);
   LayerTrace trace;
   const Tensor logits = device_tensor(sequence.backend(), {n, config().padded_vocab_size});
-  sequence.feed(tokens, logits.data(), {}, &trace);
+  sequence.feed(tokens, logits.data(), interrupt, &trace);
   trace.logits = Tensor::empty(DType::float32, logits.shape());
   sequence.backend().copy_to_host(trace.logits.data(), logits.data(), logits.nbytes());
   return trace;

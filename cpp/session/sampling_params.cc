@@ -26,7 +26,7 @@ void check_token(const std::string& field, std::int64_t token, std::int64_t voca
 }  // namespace
 
 void SamplingParams::validate(std::int64_t vocab_size) const {
-  check(n >= 1, "n", n, "at least 1");
+  check(n >= 1 && n <= kMaxSamples, "n", n, "1 … " + std::to_string(kMaxSamples));
   check(max_tokens >= 1, "max_tokens", max_tokens, "at least 1");
   check(min_tokens >= 0 && min_tokens <= max_tokens, "min_tokens", min_tokens,
         "0 … max_tokens (" + std::to_string(max_tokens) + ")");

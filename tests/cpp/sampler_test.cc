@@ -590,6 +590,7 @@ TEST(SamplingParamsTest, RefusesEveryFieldOutsideItsDomain) {
   };
   const double nan = std::nan(""), inf = std::numeric_limits<double>::infinity();
   refuses([](auto& p) { p.n = 0; }, "n is 0");
+  refuses([](auto& p) { p.n = SamplingParams::kMaxSamples + 1; }, "n is 16385");
   refuses([](auto& p) { p.max_tokens = 0; }, "max_tokens is 0");
   refuses([](auto& p) { p.min_tokens = -1; }, "min_tokens is -1");
   refuses([](auto& p) { p.min_tokens = 17; }, "min_tokens is 17, expected 0 … max_tokens (16)");

@@ -69,7 +69,7 @@ class Model {
   std::vector<float> score(std::span<const std::int32_t> tokens, const InterruptCheck& interrupt = {}) const;
 
   /// forward, keeping every layer's activations: to compare with another implementation.
-  LayerTrace trace(std::span<const std::int32_t> tokens) const;
+  LayerTrace trace(std::span<const std::int32_t> tokens, const InterruptCheck& interrupt = {}) const;
 
   class Impl;
   const Impl& impl() const { return *impl_; }

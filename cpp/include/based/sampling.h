@@ -11,7 +11,9 @@ namespace based {
 /// impossible before it), repetition / presence / frequency penalties, temperature, min_p, top_k, top_p.
 /// Penalties: repetition counts prompt and output tokens, presence and frequency output tokens only.
 struct SamplingParams {
-  int n = 1;                                 // samples per prompt, ≥ 1
+  static constexpr int kMaxSamples = 1 << 14;
+
+  int n = 1;                                 // samples per prompt, 1 … kMaxSamples
   std::int64_t max_tokens = 16;              // ≥ 1
   std::int64_t min_tokens = 0;               // 0 … max_tokens
   double temperature = 1.0;                  // ≥ 0; 0 = greedy
