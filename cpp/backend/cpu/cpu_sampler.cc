@@ -113,7 +113,7 @@ void CpuSampler::reserve(std::span<const std::int32_t> rows) {
     change |= row.changes_logits();
     draw |= row.params.temperature > 0;
     select |= row.selects() || row.params.logprobs.value_or(0) > 0;
-    if (row.has_penalties()) row.seen.reserve(row.seen.size() + 1);
+    if (row.has_penalties() && row.seen.size() == row.seen.capacity()) row.seen.reserve(2 * row.seen.size() + 16);
   }
   const auto size = static_cast<std::size_t>(vocab_size_);
   for (Workspace& workspace : workspaces_) {
