@@ -58,7 +58,8 @@ struct LinearKernels {
   /// Packs one panel as `to`, float32 or bfloat16.
   void (*pack_panel)(const PanelSource& source, std::int64_t in_features, DType to, void* panel);
 
-  /// Packs num_rows rows of x (float32 or bfloat16, row-major without gaps), for weights of `weights`.
+  /// Packs num_rows rows of x (float32 or bfloat16, row-major without gaps), for weights of `weights`; float32 is
+  /// rounded where row_dtype is bfloat16.
   void (*pack_rows)(const void* x, DType dtype, int num_rows, std::int64_t in_features, DType weights, void* packed);
 
   void (*multiply)(const LinearTask& task);
