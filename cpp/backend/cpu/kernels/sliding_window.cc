@@ -128,7 +128,7 @@ float exponentiate(float* scores, std::int64_t count, std::int32_t first, std::i
   f32v max = lowest;
   for (std::int64_t j = 0; j < count; j += kLanes) {
     const i32v at = lane + static_cast<std::int32_t>(j);
-    const f32v s = (at >= first) & (at <= last) ? load(scores + j) : lowest;
+    const f32v s = ((at >= first) & (at <= last)) ? load(scores + j) : lowest;
     store(scores + j, s);
     max = vmax(max, s);
   }
@@ -136,7 +136,7 @@ float exponentiate(float* scores, std::int64_t count, std::int32_t first, std::i
   f32v sum{};
   for (std::int64_t j = 0; j < count; j += kLanes) {
     const i32v at = lane + static_cast<std::int32_t>(j);
-    const f32v e = (at >= first) & (at <= last) ? vexp(load(scores + j) - m) : f32v{};
+    const f32v e = ((at >= first) & (at <= last)) ? vexp(load(scores + j) - m) : f32v{};
     store(scores + j, e);
     sum += e;
   }
