@@ -11,9 +11,9 @@
 namespace based {
 namespace {
 
-using testing::floats;
-using testing::random_tokens;
-using testing::tiny_config;
+using test::floats;
+using test::random_tokens;
+using test::tiny_config;
 
 using Key = std::pair<int, int>;  // request, sample
 

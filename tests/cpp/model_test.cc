@@ -10,26 +10,14 @@
 namespace based {
 namespace {
 
-using testing::floats;
-using testing::random_tokens;
-using testing::TempDir;
-using testing::tiny_config;
-using testing::write_model;
-
-// Message of the exception of type E that f throws.
-template <typename E, typename F>
-std::string message(F&& f) {
-  try {
-    f();
-  } catch (const E& e) {
-    return e.what();
-  }
-  ADD_FAILURE() << "no such exception";
-  return "";
-}
+using test::floats;
+using test::random_tokens;
+using test::TemporaryFolder;
+using test::tiny_config;
+using test::write_model;
 
 TEST(Model, LoadGivesWhatWasWritten) {
-  const TempDir dir;
+  const TemporaryFolder dir;
   write_model(dir.path(), tiny_config(), 7);
   const auto loaded = Model::load(dir.path());
   const auto random = Model::random(tiny_config(), 7);
@@ -42,7 +30,7 @@ TEST(Model, LoadGivesWhatWasWritten) {
 }
 
 TEST(Model, CountsParametersAsTheWeightFileDoes) {
-  const TempDir dir;
+  const TemporaryFolder dir;
   write_model(dir.path(), tiny_config(), 7);
   std::int64_t total = 0;
   const auto files = io::WeightFiles::open(dir.path());
@@ -87,7 +75,7 @@ TEST(Model, RefusesTokensOutsideTheVocabulary) {
   const auto model = Model::random(tiny_config(), 7);
   for (const std::int32_t bad : {-1, 61, 63, 1 << 30}) {
     const std::vector<std::int32_t> tokens{1, bad};
-    const auto text = message<InvalidArgument>([&] { model->forward(tokens); });
+    const auto text = test::message_of<InvalidArgument>([&] { model->forward(tokens); });
     EXPECT_NE(text.find(std::to_string(bad) + " at index 1"), std::string::npos) << text;
   }
   EXPECT_THROW(model->forward({}), InvalidArgument);
@@ -95,16 +83,16 @@ TEST(Model, RefusesTokensOutsideTheVocabulary) {
 }
 
 TEST(Model, NamesMissingExtraAndMisshapenTensors) {
-  const TempDir dir;
+  const TemporaryFolder dir;
   write_model(dir.path(), tiny_config(), 7);
   const auto files = io::WeightFiles::open(dir.path());
   std::vector<io::TensorToWrite> tensors;
   for (const auto& [name, tensor] : files.tensors()) tensors.push_back({name, tensor});
   const auto reload = [&](const std::vector<io::TensorToWrite>& list) {
-    const TempDir changed;
+    const TemporaryFolder changed;
     std::filesystem::copy(dir.path() / "config.json", changed.path() / "config.json");
     io::write_safetensors(changed.path() / "model.safetensors", list, {});
-    return message<FormatError>([&] { Model::load(changed.path()); });
+    return test::message_of<FormatError>([&] { Model::load(changed.path()); });
   };
 
   auto missing = tensors;

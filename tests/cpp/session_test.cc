@@ -12,11 +12,11 @@
 namespace based {
 namespace {
 
-using testing::floats;
-using testing::random_tokens;
-using testing::read_bytes;
-using testing::TempDir;
-using testing::tiny_config;
+using test::floats;
+using test::random_tokens;
+using test::read_bytes;
+using test::TemporaryFolder;
+using test::tiny_config;
 
 using Prompts = std::vector<std::vector<std::int32_t>>;
 
@@ -41,7 +41,7 @@ class SessionTest : public ::testing::TestWithParam<DType> {
 
   // The saved form of the states, as bytes.
   std::string bytes(const Session& session) const {
-    const TempDir dir;
+    const TemporaryFolder dir;
     session.save_state(dir.path() / "state");
     return read_bytes(dir.path() / "state");
   }
@@ -92,7 +92,7 @@ TEST_P(SessionTest, SubsetsAdvanceOnlyTheirSequences) {
 }
 
 TEST_P(SessionTest, GoingOnAfterForkRollbackSaveAndLoadIsBitwiseTheSame) {
-  const TempDir dir;
+  const TemporaryFolder dir;
   const Prompts prompts{random_tokens(40, 1), random_tokens(3, 2)};
   const std::vector<std::int32_t> next{3, 4}, other{9, 8};
   Session session(model_, 2);
@@ -190,7 +190,7 @@ TEST_P(SessionTest, RefusesWrongArgumentsAndChangesNothing) {
 }
 
 TEST_P(SessionTest, RefusesForeignAndDamagedStates) {
-  const TempDir dir;
+  const TemporaryFolder dir;
   const auto path = dir.path() / "state";
   Session session(model_, 1);
   session.prefill(Prompts{random_tokens(8, 1)});
@@ -222,8 +222,8 @@ TEST_P(SessionTest, RefusesForeignAndDamagedStates) {
 }
 
 TEST_P(SessionTest, StateMovesBetweenDtypes) {
-  const TempDir dir;
-  testing::write_model(dir.path(), tiny_config(), 5);
+  const TemporaryFolder dir;
+  test::write_model(dir.path(), tiny_config(), 5);
   LoadOptions from, to;
   from.dtype = GetParam();
   to.dtype = GetParam() == DType::float32 ? DType::bfloat16 : DType::float32;

@@ -12,8 +12,9 @@
 #include "io/safetensors.h"
 #include "model/model_impl.h"
 #include "model/weights.h"
+#include "temporary_folder.h"
 
-namespace based::testing {
+namespace based::test {
 
 /// All three mixers, grouped heads, partial rotary; small and odd-sized.
 inline ModelConfig tiny_config() {
@@ -47,22 +48,6 @@ inline std::vector<std::int32_t> random_tokens(std::size_t count, std::uint32_t 
   return tokens;
 }
 
-/// A folder of its own, removed at the end.
-class TempDir {
- public:
-  TempDir() {
-    std::string name = (std::filesystem::temp_directory_path() / "based_test_XXXXXX").string();
-    path_ = mkdtemp(name.data());
-  }
-  ~TempDir() { std::filesystem::remove_all(path_); }
-  TempDir(const TempDir&) = delete;
-  TempDir& operator=(const TempDir&) = delete;
-  const std::filesystem::path& path() const { return path_; }
-
- private:
-  std::filesystem::path path_;
-};
-
 /// Writes the weights of Model::random(config, seed) as a model directory.
 inline void write_model(const std::filesystem::path& directory, const ModelConfig& config, std::uint64_t seed) {
   struct Recorder final : WeightSource {
@@ -85,13 +70,8 @@ inline void write_model(const std::filesystem::path& directory, const ModelConfi
   std::ofstream(directory / "config.json") << config.to_json();
 }
 
-inline std::string read_bytes(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-
 inline std::vector<float> floats(const Tensor& tensor) {
   return {tensor.data_as<float>(), tensor.data_as<float>() + tensor.size()};
 }
 
-}  // namespace based::testing
+}  // namespace based::test
