@@ -100,9 +100,10 @@ std::shared_ptr<const Model> Model::load(const std::filesystem::path& directory,
   const auto config = ModelConfig::from_json(io::read_file(config_path, kMaxConfigBytes), config_path.string());
   FileWeights weights(io::WeightFiles::open(directory), directory.string());
   const TensorView embedding = weights.take("embedding.weight", {config.padded_vocab_size, config.hidden_size});
+  std::string fingerprint = weights.fingerprint(config);  // before packing: it maps pages of the file
   auto impl = std::make_unique<Impl>(config, std::move(backend), weights, choose_dtype(options, embedding.dtype));
   weights.check_all_taken();
-  impl->fingerprint = weights.fingerprint(config);
+  impl->fingerprint = std::move(fingerprint);
   return std::shared_ptr<const Model>(new Model(std::move(impl)));
 }
 
