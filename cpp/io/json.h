@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -38,7 +39,7 @@ class Json {
  private:
   friend class JsonBuilder;
   using Value = std::variant<std::nullptr_t, bool, std::int64_t, std::uint64_t, double, std::string, Array, Object>;
-  explicit Json(Value value) : value_(std::move(value)) {}
+  explicit Json(Value value);
   Value value_;
 };
 
@@ -46,6 +47,8 @@ struct Json::Member {
   std::string key;
   Json value;
 };
+
+inline Json::Json(Value value) : value_(std::move(value)) {}
 
 /// Reads an object strictly: every member is asked for by name, finish() refuses the rest. Failures are FormatErrors
 /// "where: path.key: found …, expected …". The Json must outlive this.
