@@ -51,7 +51,7 @@ def load(request, directories):
 
 
 def decode(model: based.Model, prompts, ids) -> np.ndarray:
-    """Logits (B, 24, padded_vocab_size) that follow the prompts (B, n) and then each of ids (B, n + 24) but the last."""
+    """Logits (B, 24, padded_vocab_size) after the prompts (B, n), then after each of ids (B, n + 24) but the last."""
     session = model.session(len(prompts))
     logits = [session.prefill(list(prompts), include_padding=True)]
     logits += [session.step(column, include_padding=True) for column in ids.T[prompts.shape[1] : -1]]

@@ -14,7 +14,12 @@ MAY_INCLUDE = {
     "cpp/model": {"based", "io", "model", "backend/backend.h"},
     "cpp/session": {"based", "io", "model", "session", "backend/backend.h"},
     # DType, Activation and Isa are enums: nothing of those headers may be called (see the next test).
-    "cpp/backend/cpu/kernels": {"backend/cpu/kernels", "backend/cpu/cpu_features.h", "based/config.h", "based/tensor.h"},
+    "cpp/backend/cpu/kernels": {
+        "backend/cpu/kernels",
+        "backend/cpu/cpu_features.h",
+        "based/config.h",
+        "based/tensor.h",
+    },
     "cpp/backend/cpu": {"based", "backend"},
     "cpp/backend": {"based", "backend"},
     "bindings": {"based", "bindings", "io", "backend/cpu/bandwidth.h"},
