@@ -186,12 +186,15 @@ void multiply_panel(const void* x, const void* w, std::int64_t num_words, const 
 #if defined(__AVX512BF16__)
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          int pair;
-          __builtin_memcpy(&pair, xp + r, 4);
+          int bits;
+          __builtin_memcpy(&bits, xp + r, 4);
+          __m512i pair = _mm512_set1_epi32(bits);
+#if defined(__clang__)
+          asm("" : "+v"(pair));  // Clang 16 crashes on a broadcast that it takes for one of bfloat16
+#endif
 #pragma GCC unroll 4
           for (int v = 0; v < V; ++v)
-            acc[r][v] =
-                (f32v)_mm512_dpbf16_ps((__m512)acc[r][v], (__m512bh)_mm512_set1_epi32(pair), (__m512bh)weight[v]);
+            acc[r][v] = (f32v)_mm512_dpbf16_ps((__m512)acc[r][v], (__m512bh)pair, (__m512bh)weight[v]);
         }
         xp += R;
 #endif
