@@ -421,10 +421,11 @@ def test_files_of_other_kinds(directory, name):
     assert_refused(directory, name, error=OSError)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_unreadable_files(directory, name):
     (directory / name).chmod(0)
+    if os.access(directory / name, os.R_OK):
+        pytest.skip("root reads everything")
     assert_refused(directory, name, error=PermissionError)
 
 
@@ -653,9 +654,10 @@ def test_states_replace_files_only(session, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"folder", "pipe"}
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_folders_that_cannot_be_written(session, tmp_path):
     tmp_path.chmod(0o500)
+    if os.access(tmp_path, os.W_OK):
+        pytest.skip("root writes everywhere")
     with pytest.raises(PermissionError, match="state"):
         session.save_state(tmp_path / "state")
     tmp_path.chmod(0o700)
