@@ -18,7 +18,7 @@ foreach(isa IN LISTS BASED_ISAS)
   target_include_directories(based_kernels_${isa} PRIVATE cpp cpp/include)
   target_compile_definitions(based_kernels_${isa} PRIVATE BASED_ISA=isa_${isa})
   # No exceptions and no errno: kernels call nothing that needs them. Contraction gives fused multiply-add.
-  target_compile_options(based_kernels_${isa} PRIVATE -O3 -ffp-contract=fast -fno-math-errno -fno-exceptions
+  target_compile_options(based_kernels_${isa} PRIVATE $<$<NOT:$<BOOL:${BASED_SANITIZE}>>:-O3> -ffp-contract=fast -fno-math-errno -fno-exceptions
                          ${BASED_FLAGS_${isa}})
   target_link_libraries(based_kernels_${isa} PRIVATE based_options)
   target_sources(based PRIVATE $<TARGET_OBJECTS:based_kernels_${isa}>)
