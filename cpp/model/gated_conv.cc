@@ -7,8 +7,8 @@ namespace {
 class GatedConv final : public Mixer {
  public:
   GatedConv(const GatedConvConfig& config, std::int64_t d, WeightLoader& loader, const std::string& prefix)
-      : Mixer(loader.linear({{prefix + "in_proj", 2 * config.inner_size}}, d, config.bias),
-              loader.linear({{prefix + "out_proj", d}}, config.inner_size, config.bias)),
+      : Mixer({loader.linear({{prefix + "in_proj", 2 * config.inner_size}}, d, config.bias),
+               loader.linear({{prefix + "out_proj", d}}, config.inner_size, config.bias)}),
         config_(config),
         taps_(loader.vector(prefix + "conv.weight", {config.inner_size, config.kernel_size})) {}
 

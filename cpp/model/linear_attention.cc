@@ -7,11 +7,11 @@ namespace {
 class LinearAttention final : public Mixer {
  public:
   LinearAttention(const LinearAttentionConfig& config, std::int64_t d, WeightLoader& loader, const std::string& prefix)
-      : Mixer(loader.linear({{prefix + "proj_q", config.num_heads * config.feature_dim},
-                             {prefix + "proj_k", config.num_heads * config.feature_dim},
-                             {prefix + "proj_v", config.num_heads * config.head_dim}},
-                            d, false),
-              loader.linear({{prefix + "out_proj", d}}, config.num_heads * config.head_dim, false)),
+      : Mixer({loader.linear({{prefix + "proj_q", config.num_heads * config.feature_dim},
+                              {prefix + "proj_k", config.num_heads * config.feature_dim},
+                              {prefix + "proj_v", config.num_heads * config.head_dim}},
+                             d, false),
+               loader.linear({{prefix + "out_proj", d}}, config.num_heads * config.head_dim, false)}),
         config_(config) {}
 
  private:

@@ -37,8 +37,11 @@ class Mixer {
   virtual std::size_t nbytes() const { return in_proj_->nbytes() + out_proj_->nbytes(); }
 
  protected:
-  Mixer(std::shared_ptr<const backend::LinearWeight> in_proj, std::shared_ptr<const backend::LinearWeight> out_proj)
-      : in_proj_(std::move(in_proj)), out_proj_(std::move(out_proj)) {}
+  struct Projections {  // braces load them in this order
+    std::shared_ptr<const backend::LinearWeight> in, out;
+  };
+  explicit Mixer(Projections projections)
+      : in_proj_(std::move(projections.in)), out_proj_(std::move(projections.out)) {}
 
  private:
   /// u (N, wide_features) float32 → y (N, inner_features) activation.

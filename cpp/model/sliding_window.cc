@@ -7,9 +7,9 @@ namespace {
 class SlidingWindow final : public Mixer {
  public:
   SlidingWindow(const SlidingWindowConfig& config, std::int64_t d, WeightLoader& loader, const std::string& prefix)
-      : Mixer(loader.linear({{prefix + "qkv_proj", (config.num_heads + 2 * config.num_kv_heads) * config.head_dim}}, d,
-                            config.qkv_bias),
-              loader.linear({{prefix + "out_proj", d}}, config.num_heads * config.head_dim, config.out_bias)),
+      : Mixer({loader.linear({{prefix + "qkv_proj", (config.num_heads + 2 * config.num_kv_heads) * config.head_dim}}, d,
+                             config.qkv_bias),
+               loader.linear({{prefix + "out_proj", d}}, config.num_heads * config.head_dim, config.out_bias)}),
         config_(config) {}
 
  private:

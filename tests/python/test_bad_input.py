@@ -199,7 +199,7 @@ def mlp(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         (mlp(fc2_bias=True), ["mlp.fc2.bias (8) is missing"]),
         (layer(0, kernel_size=4), ["conv.weight has shape (16, 3), the config makes it (16, 4)"]),
         (layer(0, bias=False), ["tensors that the config has no place for: layers.0.mixer.in_proj.bias"]),
-        (layer(1, num_heads=1 << 16), ["layers.1.mixer.", "has shape (8, 8), the config makes it", "262144"]),
+        (layer(1, num_heads=1 << 16), ["proj_q.weight has shape (8, 8), the config makes it (262144, 8)"]),
         (layer(1, feature_dim=2), ["proj_q.weight has shape (8, 8), the config makes it (4, 8)"]),
         (layer(2, num_kv_heads=1), ["qkv_proj.weight has shape (24, 8), the config makes it (16, 8)"]),
         (layer(2, out_bias=True), ["out_proj.bias (8) is missing"]),
