@@ -56,11 +56,6 @@ class OneSequence {
   std::int64_t position_ = 0;
 };
 
-Tensor device_tensor(backend::Backend& backend, std::vector<std::int64_t> shape) {
-  const auto nbytes = static_cast<std::size_t>(num_elements(shape)) * sizeof(float);
-  return {backend.device(), DType::float32, std::move(shape), backend.allocate(nbytes).data};
-}
-
 DType choose_dtype(const LoadOptions& options, DType file_dtype) {
   if (!options.dtype) return file_dtype == DType::bfloat16 ? DType::bfloat16 : DType::float32;
   if (*options.dtype != DType::float32 && *options.dtype != DType::bfloat16)
@@ -133,7 +128,7 @@ Tensor Model::forward(std::span<const std::int32_t> tokens, const InterruptCheck
   check_tokens(tokens, config().vocab_size, "forward: tokens");
   OneSequence sequence(*impl_, 0);
   const auto total = static_cast<std::int64_t>(tokens.size());
-  Tensor logits = device_tensor(sequence.backend(), {total, config().padded_vocab_size});
+  Tensor logits = impl_->transformer.new_logits(sequence.backend(), total);
   for (std::int64_t t = 0; t < total; t += sequence.chunk_tokens()) {
     const std::int64_t n = std::min(sequence.chunk_tokens(), total - t);
     sequence.feed(tokens.subspan(static_cast<std::size_t>(t), static_cast<std::size_t>(n)),
@@ -149,7 +144,7 @@ std::vector<float> Model::score(std::span<const std::int32_t> tokens, const Inte
   const auto total = static_cast<std::int64_t>(tokens.size()) - 1;
   std::vector<float> scores(static_cast<std::size_t>(total));
   const std::int64_t chunk = std::min(sequence.chunk_tokens(), total);
-  const Tensor logits = device_tensor(sequence.backend(), {chunk, config().padded_vocab_size});
+  const Tensor logits = impl_->transformer.new_logits(sequence.backend(), chunk);
   for (std::int64_t t = 0; t < total; t += chunk) {
     const auto first = static_cast<std::size_t>(t);
     const auto n = static_cast<std::size_t>(std::min(chunk, total - t));
@@ -166,7 +161,7 @@ LayerTrace Model::trace(std::span<const std::int32_t> tokens, const InterruptChe
   const auto n = static_cast<std::int64_t>(tokens.size());
   OneSequence sequence(*impl_, n);
   LayerTrace trace;
-  const Tensor logits = device_tensor(sequence.backend(), {n, config().padded_vocab_size});
+  const Tensor logits = impl_->transformer.new_logits(sequence.backend(), n);
   sequence.feed(tokens, logits.data(), interrupt, &trace);
   trace.logits = Tensor::empty(DType::float32, logits.shape());
   sequence.backend().copy_to_host(trace.logits.data(), logits.data(), logits.nbytes());

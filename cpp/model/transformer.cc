@@ -134,6 +134,12 @@ void Transformer::final_norm(backend::Backend& backend, const backend::Matrix& r
   norm(backend, final_norm_, r, rows, out);
 }
 
+Tensor Transformer::new_logits(backend::Backend& backend, std::int64_t rows) const {
+  std::vector<std::int64_t> shape{rows, config_.padded_vocab_size};
+  const auto nbytes = static_cast<std::size_t>(num_elements(shape)) * sizeof(float);
+  return {backend.device(), DType::float32, std::move(shape), backend.allocate(nbytes).data};
+}
+
 void Transformer::logits(backend::Backend& backend, const backend::Matrix& x, const backend::Matrix& logits) const {
   backend.linear(*head_, x, logits, false);
 }

@@ -41,6 +41,9 @@ class Transformer {
   void final_norm(backend::Backend& backend, const backend::Matrix& r, std::span<const std::int32_t> rows,
                   const backend::Matrix& out) const;
 
+  /// Uninitialised (rows, padded_vocab_size) float32 on the backend's device.
+  Tensor new_logits(backend::Backend& backend, std::int64_t rows) const;
+
   /// logits (M, padded_vocab_size) float32 = x Eᵀ.
   void logits(backend::Backend& backend, const backend::Matrix& x, const backend::Matrix& logits) const;
 

@@ -88,12 +88,6 @@ std::vector<std::int32_t> Session::Impl::check_sequences(std::span<const int> se
   return slots;
 }
 
-Tensor Session::Impl::new_logits(std::int64_t rows) const {
-  const std::vector<std::int64_t> shape{rows, config().padded_vocab_size};
-  const auto buffer = backend->allocate(static_cast<std::size_t>(num_elements(shape)) * sizeof(float));
-  return {backend->device(), DType::float32, shape, buffer.data};
-}
-
 Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts, std::span<const std::int32_t> slots,
                               const InterruptCheck& interrupt) {
   const auto count = static_cast<std::int64_t>(prompts.size());
@@ -101,7 +95,7 @@ Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts
   const DType activation = transformer().activation_dtype();
   const std::size_t row_bytes = static_cast<std::size_t>(d) * size_of(activation);
   const backend::Buffer last = backend->allocate(static_cast<std::size_t>(count) * row_bytes);  // (B, d)
-  const Tensor logits = new_logits(count);
+  const Tensor logits = transformer().new_logits(*backend, count);
 
   // A batch holds up to `chunk` tokens, at most one piece of each prompt. Pieces end at multiples of `chunk` of their
   // own prompt, so how a prompt is cut does not depend on its neighbours.
@@ -156,7 +150,7 @@ Tensor Session::Impl::step(std::span<const std::int32_t> tokens, std::span<const
   // Everything that may fail comes before the states change: a step is too short to be interrupted, and copying the
   // states to undo it would cost more than the step.
   transformer().reserve(*backend, workspace_, count);
-  const Tensor logits = new_logits(count);
+  const Tensor logits = transformer().new_logits(*backend, count);
   std::vector<std::int32_t> offsets(tokens.size() + 1);
   std::iota(offsets.begin(), offsets.end(), 0);
   std::vector<std::int64_t> positions(tokens.size());

@@ -62,8 +62,6 @@ class Session::Impl {
   std::vector<std::int64_t> num_tokens;
 
  private:
-  Tensor new_logits(std::int64_t rows) const;
-
   Workspace workspace_;
   mutable std::atomic<bool> busy_{false};
 };
