@@ -1,0 +1,16 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+namespace based::cuda {
+
+/// Throws DeviceError (OutOfMemory for cudaErrorMemoryAllocation) unless `status` is cudaSuccess. `doing` names the
+/// operation, e.g. "sliding_window". An error of an earlier asynchronous operation surfaces here too: the message says
+/// so, and lists the operations enqueued last (note_operation).
+void check(cudaError_t status, const char* doing);
+
+/// Remembers, per thread, that `name` (a literal) was enqueued; check() tells it. Under BASED_CUDA_SYNC=1 it also waits
+/// for it, so that a fault is reported by the operation that made it.
+void note_operation(const char* name, cudaStream_t stream);
+
+}  // namespace based::cuda

@@ -1,0 +1,150 @@
+#pragma once
+
+// Launchers of the CUDA kernels: all that the rest of the library sees of cuda/kernels. Pointers are device memory and
+// 16-byte aligned unless said otherwise. Work is enqueued on `stream`; every launch is checked. DType is float32,
+// bfloat16 or float16 ("T" below). Strides count elements.
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "based/config.h"
+#include "based/tensor.h"
+
+namespace based::cuda {
+
+/// Tokens [first, first + count) of the batch's token axis, all of sequence `sequence`. Tiles of a sequence start at
+/// its first token in the batch.
+struct Tile {
+  std::int32_t sequence, first, count;
+};
+
+constexpr int kTileTokens = 64;
+
+/// A backend::RaggedBatch on the device, with the lists by which kernels share out the work. A sequence of one token is
+/// a "single" and is advanced by the recurrent kernels; longer ones are "long" and cut into tiles and segments.
+/// slots[b] < 0: a row that only fills up a captured batch size; kernels leave it alone (its output is undefined).
+struct DeviceBatch {
+  const std::int32_t* tokens = nullptr;     // (N)
+  const std::int32_t* offsets = nullptr;    // (B + 1)
+  const std::int32_t* slots = nullptr;      // (B)
+  const std::int64_t* positions = nullptr;  // (B) of each sequence's first token
+  int num_tokens = 0;                       // N
+  int num_sequences = 0;                    // B
+
+  const std::int32_t* singles = nullptr;  // (num_singles) sequences of one token; null when all are: then 0 … B − 1
+  int num_singles = 0;
+
+  const Tile* tiles = nullptr;  // (num_tiles) of the long sequences: ≤ kTileTokens tokens each
+  int num_tiles = 0;
+  const std::int32_t* longs = nullptr;  // (num_longs) the long sequences
+  int num_longs = 0;
+
+  /// The long sequences once more, in pieces of segment_tokens (a multiple of kTileTokens; the last one of a sequence
+  /// may be shorter), chosen so that batch × heads fills the card. Segments of a sequence are consecutive.
+  const Tile* segments = nullptr;  // (num_segments)
+  int num_segments = 0;
+  int segment_tokens = 0;
+  const std::int32_t* first_segments = nullptr;  // (num_longs + 1): segments of longs[i] start at first_segments[i]
+};
+
+/// One layer's part of every slot's state: slot s starts at data + s · slot_stride bytes (both multiples of 16).
+struct StateView {
+  std::byte* data = nullptr;
+  std::size_t slot_stride = 0;
+  std::byte* slot(std::int64_t s) const { return data + static_cast<std::size_t>(s) * slot_stride; }
+};
+
+/// Properties of the current device that choose a kernel; one query per process and device.
+struct DeviceInfo {
+  int compute_capability = 0;  // 10 · major + minor
+  int num_sms = 0;
+  int max_shared_bytes = 0;  // per block, opt-in
+};
+const DeviceInfo& device_info();
+
+// ---- embed.cu ------------------------------------------------------------------------------------------------------
+
+/// r[n, :] = table[tokens[n], :]; table (vocabulary, d) T, r (N, d) float32. Tokens come from batch.tokens, or, when
+/// `chosen` is given, from chosen[slots[n]] (one token per sequence; rows of slot < 0 read token 0).
+void embed(cudaStream_t stream, DType dtype, const void* table, std::int64_t d, const DeviceBatch& batch,
+           const std::int32_t* chosen, float* r);
+
+// ---- norm.cu -------------------------------------------------------------------------------------------------------
+
+/// out[i, :] = norm(r[rows[i], :]) for i < num_rows; rows null: row i; rows[i] < 0: out[i, :] is left alone.
+/// weight, bias (d) float32, bias null for none. out float32 or T.
+void norm(cudaStream_t stream, NormKind kind, float eps, const float* weight, const float* bias, const float* r,
+          std::int64_t d, const std::int32_t* rows, std::int64_t num_rows, DType out_dtype, void* out);
+
+// ---- gated_conv.cu -------------------------------------------------------------------------------------------------
+
+/// backend::Backend::gated_conv. u (N, 2e) T, taps (e, K) float32, out (N, e) T.
+/// State of a slot: (K − 1, e) float32, oldest first; zeros when fresh.
+void gated_conv(cudaStream_t stream, const GatedConvConfig& config, DType dtype, const float* taps,
+                const DeviceBatch& batch, const void* u, StateView state, void* out);
+
+// ---- linear_attention.cu -------------------------------------------------------------------------------------------
+
+/// q, k (…, f) and v (…, head_dim) of token n and head h at q + n · q_token + h · q_head, and so on.
+struct QkvView {
+  const void *q = nullptr, *k = nullptr, *v = nullptr;
+  std::int64_t q_token = 0, q_head = 0, k_token = 0, k_head = 0, v_token = 0, v_head = 0;
+};
+
+/// backend::Backend::linear_attention. out (N, H · head_dim) T, or at out + n · out_token + h · out_head.
+/// State of a slot, float32: S (H, num_features, head_dim) = Σ φ(k) vᵀ, then z (H, num_features) = Σ φ(k), features in
+/// the packed order of docs/state-format.md; zeros when fresh. `scratch`: linear_attention_scratch() bytes.
+void linear_attention(cudaStream_t stream, const LinearAttentionConfig& config, DType dtype, const DeviceBatch& batch,
+                      const QkvView& qkv, StateView state, void* out, std::int64_t out_token, std::int64_t out_head,
+                      void* scratch);
+std::size_t linear_attention_scratch(const LinearAttentionConfig& config, DType dtype, const DeviceBatch& batch);
+
+// ---- sliding_window.cu ---------------------------------------------------------------------------------------------
+
+/// backend::Backend::sliding_window on separate q (H heads), k, v (H_kv heads) of head_dim each. Rotates q and k IN
+/// PLACE for long sequences. out at out + n · out_token + h · head_dim, T.
+/// State of a slot: ring of keys (window, H_kv, head_dim) T, already rotated, then of values, the same shape. The key of
+/// position p lies in row p mod window; rows of positions < 0 or ≥ the sequence's own are never read.
+/// `scratch`: sliding_window_scratch() bytes.
+void sliding_window(cudaStream_t stream, const SlidingWindowConfig& config, DType dtype, const DeviceBatch& batch,
+                    const QkvView& qkv, StateView state, void* out, std::int64_t out_token, void* scratch);
+std::size_t sliding_window_scratch(const SlidingWindowConfig& config, DType dtype, const DeviceBatch& batch);
+
+// ---- linear.cu -----------------------------------------------------------------------------------------------------
+
+/// y = act(x Wᵀ + b), or y += that. See backend::Backend::linear.
+struct LinearArguments {
+  DType dtype = DType::float32;    // T of W
+  const void* weight = nullptr;    // (rows, K) T, row-major; rows = 2m when gated: [value | gate]
+  const float* bias = nullptr;     // (rows) or null
+  std::int64_t rows = 0, k = 0;
+  Activation activation = Activation::identity;
+  bool gated = false;
+  DType x_dtype = DType::float32;  // T or float32
+  const void* x = nullptr;         // (M, K)
+  std::int64_t m = 0;
+  DType y_dtype = DType::float32;  // T or float32; float32 when accumulate
+  void* y = nullptr;               // (M, rows, or rows / 2 when gated)
+  bool accumulate = false;
+};
+
+/// A decode step's product: streams W once, for few rows of x. True when it takes these arguments.
+bool skinny_linear_takes(const LinearArguments& arguments);
+void skinny_linear(cudaStream_t stream, const LinearArguments& arguments);
+
+/// Any shape, dtype and alignment; float32 accumulation on CUDA cores.
+void general_linear(cudaStream_t stream, const LinearArguments& arguments);
+
+/// y = act(h + b) for h (M, rows) of h_dtype, or value ⊙ act(gate) when gated, or y += that: what a matrix library
+/// leaves to do. arguments.x and .weight are not read. h may be y when the shapes and dtypes are equal.
+void linear_epilogue(cudaStream_t stream, const LinearArguments& arguments, DType h_dtype, const void* h);
+
+// ---- convert.cu ----------------------------------------------------------------------------------------------------
+
+/// n elements from one of float32, bfloat16, float16 to another (round to nearest even); any alignment to the element.
+void convert(cudaStream_t stream, DType from, const void* source, DType to, void* target, std::int64_t n);
+
+}  // namespace based::cuda
