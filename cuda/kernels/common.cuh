@@ -49,6 +49,16 @@ void for_dtype(DType dtype, F&& f) {
   }
 }
 
+/// n elements moved by one load or store.
+template <typename T, int n>
+struct alignas(n * sizeof(T)) Packed {
+  T x[n];
+};
+
+inline bool is_aligned(const void* pointer, std::size_t bytes) {
+  return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
+}
+
 inline unsigned blocks_for(std::int64_t work, std::int64_t per_block) {
   return static_cast<unsigned>((work + per_block - 1) / per_block);
 }
