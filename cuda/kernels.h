@@ -31,6 +31,7 @@ struct DeviceBatch {
   const std::int32_t* offsets = nullptr;    // (B + 1)
   const std::int32_t* slots = nullptr;      // (B)
   const std::int64_t* positions = nullptr;  // (B) of each sequence's first token
+  const std::int32_t* logit_rows = nullptr;  // (B) row of the logits of each sequence; null: row b
   int num_tokens = 0;                       // N
   int num_sequences = 0;                    // B
 
