@@ -63,6 +63,12 @@ inline unsigned blocks_for(std::int64_t work, std::int64_t per_block) {
   return static_cast<unsigned>((work + per_block - 1) / per_block);
 }
 
+/// StateView::slot on the device.
+template <typename T>
+__device__ __forceinline__ T* slot_data(const StateView& state, std::int64_t s) {
+  return reinterpret_cast<T*>(state.data + static_cast<std::size_t>(s) * state.slot_stride);
+}
+
 // ---- launching -----------------------------------------------------------------------------------------------------
 
 /// Launches with programmatic dependent launch where the device has it: the kernel may start while its predecessor on
