@@ -1,0 +1,67 @@
+#pragma once
+
+// Matrix products by NVIDIA's cuBLASLt, which is loaded when first needed: the library links to nothing of it.
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <tuple>
+
+#include "based/tensor.h"
+
+namespace based::cuda {
+
+/// A folder (or the library file itself) to look into before the system's own places. Called before the first use of
+/// CUDA; later calls change nothing once the library is loaded. Any thread.
+void add_library_path(std::string path);
+
+/// Loads cuBLASLt unless it is loaded. Throws UnsupportedError that names every place tried and the remedy.
+void require_cublas_lt();
+
+/// y (M, rows) = x (M, k) Wᵀ (+ bias) (+ y), row-major, float32 accumulation; float32 is never rounded to TF32.
+struct Product {
+  DType dtype = DType::float32;    // of W and x
+  DType y_dtype = DType::float32;  // dtype, or float32
+  std::int64_t rows = 0, k = 0, m = 0;
+  const void* weight = nullptr;
+  const void* x = nullptr;
+  void* y = nullptr;
+  const void* bias = nullptr;  // (rows) y_dtype, or null
+  bool accumulate = false;     // y_dtype float32
+};
+
+/// One handle, for one thread at a time on the device that was current when it was made. matmul() allocates no device
+/// memory and may be captured into a CUDA graph.
+class CublasLt {
+ public:
+  /// `workspace`: device memory, aligned to 256 bytes, that outlives this object; work on one stream at a time.
+  CublasLt(void* workspace, std::size_t workspace_bytes);
+  ~CublasLt();
+  CublasLt(const CublasLt&) = delete;
+  CublasLt& operator=(const CublasLt&) = delete;
+
+  static constexpr std::size_t kWorkspaceBytes = std::size_t{32} << 20;
+
+  /// Rows and extents that fill whole 16-byte vectors, and pointers aligned to them.
+  static bool takes(const Product& product);
+
+  /// Throws DeviceError when the library reports a failure. product: takes().
+  void matmul(cudaStream_t stream, const Product& product);
+
+ private:
+  struct Plan;
+  using Key = std::tuple<DType, DType, std::int64_t, std::int64_t, std::int64_t, bool, bool>;
+
+  const Plan& plan_for(const Product& product);
+
+  void* workspace_;
+  std::size_t workspace_bytes_;
+  void* handle_ = nullptr;
+  std::map<Key, std::unique_ptr<Plan>> plans_;
+};
+
+}  // namespace based::cuda

@@ -1,0 +1,466 @@
+// y = act(x Wᵀ + b): the streaming kernel of decode steps, the general fallback, and what a matrix library leaves to
+// do.
+
+#include <algorithm>
+#include <type_traits>
+
+#include "kernels/common.cuh"
+
+namespace based::cuda {
+namespace {
+
+__device__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+__device__ float activate(Activation activation, float x) {
+  switch (activation) {
+    case Activation::silu:
+      return x * sigmoid(x);
+    case Activation::gelu:
+      return x * normcdff(x);
+    case Activation::gelu_tanh:  // ½ x (1 + tanh u) = x · sigmoid(2u), u = √(2/π) (x + 0.044715 x³)
+      return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x));
+    case Activation::sigmoid:
+      return sigmoid(x);
+    case Activation::relu:
+      return fmaxf(x, 0.0f);
+    case Activation::relu_squared:
+      return fmaxf(x, 0.0f) * fmaxf(x, 0.0f);
+    case Activation::identity:
+      break;
+  }
+  return x;
+}
+
+__device__ __forceinline__ float load_as_float(const void* data, DType dtype, std::int64_t i) {
+  if (dtype == DType::float32) return static_cast<const float*>(data)[i];
+  if (dtype == DType::bfloat16) return to_float(static_cast<const bf16*>(data)[i]);
+  return to_float(static_cast<const fp16*>(data)[i]);
+}
+
+__device__ __forceinline__ void store_as(void* data, DType dtype, std::int64_t i, float value) {
+  if (dtype == DType::float32) {
+    static_cast<float*>(data)[i] = value;
+  } else if (dtype == DType::bfloat16) {
+    static_cast<bf16*>(data)[i] = from_float<bf16>(value);
+  } else {
+    static_cast<fp16*>(data)[i] = from_float<fp16>(value);
+  }
+}
+
+/// Columns of y.
+__host__ __device__ __forceinline__ std::int64_t outputs_of(const LinearArguments& a) {
+  return a.gated ? a.rows / 2 : a.rows;
+}
+
+/// One element of y, or what is added to it, from its row of W's sum and, when gated, that of the gate's row.
+__device__ __forceinline__ float combine(const LinearArguments& a, float value, float gate) {
+  return a.gated ? value * activate(a.activation, gate) : activate(a.activation, value);
+}
+
+/// The same from sums without bias.
+__device__ __forceinline__ float finish(const LinearArguments& a, std::int64_t column, float value, float gate) {
+  if (a.bias != nullptr) {
+    value += a.bias[column];
+    if (a.gated) gate += a.bias[a.rows / 2 + column];
+  }
+  return combine(a, value, gate);
+}
+
+// ---- skinny: a stream over the weights -----------------------------------------------------------------------------
+
+// A block takes tiles of 16 rows of W (gated: 8 value rows and their 8 gate rows); its warps split K. A warp moves
+// chunks of 16 rows × 64 bytes through a ring of shared memory by asynchronous copies: 48 KiB under way per block, of
+// which the first are requested before the kernel's predecessor has ended. Lane (g, t) copies, and alone reads, bytes
+// 16t … 16t + 15 of rows g and g + 8. As k may be permuted freely, these 8 elements and the same 8 of x are the
+// fragments of two tensor-core steps. A row's order of summation depends on K alone.
+constexpr int kWarps = 8;
+constexpr int kStages = 6;
+constexpr int kChunkBytes = 64;  // of one row
+constexpr int kStageBytes = 16 * kChunkBytes;
+constexpr int kRingBytes = kWarps * kStages * kStageBytes;
+constexpr int kBlocksPerSm = 2;     // enough bytes under way; at M = 1 it leaves room for a block of the successor
+constexpr int kPartialStride = 20;  // floats between tokens: 16 rows, stored without bank conflicts
+
+/// Rows of x up to which the stream was chosen over the matrix library. x must fit into shared memory besides.
+constexpr int kMaxSkinnyRows = 32;
+constexpr int kMaxSkinnyRowsFloat32 = 8;
+
+/// Bytes between rows of x in shared memory: room for whole chunks, and ≡ 64 mod 128, which spares bank conflicts.
+__host__ __device__ __forceinline__ int x_stride_bytes(std::int64_t k, int element_bytes) {
+  return static_cast<int>((k * element_bytes + 127) / 128 * 128 + 64);
+}
+
+/// Tiles of 8 tokens: 1, 2 or 4.
+int token_tiles(std::int64_t m) { return m <= 8 ? 1 : m <= 16 ? 2 : 4; }
+
+std::int64_t skinny_shared_bytes(const LinearArguments& a) {
+  const std::int64_t partial = 2 * kWarps * 8 * token_tiles(a.m) * kPartialStride * 4;
+  return kRingBytes + partial + a.m * x_stride_bytes(a.k, static_cast<int>(size_of(a.dtype)));
+}
+
+__device__ __forceinline__ std::uint64_t evict_first_policy() {
+  std::uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+/// 16 bytes that are read once: not to displace what is reused from L2. Zeros when not valid.
+__device__ __forceinline__ void stream_16(void* shared, const void* global, bool valid, std::uint64_t policy) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile(
+      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "l"(policy)
+      : "memory");
+}
+
+/// 16 bytes of T at element i of a row of x, past L1: the row is another kernel's and this one may have started first.
+template <typename T>
+__device__ __forceinline__ uint4 load_x(const void* row, DType dtype, int i) {
+  if constexpr (!std::is_same_v<T, float>) {
+    if (dtype == DType::float32) {
+      const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(row) + i);
+      const float4 a = __ldcg(from), b = __ldcg(from + 1);
+      return {pack<T>(a.x, a.y), pack<T>(a.z, a.w), pack<T>(b.x, b.y), pack<T>(b.z, b.w)};
+    }
+  }
+  return __ldcg(reinterpret_cast<const uint4*>(static_cast<const T*>(row) + i));
+}
+
+template <typename T, int kTokenTiles>
+__global__ void __launch_bounds__(kWarps * 32)
+    skinny_kernel(const __grid_constant__ LinearArguments a, const int num_tiles) {
+  constexpr bool kIsFloat = std::is_same_v<T, float>;
+  constexpr int kTokens = 8 * kTokenTiles;
+  constexpr int kPiece = 16 / static_cast<int>(sizeof(T));  // elements of 16 bytes
+  extern __shared__ __align__(128) std::byte shared[];
+  release_successors();
+
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int g = lane / 4, t = lane % 4;
+  const int k = static_cast<int>(a.k), m = static_cast<int>(a.m);
+  const int outputs = static_cast<int>(outputs_of(a)), tile_rows = a.gated ? 8 : 16;
+  const int num_chunks = (k + 4 * kPiece - 1) / (4 * kPiece);
+  const int first = warp * num_chunks / kWarps, count = (warp + 1) * num_chunks / kWarps - first;
+  std::byte* const ring = shared + warp * kStages * kStageBytes + lane * 16;
+  float* const partials = reinterpret_cast<float*>(shared + kRingBytes);
+  std::byte* const xs = reinterpret_cast<std::byte*>(partials + 2 * kWarps * kTokens * kPartialStride);
+  const int x_stride = x_stride_bytes(k, sizeof(T));
+
+  const std::uint64_t policy = evict_first_policy();
+  int fetch_tile = count > 0 ? static_cast<int>(blockIdx.x) : num_tiles, fetch_chunk = 0;
+  const auto fetch = [&](int stage) {
+    if (fetch_tile < num_tiles) {
+      const int low = fetch_tile * tile_rows + g, high = a.gated ? outputs + low : low + 8;
+      const int column = (first + fetch_chunk) * 4 * kPiece + t * kPiece;
+      const bool low_valid = low < outputs && column < k;
+      const bool high_valid = (a.gated ? low : high) < outputs && column < k;
+      const T* weight = static_cast<const T*>(a.weight);
+      std::byte* to = ring + stage * kStageBytes;
+      stream_16(to, low_valid ? weight + static_cast<std::int64_t>(low) * k + column : weight, low_valid, policy);
+      stream_16(to + kStageBytes / 2, high_valid ? weight + static_cast<std::int64_t>(high) * k + column : weight,
+                high_valid, policy);
+      if (++fetch_chunk == count) {
+        fetch_chunk = 0;
+        fetch_tile += static_cast<int>(gridDim.x);
+      }
+    }
+    commit_copies();  // empty at the end, so that the count of groups stays that of stages
+  };
+#pragma unroll 1
+  for (int stage = 0; stage < kStages; ++stage) fetch(stage);
+
+  wait_for_predecessors();
+
+  // The warp's own columns of x, four pieces of 16 bytes per lane at a time; zeros behind K.
+  const int pieces = count * 4, total = m * pieces;
+  for (int base = lane; base < total; base += 4 * 32) {
+    uint4 held[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int i = base + j * 32, token = i / max(pieces, 1), column = (first * 4 + i - token * pieces) * kPiece;
+      held[j] = {};
+      if (i < total && column < k) {
+        const std::int64_t row = static_cast<std::int64_t>(token) * k;
+        const int x_bytes = !kIsFloat && a.x_dtype != DType::float32 ? 2 : 4;
+        held[j] = load_x<T>(static_cast<const std::byte*>(a.x) + row * x_bytes, a.x_dtype, column);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int i = base + j * 32, token = i / max(pieces, 1);
+      if (i < total) *reinterpret_cast<uint4*>(xs + token * x_stride + (first * 4 + i - token * pieces) * 16) = held[j];
+    }
+  }
+  __syncwarp();
+
+  int stage = 0, parity = 0;
+  for (int tile = static_cast<int>(blockIdx.x); tile < num_tiles; tile += static_cast<int>(gridDim.x), parity ^= 1) {
+    float* const partial = partials + (parity * kWarps + warp) * kTokens * kPartialStride;
+    const std::byte* x_piece = xs + first * kChunkBytes + t * 16;
+    if constexpr (kIsFloat) {
+      float sums[kTokens][2] = {};
+      for (int chunk = 0; chunk < count; ++chunk, x_piece += kChunkBytes) {
+        wait_for_copies<kStages - 1>();
+        const float4 low = *reinterpret_cast<const float4*>(ring + stage * kStageBytes);
+        const float4 high = *reinterpret_cast<const float4*>(ring + stage * kStageBytes + kStageBytes / 2);
+#pragma unroll
+        for (int token = 0; token < kTokens; ++token) {
+          if (token >= m) break;
+          const float4 x = *reinterpret_cast<const float4*>(x_piece + token * x_stride);
+          sums[token][0] += low.x * x.x + low.y * x.y + low.z * x.z + low.w * x.w;
+          sums[token][1] += high.x * x.x + high.y * x.y + high.z * x.z + high.w * x.w;
+        }
+        fetch(stage);
+        if (++stage == kStages) stage = 0;
+      }
+#pragma unroll
+      for (int token = 0; token < kTokens; ++token) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float sum = sums[token][half];
+          sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+          sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+          if (t == token % 4) partial[token * kPartialStride + half * 8 + g] = sum;
+        }
+      }
+    } else {
+      float sums[kTokenTiles][4] = {};
+      for (int chunk = 0; chunk < count; ++chunk, x_piece += kChunkBytes) {
+        wait_for_copies<kStages - 1>();
+        const uint4 low = *reinterpret_cast<const uint4*>(ring + stage * kStageBytes);
+        const uint4 high = *reinterpret_cast<const uint4*>(ring + stage * kStageBytes + kStageBytes / 2);
+#pragma unroll
+        for (int n = 0; n < kTokenTiles; ++n) {
+          uint4 x = {};
+          if (8 * n + g < m) x = *reinterpret_cast<const uint4*>(x_piece + (8 * n + g) * x_stride);
+          mma_16x8x16<T>(sums[n], {low.x, high.x, low.y, high.y}, x.x, x.y);
+          mma_16x8x16<T>(sums[n], {low.z, high.z, low.w, high.w}, x.z, x.w);
+        }
+        fetch(stage);
+        if (++stage == kStages) stage = 0;
+      }
+#pragma unroll
+      for (int n = 0; n < kTokenTiles; ++n) {
+        float* to = partial + (8 * n + 2 * t) * kPartialStride + g;
+        to[0] = sums[n][0];
+        to[kPartialStride] = sums[n][1];
+        to[8] = sums[n][2];
+        to[kPartialStride + 8] = sums[n][3];
+      }
+    }
+
+    // At most two outputs per thread; bias and y are asked for before the warps meet.
+    constexpr int kOutputs = (kTokens * 16 + kWarps * 32 - 1) / (kWarps * 32);
+    float before[kOutputs] = {}, value[kOutputs] = {}, gate[kOutputs] = {};
+#pragma unroll
+    for (int j = 0; j < kOutputs; ++j) {
+      const int i = static_cast<int>(threadIdx.x) + j * kWarps * 32;
+      const int token = i / tile_rows, column = tile * tile_rows + i % tile_rows;
+      if (token >= m || column >= outputs) continue;
+      if (a.accumulate)
+        before[j] = __ldcg(static_cast<const float*>(a.y) + static_cast<std::int64_t>(token) * outputs + column);
+      if (a.bias != nullptr) value[j] = a.bias[column];
+      if (a.bias != nullptr && a.gated) gate[j] = a.bias[outputs + column];
+    }
+    __syncthreads();  // partials alternate, so that one barrier per tile is enough
+#pragma unroll
+    for (int j = 0; j < kOutputs; ++j) {
+      const int i = static_cast<int>(threadIdx.x) + j * kWarps * 32;
+      const int token = i / tile_rows, row = i % tile_rows, column = tile * tile_rows + row;
+      if (token >= m || column >= outputs) continue;
+      const float* from = partials + (parity * kWarps * kTokens + token) * kPartialStride + row;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) value[j] += from[w * kTokens * kPartialStride];
+      if (a.gated) {
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) gate[j] += from[w * kTokens * kPartialStride + 8];
+      }
+      store_as(a.y, a.y_dtype, static_cast<std::int64_t>(token) * outputs + column,
+               before[j] + combine(a, value[j], gate[j]));
+    }
+  }
+}
+
+// ---- general -------------------------------------------------------------------------------------------------------
+
+constexpr int kTile = 64, kDepth = 16;
+
+/// 64 tokens × 64 outputs per block of 256 threads, each 4 × 4; float32 products and sums.
+__global__ void __launch_bounds__(256) general_kernel(const __grid_constant__ LinearArguments a) {
+  __shared__ __align__(16) float xs[kDepth][kTile + 4];
+  __shared__ __align__(16) float ws[2][kDepth][kTile + 4];
+  release_successors();
+  wait_for_predecessors();
+  const std::int64_t outputs = outputs_of(a);
+  const std::int64_t first_output = static_cast<std::int64_t>(blockIdx.x) * kTile;
+  const std::int64_t first_token = static_cast<std::int64_t>(blockIdx.y) * kTile;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int output = thread % 16 * 4, token = thread / 16 * 4;
+  const int halves = a.gated ? 2 : 1;
+  float sums[2][4][4] = {};
+  for (std::int64_t k0 = 0; k0 < a.k; k0 += kDepth) {
+#pragma unroll
+    for (int j = 0; j < kTile * kDepth / 256; ++j) {
+      const int row = thread / kDepth + j * (256 / kDepth), depth = thread % kDepth;
+      const std::int64_t column = k0 + depth;
+      const std::int64_t x_row = first_token + row, w_row = first_output + row;
+      const bool inside = column < a.k;
+      xs[depth][row] = inside && x_row < a.m ? load_as_float(a.x, a.x_dtype, x_row * a.k + column) : 0.0f;
+      for (int half = 0; half < halves; ++half)
+        ws[half][depth][row] = inside && w_row < outputs
+                                   ? load_as_float(a.weight, a.dtype, (half * outputs + w_row) * a.k + column)
+                                   : 0.0f;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int depth = 0; depth < kDepth; ++depth) {
+      const float4 x4 = *reinterpret_cast<const float4*>(&xs[depth][token]);
+      const float x[4] = {x4.x, x4.y, x4.z, x4.w};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (half == halves) break;
+        const float4 w4 = *reinterpret_cast<const float4*>(&ws[half][depth][output]);
+        const float w[4] = {w4.x, w4.y, w4.z, w4.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sums[half][i][j] += x[i] * w[j];
+        }
+      }
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const std::int64_t row = first_token + token + i, column = first_output + output + j;
+      if (row >= a.m || column >= outputs) continue;
+      const std::int64_t at = row * outputs + column;
+      const float before = a.accumulate ? static_cast<const float*>(a.y)[at] : 0.0f;
+      store_as(a.y, a.y_dtype, at, before + finish(a, column, sums[0][i][j], sums[1][i][j]));
+    }
+  }
+}
+
+// ---- epilogue ------------------------------------------------------------------------------------------------------
+
+/// Eight elements; 16-byte aligned.
+__device__ __forceinline__ void load_8(const void* data, DType dtype, std::int64_t i, float (&out)[8]) {
+  if (dtype == DType::float32) {
+    const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(data) + i);
+    const float4 a = from[0], b = from[1];
+    out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+    return;
+  }
+  const uint4 packed = *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(data) + i);
+  const std::uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const float2 pair = dtype == DType::bfloat16 ? __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(words[j]))
+                                                 : __half22float2(reinterpret_cast<const __half2&>(words[j]));
+    out[2 * j] = pair.x, out[2 * j + 1] = pair.y;
+  }
+}
+
+__device__ __forceinline__ void store_8(void* data, DType dtype, std::int64_t i, const float (&v)[8]) {
+  if (dtype == DType::float32) {
+    float4* to = reinterpret_cast<float4*>(static_cast<float*>(data) + i);
+    to[0] = {v[0], v[1], v[2], v[3]};
+    to[1] = {v[4], v[5], v[6], v[7]};
+    return;
+  }
+  const bool is_bf16 = dtype == DType::bfloat16;
+  std::uint32_t words[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    words[j] = is_bf16 ? pack<bf16>(v[2 * j], v[2 * j + 1]) : pack<fp16>(v[2 * j], v[2 * j + 1]);
+  *reinterpret_cast<uint4*>(static_cast<std::uint16_t*>(data) + i) = {words[0], words[1], words[2], words[3]};
+}
+
+/// A thread makes `width` (8, or 1 where rows are not aligned) columns of every gridDim.y-th token.
+__global__ void __launch_bounds__(256)
+    epilogue_kernel(const __grid_constant__ LinearArguments a, const DType h_dtype, const void* h, const int width) {
+  release_successors();
+  wait_for_predecessors();
+  const std::int64_t outputs = outputs_of(a);
+  const std::int64_t column = (static_cast<std::int64_t>(blockIdx.x) * 256 + threadIdx.x) * width;
+  if (column >= outputs) return;
+  for (std::int64_t token = blockIdx.y; token < a.m; token += gridDim.y) {
+    const std::int64_t from = token * a.rows + column, to = token * outputs + column;
+    if (width == 8) {
+      float value[8], gate[8] = {}, before[8] = {};
+      load_8(h, h_dtype, from, value);
+      if (a.gated) load_8(h, h_dtype, from + outputs, gate);
+      if (a.accumulate) load_8(a.y, DType::float32, to, before);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) value[j] = before[j] + finish(a, column + j, value[j], gate[j]);
+      store_8(a.y, a.y_dtype, to, value);
+    } else {
+      const float gate = a.gated ? load_as_float(h, h_dtype, from + outputs) : 0.0f;
+      const float before = a.accumulate ? static_cast<const float*>(a.y)[to] : 0.0f;
+      store_as(a.y, a.y_dtype, to, before + finish(a, column, load_as_float(h, h_dtype, from), gate));
+    }
+  }
+}
+
+bool aligned_16(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; }
+
+}  // namespace
+
+bool skinny_linear_takes(const LinearArguments& a) {
+  const std::int64_t most = a.dtype == DType::float32 ? kMaxSkinnyRowsFloat32 : kMaxSkinnyRows;
+  constexpr std::int64_t kMaxExtent = 1 << 24;  // row and column numbers stay far inside int32
+  return a.m <= most && a.k > 0 && a.k < kMaxExtent && a.rows < kMaxExtent &&
+         a.k * static_cast<std::int64_t>(size_of(a.dtype)) % 16 == 0 && aligned_16(a.weight) && aligned_16(a.x) &&
+         skinny_shared_bytes(a) <= device_info().max_shared_bytes;
+}
+
+void skinny_linear(cudaStream_t stream, const LinearArguments& a) {
+  if (a.m == 0 || a.rows == 0) return;
+  const std::int64_t shared = skinny_shared_bytes(a);
+  const DeviceInfo& device = device_info();
+  const std::int64_t per_sm =
+      std::clamp<std::int64_t>((device.max_shared_bytes + 1024) / (shared + 1024), 1, kBlocksPerSm);
+  const int tile_rows = a.gated ? 8 : 16;
+  const unsigned tiles = blocks_for(outputs_of(a), tile_rows);
+  const unsigned rounds = blocks_for(tiles, per_sm * device.num_sms);
+  const unsigned blocks = blocks_for(tiles, rounds);
+  const auto run = [&](auto kernel) {
+    launch(stream, "skinny_linear", kernel, blocks, kWarps * 32, static_cast<std::size_t>(shared), a,
+           static_cast<int>(tiles));
+  };
+  const auto run_tensor = [&]<typename T>(T) {
+    switch (token_tiles(a.m)) {
+      case 1:
+        return run(skinny_kernel<T, 1>);
+      case 2:
+        return run(skinny_kernel<T, 2>);
+      default:
+        return run(skinny_kernel<T, 4>);
+    }
+  };
+  switch (a.dtype) {
+    case DType::bfloat16:
+      return run_tensor(bf16{});
+    case DType::float16:
+      return run_tensor(fp16{});
+    default:
+      return run(skinny_kernel<float, 1>);
+  }
+}
+
+void general_linear(cudaStream_t stream, const LinearArguments& a) {
+  launch(stream, "general_linear", general_kernel, dim3(blocks_for(outputs_of(a), kTile), blocks_for(a.m, kTile)), 256,
+         0, a);
+}
+
+void linear_epilogue(cudaStream_t stream, const LinearArguments& a, DType h_dtype, const void* h) {
+  const std::int64_t outputs = outputs_of(a);
+  const int width = outputs % 8 == 0 && aligned_16(h) && aligned_16(a.y) ? 8 : 1;
+  const auto tokens = static_cast<unsigned>(std::min<std::int64_t>(a.m, 65535));
+  launch(stream, "linear_epilogue", epilogue_kernel, dim3(blocks_for(outputs, 256 * width), tokens), 256, 0, a, h_dtype,
+         h, width);
+}
+
+}  // namespace based::cuda
