@@ -1,0 +1,208 @@
+#include "kernels/linear_attention_chunked.cuh"
+#include "kernels/linear_attention_recurrent.cuh"
+
+#include <algorithm>
+#include <cmath>
+
+namespace based::cuda {
+namespace {
+
+std::size_t align_16(std::size_t bytes) { return (bytes + 15) / 16 * 16; }
+
+std::size_t state_bytes(const LinearAttentionConfig& config) {
+  return align_16(static_cast<std::size_t>(config.num_heads * config.num_features() * (config.head_dim + 1)) *
+                  sizeof(float));
+}
+
+bool is_aligned(const void* pointer, std::size_t bytes) {
+  return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
+}
+
+// ---- one token per sequence ----------------------------------------------------------------------------------------
+
+RecurrentArguments recurrent_arguments(const LinearAttentionConfig& config, DType dtype, const DeviceBatch& batch,
+                                       const QkvView& qkv, StateView state, void* out, std::int64_t out_token,
+                                       std::int64_t out_head) {
+  RecurrentArguments a{};
+  a.batch = batch;
+  a.qkv = qkv;
+  a.dtype = dtype;
+  a.state = state;
+  a.out = out;
+  a.out_token = out_token;
+  a.out_head = out_head;
+  a.num_heads = static_cast<int>(config.num_heads);
+  a.feature_dim = static_cast<int>(config.feature_dim);
+  a.num_features = static_cast<int>(config.num_features());
+  a.head_dim = static_cast<int>(config.head_dim);
+  a.scale = static_cast<float>(std::pow(static_cast<double>(config.feature_dim), -0.25));
+  a.eps = static_cast<float>(config.eps);
+  return a;
+}
+
+void launch_decode(cudaStream_t stream, const RecurrentArguments& a) {
+  const int vec = a.head_dim % 4 == 0 ? 4 : 1;
+  const int column_threads = std::min(a.head_dim / vec, 256);
+  const int num_blocks = a.batch.num_singles * a.num_heads;
+  // A few blocks have to keep as many bytes under way as many do.
+  const int most_threads = num_blocks <= device_info().num_sms       ? 1024
+                           : num_blocks <= 2 * device_info().num_sms ? 512
+                                                                     : 256;
+  const int row_groups = std::max(1, std::min(most_threads / column_threads, a.num_features));
+  const int threads = (column_threads * row_groups + 31) / 32 * 32;
+  const std::size_t shared_bytes = decode_shared_bytes(a.feature_dim, a.num_features, threads, vec);
+  launch(stream, "linear_attention", vec == 4 ? decode_kernel<4> : decode_kernel<1>, dim3(blocks_for(num_blocks, 1)),
+         dim3(static_cast<unsigned>(threads)), shared_bytes, a, column_threads, row_groups);
+}
+
+// ---- many tokens, any shape ----------------------------------------------------------------------------------------
+
+struct Slices {
+  int vec, count, dim;
+  bool state_in_shared;
+};
+
+/// Slices of columns that fill the card and, when possible, lie in shared memory.
+Slices choose_slices(const LinearAttentionConfig& config, const DeviceBatch& batch) {
+  Slices s{};
+  const int head_dim = static_cast<int>(config.head_dim), f = static_cast<int>(config.feature_dim);
+  const int num_features = static_cast<int>(config.num_features());
+  const auto shared_limit = static_cast<std::size_t>(device_info().max_shared_bytes);
+  s.vec = head_dim % 4 == 0 ? 4 : 1;
+  s.dim = std::min(head_dim, kRecurrentThreads * s.vec);
+  const auto fits = [&] { return recurrent_shared_bytes(f, num_features, s.dim, true) <= shared_limit; };
+  const auto blocks = [&] {
+    return static_cast<std::int64_t>(batch.num_longs) * config.num_heads * ((head_dim + s.dim - 1) / s.dim);
+  };
+  constexpr int kLeastColumns = 16;
+  while (s.dim > s.vec && (!fits() || (s.dim > kLeastColumns && blocks() < 2 * device_info().num_sms)))
+    s.dim = (s.dim / s.vec + 1) / 2 * s.vec;
+  s.state_in_shared = fits();
+  s.count = (head_dim + s.dim - 1) / s.dim;
+  return s;
+}
+
+std::size_t recurrent_z_floats(const LinearAttentionConfig& config, const DeviceBatch& batch) {
+  return static_cast<std::size_t>(batch.num_longs) * static_cast<std::size_t>(config.num_heads * config.num_features());
+}
+
+std::size_t recurrent_scratch_bytes(const LinearAttentionConfig& config, const DeviceBatch& batch) {
+  const Slices slices = choose_slices(config, batch);
+  std::size_t copies = slices.count > 1 ? 1 : 0;
+  if (!slices.state_in_shared) copies += static_cast<std::size_t>(slices.count);
+  return recurrent_z_floats(config, batch) * copies * sizeof(float);
+}
+
+void launch_store_z(cudaStream_t stream, const LinearAttentionConfig& config, const DeviceBatch& batch, StateView state,
+                    const float* z_out, const std::int32_t* entries) {
+  const std::int64_t per_slot = config.num_heads * config.num_features();
+  launch(stream, "linear_attention", store_z_kernel, dim3(blocks_for(batch.num_longs, 1)), dim3(256), 0, batch, state,
+         z_out, entries, per_slot * config.head_dim, static_cast<int>(per_slot));
+}
+
+void launch_recurrent(cudaStream_t stream, const LinearAttentionConfig& config, RecurrentArguments a, void* scratch) {
+  const Slices slices = choose_slices(config, a.batch);
+  a.num_slices = slices.count;
+  a.slice_dim = slices.dim;
+  a.state_in_shared = slices.state_in_shared;
+  a.z_out = slices.count > 1 ? static_cast<float*>(scratch) : nullptr;
+  a.z_work = static_cast<float*>(scratch) + (slices.count > 1 ? recurrent_z_floats(config, a.batch) : 0);
+  const std::size_t shared_bytes =
+      recurrent_shared_bytes(a.feature_dim, a.num_features, slices.dim, slices.state_in_shared);
+  launch(stream, "linear_attention", slices.vec == 4 ? recurrent_kernel<4> : recurrent_kernel<1>,
+         dim3(blocks_for(static_cast<std::int64_t>(a.batch.num_longs) * a.num_heads * slices.count, 1)),
+         dim3(kRecurrentThreads), shared_bytes, a, slices.dim / slices.vec);
+  if (a.z_out) launch_store_z(stream, config, a.batch, a.state, a.z_out, nullptr);
+}
+
+// ---- many tokens, on tensor cores ----------------------------------------------------------------------------------
+
+bool chunked_takes(const LinearAttentionConfig& config, DType dtype) {
+  const std::int64_t f = config.feature_dim;
+  return dtype == DType::bfloat16 && (f == 8 || f == 16 || f == 24) && config.head_dim % 8 == 0 &&
+         sizeof(ChunkedShared<3>) <= static_cast<std::size_t>(device_info().max_shared_bytes);
+}
+
+bool chunked_takes(const QkvView& qkv, const void* out, std::int64_t out_token, std::int64_t out_head) {
+  return is_aligned(qkv.q, 16) && is_aligned(qkv.k, 16) && is_aligned(qkv.v, 16) && is_aligned(out, 8) &&
+         (qkv.q_token | qkv.q_head | qkv.k_token | qkv.k_head | qkv.v_token | qkv.v_head) % 8 == 0 &&
+         (out_token | out_head) % 4 == 0;
+}
+
+/// Groups of at most kChunkedWarps · 16 columns, one block each.
+int column_groups(const LinearAttentionConfig& config) {
+  return static_cast<int>((config.head_dim + 16 * kChunkedWarps - 1) / (16 * kChunkedWarps));
+}
+
+bool splits_time(const DeviceBatch& batch) { return batch.num_segments > batch.num_longs; }
+
+std::size_t segment_state_bytes(const LinearAttentionConfig& config, const DeviceBatch& batch) {
+  return splits_time(batch) ? static_cast<std::size_t>(batch.num_segments) * state_bytes(config) : 0;
+}
+
+std::size_t chunked_scratch_bytes(const LinearAttentionConfig& config, const DeviceBatch& batch) {
+  const std::size_t z_bytes = static_cast<std::size_t>(batch.num_segments) *
+                              static_cast<std::size_t>(config.num_heads * config.num_features()) * sizeof(float);
+  return segment_state_bytes(config, batch) + (column_groups(config) > 1 ? z_bytes : 0);
+}
+
+template <int kBlocks>
+void launch_chunked(cudaStream_t stream, const LinearAttentionConfig& config, const DeviceBatch& batch,
+                    const QkvView& qkv, StateView state, void* out, std::int64_t out_token, std::int64_t out_head,
+                    void* scratch) {
+  ChunkedArguments a{};
+  a.batch = batch;
+  a.qkv = qkv;
+  a.state = state;
+  a.segment_states = {static_cast<std::byte*>(scratch), state_bytes(config)};
+  a.out = static_cast<bf16*>(out);
+  a.out_token = out_token;
+  a.out_head = out_head;
+  a.num_heads = static_cast<int>(config.num_heads);
+  a.feature_dim = static_cast<int>(config.feature_dim);
+  a.num_features = static_cast<int>(config.num_features());
+  a.head_dim = static_cast<int>(config.head_dim);
+  a.column_groups = column_groups(config);
+  a.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(config.feature_dim)));
+  a.eps = static_cast<float>(config.eps);
+  if (a.column_groups > 1)
+    a.z_out = reinterpret_cast<float*>(static_cast<std::byte*>(scratch) + segment_state_bytes(config, batch));
+
+  const int warps = (a.head_dim + 16 * a.column_groups - 1) / (16 * a.column_groups);
+  const dim3 grid(blocks_for(static_cast<std::int64_t>(batch.num_segments) * a.num_heads * a.column_groups, 1));
+  const dim3 block(static_cast<unsigned>(32 * warps));
+  constexpr std::size_t kSharedBytes = sizeof(ChunkedShared<kBlocks>);
+  if (splits_time(batch)) {
+    launch(stream, "linear_attention", chunked_kernel<kBlocks, false>, grid, block, kSharedBytes, a);
+    const int quads = static_cast<int>(state_bytes(config) / 16);
+    const unsigned blocks = blocks_for(quads, 256);
+    launch(stream, "linear_attention", sum_segments_kernel, dim3(blocks * static_cast<unsigned>(batch.num_longs)),
+           dim3(256), 0, batch, state, a.segment_states, quads, static_cast<int>(blocks));
+  }
+  launch(stream, "linear_attention", chunked_kernel<kBlocks, true>, grid, block, kSharedBytes, a);
+  if (a.z_out) launch_store_z(stream, config, batch, state, a.z_out, batch.first_segments);
+}
+
+}  // namespace
+
+void linear_attention(cudaStream_t stream, const LinearAttentionConfig& config, DType dtype, const DeviceBatch& batch,
+                      const QkvView& qkv, StateView state, void* out, std::int64_t out_token, std::int64_t out_head,
+                      void* scratch) {
+  const RecurrentArguments recurrent = recurrent_arguments(config, dtype, batch, qkv, state, out, out_token, out_head);
+  if (batch.num_singles > 0) launch_decode(stream, recurrent);
+  if (batch.num_longs == 0) return;
+  if (!chunked_takes(config, dtype) || !chunked_takes(qkv, out, out_token, out_head))
+    return launch_recurrent(stream, config, recurrent, scratch);
+  const auto chunked = config.feature_dim == 8    ? launch_chunked<1>
+                       : config.feature_dim == 16 ? launch_chunked<2>
+                                                  : launch_chunked<3>;
+  chunked(stream, config, batch, qkv, state, out, out_token, out_head, scratch);
+}
+
+std::size_t linear_attention_scratch(const LinearAttentionConfig& config, DType dtype, const DeviceBatch& batch) {
+  if (batch.num_longs == 0) return 0;
+  const std::size_t recurrent = recurrent_scratch_bytes(config, batch);
+  return chunked_takes(config, dtype) ? std::max(recurrent, chunked_scratch_bytes(config, batch)) : recurrent;
+}
+
+}  // namespace based::cuda

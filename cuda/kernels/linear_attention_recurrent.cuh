@@ -1,0 +1,379 @@
+#pragma once
+
+// Taylor attention token by token: S_t = S_{t−1} + φ(k_t) v_tᵀ, z_t = z_{t−1} + φ(k_t), y_t = φ(q_t)ᵀ S_t / (φ(q_t)·z_t
+// + eps) with φ(x) = [1, y_i, y_i y_j (i < j), y_i²/√2], y = x / f^¼. Any f, head_dim and dtype; all arithmetic is
+// float32.
+
+#include "kernels/common.cuh"
+
+namespace based::cuda {
+
+struct RecurrentArguments {
+  DeviceBatch batch;
+  QkvView qkv;
+  DType dtype;
+  StateView state;
+  void* out;
+  std::int64_t out_token, out_head;
+  int num_heads, feature_dim, num_features, head_dim;
+  float scale;  // f^−¼
+  float eps;
+  // recurrent_kernel only:
+  int num_slices, slice_dim;  // columns of a block
+  bool state_in_shared;
+  float* z_work;  // (num_longs, H, num_slices, num_features), unless state_in_shared
+  float* z_out;   // (num_longs, H, num_features); null: into the state
+};
+
+__device__ __forceinline__ float load_element(const void* data, std::int64_t index, DType dtype) {
+  if (dtype == DType::bfloat16) return to_float(static_cast<const bf16*>(data)[index]);
+  if (dtype == DType::float16) return to_float(static_cast<const fp16*>(data)[index]);
+  return static_cast<const float*>(data)[index];
+}
+
+__device__ __forceinline__ void store_element(void* data, std::int64_t index, float x, DType dtype) {
+  if (dtype == DType::bfloat16)
+    static_cast<bf16*>(data)[index] = from_float<bf16>(x);
+  else if (dtype == DType::float16)
+    static_cast<fp16*>(data)[index] = from_float<fp16>(x);
+  else
+    static_cast<float*>(data)[index] = x;
+}
+
+/// Feature `feature` as weight · y[i] y[j], where y[f] = 1.
+struct FeaturePair {
+  int i, j;
+  float weight;
+};
+
+__device__ __forceinline__ FeaturePair feature_pair(int feature, int f) {
+  if (feature <= f) return {feature == 0 ? f : feature - 1, f, 1.0f};
+  const int p = feature - 1 - f;
+  const auto row_start = [f](int i) { return i * f - i * (i - 1) / 2; };
+  const float middle = static_cast<float>(f) + 0.5f;
+  int i = static_cast<int>(middle - sqrtf(fmaxf(middle * middle - 2.0f * static_cast<float>(p), 0.0f)));
+  i = min(max(i, 0), f - 1);
+  while (row_start(i) > p) --i;
+  while (row_start(i + 1) <= p) ++i;
+  const int j = i + p - row_start(i);
+  return {i, j, i == j ? 0.70710678118654752f : 1.0f};
+}
+
+template <int kVec>
+struct Columns {
+  float x[kVec];
+};
+
+template <int kVec>
+__device__ __forceinline__ Columns<kVec> load_columns(const float* p) {
+  Columns<kVec> c;
+  if constexpr (kVec == 4) {
+    const float4 v = *reinterpret_cast<const float4*>(p);
+    c.x[0] = v.x, c.x[1] = v.y, c.x[2] = v.z, c.x[3] = v.w;
+  } else {
+    c.x[0] = *p;
+  }
+  return c;
+}
+
+template <int kVec>
+__device__ __forceinline__ void store_columns(float* p, const Columns<kVec>& c) {
+  if constexpr (kVec == 4)
+    *reinterpret_cast<float4*>(p) = make_float4(c.x[0], c.x[1], c.x[2], c.x[3]);
+  else
+    *p = c.x[0];
+}
+
+// ---- one token per sequence ----------------------------------------------------------------------------------------
+
+constexpr int kDecodeRows = 1024;  // features whose φ is in shared memory at a time
+constexpr int kDecodeBatch = 4;    // rows of the state under way per thread, twice
+
+inline std::size_t decode_shared_bytes(int feature_dim, int num_features, int threads, int vec) {
+  const std::size_t rows = static_cast<std::size_t>(num_features < kDecodeRows ? num_features : kDecodeRows);
+  return (2 * rows + 2 * (static_cast<std::size_t>(feature_dim) + 1) + 32 + 1 +
+          static_cast<std::size_t>(threads) * static_cast<std::size_t>(vec)) *
+             sizeof(float) +
+         16;
+}
+
+/// One block per (single, head): a stream over S, read, updated, dotted with φ(q) and written in one pass. Thread
+/// (r, c) has columns c · kVec … of rows r, r + row_groups, …; `column_threads` values of c.
+template <int kVec>
+__global__ void __launch_bounds__(1024) decode_kernel(RecurrentArguments a, int column_threads, int row_groups) {
+  extern __shared__ __align__(16) float shared[];
+  wait_for_predecessors();
+  release_successors();
+  const int f = a.feature_dim, num_features = a.num_features;
+  const int index = static_cast<int>(blockIdx.x) / a.num_heads, head = static_cast<int>(blockIdx.x) % a.num_heads;
+  const int sequence = a.batch.singles ? a.batch.singles[index] : index;
+  const int slot = a.batch.slots[sequence];
+  if (slot < 0) return;
+  const std::int64_t token = a.batch.offsets[sequence];
+  const int tid = static_cast<int>(threadIdx.x), num_threads = static_cast<int>(blockDim.x);
+
+  const int shared_rows = min(num_features, kDecodeRows);
+  float* sums = shared;                                                // (row_groups, column_threads, kVec)
+  float2* phi = reinterpret_cast<float2*>(sums + num_threads * kVec);  // φ(k), φ(q)
+  float* yk = reinterpret_cast<float*>(phi + shared_rows);
+  float* yq = yk + f + 1;
+  float* warp_sums = yq + f + 1;
+  float* denominator = warp_sums + 32;
+
+  float* state = slot_data<float>(a.state, slot);
+  float* z = state + static_cast<std::int64_t>(a.num_heads) * num_features * a.head_dim +
+             static_cast<std::int64_t>(head) * num_features;
+  state += static_cast<std::int64_t>(head) * num_features * a.head_dim;
+  const std::int64_t q_at = token * a.qkv.q_token + head * a.qkv.q_head;
+  const std::int64_t k_at = token * a.qkv.k_token + head * a.qkv.k_head;
+  const std::int64_t v_at = token * a.qkv.v_token + head * a.qkv.v_head;
+  const std::int64_t out_at = token * a.out_token + head * a.out_head;
+  const int group = tid / column_threads, lane_column = (tid % column_threads) * kVec;
+
+  for (int first_column = 0; first_column < a.head_dim; first_column += column_threads * kVec) {
+    const int column = first_column + lane_column;
+    const bool streams = group < row_groups && column < a.head_dim;
+    Columns<kVec> v{}, acc{};
+    float partial = 0.0f;
+    for (int first_row = 0; first_row < num_features; first_row += kDecodeRows) {
+      const int rows = min(num_features - first_row, kDecodeRows);
+      float* s = state + static_cast<std::int64_t>(first_row) * a.head_dim + column;
+      const auto load_batch = [&](Columns<kVec>(&x)[kDecodeBatch], int row) {
+#pragma unroll
+        for (int i = 0; i < kDecodeBatch; ++i)
+          if (streams && row + i * row_groups < rows)
+            x[i] = load_columns<kVec>(s + static_cast<std::int64_t>(row + i * row_groups) * a.head_dim);
+      };
+      Columns<kVec> now[kDecodeBatch], next[kDecodeBatch];
+      load_batch(now, group);
+      if (first_row == 0) {
+        if (streams)
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) v.x[i] = load_element(a.qkv.v, v_at + column + i, a.dtype);
+        if (first_column == 0)
+          for (int i = tid; i <= f; i += num_threads) {
+            yk[i] = i < f ? load_element(a.qkv.k, k_at + i, a.dtype) * a.scale : 1.0f;
+            yq[i] = i < f ? load_element(a.qkv.q, q_at + i, a.dtype) * a.scale : 1.0f;
+          }
+      }
+      __syncthreads();
+      for (int row = tid; row < rows; row += num_threads) {
+        const FeaturePair pair = feature_pair(first_row + row, f);
+        const float2 both = make_float2(yk[pair.i] * yk[pair.j] * pair.weight, yq[pair.i] * yq[pair.j] * pair.weight);
+        phi[row] = both;
+        if (first_column == 0) {
+          const float sum = z[first_row + row] + both.x;
+          z[first_row + row] = sum;
+          partial += both.y * sum;
+        }
+      }
+      __syncthreads();
+      for (int row = group; row < rows; row += kDecodeBatch * row_groups) {
+        load_batch(next, row + kDecodeBatch * row_groups);
+#pragma unroll
+        for (int i = 0; i < kDecodeBatch; ++i) {
+          const int at = row + i * row_groups;
+          if (!streams || at >= rows) continue;
+          const float2 both = phi[at];
+#pragma unroll
+          for (int n = 0; n < kVec; ++n) {
+            now[i].x[n] += both.x * v.x[n];
+            acc.x[n] += both.y * now[i].x[n];
+          }
+          store_columns<kVec>(s + static_cast<std::int64_t>(at) * a.head_dim, now[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < kDecodeBatch; ++i) now[i] = next[i];
+      }
+    }
+    if (first_column == 0) {
+      partial = warp_sum(partial);
+      if (tid % 32 == 0) warp_sums[tid / 32] = partial;
+    }
+    store_columns<kVec>(sums + tid * kVec, acc);
+    __syncthreads();
+    if (first_column == 0) {
+      if (tid < 32) {
+        const float sum = warp_sum(tid < num_threads / 32 ? warp_sums[tid] : 0.0f);
+        if (tid == 0) *denominator = sum + a.eps;
+      }
+      __syncthreads();
+    }
+    for (int i = tid; i < column_threads * kVec && first_column + i < a.head_dim; i += num_threads) {
+      float sum = 0.0f;
+      for (int r = 0; r < row_groups; ++r) sum += sums[r * column_threads * kVec + i];
+      store_element(a.out, out_at + first_column + i, sum / *denominator, a.dtype);
+    }
+    __syncthreads();
+  }
+}
+
+// ---- many tokens per sequence --------------------------------------------------------------------------------------
+
+constexpr int kGroupTokens = 8;      // tokens that share one pass over the state
+constexpr int kRecurrentRows = 512;  // features whose φ is in shared memory at a time
+constexpr int kRecurrentThreads = 256;
+
+inline std::size_t recurrent_shared_bytes(int feature_dim, int num_features, int slice_dim, bool state_in_shared) {
+  std::size_t floats = static_cast<std::size_t>(kRecurrentRows) * 2 * kGroupTokens;
+  floats += 2 * kGroupTokens * (static_cast<std::size_t>(feature_dim) + 1) + kRecurrentThreads / 32 * kGroupTokens;
+  if (state_in_shared) {
+    floats = (floats + 3) / 4 * 4 + static_cast<std::size_t>(num_features) * static_cast<std::size_t>(slice_dim);
+    floats += static_cast<std::size_t>(num_features);
+  }
+  return floats * sizeof(float);
+}
+
+/// One block per (long sequence, head, slice of columns). A slice of S stays in shared memory, when it fits, from the
+/// first token to the last; every pass over it takes kGroupTokens tokens.
+template <int kVec>
+__global__ void __launch_bounds__(kRecurrentThreads) recurrent_kernel(RecurrentArguments a, int column_threads) {
+  extern __shared__ __align__(16) float shared[];
+  wait_for_predecessors();
+  release_successors();
+  constexpr int kT = kGroupTokens;
+  const int f = a.feature_dim, num_features = a.num_features;
+  const std::int64_t pair_index = blockIdx.x / static_cast<unsigned>(a.num_slices);  // (long, head)
+  const int slice = static_cast<int>(blockIdx.x) % a.num_slices;
+  const int index = static_cast<int>(pair_index / a.num_heads), head = static_cast<int>(pair_index % a.num_heads);
+  const int sequence = a.batch.longs[index];
+  const int slot = a.batch.slots[sequence];
+  if (slot < 0) return;
+  const int first_token = a.batch.offsets[sequence], num_tokens = a.batch.offsets[sequence + 1] - first_token;
+  const int tid = static_cast<int>(threadIdx.x);
+  const int row_groups = kRecurrentThreads / column_threads;
+  const int group = tid / column_threads, lane_column = (tid % column_threads) * kVec;
+  const int first_column = slice * a.slice_dim;
+  const int column = first_column + lane_column;
+  const bool streams = group < row_groups && lane_column < a.slice_dim && column < a.head_dim;
+
+  float* work = shared;  // φ: (rows, [k | q], kT), then sums: (kRecurrentThreads, kT, kVec)
+  static_assert(kRecurrentThreads * kT * 4 <= kRecurrentRows * 2 * kT);
+  float* y = work + kRecurrentRows * 2 * kT;  // ([k | q], kT, f + 1)
+  float* warp_sums = y + 2 * kT * (f + 1);    // (warps, kT)
+  const int shared_begin = (kRecurrentRows * 2 * kT + 2 * kT * (f + 1) + kRecurrentThreads / 32 * kT + 3) / 4 * 4;
+
+  float* slot_state = slot_data<float>(a.state, slot);
+  float* global_z = slot_state + static_cast<std::int64_t>(a.num_heads) * num_features * a.head_dim +
+                    static_cast<std::int64_t>(head) * num_features;
+  float* global_state = slot_state + static_cast<std::int64_t>(head) * num_features * a.head_dim + column;
+  float* state = global_state;
+  int row_stride = a.head_dim;
+  float* z = a.z_work + (pair_index * a.num_slices + slice) * num_features;
+  if (a.state_in_shared) {
+    state = shared + shared_begin + lane_column;
+    row_stride = a.slice_dim;
+    z = shared + shared_begin + num_features * a.slice_dim;
+    if (streams)
+      for (int row = group; row < num_features; row += row_groups)
+        store_columns<kVec>(state + row * row_stride,
+                            load_columns<kVec>(global_state + static_cast<std::int64_t>(row) * a.head_dim));
+  }
+  for (int row = tid; row < num_features; row += kRecurrentThreads) z[row] = global_z[row];
+  __syncthreads();
+
+  for (int begin = 0; begin < num_tokens; begin += kT) {
+    const int count = min(num_tokens - begin, kT);
+    for (int i = tid; i < 2 * kT * (f + 1); i += kRecurrentThreads) {
+      const int row = i / (f + 1), dim = i % (f + 1);
+      const int token = row % kT;
+      float x = 1.0f;
+      if (dim < f && token < count) {
+        const std::int64_t n = first_token + begin + token;
+        x = row < kT ? load_element(a.qkv.k, n * a.qkv.k_token + head * a.qkv.k_head + dim, a.dtype)
+                     : load_element(a.qkv.q, n * a.qkv.q_token + head * a.qkv.q_head + dim, a.dtype);
+        x *= a.scale;
+      }
+      y[i] = x;
+    }
+    Columns<kVec> v[kT], acc[kT];
+    float partial[kT];
+#pragma unroll
+    for (int t = 0; t < kT; ++t) {
+      partial[t] = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kVec; ++n) {
+        acc[t].x[n] = 0.0f;
+        v[t].x[n] = 0.0f;
+        if (streams && t < count)
+          v[t].x[n] = load_element(
+              a.qkv.v, (first_token + begin + t) * a.qkv.v_token + head * a.qkv.v_head + column + n, a.dtype);
+      }
+    }
+    __syncthreads();
+    for (int first_row = 0; first_row < num_features; first_row += kRecurrentRows) {
+      const int rows = min(num_features - first_row, kRecurrentRows);
+      for (int row = tid; row < rows; row += kRecurrentThreads) {
+        const FeaturePair pair = feature_pair(first_row + row, f);
+        float sum = z[first_row + row];
+        Columns<4> k[kT / 4], q[kT / 4];
+#pragma unroll
+        for (int t = 0; t < kT; ++t) {
+          const float* yk = y + t * (f + 1);
+          const float* yq = yk + kT * (f + 1);
+          const float phi_k = t < count ? yk[pair.i] * yk[pair.j] * pair.weight : 0.0f;
+          const float phi_q = yq[pair.i] * yq[pair.j] * pair.weight;
+          sum += phi_k;
+          partial[t] += phi_q * sum;
+          k[t / 4].x[t % 4] = phi_k;
+          q[t / 4].x[t % 4] = phi_q;
+        }
+        z[first_row + row] = sum;
+#pragma unroll
+        for (int i = 0; i < kT / 4; ++i) {
+          store_columns<4>(work + row * 2 * kT + 4 * i, k[i]);
+          store_columns<4>(work + row * 2 * kT + kT + 4 * i, q[i]);
+        }
+      }
+      __syncthreads();
+      if (streams) {
+#pragma unroll 2
+        for (int row = group; row < rows; row += row_groups) {
+          float* at = state + static_cast<std::int64_t>(first_row + row) * row_stride;
+          Columns<kVec> s = load_columns<kVec>(at);
+#pragma unroll
+          for (int i = 0; i < kT / 4; ++i) {
+            const Columns<4> k = load_columns<4>(work + row * 2 * kT + 4 * i);
+            const Columns<4> q = load_columns<4>(work + row * 2 * kT + kT + 4 * i);
+#pragma unroll
+            for (int t = 0; t < 4; ++t)
+#pragma unroll
+              for (int n = 0; n < kVec; ++n) {
+                s.x[n] += k.x[t] * v[4 * i + t].x[n];
+                acc[4 * i + t].x[n] += q.x[t] * s.x[n];
+              }
+          }
+          store_columns<kVec>(at, s);
+        }
+      }
+      __syncthreads();
+    }
+#pragma unroll
+    for (int t = 0; t < kT; ++t) {
+      store_columns<kVec>(work + (t * kRecurrentThreads + tid) * kVec, acc[t]);
+      partial[t] = warp_sum(partial[t]);
+      if (tid % 32 == 0) warp_sums[tid / 32 * kT + t] = partial[t];
+    }
+    __syncthreads();
+    const int slice_columns = min(a.slice_dim, a.head_dim - first_column);
+    for (int i = tid; i < count * slice_columns; i += kRecurrentThreads) {
+      const int t = i / slice_columns, n = i % slice_columns;
+      float sum = 0.0f, denominator = a.eps;
+      for (int r = 0; r < row_groups; ++r) sum += work[(t * kRecurrentThreads + r * column_threads) * kVec + n];
+      for (int w = 0; w < kRecurrentThreads / 32; ++w) denominator += warp_sums[w * kT + t];
+      store_element(a.out, (first_token + begin + t) * a.out_token + head * a.out_head + first_column + n,
+                    sum / denominator, a.dtype);
+    }
+  }
+
+  if (a.state_in_shared && streams)
+    for (int row = group; row < num_features; row += row_groups)
+      store_columns<kVec>(global_state + static_cast<std::int64_t>(row) * a.head_dim,
+                          load_columns<kVec>(state + row * row_stride));
+  if (slice == 0) {
+    float* z_out = a.z_out ? a.z_out + pair_index * num_features : global_z;
+    for (int row = tid; row < num_features; row += kRecurrentThreads) z_out[row] = z[row];
+  }
+}
+
+}  // namespace based::cuda
