@@ -69,6 +69,11 @@ __device__ __forceinline__ T* slot_data(const StateView& state, std::int64_t s) 
   return reinterpret_cast<T*>(state.data + static_cast<std::size_t>(s) * state.slot_stride);
 }
 
+/// The sequence of single `index`.
+__device__ __forceinline__ std::int32_t sequence_of_single(const DeviceBatch& batch, unsigned index) {
+  return batch.singles == nullptr ? static_cast<std::int32_t>(index) : batch.singles[index];
+}
+
 // ---- launching -----------------------------------------------------------------------------------------------------
 
 /// Launches with programmatic dependent launch where the device has it: the kernel may start while its predecessor on

@@ -1,0 +1,675 @@
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kernels/common.cuh"
+
+// Softmax over at most `window` keys, online: running maximum m, sum l and weighted values in float32, in powers of two
+// (scores are scaled by log₂ e).
+
+namespace based::cuda {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct WindowArguments {
+  DeviceBatch batch;
+  QkvView qkv;
+  StateView state;
+  void* out;
+  std::int64_t out_token;
+  int num_heads, num_kv_heads, head_dim, window;
+  int num_pairs;
+  bool interleaved;
+  float scale;       // of q·k, times log₂ e
+  double log2_step;  // log₂ of the ratio of successive pairs' frequencies
+
+  __device__ int kv_head(int head) const { return head / (num_heads / num_kv_heads); }
+  // Elements of T from a row of the ring to the next.
+  __device__ __host__ std::int64_t ring_row() const { return static_cast<std::int64_t>(num_kv_heads) * head_dim; }
+  __device__ std::byte* slot(std::int32_t sequence) const {
+    return state.data + static_cast<std::size_t>(batch.slots[sequence]) * state.slot_stride;
+  }
+  __device__ int first_of_pair(int pair) const { return interleaved ? 2 * pair : pair; }
+  __device__ int second_of_pair(int pair) const { return interleaved ? 2 * pair + 1 : pair + num_pairs; }
+};
+
+// The singles, then the tiles.
+__device__ __forceinline__ Tile item_of(const DeviceBatch& batch, unsigned index) {
+  if (static_cast<int>(index) >= batch.num_singles)
+    return batch.tiles[index - static_cast<unsigned>(batch.num_singles)];
+  const std::int32_t sequence = sequence_of_single(batch, index);
+  return {sequence, batch.offsets[sequence], 1};
+}
+
+__device__ __forceinline__ float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The maximum to subtract: of no key at all, anything finite.
+__device__ __forceinline__ float finite_maximum(float m) { return m == -kInfinity ? 0.0f : m; }
+
+// ---- rotary --------------------------------------------------------------------------------------------------------
+
+// base^(−2 · pair / R), in turns a token.
+__device__ __forceinline__ double frequency(const WindowArguments& a, int pair) {
+  return exp2(a.log2_step * pair) * 0.15915494309189533577;
+}
+
+// cos and sin, in double until they are rounded: a position may be large.
+__device__ __forceinline__ float2 rotation(double turns_per_token, std::int64_t position) {
+  double turns = static_cast<double>(position) * turns_per_token, sine, cosine;
+  turns -= rint(turns);
+  sincospi(2 * turns, &sine, &cosine);
+  return {static_cast<float>(cosine), static_cast<float>(sine)};
+}
+
+__device__ __forceinline__ float2 rotate(float a, float b, float cosine, float sine) {
+  return {a * cosine - b * sine, a * sine + b * cosine};
+}
+
+constexpr int kRotateThreads = 256;
+constexpr int kRotateTokens = 16;  // of a block
+
+// Rotates q and k of all items in place, n pairs at a time. Grid: items · kTileTokens / kRotateTokens. Shared memory:
+// the block's cosines (kRotateTokens, num_pairs), then its sines.
+template <typename T, int n>
+__global__ void __launch_bounds__(kRotateThreads) rotate_kernel(const WindowArguments a) {
+  constexpr unsigned kParts = kTileTokens / kRotateTokens;
+  extern __shared__ __align__(32) float table[];
+  wait_for_predecessors();
+  release_successors();
+  const Tile item = item_of(a.batch, blockIdx.x / kParts);
+  const int begin = static_cast<int>(blockIdx.x % kParts) * kRotateTokens;
+  const int count = min(kRotateTokens, item.count - begin);
+  if (count <= 0 || a.batch.slots[item.sequence] < 0) return;
+  const std::int64_t first = item.first + begin;
+  const std::int64_t position = a.batch.positions[item.sequence] + first - a.batch.offsets[item.sequence];
+  float* cosines = table;
+  float* sines = table + kRotateTokens * a.num_pairs;
+  for (int i = threadIdx.x; i < count * a.num_pairs; i += kRotateThreads) {
+    const float2 r = rotation(frequency(a, i % a.num_pairs), position + i / a.num_pairs);
+    cosines[i] = r.x;
+    sines[i] = r.y;
+  }
+  __syncthreads();
+  const unsigned vectors = static_cast<unsigned>(a.num_pairs / n);
+  const unsigned heads = static_cast<unsigned>(a.num_heads + a.num_kv_heads);
+  for (unsigned i = threadIdx.x; i < static_cast<unsigned>(count) * heads * vectors; i += kRotateThreads) {
+    const int pair = static_cast<int>(i % vectors) * n;
+    const int head = static_cast<int>(i / vectors % heads), t = static_cast<int>(i / vectors / heads);
+    const T* x = head < a.num_heads ? static_cast<const T*>(a.qkv.q) + (first + t) * a.qkv.q_token + head * a.qkv.q_head
+                                    : static_cast<const T*>(a.qkv.k) + (first + t) * a.qkv.k_token +
+                                          (head - a.num_heads) * a.qkv.k_head;
+    using Vector = Packed<T, n>;
+    Vector* low = reinterpret_cast<Vector*>(const_cast<T*>(x) + a.first_of_pair(pair));
+    Vector* high = a.interleaved ? low + 1 : reinterpret_cast<Vector*>(const_cast<T*>(x) + pair + a.num_pairs);
+    const auto cosine = *reinterpret_cast<const Packed<float, n>*>(cosines + t * a.num_pairs + pair);
+    const auto sine = *reinterpret_cast<const Packed<float, n>*>(sines + t * a.num_pairs + pair);
+    Vector v[2] = {*low, *high};
+    const auto turn = [&](int j, T& first_value, T& second_value) {
+      const float2 r = rotate(to_float(first_value), to_float(second_value), cosine.x[j], sine.x[j]);
+      first_value = from_float<T>(r.x);
+      second_value = from_float<T>(r.y);
+    };
+    if (a.interleaved) {
+#pragma unroll
+      for (int j = 0; j < n; ++j) turn(j, v[2 * j / n].x[2 * j % n], v[(2 * j + 1) / n].x[(2 * j + 1) % n]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < n; ++j) turn(j, v[0].x[j], v[1].x[j]);
+    }
+    *low = v[0];
+    *high = v[1];
+  }
+}
+
+// ---- decode --------------------------------------------------------------------------------------------------------
+
+constexpr int kMaxDecodeThreads = 512;
+constexpr int kMaxRowBytes = 512;  // of a head: a 16-byte load a lane
+constexpr int kLoads = 4;          // keys, and values, a lane has on their way
+
+// One block per single and query head: rotary, the ring's new row, and attention, in one pass over the ring. `lanes` (a
+// power of two) share a key, groups of them split the keys; groups are combined in the end. A block of another head may
+// write the new row meanwhile: its key and value are taken from the call, never from the ring.
+// Shared memory: (warps, head_dim + 2) float32.
+template <typename T>
+__global__ void __launch_bounds__(kMaxDecodeThreads, 2) decode_kernel(const WindowArguments a, const int lanes) {
+  constexpr int n = 16 / sizeof(T);
+  using Vector = Packed<T, n>;
+  extern __shared__ __align__(32) float partial[];
+  __shared__ __align__(16) T rotated[2][kMaxRowBytes / sizeof(T)];  // q and k of this token
+  const int tid = static_cast<int>(threadIdx.x), num_threads = static_cast<int>(blockDim.x);
+  const int hd = a.head_dim;
+  const double turns_per_token = tid < a.num_pairs ? frequency(a, tid) : 0.0;
+  wait_for_predecessors();
+  release_successors();
+
+  const std::int32_t sequence = sequence_of_single(a.batch, blockIdx.x / static_cast<unsigned>(a.num_heads));
+  const int head = static_cast<int>(blockIdx.x % static_cast<unsigned>(a.num_heads)), kv_head = a.kv_head(head);
+  if (a.batch.slots[sequence] < 0) return;
+  const std::int64_t token = a.batch.offsets[sequence], position = a.batch.positions[sequence];
+  T* ring_keys = reinterpret_cast<T*>(a.slot(sequence)) + kv_head * hd;
+  T* ring_values = ring_keys + a.window * a.ring_row();
+  // Softmax does not mind the order: rows in theirs, but for the one that leaves the window.
+  const int own_row = static_cast<int>(position % a.window);
+  const int count = static_cast<int>(min(position, static_cast<std::int64_t>(a.window - 1)));
+
+  const int lane = tid % lanes, group = tid / lanes, num_groups = num_threads / lanes;
+  const bool active = lane * n < hd;
+  uint4 keys[kLoads], values[kLoads];
+  const auto load = [&](int first) {
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      const int i = first + j * num_groups;
+      keys[j] = values[j] = make_uint4(0, 0, 0, 0);
+      if (active && i < count) {
+        const std::int64_t at = (i + (i >= own_row ? 1 : 0)) * a.ring_row() + lane * n;
+        keys[j] = *reinterpret_cast<const uint4*>(ring_keys + at);
+        values[j] = *reinterpret_cast<const uint4*>(ring_values + at);
+      }
+    }
+  };
+  load(group);
+
+  const T* q = static_cast<const T*>(a.qkv.q) + token * a.qkv.q_token + head * a.qkv.q_head;
+  const T* k = static_cast<const T*>(a.qkv.k) + token * a.qkv.k_token + kv_head * a.qkv.k_head;
+  const T* v = static_cast<const T*>(a.qkv.v) + token * a.qkv.v_token + kv_head * a.qkv.v_head;
+  if (tid < a.num_pairs) {
+    const float2 r = rotation(turns_per_token, position);
+    const int i = a.first_of_pair(tid), j = a.second_of_pair(tid);
+    const float2 rotated_q = rotate(to_float(q[i]), to_float(q[j]), r.x, r.y);
+    const float2 rotated_k = rotate(to_float(k[i]), to_float(k[j]), r.x, r.y);
+    rotated[0][i] = from_float<T>(rotated_q.x);
+    rotated[0][j] = from_float<T>(rotated_q.y);
+    rotated[1][i] = from_float<T>(rotated_k.x);
+    rotated[1][j] = from_float<T>(rotated_k.y);
+  }
+  for (int i = 2 * a.num_pairs + tid; i < hd; i += num_threads) {
+    rotated[0][i] = q[i];
+    rotated[1][i] = k[i];
+  }
+  __syncthreads();
+
+  float query[n], sum[n], m = -kInfinity, l = 0, own_score = 0;
+  Vector own_value{};
+  if (active) own_value = *reinterpret_cast<const Vector*>(v + lane * n);
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    query[i] = active ? to_float(rotated[0][lane * n + i]) * a.scale : 0.0f;
+    own_score += active ? query[i] * to_float(rotated[1][lane * n + i]) : 0.0f;
+    sum[i] = 0;
+  }
+  for (int step = lanes / 2; step > 0; step /= 2) own_score += __shfl_xor_sync(0xffffffffu, own_score, step);
+  if (group == 0) {
+    m = own_score;
+    l = 1;
+#pragma unroll
+    for (int i = 0; i < n; ++i) sum[i] = to_float(own_value.x[i]);
+  }
+  if (group == 0 && active && head % (a.num_heads / a.num_kv_heads) == 0) {
+    const std::int64_t at = own_row * a.ring_row() + lane * n;
+    *reinterpret_cast<Vector*>(ring_keys + at) = *reinterpret_cast<const Vector*>(&rotated[1][lane * n]);
+    *reinterpret_cast<Vector*>(ring_values + at) = own_value;
+  }
+
+  for (int base = 0; base < count; base += num_groups * kLoads) {
+    float score[kLoads], next = m;
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      const Vector& key = reinterpret_cast<const Vector&>(keys[j]);
+      score[j] = 0;
+#pragma unroll
+      for (int i = 0; i < n; ++i) score[j] += query[i] * to_float(key.x[i]);
+    }
+    for (int step = lanes / 2; step > 0; step /= 2) {
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) score[j] += __shfl_xor_sync(0xffffffffu, score[j], step);
+    }
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      if (base + group + j * num_groups >= count) score[j] = -kInfinity;
+      next = fmaxf(next, score[j]);
+    }
+    const float reference = finite_maximum(next), factor = exp2f(m - reference);
+    m = next;
+    l *= factor;
+#pragma unroll
+    for (int i = 0; i < n; ++i) sum[i] *= factor;
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      const Vector& value = reinterpret_cast<const Vector&>(values[j]);
+      const float p = exp2f(score[j] - reference);
+      l += p;
+#pragma unroll
+      for (int i = 0; i < n; ++i) sum[i] += p * to_float(value.x[i]);
+    }
+    load(base + num_groups * kLoads + group);
+  }
+
+  for (int step = lanes; step < 32; step *= 2) {
+    const float next = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, step));
+    const float factor = exp2f(m - finite_maximum(next));
+    m = next;
+    l *= factor;
+    l += __shfl_xor_sync(0xffffffffu, l, step);
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      sum[i] *= factor;
+      sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], step);
+    }
+  }
+  const int warp = tid / 32, num_warps = num_threads / 32;
+  float* maxima = partial + num_warps * hd;
+  float* totals = maxima + num_warps;
+  if (tid % 32 < lanes && active) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) partial[warp * hd + lane * n + i] = sum[i];
+  }
+  if (tid % 32 == 0) {
+    maxima[warp] = m;
+    totals[warp] = l;
+  }
+  __syncthreads();
+  T* out = static_cast<T*>(a.out) + token * a.out_token + head * hd;
+  for (int d = tid; d < hd; d += num_threads) {
+    float greatest = -kInfinity, numerator = 0, denominator = 0;
+    for (int w = 0; w < num_warps; ++w) greatest = fmaxf(greatest, maxima[w]);
+    for (int w = 0; w < num_warps; ++w) {
+      const float factor = exp2f(maxima[w] - greatest);
+      numerator += factor * partial[w * hd + d];
+      denominator += factor * totals[w];
+    }
+    out[d] = from_float<T>(numerator / denominator);
+  }
+}
+
+// ---- keys of several tokens ----------------------------------------------------------------------------------------
+
+// Keys and values of a sequence and kv head by their index, which counts from the call's first token: those from before
+// (index ≥ 1 − window) lie in the ring, the others in the call.
+template <typename T>
+struct KeySource {
+  const T *ring_keys, *ring_values, *keys, *values;
+  std::int64_t ring_row, k_token, v_token;
+  int start_row, window;
+
+  __device__ KeySource(const WindowArguments& a, std::int32_t sequence, int kv_head)
+      : ring_keys(reinterpret_cast<const T*>(a.slot(sequence)) + kv_head * a.head_dim),
+        ring_values(ring_keys + a.window * a.ring_row()),
+        keys(static_cast<const T*>(a.qkv.k) + a.batch.offsets[sequence] * a.qkv.k_token + kv_head * a.qkv.k_head),
+        values(static_cast<const T*>(a.qkv.v) + a.batch.offsets[sequence] * a.qkv.v_token + kv_head * a.qkv.v_head),
+        ring_row(a.ring_row()),
+        k_token(a.qkv.k_token),
+        v_token(a.qkv.v_token),
+        start_row(static_cast<int>(a.batch.positions[sequence] % a.window)),
+        window(a.window) {}
+
+  __device__ std::int64_t in_ring(int index) const {
+    const int row = start_row + index;
+    return (row < 0 ? row + window : row) * ring_row;
+  }
+  __device__ const T* key(int index) const { return index >= 0 ? keys + index * k_token : ring_keys + in_ring(index); }
+  __device__ const T* value(int index) const {
+    return index >= 0 ? values + index * v_token : ring_values + in_ring(index);
+  }
+};
+
+// Index of the first key that query `index` sees.
+__device__ __forceinline__ int first_key(const WindowArguments& a, std::int32_t sequence, int index) {
+  return static_cast<int>(max(static_cast<std::int64_t>(index) - a.window + 1, -a.batch.positions[sequence]));
+}
+
+constexpr int kAnyWarps = 4;
+constexpr int kAnyKeys = 4;  // taken at a time
+
+// Any dtype, head_dim and alignment, after rotate_kernel: a warp per token and head, which keeps its query and sum in
+// shared memory (warps, 2, head_dim). Grid: (items · kTileTokens / kAnyWarps, heads).
+template <typename T>
+__global__ void __launch_bounds__(kAnyWarps * 32) attend_any_kernel(const WindowArguments a) {
+  constexpr unsigned kParts = kTileTokens / kAnyWarps;
+  extern __shared__ __align__(32) float rows[];
+  wait_for_predecessors();
+  release_successors();
+  const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32), hd = a.head_dim;
+  const int head = static_cast<int>(blockIdx.y);
+  const Tile item = item_of(a.batch, blockIdx.x / kParts);
+  const int in_item = static_cast<int>(blockIdx.x % kParts) * kAnyWarps + warp;
+  if (in_item >= item.count || a.batch.slots[item.sequence] < 0) return;
+  const std::int64_t token = item.first + in_item;
+  const int index = static_cast<int>(token - a.batch.offsets[item.sequence]);
+  const KeySource<T> source(a, item.sequence, a.kv_head(head));
+  float* query = rows + warp * 2 * hd;
+  float* sum = query + hd;
+  const T* q = static_cast<const T*>(a.qkv.q) + token * a.qkv.q_token + head * a.qkv.q_head;
+  for (int d = lane; d < hd; d += 32) {
+    query[d] = to_float(q[d]) * a.scale;
+    sum[d] = 0;
+  }
+  float m = -kInfinity, l = 0;
+  for (int base = first_key(a, item.sequence, index); base <= index; base += kAnyKeys) {
+    const T* rows_of[kAnyKeys];
+    float p[kAnyKeys], next = m;
+#pragma unroll
+    for (int j = 0; j < kAnyKeys; ++j) {
+      rows_of[j] = source.key(min(base + j, index));
+      p[j] = 0;
+    }
+    for (int d = lane; d < hd; d += 32) {
+      const float x = query[d];
+#pragma unroll
+      for (int j = 0; j < kAnyKeys; ++j) p[j] += x * to_float(rows_of[j][d]);
+    }
+#pragma unroll
+    for (int j = 0; j < kAnyKeys; ++j) {
+      p[j] = warp_sum(p[j]);
+      if (base + j > index) p[j] = -kInfinity;
+      next = fmaxf(next, p[j]);
+      rows_of[j] = source.value(min(base + j, index));
+    }
+    const float reference = finite_maximum(next), factor = exp2f(m - reference);
+    m = next;
+    l *= factor;
+#pragma unroll
+    for (int j = 0; j < kAnyKeys; ++j) {
+      p[j] = exp2f(p[j] - reference);
+      l += p[j];
+    }
+    for (int d = lane; d < hd; d += 32) {
+      float x = sum[d] * factor;
+#pragma unroll
+      for (int j = 0; j < kAnyKeys; ++j) x += p[j] * to_float(rows_of[j][d]);
+      sum[d] = x;
+    }
+  }
+  T* out = static_cast<T*>(a.out) + token * a.out_token + head * hd;
+  for (int d = lane; d < hd; d += 32) out[d] = from_float<T>(sum[d] / l);
+}
+
+// ---- tensor cores --------------------------------------------------------------------------------------------------
+
+constexpr int kFlashThreads = 128;
+constexpr int kQueries = kTileTokens;  // of a block: 16 a warp
+constexpr int kKeys = 64;              // of a step
+constexpr int kMaxFlashDim = 128;
+static_assert(kQueries == kFlashThreads / 32 * 16);
+
+// Elements from a row in shared memory to the next: head_dim rounded up to the tensor cores' 16, and an odd number of
+// 16-byte pieces so that eight rows lie in different banks.
+__device__ __host__ __forceinline__ int flash_stride(int head_dim) { return (head_dim + 15) / 16 * 16 + 8; }
+
+// One block per tile and head, after rotate_kernel. Keys and values have one buffer each: the next keys are copied
+// behind softmax and PV, the next values behind QKᵀ. Dimensions above head_dim are zeros and cost a branch, not an
+// instance.
+template <typename T>
+__global__ void __launch_bounds__(kFlashThreads, 3) flash_kernel(const WindowArguments a) {
+  extern __shared__ __align__(32) float flash_shared[];
+  wait_for_predecessors();
+  release_successors();
+  const int hd = a.head_dim, padded = (hd + 15) / 16 * 16, stride = flash_stride(hd);
+  T* const queries = reinterpret_cast<T*>(flash_shared);
+  T* const keys = queries + kQueries * stride;
+  T* const values = keys + kKeys * stride;
+  const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
+  const int head = static_cast<int>(blockIdx.x % static_cast<unsigned>(a.num_heads));
+  const Tile tile = a.batch.tiles[blockIdx.x / static_cast<unsigned>(a.num_heads)];
+  if (a.batch.slots[tile.sequence] < 0) return;
+  const KeySource<T> source(a, tile.sequence, a.kv_head(head));
+  const int tile_index = tile.first - a.batch.offsets[tile.sequence], last = tile_index + tile.count - 1;
+  const int first = first_key(a, tile.sequence, tile_index);
+
+  constexpr int kRowThreads = kMaxFlashDim / 8, kPass = kFlashThreads / kRowThreads;  // a row's 16-byte pieces
+  const int piece = tid % kRowThreads * 8, piece_row = tid / kRowThreads;
+  const auto copy_rows = [&](T* to, bool of_values, int from) {
+    if (piece < padded) {
+#pragma unroll
+      for (int row = piece_row; row < kKeys; row += kPass) {
+        const bool valid = from + row <= last && piece < hd;
+        const T* x = !valid ? source.keys : (of_values ? source.value(from + row) : source.key(from + row)) + piece;
+        copy_async_16(to + row * stride + piece, x, valid);
+      }
+    }
+    commit_copies();
+  };
+  if (piece < padded) {
+    const T* q = static_cast<const T*>(a.qkv.q) + tile.first * a.qkv.q_token + head * a.qkv.q_head;
+#pragma unroll
+    for (int row = piece_row; row < kQueries; row += kPass) {
+      const bool valid = row < tile.count && piece < hd;
+      copy_async_16(queries + row * stride + piece, valid ? q + row * a.qkv.q_token + piece : q, valid);
+    }
+  }
+  copy_rows(keys, false, first);
+  copy_rows(values, true, first);
+
+  float o[kMaxFlashDim / 8][4] = {}, m[2] = {-kInfinity, -kInfinity}, l[2] = {0, 0};  // of rows g and g + 8
+  const int warp_first = tile_index + warp * 16, warp_last = warp_first + 15;
+  for (int base = first; base <= last; base += kKeys) {
+    float s[kKeys / 8][4] = {};
+    const bool needed = base <= warp_last && base + kKeys > warp_first - a.window + 1;
+    wait_for_copies<1>();  // the values' group came after the keys'
+    __syncthreads();
+    if (needed) {
+#pragma unroll
+      for (int d = 0; d < kMaxFlashDim; d += 16) {
+        if (d < padded) {
+          std::uint32_t q[4], k[4];
+          load_matrices(q, queries + (warp * 16 + lane % 16) * stride + d + lane / 16 * 8);
+#pragma unroll
+          for (int i = 0; i < kKeys; i += 16) {
+            load_matrices(k, keys + (i + lane / 16 * 8 + lane % 8) * stride + d + lane / 8 % 2 * 8);
+            mma_16x8x16<T>(s[i / 8], q, k[0], k[1]);
+            mma_16x8x16<T>(s[i / 8 + 1], q, k[2], k[3]);
+          }
+        }
+      }
+    }
+    __syncthreads();
+    if (base + kKeys <= last) {
+      copy_rows(keys, false, base + kKeys);
+    } else {
+      commit_copies();
+    }
+    if (needed) {
+      const bool masked = base + kKeys - 1 > warp_first || base <= warp_last - a.window;
+#pragma unroll
+      for (int i = 0; i < kKeys / 8; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int key = base + i * 8 + 2 * t + j % 2, query = warp_first + g + j / 2 * 8;
+          s[i][j] *= a.scale;
+          if (masked && (key > query || key <= query - a.window)) s[i][j] = -kInfinity;
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float next = m[half];
+#pragma unroll
+        for (int i = 0; i < kKeys / 8; ++i) next = fmaxf(next, fmaxf(s[i][2 * half], s[i][2 * half + 1]));
+        next = fmaxf(next, __shfl_xor_sync(0xffffffffu, next, 1));
+        next = fmaxf(next, __shfl_xor_sync(0xffffffffu, next, 2));
+        const float reference = finite_maximum(next), factor = exp2_approximate(m[half] - reference);
+        m[half] = next;
+        l[half] *= factor;
+#pragma unroll
+        for (int i = 0; i < kMaxFlashDim / 8; ++i) {
+          o[i][2 * half] *= factor;
+          o[i][2 * half + 1] *= factor;
+        }
+#pragma unroll
+        for (int i = 0; i < kKeys / 8; ++i) {
+#pragma unroll
+          for (int j = 2 * half; j < 2 * half + 2; ++j) {
+            s[i][j] = exp2_approximate(s[i][j] - reference);
+            l[half] += s[i][j];
+          }
+        }
+      }
+    }
+    wait_for_copies<1>();  // the values
+    __syncthreads();
+    if (needed) {
+#pragma unroll
+      for (int i = 0; i < kKeys; i += 16) {
+        const std::uint32_t p[4] = {pack<T>(s[i / 8][0], s[i / 8][1]), pack<T>(s[i / 8][2], s[i / 8][3]),
+                                    pack<T>(s[i / 8 + 1][0], s[i / 8 + 1][1]),
+                                    pack<T>(s[i / 8 + 1][2], s[i / 8 + 1][3])};
+#pragma unroll
+        for (int d = 0; d < kMaxFlashDim; d += 16) {
+          if (d < padded) {
+            std::uint32_t v[4];
+            load_matrices_transposed(v, values + (i + lane % 16) * stride + d + lane / 16 * 8);
+            mma_16x8x16<T>(o[d / 8], p, v[0], v[1]);
+            mma_16x8x16<T>(o[d / 8 + 1], p, v[2], v[3]);
+          }
+        }
+      }
+    }
+    __syncthreads();
+    if (base + kKeys <= last) {
+      copy_rows(values, true, base + kKeys);
+    } else {
+      commit_copies();
+    }
+  }
+
+  // Through the warp's own rows of the queries, for whole 16-byte stores.
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    l[half] += __shfl_xor_sync(0xffffffffu, l[half], 1);
+    l[half] += __shfl_xor_sync(0xffffffffu, l[half], 2);
+    const float inverse = 1.0f / l[half];
+    T* row = queries + (warp * 16 + g + half * 8) * stride + 2 * t;
+#pragma unroll
+    for (int i = 0; i < kMaxFlashDim / 8; ++i) {
+      if (i * 8 < hd)
+        *reinterpret_cast<std::uint32_t*>(row + i * 8) =
+            pack<T>(o[i][2 * half] * inverse, o[i][2 * half + 1] * inverse);
+    }
+  }
+  __syncwarp();
+  T* out = static_cast<T*>(a.out) + tile.first * a.out_token + head * hd;
+  const int out_piece = lane % kRowThreads * 8;
+  if (out_piece < hd) {
+#pragma unroll
+    for (int i = lane / kRowThreads; i < 16; i += 32 / kRowThreads) {
+      const int row = warp * 16 + i;
+      if (row < tile.count)
+        *reinterpret_cast<uint4*>(out + row * a.out_token + out_piece) =
+            *reinterpret_cast<const uint4*>(queries + row * stride + out_piece);
+    }
+  }
+}
+
+// ---- ring ----------------------------------------------------------------------------------------------------------
+
+constexpr int kRingThreads = 256;
+constexpr int kRingTokens = 4;  // of a block
+
+// Writes the last `window` keys and values of every item's sequence, after all attention has read the older ones. A
+// Word is `n` elements. Grid: (items · kTileTokens / kRingTokens).
+template <typename Word>
+__global__ void __launch_bounds__(kRingThreads) ring_kernel(const WindowArguments a, const int n) {
+  constexpr unsigned kParts = kTileTokens / kRingTokens;
+  wait_for_predecessors();
+  release_successors();
+  const Tile item = item_of(a.batch, blockIdx.x / kParts);
+  const int begin = static_cast<int>(blockIdx.x % kParts) * kRingTokens;
+  if (begin >= item.count || a.batch.slots[item.sequence] < 0) return;
+  const std::int64_t offset = a.batch.offsets[item.sequence], end = a.batch.offsets[item.sequence + 1];
+  Word* const ring_keys = reinterpret_cast<Word*>(a.slot(item.sequence));
+  Word* const ring_values = ring_keys + a.window * a.ring_row() / n;
+  const int words = a.head_dim / n;
+  for (int i = 0; i < kRingTokens && begin + i < item.count; ++i) {
+    const std::int64_t token = item.first + begin + i;
+    if (token < end - a.window) continue;
+    const std::int64_t row = (a.batch.positions[item.sequence] + token - offset) % a.window * (a.ring_row() / n);
+    const Word* keys = static_cast<const Word*>(a.qkv.k) + token * a.qkv.k_token / n;
+    const Word* values = static_cast<const Word*>(a.qkv.v) + token * a.qkv.v_token / n;
+    for (int j = static_cast<int>(threadIdx.x); j < a.num_kv_heads * words; j += kRingThreads) {
+      ring_keys[row + j] = keys[j / words * a.qkv.k_head / n + j % words];
+      ring_values[row + j] = values[j / words * a.qkv.v_head / n + j % words];
+    }
+  }
+}
+
+template <typename T>
+void enqueue(cudaStream_t stream, WindowArguments a) {
+  constexpr int n = 16 / sizeof(T);
+  const auto in_vectors = [](const void* data, std::int64_t token, std::int64_t head) {
+    return is_aligned(data, 16) && token % n == 0 && head % n == 0;
+  };
+  const int hd = a.head_dim;
+  const unsigned num_heads = static_cast<unsigned>(a.num_heads);
+  const bool vectors = hd % n == 0 && in_vectors(a.qkv.q, a.qkv.q_token, a.qkv.q_head) &&
+                       in_vectors(a.qkv.k, a.qkv.k_token, a.qkv.k_head) &&
+                       in_vectors(a.qkv.v, a.qkv.v_token, a.qkv.v_head) && in_vectors(a.out, a.out_token, 0) &&
+                       is_aligned(a.state.data, 16) && a.state.slot_stride % 16 == 0;
+  if (vectors && hd * sizeof(T) <= kMaxRowBytes) {
+    int lanes = 1;
+    while (lanes * n < hd) lanes *= 2;
+    const unsigned blocks = static_cast<unsigned>(a.batch.num_singles) * num_heads;
+    const bool few = blocks <= static_cast<unsigned>(device_info().num_sms);
+    const unsigned threads = few ? kMaxDecodeThreads : kMaxDecodeThreads / 2;
+    const std::size_t shared_bytes = threads / 32 * static_cast<std::size_t>(hd + 2) * sizeof(float);
+    launch(stream, "sliding_window", decode_kernel<T>, blocks, threads, shared_bytes, a, lanes);
+    a.batch.num_singles = 0;
+  }
+
+  const unsigned items = static_cast<unsigned>(a.batch.num_singles + a.batch.num_tiles);
+  if (a.num_pairs > 0) {
+    const std::size_t shared_bytes =
+        std::size_t{2} * kRotateTokens * static_cast<std::size_t>(a.num_pairs) * sizeof(float);
+    launch(stream, "sliding_window rotary", vectors && a.num_pairs % n == 0 ? rotate_kernel<T, n> : rotate_kernel<T, 1>,
+           items * (kTileTokens / kRotateTokens), kRotateThreads, shared_bytes, a);
+  }
+  bool attended = false;
+  if constexpr (sizeof(T) == 2) {
+    if (vectors && hd <= kMaxFlashDim) {  // the singles are done
+      const std::size_t rows = kQueries + 2 * kKeys;
+      launch(stream, "sliding_window", flash_kernel<T>, static_cast<unsigned>(a.batch.num_tiles) * num_heads,
+             kFlashThreads, rows * static_cast<std::size_t>(flash_stride(hd)) * sizeof(T), a);
+      attended = true;
+    }
+  }
+  if (!attended)
+    launch(stream, "sliding_window", attend_any_kernel<T>, dim3(items * (kTileTokens / kAnyWarps), num_heads),
+           kAnyWarps * 32, kAnyWarps * 2 * static_cast<std::size_t>(hd) * sizeof(float), a);
+  const unsigned ring_blocks = items * (kTileTokens / kRingTokens);
+  if (vectors) {
+    launch(stream, "sliding_window ring", ring_kernel<uint4>, ring_blocks, kRingThreads, 0, a, n);
+  } else if constexpr (sizeof(T) == 2) {
+    launch(stream, "sliding_window ring", ring_kernel<std::uint16_t>, ring_blocks, kRingThreads, 0, a, 1);
+  } else {
+    launch(stream, "sliding_window ring", ring_kernel<std::uint32_t>, ring_blocks, kRingThreads, 0, a, 1);
+  }
+}
+
+}  // namespace
+
+void sliding_window(cudaStream_t stream, const SlidingWindowConfig& config, DType dtype, const DeviceBatch& batch,
+                    const QkvView& qkv, StateView state, void* out, std::int64_t out_token, void*) {
+  WindowArguments a{};
+  a.batch = batch;
+  a.qkv = qkv;
+  a.state = state;
+  a.out = out;
+  a.out_token = out_token;
+  a.num_heads = static_cast<int>(config.num_heads);
+  a.num_kv_heads = static_cast<int>(config.num_kv_heads);
+  a.head_dim = static_cast<int>(config.head_dim);
+  a.window = static_cast<int>(config.window);
+  a.num_pairs = static_cast<int>((config.rotary_dim + 1) / 2);
+  a.interleaved = config.rotary_interleaved;
+  a.scale = static_cast<float>(config.scale * 1.4426950408889634);
+  if (config.rotary_dim > 0)
+    a.log2_step = -2.0 / static_cast<double>(config.rotary_dim) * std::log2(config.rotary_base);
+  for_dtype(dtype, [&]<typename T>(T) { enqueue<T>(stream, a); });
+}
+
+std::size_t sliding_window_scratch(const SlidingWindowConfig&, DType, const DeviceBatch&) { return 0; }
+
+}  // namespace based::cuda
