@@ -3,8 +3,12 @@
 // The device seam. A device is an implementation of Backend and of the opaque types it makes; nothing above this
 // header knows which one runs.
 
+#include <array>
+#include <atomic>
+#include <compare>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -31,16 +35,45 @@ struct Matrix {
   std::int64_t cols = 0;
 };
 
-/// Tokens of B sequences packed on one axis of N. Host memory, valid during the call.
+/// What an allocation is for: Model::memory reports the three apart.
+enum class MemoryKind : std::uint8_t { weights, states, workspace };
+
+/// Bytes held on a device for one model, by MemoryKind.
+struct MemoryCounters {
+  std::array<std::atomic<std::size_t>, 3> nbytes{};
+};
+
+/// The buffer, counted until its last owner lets go.
+Buffer counted(Buffer buffer, std::shared_ptr<MemoryCounters> counters, MemoryKind kind);
+
+/// Named by a number that no other object of the process has or had.
+class Identified {
+ public:
+  Identified();
+  std::uint64_t id() const { return id_; }
+
+ private:
+  std::uint64_t id_;
+};
+
+class Sampler;
+
+/// Tokens of B sequences packed on one axis of N. Host memory, valid until the next batch is begun.
 /// Sequence b owns tokens offsets[b] … offsets[b+1] − 1 (at least one) and state slot slots[b] (all different);
 /// its first token stands at position positions[b] (tokens seen before).
 struct RaggedBatch {
-  std::span<const std::int32_t> tokens;     // (N)
+  std::span<const std::int32_t> tokens;     // (N); empty when `chosen` is given
   std::span<const std::int32_t> offsets;    // (B + 1), offsets[0] = 0, offsets[B] = N
-  std::span<const std::int32_t> slots;      // (B)
+  std::span<const std::int32_t> slots;      // (B); −1 for a row that only fills up step_rows()
   std::span<const std::int64_t> positions;  // (B)
 
-  std::int64_t num_tokens() const { return static_cast<std::int64_t>(tokens.size()); }
+  /// One token per sequence: the one that this sampler chose last for its row slots[b].
+  const Sampler* chosen = nullptr;
+
+  /// For Sampler::sample, (B): the row of logits of each sequence; empty: row b.
+  std::span<const std::int32_t> logit_rows = {};
+
+  std::int64_t num_tokens() const { return offsets.empty() ? 0 : offsets.back(); }
   std::int64_t num_sequences() const { return static_cast<std::int64_t>(slots.size()); }
 };
 
@@ -63,10 +96,10 @@ class LinearWeight {
 
 /// State of `capacity` sequences (slots), layer by layer, in the device's own layout:
 ///   linear attention  Σ φ(k) [v | 1]ᵀ, float32, φ packed (docs/state-format.md)
-///   sliding window    ring of the last `window` keys (already rotated) and values, in the model's dtype
+///   sliding window    ring of the last `window` keys (already rotated) and values, in the pool's dtype
 ///   gated conv        the last K − 1 values of u₁, float32
 /// A fresh slot is that of a sequence that has seen nothing.
-class StatePool {
+class StatePool : public Identified {
  public:
   virtual ~StatePool() = default;
   virtual int capacity() const = 0;
@@ -88,7 +121,7 @@ struct SampledToken {
 /// Chooses tokens on the device. Row i holds one sequence's params and the counts of the tokens it has seen.
 /// Random numbers: Philox4x32-10 with key = seed and counter = (sequence, position), so a choice depends on nothing
 /// else. One thread at a time.
-class Sampler {
+class Sampler : public Identified {
  public:
   virtual ~Sampler() = default;
 
@@ -96,10 +129,22 @@ class Sampler {
   virtual void assign(int row, const SamplingParams& params, std::uint64_t seed, std::uint32_t sequence,
                       std::span<const std::int32_t> prompt, std::span<const std::int32_t> stop_ids) = 0;
 
-  /// Chooses one token for each row of logits (M, ≥ vocab_size) float32, and counts it as output. rows[i] is the
-  /// sampler row that logits row i belongs to, positions[i] the position the chosen token will have.
-  virtual std::vector<SampledToken> sample(const Matrix& logits, std::span<const std::int32_t> rows,
-                                           std::span<const std::int64_t> positions) = 0;
+  /// Chooses one token for each sequence of the batch (begun before) from its row of logits (M, ≥ vocab_size) float32,
+  /// and counts it as output. slots[b] is the sampler row; the chosen token stands behind the batch's.
+  virtual void sample(const Matrix& logits, const RaggedBatch& batch) = 0;
+
+  /// What the oldest sample() that was not taken yet chose, by sequence; waits for it. At most kMaxSteps may be
+  /// waiting. Throws Error when a row of logits leaves no choice.
+  virtual std::vector<SampledToken> take() = 0;
+
+  static constexpr int kMaxSteps = 4;
+};
+
+/// Identifies what a decode step does to which memory, for Backend::replay.
+struct StepKey {
+  std::int64_t rows = 0;
+  std::array<std::uint64_t, 4> ids{};  // of states, workspace, sampler, …
+  friend auto operator<=>(const StepKey&, const StepKey&) = default;
 };
 
 /// One device, as one session sees it. An instance serves one thread at a time; instances of one device are
@@ -111,11 +156,14 @@ class Backend {
   virtual ~Backend() = default;
 
   virtual Device device() const = 0;
+  virtual const MemoryCounters& memory() const = 0;
   virtual int num_threads() const = 0;
   virtual std::string kernel_isa() const = 0;
 
-  /// float32 or bfloat16: of x and of the mixers' outputs, for weights of the given dtype.
+  /// For weights of the given dtype, that of x and of the mixers' outputs, and that of the projections that mixers
+  /// read ("projection" below). Throws UnsupportedError for weights of a dtype that the device does not take.
   virtual DType activation_dtype(DType weights) const = 0;
+  virtual DType projection_dtype(DType weights) const = 0;
 
   /// Tokens of a long prompt to advance in one call: enough to be efficient, few enough that the workspace stays
   /// small and a layer ends within a tenth of a second, when an interrupt is heard.
@@ -123,16 +171,33 @@ class Backend {
 
   // ---- memory ------------------------------------------------------------------------------------------------
 
-  /// Uninitialised, aligned to 64 bytes. Throws std::bad_alloc.
-  virtual Buffer allocate(std::size_t nbytes) = 0;
+  /// Uninitialised, aligned to 64 bytes, counted while it lives. Throws OutOfMemory.
+  virtual Buffer allocate(std::size_t nbytes, MemoryKind kind) = 0;
   virtual void zero(void* data, std::size_t nbytes) = 0;
+  virtual void copy(void* to, const void* from, std::size_t nbytes) = 0;  // within the device
   virtual void copy_from_host(void* device, const void* host, std::size_t nbytes) = 0;
   virtual void copy_to_host(void* host, const void* device, std::size_t nbytes) = 0;
   virtual void synchronize() = 0;
 
+  // ---- steps -------------------------------------------------------------------------------------------------
+
+  /// Announces the batch that the operations below are given. Its arrays are copied where needed.
+  virtual void begin(const RaggedBatch& batch) = 0;
+
+  /// Rows to give a decode step of `num_sequences` sequences: as many, or a few more so that one recorded step serves
+  /// several sizes.
+  virtual std::int64_t step_rows(std::int64_t num_sequences) const = 0;
+
+  /// Runs `operations`, which enqueues the operations of one decode step on the batch last begun. A device may record
+  /// it and replay the record when called with an equal key, so `operations` depends only on what the key names.
+  virtual void replay(const StepKey& key, const std::function<void()>& operations) = 0;
+
+  /// Operations return before they are done: the next step may be enqueued before this one's tokens are taken.
+  virtual bool asynchronous() const = 0;
+
   // ---- weights -----------------------------------------------------------------------------------------------
 
-  /// Packs in `dtype` (float32 or bfloat16; rounding to nearest even); biases are kept in float32.
+  /// Packs in `dtype` (rounding to nearest even); biases are kept in float32.
   virtual std::shared_ptr<const LinearWeight> pack_linear(const LinearSource& source, DType dtype) = 0;
 
   /// A float32 copy of a float32, bfloat16 or float16 tensor.
@@ -143,9 +208,9 @@ class Backend {
   /// r[n, :] = row tokens[n] of the (vocabulary, d) matrix in `table`; r (N, d) float32.
   virtual void embed(const LinearWeight& table, const RaggedBatch& batch, const Matrix& r) = 0;
 
-  /// out[i, :] = norm(r[rows[i], :]) (rows empty: every row in order). weight and bias (d) float32, bias null for
-  /// none. RMSNorm: x · rsqrt(mean(x²) + eps) · w. LayerNorm: (x − mean) · rsqrt(var + eps) · w + b.
-  /// r (N, d) float32; out (M, d) float32 or activation.
+  /// out[i, :] = norm(r[rows[i], :]); rows empty: every row in order; rows[i] < 0: out[i, :] keeps its value. weight
+  /// and bias (d) float32, bias null for none. RMSNorm: x · rsqrt(mean(x²) + eps) · w. LayerNorm: (x − mean) ·
+  /// rsqrt(var + eps) · w + b. r (N, d) float32; out (M, d) float32 or activation.
   virtual void norm(NormKind kind, double eps, const float* weight, const float* bias, const Matrix& r,
                     std::span<const std::int32_t> rows, const Matrix& out) = 0;
 
@@ -153,19 +218,19 @@ class Backend {
   /// y (N, out_features) float32 or activation, float32 when accumulate. A row of y depends on its row of x alone.
   virtual void linear(const LinearWeight& weight, const Matrix& x, const Matrix& y, bool accumulate) = 0;
 
-  /// out = SiLU(conv(u₁)) ⊙ u₂, u = [u₁|u₂] (N, 2e) float32, taps (e, K) float32: conv(u₁)[t] = Σ_j taps[j]·
+  /// out = SiLU(conv(u₁)) ⊙ u₂, u = [u₁|u₂] (N, 2e) projection, taps (e, K) float32: conv(u₁)[t] = Σ_j taps[j]·
   /// u₁[t − K + 1 + j], reading what came before the batch from the state and leaving the last K − 1 there.
   /// out (N, e) activation.
   virtual void gated_conv(const GatedConvConfig& config, const float* taps, const RaggedBatch& batch, const Matrix& u,
                           StatePool& states, int layer, const Matrix& out) = 0;
 
   /// Taylor linear attention (LinearAttentionConfig's equation) after the state, which it advances.
-  /// qkv (N, H·f | H·f | H·head_dim) float32; out (N, H·head_dim) activation.
+  /// qkv (N, H·f | H·f | H·head_dim) projection; out (N, H·head_dim) activation.
   virtual void linear_attention(const LinearAttentionConfig& config, const RaggedBatch& batch, const Matrix& qkv,
                                 StatePool& states, int layer, const Matrix& out) = 0;
 
   /// Rotary on q and k at their positions, then softmax attention over the window, older keys from the ring, which it
-  /// advances. qkv (N, (H + 2·H_kv)·head_dim) float32; out (N, H·head_dim) activation.
+  /// advances. qkv (N, (H + 2·H_kv)·head_dim) projection, overwritten; out (N, H·head_dim) activation.
   virtual void sliding_window(const SlidingWindowConfig& config, const RaggedBatch& batch, const Matrix& qkv,
                               StatePool& states, int layer, const Matrix& out) = 0;
 
@@ -177,7 +242,7 @@ class Backend {
 
   // ---- states ------------------------------------------------------------------------------------------------
 
-  /// All slots fresh. `dtype`: of the rings. Throws std::bad_alloc.
+  /// All slots fresh. `dtype`: of the rings. Throws OutOfMemory.
   virtual std::unique_ptr<StatePool> make_states(const ModelConfig& config, DType dtype, int capacity) = 0;
 
   /// to[to_slot] = from[from_slot]; pools of the same config and dtype.
@@ -193,14 +258,14 @@ class Backend {
   virtual std::vector<NamedTensor> export_state(const StatePool& states, int slot, std::int64_t num_tokens) = 0;
 
   /// Inverse of export_state: the tensors have its names, order and shapes (the caller has checked); keys and values
-  /// may be float32 or bfloat16 and are converted.
+  /// may be float32, bfloat16 or float16 and are converted.
   virtual void import_state(StatePool& states, int slot, std::int64_t num_tokens,
                             std::span<const TensorView> tensors) = 0;
 };
 
 /// The only way to a device. num_threads: CPU threads, 0 for the CPUs that this process may use; an instance given
-/// `share` uses its threads and its kernels. Throws UnsupportedError for a device that this build or machine does not
-/// have, and InvalidArgument for a number of threads < 0 or > 1024.
+/// `share` uses its threads, its kernels and its memory counters. Throws UnsupportedError for a device that this build
+/// or machine does not have, and InvalidArgument for a number of threads < 0 or > 1024.
 std::unique_ptr<Backend> make_backend(Device device, int num_threads, const Backend* share = nullptr);
 
 }  // namespace based::backend

@@ -3,22 +3,61 @@
 
 #include "backend/backend.h"
 #include "backend/cpu/cpu_backend.h"
+#include "based/device.h"
 #include "based/error.h"
 
-namespace based::backend {
+#ifdef BASED_CUDA
+// cuda/make_cuda_backend.cc
+namespace based::cuda {
+std::unique_ptr<backend::Backend> make_cuda_backend(int index, const backend::Backend* share);
+std::vector<DeviceDescription> cuda_devices();
+std::string cuda_problem();
+void synchronize(int index);
+void add_library_path(std::string path);
+}  // namespace based::cuda
+#else
+namespace based::cuda {
+namespace {
+constexpr const char* kNoCuda = "this build has no CUDA (it was made without a CUDA compiler)";
+std::unique_ptr<backend::Backend> make_cuda_backend(int, const backend::Backend*) { throw UnsupportedError(kNoCuda); }
+std::vector<DeviceDescription> cuda_devices() { return {}; }
+std::string cuda_problem() { return kNoCuda; }
+void synchronize(int) { throw UnsupportedError(kNoCuda); }
+void add_library_path(const std::string&) {}
+}  // namespace
+}  // namespace based::cuda
+#endif
+
+namespace based {
+
+std::vector<DeviceDescription> devices() {
+  std::vector<DeviceDescription> all{{{}, "CPU", std::string(name_of(cpu::choose_isa())), 0, 0, ""}};
+  for (auto& device : cuda::cuda_devices()) all.push_back(std::move(device));
+  return all;
+}
+
+std::string cuda_problem() { return cuda::cuda_problem(); }
+
+void synchronize(Device device) {
+  if (device.type == Device::Type::cuda) cuda::synchronize(device.index);
+}
+
+void add_cublas_path(const std::string& path) { cuda::add_library_path(path); }
+
+namespace backend {
 
 std::unique_ptr<Backend> make_backend(Device device, int num_threads, const Backend* share) {
   if (num_threads < 0 || num_threads > 1024)
     throw InvalidArgument("num_threads is " + std::to_string(num_threads) +
                           ", expected 0 (the CPUs that this process may use) to 1024");
-  if (device.type == Device::Type::cuda)
-    throw UnsupportedError("this build has no CUDA: device " + device.str() + " is not available, \"cpu\" is");
+  if (device.type == Device::Type::cuda) return cuda::make_cuda_backend(device.index, share);
   if (device.index != 0)
     throw UnsupportedError("there is one CPU device, index 0: found index " + std::to_string(device.index));
   if (const auto* other = dynamic_cast<const cpu::CpuBackend*>(share))
-    return std::make_unique<cpu::CpuBackend>(other->pool(), other->isa());
+    return std::make_unique<cpu::CpuBackend>(other->pool(), other->isa(), other->counters());
   auto pool = std::make_shared<cpu::ThreadPool>(num_threads == 0 ? cpu::available_cpus() : num_threads);
   return std::make_unique<cpu::CpuBackend>(std::move(pool), cpu::choose_isa());
 }
 
-}  // namespace based::backend
+}  // namespace backend
+}  // namespace based

@@ -14,12 +14,12 @@ namespace based {
 struct Activations {
   backend::Matrix r;      // (N, d) float32: the residual stream
   backend::Matrix x;      // (N, d) activation: its norm
-  backend::Buffer wide;   // (N, Block::wide_features()) float32: projections that a mixer reads
+  backend::Buffer wide;   // (N, Block::wide_features()) projection: what a mixer reads
   backend::Buffer inner;  // (N, Block::inner_features()) activation: what an output projection reads
-  DType dtype = DType::float32;
+  DType projection = DType::float32;
 
-  backend::Matrix wide_matrix(std::int64_t cols) const { return {wide.data.get(), DType::float32, r.rows, cols}; }
-  backend::Matrix inner_matrix(std::int64_t cols) const { return {inner.data.get(), dtype, r.rows, cols}; }
+  backend::Matrix wide_matrix(std::int64_t cols) const { return {wide.data.get(), projection, r.rows, cols}; }
+  backend::Matrix inner_matrix(std::int64_t cols) const { return {inner.data.get(), x.dtype, r.rows, cols}; }
 };
 
 /// A sequence mixer with its weights: out += W_out mix(W_in x). Immutable. To add one: a config struct in
@@ -44,7 +44,7 @@ class Mixer {
       : in_proj_(std::move(projections.in)), out_proj_(std::move(projections.out)) {}
 
  private:
-  /// u (N, wide_features) float32 → y (N, inner_features) activation.
+  /// u (N, wide_features) projection → y (N, inner_features) activation.
   virtual void mix(backend::Backend& backend, const backend::RaggedBatch& batch, const backend::Matrix& u,
                    backend::StatePool& states, int layer, const backend::Matrix& y) const = 0;
 

@@ -22,8 +22,8 @@ class OneSequence {
         states_(backend_->make_states(transformer_.config(), impl.dtype, 1)),
         chunk_tokens_(chunk_tokens > 0 ? chunk_tokens : backend_->chunk_tokens()) {
     const std::int64_t d = transformer_.config().hidden_size;
-    normed_ =
-        backend_->allocate(static_cast<std::size_t>(chunk_tokens_ * d) * size_of(transformer_.activation_dtype()));
+    normed_ = backend_->allocate(static_cast<std::size_t>(chunk_tokens_ * d) * size_of(transformer_.activation_dtype()),
+                                 backend::MemoryKind::workspace);
   }
 
   backend::Backend& backend() { return *backend_; }
@@ -38,6 +38,7 @@ class OneSequence {
     const std::int32_t slots[] = {0};
     const std::int64_t positions[] = {position_};
     const backend::RaggedBatch batch{tokens, offsets, slots, positions};
+    backend_->begin(batch);
     const auto r = transformer_.hidden(*backend_, batch, *states_, workspace_, interrupt, trace);
     if (interrupt) interrupt();
     const backend::Matrix x{normed_.data.get(), transformer_.activation_dtype(), n, config.hidden_size};
@@ -56,10 +57,18 @@ class OneSequence {
   std::int64_t position_ = 0;
 };
 
+// A 16-bit file keeps its dtype where the device has kernels for it. On a GPU float32 files are run in bfloat16.
+DType default_dtype(Device device, DType file_dtype) {
+  if (file_dtype == DType::bfloat16) return DType::bfloat16;
+  if (device.type == Device::Type::cpu) return DType::float32;
+  return file_dtype == DType::float16 ? DType::float16 : DType::bfloat16;
+}
+
 DType choose_dtype(const LoadOptions& options, DType file_dtype) {
-  if (!options.dtype) return file_dtype == DType::bfloat16 ? DType::bfloat16 : DType::float32;
-  if (*options.dtype != DType::float32 && *options.dtype != DType::bfloat16)
-    throw InvalidArgument("dtype is " + std::string(name_of(*options.dtype)) + ", expected float32 or bfloat16");
+  if (!options.dtype) return default_dtype(options.device, file_dtype);
+  if (*options.dtype != DType::float32 && *options.dtype != DType::bfloat16 && *options.dtype != DType::float16)
+    throw InvalidArgument("dtype is " + std::string(name_of(*options.dtype)) +
+                          ", expected float32, bfloat16 or float16");
   return *options.dtype;
 }
 
@@ -121,6 +130,11 @@ int Model::num_threads() const { return impl_->backend->num_threads(); }
 std::int64_t Model::num_parameters() const { return config().num_parameters(); }
 std::size_t Model::weight_nbytes() const { return impl_->transformer.nbytes(); }
 std::size_t Model::state_nbytes() const { return impl_->state_nbytes; }
+MemoryUse Model::memory() const {
+  const auto& nbytes = impl_->backend->memory().nbytes;
+  const auto of = [&](backend::MemoryKind kind) { return nbytes[static_cast<std::size_t>(kind)].load(); };
+  return {of(backend::MemoryKind::weights), of(backend::MemoryKind::states), of(backend::MemoryKind::workspace)};
+}
 std::string Model::kernel_isa() const { return impl_->backend->kernel_isa(); }
 const std::string& Model::fingerprint() const { return impl_->fingerprint; }
 

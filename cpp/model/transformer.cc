@@ -23,7 +23,7 @@ Tensor download(backend::Backend& backend, const backend::Matrix& m) {
 template <typename Add>
 Tensor add_traced(backend::Backend& backend, const backend::Matrix& r, Add&& add) {
   const std::size_t nbytes = matrix_bytes(r.rows, r.cols, DType::float32);
-  const backend::Buffer delta = backend.allocate(nbytes);
+  const backend::Buffer delta = backend.allocate(nbytes, backend::MemoryKind::workspace);
   backend.zero(delta.data.get(), nbytes);
   const backend::Matrix out{delta.data.get(), DType::float32, r.rows, r.cols};
   add(out);
@@ -37,7 +37,9 @@ Tensor add_traced(backend::Backend& backend, const backend::Matrix& r, Add&& add
 }  // namespace
 
 Transformer::Transformer(const ModelConfig& config, WeightLoader& loader)
-    : config_(config), activation_dtype_(loader.backend.activation_dtype(loader.dtype)) {
+    : config_(config),
+      activation_dtype_(loader.backend.activation_dtype(loader.dtype)),
+      projection_dtype_(loader.backend.projection_dtype(loader.dtype)) {
   const std::int64_t d = config.hidden_size;
   embedding_ = loader.linear({{"embedding", config.padded_vocab_size}}, d, false);
   for (std::size_t i = 0; i < config.layers.size(); ++i) {
@@ -77,10 +79,13 @@ std::size_t Transformer::nbytes() const {
 void Transformer::reserve(backend::Backend& backend, Workspace& workspace, std::int64_t num_tokens) const {
   if (num_tokens <= workspace.capacity) return;
   Workspace grown;
-  grown.r = backend.allocate(matrix_bytes(num_tokens, config_.hidden_size, DType::float32));
-  grown.x = backend.allocate(matrix_bytes(num_tokens, config_.hidden_size, activation_dtype_));
-  grown.wide = backend.allocate(matrix_bytes(num_tokens, wide_features_, DType::float32));
-  grown.inner = backend.allocate(matrix_bytes(num_tokens, inner_features_, activation_dtype_));
+  const auto allocate = [&](std::int64_t cols, DType dtype) {
+    return backend.allocate(matrix_bytes(num_tokens, cols, dtype), backend::MemoryKind::workspace);
+  };
+  grown.r = allocate(config_.hidden_size, DType::float32);
+  grown.x = allocate(config_.hidden_size, activation_dtype_);
+  grown.wide = allocate(wide_features_, projection_dtype_);
+  grown.inner = allocate(inner_features_, activation_dtype_);
   grown.capacity = num_tokens;
   workspace = std::move(grown);
 }
@@ -100,7 +105,7 @@ backend::Matrix Transformer::hidden(backend::Backend& backend, const backend::Ra
   a.x = {workspace.x.data.get(), activation_dtype_, n, d};
   a.wide = workspace.wide;
   a.inner = workspace.inner;
-  a.dtype = activation_dtype_;
+  a.projection = projection_dtype_;
 
   backend.embed(*embedding_, batch, a.r);
   if (trace) trace->embed = download(backend, a.r);
@@ -121,7 +126,7 @@ backend::Matrix Transformer::hidden(backend::Backend& backend, const backend::Ra
   }
   if (trace) {
     const std::size_t nbytes = matrix_bytes(n, d, DType::float32);
-    const backend::Buffer out = backend.allocate(nbytes);
+    const backend::Buffer out = backend.allocate(nbytes, backend::MemoryKind::workspace);
     const backend::Matrix normed{out.data.get(), DType::float32, n, d};
     norm(backend, final_norm_, a.r, {}, normed);
     trace->final_norm = download(backend, normed);
@@ -137,7 +142,8 @@ void Transformer::final_norm(backend::Backend& backend, const backend::Matrix& r
 Tensor Transformer::new_logits(backend::Backend& backend, std::int64_t rows) const {
   std::vector<std::int64_t> shape{rows, config_.padded_vocab_size};
   const auto nbytes = static_cast<std::size_t>(num_elements(shape)) * sizeof(float);
-  return {backend.device(), DType::float32, std::move(shape), backend.allocate(nbytes).data};
+  return {backend.device(), DType::float32, std::move(shape),
+          backend.allocate(nbytes, backend::MemoryKind::workspace).data};
 }
 
 void Transformer::logits(backend::Backend& backend, const backend::Matrix& x, const backend::Matrix& logits) const {

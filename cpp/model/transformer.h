@@ -14,8 +14,8 @@
 
 namespace based {
 
-/// Scratch memory of forward passes on one backend; grows to the largest batch it has seen.
-struct Workspace {
+/// Scratch memory of forward passes on one backend; grows to the largest batch it has seen, and then has another id.
+struct Workspace : backend::Identified {
   std::int64_t capacity = 0;  // tokens
   backend::Buffer r, x, wide, inner;
 };
@@ -32,12 +32,13 @@ class Transformer {
   /// Throws std::bad_alloc, and then nothing has changed.
   void reserve(backend::Backend& backend, Workspace& workspace, std::int64_t num_tokens) const;
 
-  /// Advances the batch's states; returns the residual stream (N, d) after the last layer, in the workspace. A throwing
-  /// `interrupt` (called before each layer) leaves the states half advanced: the caller restores them.
+  /// Advances the batch's states (the batch is begun); returns the residual stream (N, d) after the last layer, in the
+  /// workspace. A throwing `interrupt` (called before each layer) leaves the states half advanced: the caller restores
+  /// them.
   backend::Matrix hidden(backend::Backend& backend, const backend::RaggedBatch& batch, backend::StatePool& states,
                          Workspace& workspace, const InterruptCheck& interrupt, LayerTrace* trace = nullptr) const;
 
-  /// out (M, d) activation = ln_f(r[rows]); rows empty: all.
+  /// out (M, d) activation = ln_f(r[rows]); rows empty: all; rows < 0: none.
   void final_norm(backend::Backend& backend, const backend::Matrix& r, std::span<const std::int32_t> rows,
                   const backend::Matrix& out) const;
 
@@ -64,6 +65,7 @@ class Transformer {
 
   ModelConfig config_;
   DType activation_dtype_;
+  DType projection_dtype_;
   std::shared_ptr<const backend::LinearWeight> embedding_;
   std::shared_ptr<const backend::LinearWeight> head_;  // the same object when tied
   std::vector<Layer> layers_;

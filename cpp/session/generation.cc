@@ -15,8 +15,6 @@ namespace based {
 
 namespace {
 
-constexpr std::int32_t kNone = -1;
-
 std::uint64_t fresh_seed() {
   std::random_device device;
   return (static_cast<std::uint64_t>(device()) << 32) | device();
@@ -38,21 +36,28 @@ class Generator::Impl {
     int request;
     std::vector<int> samples;
   };
+  // Of tokens 1, 2, …: `sampled` are chosen or being chosen, all of them but the last fed to the session, and `taken`
+  // are known here.
   struct Sequence {
     int request;
     int sample;
     std::int32_t slot;  // of the session, and row of the sampler
-    std::int64_t num_generated = 0;
-    std::int32_t pending = kNone;  // the last token, which the session has not seen yet
-    bool finished = false;         // and waits only for `pending` to be fed
+    std::uint64_t serial;
+    std::int64_t sampled = 1;
+    std::int64_t taken = 0;
+    bool finished = false;
   };
+  // Which sequence each entry of a sampled step belongs to.
+  using Step = std::vector<std::uint64_t>;
 
+  bool can_admit() const { return !waiting_.empty() && waiting_.front().samples.size() <= free_slots_.size(); }
   void admit(const InterruptCheck& interrupt);
-  void step();
-  void feed_finished();
-  void sample(const float* logits, std::span<Sequence> sequences);
-  void end(Sequence& sequence);
+  bool wants_step(const Sequence& sequence) const;
+  bool launch();
+  void take();
+  void take_token(Sequence& sequence, backend::SampledToken& chosen);
   void drop_ended();
+  void settle();
   const GenerationRequest& request(int index) const { return requests_[static_cast<std::size_t>(index)]; }
 
   std::unique_ptr<Session> owned_;
@@ -64,8 +69,10 @@ class Generator::Impl {
   std::deque<Group> waiting_;
   std::vector<std::int32_t> free_slots_;  // taken from the back
   std::vector<Sequence> active_;
-  std::vector<TokenEvent> ready_;  // computed, not yet returned
-  bool broken_ = false;            // a session has moved on without its tokens
+  std::deque<Step> steps_;         // sampled, not taken
+  std::vector<TokenEvent> ready_;  // taken, not yet returned
+  std::uint64_t last_serial_ = 0;
+  bool broken_ = false;  // a session has moved on without its tokens
 };
 
 Generator::Impl::Impl(std::unique_ptr<Session> owned, Session* session, std::vector<GenerationRequest> requests)
@@ -117,92 +124,96 @@ void Generator::Impl::admit(const InterruptCheck& interrupt) {
   const Tensor logits = session_.prefill(prompts, slots, interrupt);
 
   broken_ = true;
-  std::vector<Sequence> first;                            // one per group, as the rows of logits
-  std::vector<std::pair<std::size_t, Sequence>> further;  // (row, another sample)
+  std::vector<std::int32_t> offsets{0}, sampled_slots, logit_rows;
+  std::vector<std::int64_t> positions;
+  Step step;
   for (std::size_t row = 0; row < slots.size(); ++row) {
     const Group& group = waiting_[row];
     const auto r = static_cast<std::size_t>(group.request);
-    for (const int sample_index : group.samples) {
-      const Sequence sequence{group.request, sample_index, free_slots_.back()};
+    for (const int sample : group.samples) {
+      const Sequence sequence{group.request, sample, free_slots_.back(), ++last_serial_};
       free_slots_.pop_back();
       session_.copy(slots[row], sequence.slot);
-      sampler_->assign(sequence.slot, requests_[r].params, seeds_[r], static_cast<std::uint32_t>(sample_index),
-                       prompts[row], stop_ids_[r]);
-      if (sequence.slot == slots[row])
-        first.push_back(sequence);
-      else
-        further.emplace_back(row, sequence);
+      sampler_->assign(sequence.slot, requests_[r].params, seeds_[r], static_cast<std::uint32_t>(sample), prompts[row],
+                       stop_ids_[r]);
+      active_.push_back(sequence);
+      step.push_back(sequence.serial);
+      sampled_slots.push_back(sequence.slot);
+      logit_rows.push_back(static_cast<std::int32_t>(row));
+      offsets.push_back(offsets.back() + 1);
+      positions.push_back(session_.num_tokens[static_cast<std::size_t>(sequence.slot)] - 1);  // of the last token
     }
   }
   waiting_.erase(waiting_.begin(), waiting_.begin() + static_cast<std::ptrdiff_t>(slots.size()));
-  const auto* rows = logits.data_as<const float>();
-  sample(rows, first);
-  for (auto& [row, sequence] : further)
-    sample(rows + static_cast<std::int64_t>(row) * session_.config().padded_vocab_size, {&sequence, 1});
-  active_.insert(active_.end(), first.begin(), first.end());
-  for (const auto& [row, sequence] : further) active_.push_back(sequence);
+  const backend::RaggedBatch batch{{}, offsets, sampled_slots, positions, nullptr, logit_rows};
+  session_.backend->begin(batch);
+  sampler_->sample({logits.data(), DType::float32, logits.shape()[0], logits.shape()[1]}, batch);
+  steps_.push_back(std::move(step));
   broken_ = false;
 }
 
-// Feeds all pending tokens, and samples the running sequences' next.
-void Generator::Impl::step() {
-  if (active_.empty()) return;
-  // Running ones first: their logits are the first rows.
-  const auto finished = std::ranges::stable_partition(active_, [](const Sequence& s) { return !s.finished; });
-  std::vector<std::int32_t> tokens, slots;
+// A session of the generator's own need not see last tokens; a caller's is to see every token that was taken.
+bool Generator::Impl::wants_step(const Sequence& s) const {
+  const std::int64_t last = s.finished ? s.taken : request(s.request).params.max_tokens;
+  return owned_ ? !s.finished && s.sampled < last : s.sampled <= last;
+}
+
+// Enqueues a step of all sequences that want one.
+bool Generator::Impl::launch() {
+  std::vector<std::int32_t> slots;
+  Step step;
   for (const Sequence& sequence : active_) {
-    tokens.push_back(sequence.pending);
+    if (!wants_step(sequence)) continue;
     slots.push_back(sequence.slot);
+    step.push_back(sequence.serial);
   }
-  const Tensor logits = session_.step(tokens, slots);
+  if (slots.empty()) return false;
+  session_.reserve_step(slots.size());  // may fail, and then nothing has changed
   broken_ = true;
-  for (Sequence& sequence : active_) sequence.pending = kNone;
-  sample(logits.data_as<const float>(), {active_.begin(), finished.begin()});
+  session_.step(slots, *sampler_);
+  broken_ = false;
+  for (Sequence& sequence : active_)
+    if (wants_step(sequence)) ++sequence.sampled;
+  steps_.push_back(std::move(step));
+  return true;
+}
+
+// Waits for the oldest step and makes events of its tokens; those behind a sequence's end are nobody's.
+void Generator::Impl::take() {
+  const Step step = std::move(steps_.front());
+  steps_.pop_front();
+  broken_ = true;
+  auto chosen = sampler_->take();
+  for (std::size_t i = 0; i < step.size(); ++i) {
+    const auto sequence = std::ranges::lower_bound(active_, step[i], {}, &Sequence::serial);  // serials ascend
+    if (sequence != active_.end() && sequence->serial == step[i] && !sequence->finished)
+      take_token(*sequence, chosen[i]);
+  }
   broken_ = false;
 }
 
-// One token for each sequence from its row of logits (sequences.size(), padded_vocab_size).
-void Generator::Impl::sample(const float* logits, std::span<Sequence> sequences) {
-  if (sequences.empty()) return;
-  std::vector<std::int32_t> rows;
-  std::vector<std::int64_t> positions;
-  for (const Sequence& sequence : sequences) {
-    rows.push_back(sequence.slot);
-    positions.push_back(session_.num_tokens[static_cast<std::size_t>(sequence.slot)]);
+void Generator::Impl::take_token(Sequence& sequence, backend::SampledToken& chosen) {
+  const SamplingParams& params = request(sequence.request).params;
+  TokenEvent event;
+  event.request = sequence.request;
+  event.sample = sequence.sample;
+  event.token = chosen.token;
+  event.logprob = chosen.logprob;
+  event.top_logprobs = std::move(chosen.top_logprobs);
+  ++sequence.taken;
+  if (std::ranges::count(stop_ids_[static_cast<std::size_t>(sequence.request)], event.token) > 0) {
+    event.finish = FinishReason::stop;
+    event.stop_token = event.token;
+  } else if (sequence.taken >= params.max_tokens) {
+    event.finish = FinishReason::length;
   }
-  const backend::Matrix matrix{const_cast<float*>(logits), DType::float32, static_cast<std::int64_t>(sequences.size()),
-                               session_.config().padded_vocab_size};
-  auto chosen = sampler_->sample(matrix, rows, positions);
-  for (std::size_t i = 0; i < sequences.size(); ++i) {
-    Sequence& sequence = sequences[i];
-    TokenEvent event;
-    event.request = sequence.request;
-    event.sample = sequence.sample;
-    event.token = chosen[i].token;
-    event.logprob = chosen[i].logprob;
-    event.top_logprobs = std::move(chosen[i].top_logprobs);
-    sequence.pending = event.token;
-    ++sequence.num_generated;
-    if (std::ranges::count(stop_ids_[static_cast<std::size_t>(sequence.request)], event.token) > 0) {
-      event.finish = FinishReason::stop;
-      event.stop_token = event.token;
-    } else if (sequence.num_generated >= request(sequence.request).params.max_tokens) {
-      event.finish = FinishReason::length;
-    }
-    if (event.finish != FinishReason::none) end(sequence);
-    ready_.push_back(std::move(event));
-  }
-}
-
-void Generator::Impl::end(Sequence& sequence) {
-  sequence.finished = true;
-  if (!owned_) return;  // the caller's session is to see the last token too
-  sequence.pending = kNone;
+  sequence.finished = event.finish != FinishReason::none;
+  ready_.push_back(std::move(event));
 }
 
 void Generator::Impl::drop_ended() {
   std::erase_if(active_, [this](const Sequence& sequence) {
-    if (!sequence.finished || sequence.pending != kNone) return false;
+    if (!sequence.finished || wants_step(sequence)) return false;
     if (owned_) {
       session_.reset(sequence.slot);
       free_slots_.push_back(sequence.slot);
@@ -211,21 +222,29 @@ void Generator::Impl::drop_ended() {
   });
 }
 
-// When nothing runs any more, lets a caller's session see the last tokens.
-void Generator::Impl::feed_finished() {
-  if (std::ranges::all_of(active_, &Sequence::finished)) step();
+// When nothing runs any more, lets a caller's session see the last tokens, and leaves no step untaken.
+void Generator::Impl::settle() {
   drop_ended();
+  if (!std::ranges::all_of(active_, &Sequence::finished)) return;
+  launch();
+  drop_ended();
+  while (!steps_.empty()) take();
 }
 
 std::vector<TokenEvent> Generator::Impl::next(const InterruptCheck& interrupt) {
   if (broken_) throw Error("generate: an earlier call failed half-way, this generator cannot go on");
   if (ready_.empty()) {
     const Session::Impl::Turn turn(session_);
-    step();
+    if (steps_.empty()) launch();
+    // One step ahead of what is known here: a sequence that ends now was fed its last token meanwhile, no more.
+    if (!steps_.empty() && session_.backend->asynchronous() && !can_admit()) launch();
+    if (!steps_.empty()) take();
     drop_ended();
-    admit(interrupt);
-    drop_ended();
-    feed_finished();
+    if (steps_.empty() && can_admit()) {
+      admit(interrupt);
+      take();
+    }
+    settle();
   }
   return std::exchange(ready_, {});
 }
@@ -237,12 +256,11 @@ void Generator::Impl::finish(int request_index, int sample_index) {
                           std::to_string(request_index));
   const Session::Impl::Turn turn(session_);
   for (Sequence& sequence : active_)
-    if (sequence.request == request_index && sequence.sample == sample_index && !sequence.finished) end(sequence);
+    if (sequence.request == request_index && sequence.sample == sample_index) sequence.finished = true;
   for (Group& group : waiting_)
     if (group.request == request_index) std::erase(group.samples, sample_index);
   std::erase_if(waiting_, [](const Group& group) { return group.samples.empty(); });
-  drop_ended();
-  feed_finished();
+  settle();
 }
 
 Generator::Generator(std::shared_ptr<const Model> model, std::vector<GenerationRequest> requests, int max_batch_size) {

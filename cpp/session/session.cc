@@ -93,8 +93,9 @@ Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts
   const auto count = static_cast<std::int64_t>(prompts.size());
   const std::int64_t d = config().hidden_size, chunk = backend->chunk_tokens();
   const DType activation = transformer().activation_dtype();
-  const std::size_t row_bytes = static_cast<std::size_t>(d) * size_of(activation);
-  const backend::Buffer last = backend->allocate(static_cast<std::size_t>(count) * row_bytes);  // (B, d)
+  const backend::Buffer last =
+      backend->allocate(static_cast<std::size_t>(count * d) * size_of(activation), backend::MemoryKind::workspace);
+  const backend::Matrix last_x{last.data.get(), activation, count, d};
   const Tensor logits = transformer().new_logits(*backend, count);
 
   // A batch holds up to `chunk` tokens, at most one piece of each prompt. Pieces end at multiples of `chunk` of their
@@ -102,7 +103,7 @@ Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts
   std::vector<std::size_t> fed(prompts.size(), 0);
   std::vector<std::size_t> waiting(prompts.size());
   std::iota(waiting.begin(), waiting.end(), 0u);
-  std::vector<std::int32_t> tokens, offsets, batch_slots;
+  std::vector<std::int32_t> tokens, offsets, batch_slots, rows;
   std::vector<std::int64_t> positions;
   std::vector<std::size_t> members;
 
@@ -123,20 +124,20 @@ Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts
       positions.push_back(num_tokens[static_cast<std::size_t>(slots[i])] + static_cast<std::int64_t>(fed[i]));
       members.push_back(i);
     }
-    const auto r =
-        transformer().hidden(*backend, {tokens, offsets, batch_slots, positions}, *states, workspace_, interrupt);
+    const backend::RaggedBatch batch{tokens, offsets, batch_slots, positions};
+    backend->begin(batch);
+    const auto r = transformer().hidden(*backend, batch, *states, workspace_, interrupt);
+    rows.assign(prompts.size(), -1);
     for (std::size_t b = 0; b < members.size(); ++b) {
       const std::size_t i = members[b];
       fed[i] += static_cast<std::size_t>(offsets[b + 1] - offsets[b]);
-      if (fed[i] < prompts[i].size()) continue;
-      const std::int32_t row[] = {offsets[b + 1] - 1};
-      auto* out = static_cast<std::byte*>(last.data.get()) + i * row_bytes;
-      transformer().final_norm(*backend, r, row, {out, activation, 1, d});
+      if (fed[i] == prompts[i].size()) rows[i] = offsets[b + 1] - 1;
     }
+    if (std::ranges::any_of(rows, [](std::int32_t row) { return row >= 0; }))
+      transformer().final_norm(*backend, r, rows, last_x);
     std::erase_if(waiting, [&](std::size_t i) { return fed[i] == prompts[i].size(); });
   }
-  transformer().logits(*backend, {last.data.get(), activation, count, d},
-                       {logits.data(), DType::float32, count, config().padded_vocab_size});
+  transformer().logits(*backend, last_x, {logits.data(), DType::float32, count, config().padded_vocab_size});
   backend->synchronize();
   rollback.commit();
   for (std::size_t i = 0; i < prompts.size(); ++i)
@@ -144,24 +145,54 @@ Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts
   return logits;
 }
 
-Tensor Session::Impl::step(std::span<const std::int32_t> tokens, std::span<const std::int32_t> slots) {
-  const auto count = static_cast<std::int64_t>(tokens.size());
-  const std::int64_t d = config().hidden_size;
-  // Everything that may fail comes before the states change: a step is too short to be interrupted, and copying the
-  // states to undo it would cost more than the step.
-  transformer().reserve(*backend, workspace_, count);
-  const Tensor logits = transformer().new_logits(*backend, count);
-  std::vector<std::int32_t> offsets(tokens.size() + 1);
-  std::iota(offsets.begin(), offsets.end(), 0);
-  std::vector<std::int64_t> positions(tokens.size());
-  for (std::size_t i = 0; i < slots.size(); ++i) positions[i] = num_tokens[static_cast<std::size_t>(slots[i])];
+// Everything that may fail comes before the states change: a step is too short to be interrupted, and copying the
+// states to undo it would cost more than the step.
+std::int64_t Session::Impl::reserve_step(std::size_t count) {
+  const std::int64_t rows = backend->step_rows(static_cast<std::int64_t>(count));
+  transformer().reserve(*backend, workspace_, rows);
+  const auto nbytes = static_cast<std::size_t>(rows * config().padded_vocab_size) * sizeof(float);
+  if (nbytes > step_logits_.memory.nbytes) {
+    step_logits_ = {};
+    step_logits_.memory = backend->allocate(nbytes, backend::MemoryKind::workspace);
+  }
+  return rows;
+}
 
-  const auto r = transformer().hidden(*backend, {tokens, offsets, slots, positions}, *states, workspace_, {});
-  const backend::Matrix x{workspace_.x.data.get(), transformer().activation_dtype(), count, d};
-  transformer().final_norm(*backend, r, {}, x);
-  transformer().logits(*backend, x, {logits.data(), DType::float32, count, config().padded_vocab_size});
+void Session::Impl::advance(std::span<const std::int32_t> tokens, std::span<const std::int32_t> slots,
+                            std::int64_t rows, backend::Sampler* sampler) {
+  std::vector<std::int32_t> padded_tokens(tokens.begin(), tokens.end()), padded_slots(slots.begin(), slots.end());
+  std::vector<std::int32_t> offsets(static_cast<std::size_t>(rows) + 1);
+  std::vector<std::int64_t> positions;
+  for (const std::int32_t slot : slots) positions.push_back(num_tokens[static_cast<std::size_t>(slot)]);
+  if (!tokens.empty()) padded_tokens.resize(static_cast<std::size_t>(rows), 0);
+  padded_slots.resize(static_cast<std::size_t>(rows), -1);
+  positions.resize(static_cast<std::size_t>(rows), 0);
+  std::iota(offsets.begin(), offsets.end(), 0);
+
+  const backend::RaggedBatch batch{padded_tokens, offsets, padded_slots, positions, tokens.empty() ? sampler : nullptr};
+  backend->begin(batch);
+  const backend::StepKey key{rows, {states->id(), workspace_.id(), step_logits_.id(), sampler ? sampler->id() : 0}};
+  backend->replay(key, [&] {
+    const auto r = transformer().hidden(*backend, batch, *states, workspace_, {});
+    const backend::Matrix x{workspace_.x.data.get(), transformer().activation_dtype(), rows, config().hidden_size};
+    transformer().final_norm(*backend, r, {}, x);
+    const backend::Matrix logits{step_logits_.memory.data.get(), DType::float32, rows, config().padded_vocab_size};
+    transformer().logits(*backend, x, logits);
+    if (sampler) sampler->sample(logits, batch);
+  });
   for (const std::int32_t slot : slots) ++num_tokens[static_cast<std::size_t>(slot)];
+}
+
+Tensor Session::Impl::step(std::span<const std::int32_t> tokens, std::span<const std::int32_t> slots) {
+  const std::int64_t rows = reserve_step(tokens.size());
+  const Tensor logits = transformer().new_logits(*backend, static_cast<std::int64_t>(tokens.size()));
+  advance(tokens, slots, rows, nullptr);
+  backend->copy(logits.data(), step_logits_.memory.data.get(), logits.nbytes());
   return logits;
+}
+
+void Session::Impl::step(std::span<const std::int32_t> slots, backend::Sampler& sampler) {
+  advance({}, slots, reserve_step(slots.size()), &sampler);
 }
 
 void Session::Impl::reset(int slot) {

@@ -47,8 +47,15 @@ class Session::Impl {
   Tensor prefill(std::span<const std::vector<std::int32_t>> prompts, std::span<const std::int32_t> slots,
                  const InterruptCheck& interrupt);
 
+  /// Memory for a step of `count` sequences; returns the rows that it takes. Throws OutOfMemory.
+  std::int64_t reserve_step(std::size_t count);
+
   /// See Session::step; arguments checked already.
   Tensor step(std::span<const std::int32_t> tokens, std::span<const std::int32_t> slots);
+
+  /// Feeds each listed sequence the token that the sampler chose last for row `slot`, and samples its next; the caller
+  /// takes it. Nothing is waited for where the device is asynchronous.
+  void step(std::span<const std::int32_t> slots, backend::Sampler& sampler);
 
   void reset(int slot);
   void copy(int from, int to);
@@ -62,7 +69,16 @@ class Session::Impl {
   std::vector<std::int64_t> num_tokens;
 
  private:
+  // Logits of a step, in a place that outlives it.
+  struct StepLogits : backend::Identified {
+    backend::Buffer memory;
+  };
+
+  void advance(std::span<const std::int32_t> tokens, std::span<const std::int32_t> slots, std::int64_t rows,
+               backend::Sampler* sampler);
+
   Workspace workspace_;
+  StepLogits step_logits_;
   mutable std::atomic<bool> busy_{false};
 };
 

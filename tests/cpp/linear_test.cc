@@ -291,6 +291,8 @@ TEST_P(LinearOfIsa, EmbedReadsThePackedRows) {
     std::vector<float> r(tokens.size() * static_cast<std::size_t>(d));
     backend::RaggedBatch batch;
     batch.tokens = tokens;
+    const std::vector<std::int32_t> offsets = {0, 6};
+    batch.offsets = offsets;
     const Matrix out{r.data(), DType::float32, 6, d};
     backend_.embed(*layer.packed, batch, out);
     for (std::size_t i = 0; i < r.size(); ++i)
@@ -393,7 +395,7 @@ TEST(ChooseIsa, ObeysTheEnvironmentAndNamesWhatThereIs) {
 TEST(Memory, LargeAndSmallBuffersAreAlignedAndWritable) {
   CpuBackend backend(std::make_shared<ThreadPool>(1), Isa::baseline);
   for (const std::size_t nbytes : {std::size_t{0}, std::size_t{1}, std::size_t{4095}, std::size_t{5} << 20}) {
-    const backend::Buffer buffer = backend.allocate(nbytes);
+    const backend::Buffer buffer = backend.allocate(nbytes, backend::MemoryKind::workspace);
     EXPECT_EQ(buffer.nbytes, nbytes);
     EXPECT_EQ(reinterpret_cast<std::uintptr_t>(buffer.data.get()) % 64, 0u);
     std::memset(buffer.data.get(), 1, nbytes);
@@ -401,7 +403,7 @@ TEST(Memory, LargeAndSmallBuffersAreAlignedAndWritable) {
     const auto* bytes = static_cast<const char*>(buffer.data.get());
     EXPECT_TRUE(nbytes == 0 || bytes[nbytes - 1] == 0);
   }
-  EXPECT_THROW(backend.allocate(std::size_t{1} << 60), std::bad_alloc);
+  EXPECT_THROW(backend.allocate(std::size_t{1} << 60, backend::MemoryKind::workspace), std::bad_alloc);
 }
 
 TEST(MakeBackend, ChecksItsArguments) {

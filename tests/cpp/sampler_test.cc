@@ -17,6 +17,7 @@
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/philox.h"
 #include "based/error.h"
+#include "sample_step.h"
 
 namespace based::cpu {
 namespace {
@@ -52,7 +53,7 @@ struct One {
     const std::vector<std::int32_t> rows{0};
     const std::vector<std::int64_t> positions{position};
     const auto cols = static_cast<std::int64_t>(logits.size());
-    return sampler->sample({logits.data(), DType::float32, 1, cols}, rows, positions).at(0);
+    return sample_step(cpu, *sampler, {logits.data(), DType::float32, 1, cols}, rows, positions).at(0);
   }
   // How often each token comes in `draws` positions. Params must not depend on the history.
   std::vector<int> histogram(int draws) {
@@ -213,17 +214,17 @@ TEST(Sampler, NothingToChooseIsAnErrorThatChangesNothing) {
   std::vector<float> logits{0, 1, 0.5, kNan, -kInf, kNan};
   const backend::Matrix matrix{logits.data(), DType::float32, 2, 3};
   try {
-    sampler->sample(matrix, rows, positions);
+    sample_step(cpu, *sampler, matrix, rows, positions);
     FAIL() << "no exception";
   } catch (const Error& e) {
     EXPECT_NE(std::string(e.what()).find("row 1 at position 6: all 3 logits are NaN or -inf"), std::string::npos)
         << e.what();
   }
   logits = {0, 1, 0.5, 0, 1, 0.5};
-  const auto first = sampler->sample(matrix, rows, positions);  // token 1 was not counted above
+  const auto first = sample_step(cpu, *sampler, matrix, rows, positions);  // token 1 was not counted above
   EXPECT_EQ(first[0].token, 1);
   EXPECT_EQ(first[1].token, 1);
-  EXPECT_EQ(sampler->sample(matrix, rows, positions)[0].token, 2);
+  EXPECT_EQ(sample_step(cpu, *sampler, matrix, rows, positions)[0].token, 2);
 
   One one({0, -kInf});
   one.assign(with([](auto& p) { p.min_tokens = 2; }), {0}, {0});
@@ -519,10 +520,10 @@ TEST(Sampler, ChoicesDependOnSeedSequenceAndPositionAlone) {
     alone.emplace_back();
     for (std::int64_t step = 0; step < 5; ++step) {
       auto row = std::vector<float>(logits.begin() + i * vocab, logits.begin() + (i + 1) * vocab);
-      alone.back().push_back(sampler
-                                 ->sample({row.data(), DType::float32, 1, vocab}, std::vector<std::int32_t>{0},
-                                          std::vector<std::int64_t>{100 + step})[0]
-                                 .token);
+      const std::vector<std::int32_t> rows{0};
+      const std::vector<std::int64_t> positions{100 + step};
+      alone.back().push_back(
+          sample_step(cpu, *sampler, {row.data(), DType::float32, 1, vocab}, rows, positions)[0].token);
     }
   }
   // Together, in another order of rows.
@@ -534,8 +535,9 @@ TEST(Sampler, ChoicesDependOnSeedSequenceAndPositionAlone) {
     sampler->assign(rows.back(), params_of(i), 42, static_cast<std::uint32_t>(i), std::vector<std::int32_t>{7}, {});
   }
   for (std::int64_t step = 0; step < 5; ++step) {
-    const auto chosen = sampler->sample({const_cast<float*>(logits.data()), DType::float32, count, vocab}, rows,
-                                        std::vector<std::int64_t>(static_cast<std::size_t>(count), 100 + step));
+    const std::vector<std::int64_t> positions(static_cast<std::size_t>(count), 100 + step);
+    const auto chosen =
+        sample_step(cpu, *sampler, {const_cast<float*>(logits.data()), DType::float32, count, vocab}, rows, positions);
     for (std::size_t i = 0; i < chosen.size(); ++i)
       EXPECT_EQ(chosen[i].token, alone[i][static_cast<std::size_t>(step)]);
   }

@@ -29,7 +29,8 @@ double measure_read_bandwidth(int num_threads, std::size_t nbytes) {
   const auto fold = for_isa(isa, [](auto tag) -> const ReadKernels& { return read_kernels(tag); }).fold;
 
   const auto num_tasks = static_cast<std::int64_t>(nbytes / kTaskBytes);
-  const backend::Buffer buffer = CpuBackend(pool, isa).allocate(static_cast<std::size_t>(num_tasks) * kTaskBytes);
+  const backend::Buffer buffer =
+      CpuBackend(pool, isa).allocate(static_cast<std::size_t>(num_tasks) * kTaskBytes, backend::MemoryKind::workspace);
   const auto task_data = [&](std::int64_t task) {
     return static_cast<char*>(buffer.data.get()) + static_cast<std::size_t>(task) * kTaskBytes;
   };

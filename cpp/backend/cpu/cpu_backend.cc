@@ -4,6 +4,7 @@
 #include <limits>
 #include <new>
 #include <string>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -33,22 +34,33 @@ std::shared_ptr<void> map_pages(std::size_t nbytes) {
 }
 #endif
 
+std::shared_ptr<void> allocate_host(std::size_t nbytes) {
+  try {
+    if (nbytes > std::numeric_limits<std::size_t>::max() / 2) throw std::bad_alloc();
+#if defined(__linux__)
+    if (nbytes >= 2 * kHugePage) return map_pages(nbytes);
+#endif
+    void* data = ::operator new(nbytes == 0 ? 1 : nbytes, std::align_val_t{kAlignment});
+    return {data, [](void* p) { ::operator delete(p, std::align_val_t{kAlignment}); }};
+  } catch (const std::bad_alloc&) {
+    throw OutOfMemory("out of memory: " + std::to_string(nbytes) + " bytes are needed");
+  }
+}
+
 }  // namespace
 
-CpuBackend::CpuBackend(std::shared_ptr<ThreadPool> pool, Isa isa) : pool_(std::move(pool)), isa_(isa) {}
+CpuBackend::CpuBackend(std::shared_ptr<ThreadPool> pool, Isa isa, std::shared_ptr<backend::MemoryCounters> counters)
+    : pool_(std::move(pool)), isa_(isa), counters_(std::move(counters)) {}
 
 std::string CpuBackend::kernel_isa() const { return std::string(name_of(isa_)); }
 
-backend::Buffer CpuBackend::allocate(std::size_t nbytes) {
-  if (nbytes > std::numeric_limits<std::size_t>::max() / 2) throw std::bad_alloc();
-#if defined(__linux__)
-  if (nbytes >= 2 * kHugePage) return {map_pages(nbytes), nbytes};
-#endif
-  void* data = ::operator new(nbytes == 0 ? 1 : nbytes, std::align_val_t{kAlignment});
-  return {std::shared_ptr<void>(data, [](void* p) { ::operator delete(p, std::align_val_t{kAlignment}); }), nbytes};
+backend::Buffer CpuBackend::allocate(std::size_t nbytes, backend::MemoryKind kind) {
+  return backend::counted({allocate_host(nbytes), nbytes}, counters_, kind);
 }
 
 void CpuBackend::zero(void* data, std::size_t nbytes) { std::memset(data, 0, nbytes); }
+
+void CpuBackend::copy(void* to, const void* from, std::size_t nbytes) { std::memcpy(to, from, nbytes); }
 
 void CpuBackend::copy_from_host(void* device, const void* host, std::size_t nbytes) {
   std::memcpy(device, host, nbytes);

@@ -13,23 +13,32 @@ namespace based::cpu {
 /// into tasks for the pool.
 class CpuBackend final : public backend::Backend {
  public:
-  CpuBackend(std::shared_ptr<ThreadPool> pool, Isa isa);
+  CpuBackend(std::shared_ptr<ThreadPool> pool, Isa isa,
+             std::shared_ptr<backend::MemoryCounters> counters = std::make_shared<backend::MemoryCounters>());
 
   const std::shared_ptr<ThreadPool>& pool() const { return pool_; }
   Isa isa() const { return isa_; }
+  const std::shared_ptr<backend::MemoryCounters>& counters() const { return counters_; }
 
   Device device() const override { return {}; }
+  const backend::MemoryCounters& memory() const override { return *counters_; }
   int num_threads() const override { return pool_->num_threads(); }
   std::string kernel_isa() const override;
   DType activation_dtype(DType weights) const override;
+  DType projection_dtype(DType) const override { return DType::float32; }
   std::int64_t chunk_tokens() const override { return 256; }
 
   // cpu_backend.cc
-  backend::Buffer allocate(std::size_t nbytes) override;
+  backend::Buffer allocate(std::size_t nbytes, backend::MemoryKind kind) override;
   void zero(void* data, std::size_t nbytes) override;
+  void copy(void* to, const void* from, std::size_t nbytes) override;
   void copy_from_host(void* device, const void* host, std::size_t nbytes) override;
   void copy_to_host(void* host, const void* device, std::size_t nbytes) override;
   void synchronize() override {}
+  void begin(const backend::RaggedBatch&) override {}
+  std::int64_t step_rows(std::int64_t num_sequences) const override { return num_sequences; }
+  void replay(const backend::StepKey&, const std::function<void()>& operations) override { operations(); }
+  bool asynchronous() const override { return false; }
   backend::Buffer pack_float32(const TensorView& tensor) override;
 
   // cpu_linear.cc
@@ -68,6 +77,7 @@ class CpuBackend final : public backend::Backend {
  private:
   std::shared_ptr<ThreadPool> pool_;
   Isa isa_;
+  std::shared_ptr<backend::MemoryCounters> counters_;
   backend::Buffer packed_rows_;  // scratch of linear()
 };
 

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "backend/cpu/cpu_backend.h"
+#include "backend/cpu/cpu_sampler.h"
 #include "backend/cpu/kernels/linear.h"
 #include "backend/cpu/linear_weight.h"
 #include "based/error.h"
@@ -14,6 +15,7 @@ using backend::Buffer;
 using backend::LinearSource;
 using backend::LinearWeight;
 using backend::Matrix;
+using backend::MemoryKind;
 
 // Few rows: the weights are a stream from memory, each panel used by all tiles at once. Weights of a task when there is
 // one tile: enough to hide the hand-out, little enough that threads end together.
@@ -77,13 +79,17 @@ std::int64_t row_of(const CpuLinearWeight& w, std::int64_t panel, int c) {
 
 }  // namespace
 
-DType CpuBackend::activation_dtype(DType weights) const { return kernels_of(isa_).row_dtype(weights); }
+DType CpuBackend::activation_dtype(DType weights) const {
+  if (weights != DType::float32 && weights != DType::bfloat16)
+    throw UnsupportedError("the CPU has kernels for float32 and bfloat16, not for " + std::string(name_of(weights)));
+  return kernels_of(isa_).row_dtype(weights);
+}
 
 Buffer CpuBackend::pack_float32(const TensorView& tensor) {
   if (!is_weight_dtype(tensor.dtype))
     throw InvalidArgument("expected float32, bfloat16 or float16, found " + std::string(name_of(tensor.dtype)));
   const std::int64_t n = tensor.size();
-  Buffer out = allocate(static_cast<std::size_t>(n) * sizeof(float));
+  Buffer out = allocate(static_cast<std::size_t>(n) * sizeof(float), MemoryKind::weights);
   kernels_of(isa_).to_float32(tensor.data, tensor.dtype, n, static_cast<float*>(out.data.get()));
   return out;
 }
@@ -105,7 +111,7 @@ std::shared_ptr<const LinearWeight> CpuBackend::pack_linear(const LinearSource& 
   w.dtype = dtype;
   w.activation = source.activation;
   w.gated = source.gated;
-  w.panels = allocate(static_cast<std::size_t>(w.num_panels()) * w.panel_nbytes());
+  w.panels = allocate(static_cast<std::size_t>(w.num_panels()) * w.panel_nbytes(), MemoryKind::weights);
   pool_->run(w.num_panels(), [&](std::int64_t panel, int) {
     PanelSource from{};
     for (int c = 0; c < kPanelColumns; ++c) {
@@ -124,7 +130,7 @@ std::shared_ptr<const LinearWeight> CpuBackend::pack_linear(const LinearSource& 
     for (std::size_t i = 0; i < starts.size(); ++i)
       kernels.to_float32(source.biases[i].data, source.biases[i].dtype, source.biases[i].shape[0],
                          stacked.data() + starts[i]);
-    w.bias = allocate(static_cast<std::size_t>(w.num_panels()) * kPanelColumns * sizeof(float));
+    w.bias = allocate(static_cast<std::size_t>(w.num_panels()) * kPanelColumns * sizeof(float), MemoryKind::weights);
     auto* bias = static_cast<float*>(w.bias.data.get());
     for (std::int64_t panel = 0; panel < w.num_panels(); ++panel)
       for (int c = 0; c < kPanelColumns; ++c) {
@@ -140,12 +146,16 @@ void CpuBackend::embed(const LinearWeight& table, const backend::RaggedBatch& ba
   if (w.gated || r.dtype != DType::float32 || r.rows != batch.num_tokens() || r.cols != w.k)
     throw InvalidArgument("embed: found output " + describe(r) + ", expected float32 " +
                           shape_str({batch.num_tokens(), w.k}) + " from a table without gate");
-  for (const std::int32_t token : batch.tokens)
+  // The tokens given, or those that the sampler chose for the sequences.
+  std::vector<std::int32_t> tokens(batch.tokens.begin(), batch.tokens.end());
+  if (const auto* sampler = dynamic_cast<const CpuSampler*>(batch.chosen))
+    for (const std::int32_t slot : batch.slots) tokens.push_back(sampler->chosen(slot));
+  for (const std::int32_t token : tokens)
     if (token < 0 || token >= w.n)
       throw InvalidArgument("token " + std::to_string(token) + " is not one of 0 … " + std::to_string(w.n - 1));
   const LinearKernels& kernels = kernels_of(isa_);
   pool_->run(r.rows, [&](std::int64_t i, int) {
-    const std::int64_t token = batch.tokens[static_cast<std::size_t>(i)];
+    const std::int64_t token = tokens[static_cast<std::size_t>(i)];
     kernels.unpack_column(w.panel(token / kPanelColumns), w.dtype, w.k, static_cast<int>(token % kPanelColumns),
                           static_cast<float*>(r.data) + i * w.k);
   });
@@ -174,7 +184,7 @@ void CpuBackend::linear(const LinearWeight& weight, const Matrix& x, const Matri
     const std::size_t nbytes = static_cast<std::size_t>(x.rows) * packed_row_nbytes;
     if (packed_rows_.nbytes < nbytes) {
       packed_rows_ = {};
-      packed_rows_ = allocate(nbytes);
+      packed_rows_ = allocate(nbytes, MemoryKind::workspace);
     }
     auto* out = static_cast<std::byte*>(packed_rows_.data.get());
     packed = out;

@@ -24,6 +24,7 @@ void CpuBackend::norm(NormKind kind, double eps, const float* weight, const floa
   pool_->run(ceil_div(out.rows, block), [&](std::int64_t task, int) {
     for (std::int64_t i = task * block; i < std::min(out.rows, (task + 1) * block); ++i) {
       const std::int64_t from = rows.empty() ? i : rows[static_cast<std::size_t>(i)];
+      if (from < 0) continue;
       kernel({row(r, from), weight, bias, r.cols, eps, element(out, i, 0), is_bf16(out)});
     }
   });

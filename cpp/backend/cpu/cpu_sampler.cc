@@ -123,8 +123,10 @@ void CpuSampler::reserve(std::span<const std::int32_t> rows) {
   }
 }
 
-std::vector<backend::SampledToken> CpuSampler::sample(const backend::Matrix& logits, std::span<const std::int32_t> rows,
-                                                      std::span<const std::int64_t> positions) {
+void CpuSampler::sample(const backend::Matrix& logits, const backend::RaggedBatch& batch) {
+  const std::span<const std::int32_t> rows = batch.slots;
+  const auto position = [&](std::size_t i) { return batch.positions[i] + batch.offsets[i + 1] - batch.offsets[i]; };
+  if (steps_.size() >= kMaxSteps) throw Error("sampler: " + std::to_string(kMaxSteps) + " steps wait to be taken");
   reserve(rows);
   std::vector<backend::SampledToken> results(rows.size());
   std::vector<Failure> failures(rows.size(), Failure::none);
@@ -134,13 +136,14 @@ std::vector<backend::SampledToken> CpuSampler::sample(const backend::Matrix& log
   }
   pool_->run(static_cast<std::int64_t>(rows.size()), [&](std::int64_t task, int thread) {
     const auto i = static_cast<std::size_t>(task);
-    failures[i] = choose(rows_[static_cast<std::size_t>(rows[i])], row_of(logits, task), positions[i],
+    const std::int64_t logits_row = batch.logit_rows.empty() ? task : batch.logit_rows[i];
+    failures[i] = choose(rows_[static_cast<std::size_t>(rows[i])], row_of(logits, logits_row), position(i),
                          workspaces_[static_cast<std::size_t>(thread)], results[i]);
   });
   for (std::size_t i = 0; i < rows.size(); ++i) {
     if (failures[i] == Failure::none) continue;
     const std::string where =
-        "sampling row " + std::to_string(rows[i]) + " at position " + std::to_string(positions[i]) + ": ";
+        "sampling row " + std::to_string(rows[i]) + " at position " + std::to_string(position(i)) + ": ";
     throw Error(where + (failures[i] == Failure::no_logit
                              ? "all " + std::to_string(vocab_size_) + " logits are NaN or -inf"
                              : "logit_bias, min_tokens and penalties leave no token with a logit above -inf"));
@@ -148,8 +151,16 @@ std::vector<backend::SampledToken> CpuSampler::sample(const backend::Matrix& log
   for (std::size_t i = 0; i < rows.size(); ++i) {
     Row& row = rows_[static_cast<std::size_t>(rows[i])];
     ++row.num_output;
+    row.chosen = results[i].token;
     if (row.has_penalties()) row.see(results[i].token, false);
   }
+  steps_.push_back(std::move(results));
+}
+
+std::vector<backend::SampledToken> CpuSampler::take() {
+  if (steps_.empty()) throw Error("sampler: no step waits to be taken");
+  auto results = std::move(steps_.front());
+  steps_.pop_front();
   return results;
 }
 

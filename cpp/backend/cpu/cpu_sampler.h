@@ -1,5 +1,6 @@
 #pragma once
 
+#include <deque>
 #include <limits>
 #include <memory>
 #include <span>
@@ -20,8 +21,11 @@ class CpuSampler final : public backend::Sampler {
 
   void assign(int row, const SamplingParams& params, std::uint64_t seed, std::uint32_t sequence,
               std::span<const std::int32_t> prompt, std::span<const std::int32_t> stop_ids) override;
-  std::vector<backend::SampledToken> sample(const backend::Matrix& logits, std::span<const std::int32_t> rows,
-                                            std::span<const std::int64_t> positions) override;
+  void sample(const backend::Matrix& logits, const backend::RaggedBatch& batch) override;
+  std::vector<backend::SampledToken> take() override;
+
+  /// What was chosen last for a row.
+  std::int32_t chosen(std::int32_t row) const { return rows_[static_cast<std::size_t>(row)].chosen; }
 
  private:
   // A token that penalties concern.
@@ -35,6 +39,7 @@ class CpuSampler final : public backend::Sampler {
     std::uint64_t seed = 0;
     std::uint32_t sequence = 0;
     std::int64_t num_output = 0;
+    std::int32_t chosen = 0;
     std::vector<std::int32_t> stop_ids;     // those of the vocabulary
     std::vector<Seen> seen;                 // only with penalties
     std::vector<std::int32_t> seen_number;  // (vocab_size), token → 1 + index in `seen`; empty without penalties
@@ -87,6 +92,7 @@ class CpuSampler final : public backend::Sampler {
   std::int64_t vocab_size_;
   std::vector<Row> rows_;
   std::vector<Workspace> workspaces_;
+  std::deque<std::vector<backend::SampledToken>> steps_;  // sampled, not taken
 };
 
 }  // namespace based::cpu

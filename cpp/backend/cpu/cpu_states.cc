@@ -120,7 +120,7 @@ CpuStatePool::CpuStatePool(const ModelConfig& config, DType ring_dtype, int capa
     slot_nbytes_ = checked_add(slot_nbytes_, kAlignment - 1) / kAlignment * kAlignment;
   }
   const std::size_t nbytes = checked_mul(capacity, slot_nbytes_);
-  buffer_ = memory.allocate(nbytes);
+  buffer_ = memory.allocate(nbytes, backend::MemoryKind::states);
   data_ = static_cast<std::byte*>(buffer_.data.get());
   memory.zero(data_, nbytes);
 }

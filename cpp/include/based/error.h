@@ -1,14 +1,18 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <system_error>
+#include <utility>
 
 namespace based {
 
 // Every failure of the library is one of these, or std::bad_alloc. A call that throws leaves its
-// object as it was. Python sees the class named on the right.
+// object as it was (but for DeviceError). Python sees the class named on the right.
 
 /// Base of the failures that are particular to this library.       based.Error
 class Error : public std::runtime_error {
@@ -38,6 +42,23 @@ class SessionBusyError : public Error {
 class UnsupportedError : public Error {
  public:
   using Error::Error;
+};
+
+/// A device that failed: a fault in a kernel, a lost card. The process can use that device no more.
+///                                                                   based.DeviceError
+class DeviceError : public Error {
+ public:
+  using Error::Error;
+};
+
+/// Memory that a device does not have: what() gives the bytes needed and free.   MemoryError
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(std::string message) : message_(std::make_shared<const std::string>(std::move(message))) {}
+  const char* what() const noexcept override { return message_->c_str(); }
+
+ private:
+  std::shared_ptr<const std::string> message_;  // copying an exception must not throw
 };
 
 /// An argument outside its domain.                                  ValueError

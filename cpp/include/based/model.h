@@ -20,8 +20,16 @@ using InterruptCheck = std::function<void()>;
 
 struct LoadOptions {
   Device device;
-  std::optional<DType> dtype;  // float32 or bfloat16; none: bfloat16 for bfloat16 files, otherwise float32
+  std::optional<DType> dtype;  // float32, bfloat16 or (CUDA) float16; none: as a 16-bit file's, for a float32 file
+                               // float32 on the CPU and bfloat16 on a GPU
   int num_threads = 0;         // CPU threads of this model; 0: the CPUs that this process may use
+};
+
+/// Bytes of the device's memory that one model and its sessions hold now.
+struct MemoryUse {
+  std::size_t weights = 0;
+  std::size_t states = 0;     // of sessions, forks and checkpoints
+  std::size_t workspace = 0;  // activations, logits, sampling
 };
 
 /// Activations of one forward pass, float32 on the host (docs: `Model::trace`).
@@ -55,6 +63,7 @@ class Model {
   std::int64_t num_parameters() const;
   std::size_t weight_nbytes() const;  // device memory held by the weights
   std::size_t state_nbytes() const;   // device memory of one sequence's state
+  MemoryUse memory() const;
 
   /// Name of the instruction set or GPU architecture whose kernels run, e.g. "avx512bf16".
   std::string kernel_isa() const;

@@ -1,0 +1,32 @@
+# Adds the CUDA device to `based` when there is a CUDA compiler (BASED_CUDA=ON: there must be one).
+# CMAKE_CUDA_ARCHITECTURES (or the environment's CUDAARCHS) says for which GPUs; the default is every one that is
+# supported, and PTX for later ones.
+include(CheckLanguage)
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90a-real 100-real 120)
+endif()
+if(BASED_CUDA STREQUAL "AUTO")
+  check_language(CUDA)
+  if(NOT CMAKE_CUDA_COMPILER)
+    message(STATUS "based: no CUDA compiler (nvcc) found: CPU only")
+    return()
+  endif()
+endif()
+enable_language(CUDA)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
+  message(FATAL_ERROR "based needs CUDA 12.8 or later, found ${CMAKE_CUDA_COMPILER_VERSION} (-DBASED_CUDA=OFF: CPU only)")
+endif()
+find_package(CUDAToolkit REQUIRED)
+set(CMAKE_CUDA_STANDARD 20)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+
+# The runtime is linked statically: the library loads where there is no driver, and finds out.
+file(GLOB BASED_CUDA_SOURCES CONFIGURE_DEPENDS cuda/*.cc cuda/kernels/*.cu)
+add_library(based_cuda OBJECT ${BASED_CUDA_SOURCES})
+set_target_properties(based_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)
+target_include_directories(based_cuda PRIVATE cuda cpp cpp/include)
+target_link_libraries(based_cuda PRIVATE based_options CUDA::cudart_static)
+target_sources(based PRIVATE $<TARGET_OBJECTS:based_cuda>)
+target_compile_definitions(based PRIVATE BASED_CUDA)
+target_link_libraries(based PUBLIC CUDA::cudart_static)
+set(BASED_CUDA_VERSION ${CMAKE_CUDA_COMPILER_VERSION})

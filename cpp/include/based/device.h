@@ -1,0 +1,32 @@
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "based/tensor.h"
+
+namespace based {
+
+struct DeviceDescription {
+  Device device;
+  std::string name;              // of the processor or card
+  std::string architecture;      // instruction set or GPU architecture, e.g. "avx512bf16", "sm_90"
+  std::size_t total_nbytes = 0;  // memory; 0 for the CPU
+  std::size_t free_nbytes = 0;
+  std::string problem;  // why it cannot be used; empty when it can
+};
+
+/// The CPU, then every GPU of this machine.
+std::vector<DeviceDescription> devices();
+
+/// Why no GPU can be used, e.g. "no CUDA driver is installed"; empty when one can.
+std::string cuda_problem();
+
+/// Waits for everything that was enqueued on a device, by this library or another.
+void synchronize(Device device);
+
+/// Folders, or library files, to look into for cuBLASLt before the system's own. Before the first use of CUDA.
+void add_cublas_path(const std::string& path);
+
+}  // namespace based

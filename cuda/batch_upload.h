@@ -1,0 +1,44 @@
+#pragma once
+
+#include <array>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "backend/backend.h"
+#include "kernels.h"
+#include "stream.h"
+
+namespace based::cuda {
+
+/// Copies batches to the device, at an address that changes only when a batch is larger than all before. What a batch
+/// of single tokens occupies depends on its number of rows alone, so that a recorded step finds every later batch where
+/// it found its own. One thread at a time; the work is in the order of `stream`.
+class BatchUpload {
+ public:
+  explicit BatchUpload(std::shared_ptr<Stream> stream) : stream_(std::move(stream)) {}
+
+  /// Waits only when kStages uploads are still under way.
+  DeviceBatch upload(const backend::RaggedBatch& batch);
+
+  /// Counts the changes of address.
+  std::uint64_t generation() const { return generation_; }
+
+ private:
+  // Page-locked memory that a copy to the device reads.
+  struct Stage {
+    std::shared_ptr<void> memory;
+    std::size_t nbytes = 0;
+    Event copied;
+  };
+  static constexpr std::size_t kStages = 4;
+
+  std::shared_ptr<Stream> stream_;
+  std::array<Stage, kStages> stages_;
+  std::size_t next_stage_ = 0;
+  std::shared_ptr<void> device_;
+  std::size_t device_nbytes_ = 0;
+  std::uint64_t generation_ = 0;
+};
+
+}  // namespace based::cuda

@@ -1,0 +1,319 @@
+#include "cuda_backend.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "based/error.h"
+#include "cuda_error.h"
+#include "cuda_linear.h"
+#include "cuda_states.h"
+
+namespace based::cuda {
+
+using backend::Buffer;
+using backend::LinearWeight;
+using backend::Matrix;
+using backend::MemoryKind;
+using backend::RaggedBatch;
+
+namespace {
+
+const CudaLinearWeight& cuda_weight(const LinearWeight& weight) {
+  const auto* cuda = dynamic_cast<const CudaLinearWeight*>(&weight);
+  if (cuda == nullptr) throw InvalidArgument("a linear layer of another device");
+  return *cuda;
+}
+
+CudaStatePool& pool_of(backend::StatePool& states) {
+  auto* pool = dynamic_cast<CudaStatePool*>(&states);
+  if (pool == nullptr) throw InvalidArgument("states of another device");
+  return *pool;
+}
+
+const CudaStatePool& pool_of(const backend::StatePool& states) {
+  return pool_of(const_cast<backend::StatePool&>(states));
+}
+
+// q, k, v of heads side by side in the columns of one matrix.
+QkvView columns(const Matrix& qkv, std::int64_t num_qk_heads, std::int64_t qk_dim, std::int64_t num_kv_heads,
+                std::int64_t v_dim) {
+  const auto* data = static_cast<const std::byte*>(qkv.data);
+  const auto at = [&](std::int64_t column) { return data + static_cast<std::size_t>(column) * size_of(qkv.dtype); };
+  return {data,
+          at(num_qk_heads * qk_dim),
+          at((num_qk_heads + num_kv_heads) * qk_dim),
+          qkv.cols,
+          qk_dim,
+          qkv.cols,
+          qk_dim,
+          qkv.cols,
+          v_dim};
+}
+
+}  // namespace
+
+CudaBackend::CudaBackend(int device, std::shared_ptr<backend::MemoryCounters> counters)
+    : device_(device), counters_(std::move(counters)), stream_(std::make_shared<Stream>(device)), batches_(stream_) {
+  const UseDevice use(device_);
+  cublas_workspace_ = allocate(CublasLt::kWorkspaceBytes, MemoryKind::workspace);
+  cublas_lt_ = std::make_unique<CublasLt>(cublas_workspace_.data.get(), CublasLt::kWorkspaceBytes);
+}
+
+CudaBackend::~CudaBackend() {
+  try {
+    const UseDevice use(device_);
+    recorded_.clear();
+    cublas_lt_.reset();
+    cublas_workspace_ = {};
+    scratch_ = {};
+    weight_upload_.reset();
+    stream_->synchronize("ending a backend");
+    trim_memory(device_);
+  } catch (const std::exception&) {
+    // A device that has failed: there is nothing left to give back.
+  }
+}
+
+std::string CudaBackend::kernel_isa() const {
+  const UseDevice use(device_);
+  return "sm_" + std::to_string(device_info().compute_capability);
+}
+
+// ---- memory --------------------------------------------------------------------------------------------------------
+
+Buffer CudaBackend::allocate(std::size_t nbytes, MemoryKind kind) {
+  return backend::counted({stream_->allocate(nbytes), nbytes}, counters_, kind);
+}
+
+Buffer CudaBackend::allocate_workspace(std::size_t nbytes) { return allocate(nbytes, MemoryKind::workspace); }
+
+void CudaBackend::zero(void* data, std::size_t nbytes) {
+  const UseDevice use(device_);
+  check(cudaMemsetAsync(data, 0, nbytes, stream()), "zero");
+}
+
+void CudaBackend::copy(void* to, const void* from, std::size_t nbytes) {
+  const UseDevice use(device_);
+  check(cudaMemcpyAsync(to, from, nbytes, cudaMemcpyDeviceToDevice, stream()), "copy");
+}
+
+void CudaBackend::copy_from_host(void* device, const void* host, std::size_t nbytes) {
+  const UseDevice use(device_);
+  check(cudaMemcpyAsync(device, host, nbytes, cudaMemcpyHostToDevice, stream()), "copy_from_host");
+  stream_->synchronize("copy_from_host");
+}
+
+void CudaBackend::copy_to_host(void* host, const void* device, std::size_t nbytes) {
+  const UseDevice use(device_);
+  check(cudaMemcpyAsync(host, device, nbytes, cudaMemcpyDeviceToHost, stream()), "copy_to_host");
+  stream_->synchronize("copy_to_host");
+}
+
+void CudaBackend::synchronize() {
+  const UseDevice use(device_);
+  stream_->synchronize("synchronize");
+  weight_upload_.reset();
+}
+
+// Scratch of one operation: the next one may use it too, for they run in order.
+void* CudaBackend::scratch(std::size_t nbytes) {
+  if (nbytes > scratch_.nbytes) {
+    if (recording_ != nullptr) throw Error("a recorded step needs more scratch memory than the step before it");
+    scratch_ = {};
+    scratch_ = allocate(nbytes, MemoryKind::workspace);
+    ++scratch_generation_;
+  }
+  return scratch_.data.get();
+}
+
+// ---- steps ---------------------------------------------------------------------------------------------------------
+
+void CudaBackend::begin(const RaggedBatch& batch) {
+  const UseDevice use(device_);
+  device_batch_ = batches_.upload(batch);
+  batch_ = batch;
+}
+
+const DeviceBatch& CudaBackend::device_batch(const RaggedBatch& batch) {
+  if (batch.offsets.data() != batch_.offsets.data()) throw Error("an operation on a batch that was not begun");
+  return device_batch_;
+}
+
+// 1, 2, 4, 8, then steps of at most an eighth: idle rows cost little, and few sizes are recorded.
+std::int64_t CudaBackend::step_rows(std::int64_t num_sequences) const {
+  if (num_sequences <= 2) return num_sequences;
+  std::int64_t step = num_sequences <= 16 ? 4 : 8;
+  while (step * 16 < num_sequences) step *= 2;
+  return (num_sequences + step - 1) / step * step;
+}
+
+void CudaBackend::after_launch(Launched launched) {
+  if (recording_ != nullptr)
+    recording_->launched.push_back(std::move(launched));
+  else
+    launched(batch_);
+}
+
+void CudaBackend::replay(const backend::StepKey& key, const std::function<void()>& operations) {
+  const UseDevice use(device_);
+  // Records hold the addresses of scratch memory and of the batch.
+  const std::uint64_t generation = scratch_generation_ + batches_.generation();
+  if (generation != recorded_generation_) recorded_.clear();
+  recorded_generation_ = generation;
+
+  const auto [entry, first] = recorded_.try_emplace(key);
+  Recorded& recorded = entry->second;
+  recorded.last_use = ++num_replays_;
+  if (first) {
+    if (recorded_.size() > kMaxRecorded)
+      recorded_.erase(std::ranges::min_element(recorded_, {}, [](const auto& r) { return r.second.last_use; }));
+    operations();
+    return;
+  }
+  if (!recorded.graph) record(recorded, operations);
+  check(cudaGraphLaunch(recorded.graph.get(), stream()), "a recorded step");
+  note_operation("a recorded step", stream());
+  for (const Launched& launched : recorded.launched) launched(batch_);
+}
+
+void CudaBackend::record(Recorded& recorded, const std::function<void()>& operations) {
+  cudaGraph_t graph = nullptr;
+  check(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeThreadLocal), "recording a step");
+  recording_ = &recorded;
+  try {
+    operations();
+  } catch (...) {
+    recording_ = nullptr;
+    cudaStreamEndCapture(stream(), &graph);
+    if (graph != nullptr) cudaGraphDestroy(graph);
+    recorded.launched.clear();
+    cudaGetLastError();
+    throw;
+  }
+  recording_ = nullptr;
+  check(cudaStreamEndCapture(stream(), &graph), "recording a step");
+  cudaGraphExec_t executable = nullptr;
+  const cudaError_t status = cudaGraphInstantiate(&executable, graph, 0);
+  cudaGraphDestroy(graph);
+  check(status, "recording a step");
+  recorded.graph.reset(executable);
+}
+
+// ---- operations ----------------------------------------------------------------------------------------------------
+
+void CudaBackend::embed(const LinearWeight& table, const RaggedBatch& batch, const Matrix& r) {
+  const UseDevice use(device_);
+  const LinearArguments& layer = cuda_weight(table).layer();
+  for (const std::int32_t token : batch.tokens)
+    if (token < 0 || token >= layer.rows)
+      throw InvalidArgument("token " + std::to_string(token) + " is not one of 0 … " + std::to_string(layer.rows - 1));
+  const auto* sampler = dynamic_cast<const CudaSampler*>(batch.chosen);
+  cuda::embed(stream(), layer.dtype, layer.weight, layer.k, device_batch(batch),
+              sampler == nullptr ? nullptr : sampler->chosen(), static_cast<float*>(r.data));
+}
+
+void CudaBackend::norm(NormKind kind, double eps, const float* weight, const float* bias, const Matrix& r,
+                       std::span<const std::int32_t> rows, const Matrix& out) {
+  const UseDevice use(device_);
+  void* device_rows = nullptr;
+  if (!rows.empty()) {
+    device_rows = scratch(rows.size_bytes());
+    copy_from_host(device_rows, rows.data(), rows.size_bytes());
+  }
+  cuda::norm(stream(), kind, static_cast<float>(eps), weight, bias, static_cast<const float*>(r.data), r.cols,
+             static_cast<const std::int32_t*>(device_rows), out.rows, out.dtype, out.data);
+}
+
+void CudaBackend::linear(const LinearWeight& weight, const Matrix& x, const Matrix& y, bool accumulate) {
+  const UseDevice use(device_);
+  const CudaLinearWeight& layer = cuda_weight(weight);
+  run_linear(stream(), *cublas_lt_, layer, x, y, accumulate, scratch(linear_scratch(layer, x.dtype, x.rows)));
+}
+
+void CudaBackend::gated_conv(const GatedConvConfig& config, const float* taps, const RaggedBatch& batch,
+                             const Matrix& u, backend::StatePool& states, int layer, const Matrix& out) {
+  const UseDevice use(device_);
+  cuda::gated_conv(stream(), config, u.dtype, taps, device_batch(batch), u.data, pool_of(states).layer(layer),
+                   out.data);
+}
+
+void CudaBackend::linear_attention(const LinearAttentionConfig& config, const RaggedBatch& batch, const Matrix& qkv,
+                                   backend::StatePool& states, int layer, const Matrix& out) {
+  const UseDevice use(device_);
+  const DeviceBatch& tokens = device_batch(batch);
+  cuda::linear_attention(stream(), config, qkv.dtype, tokens,
+                         columns(qkv, config.num_heads, config.feature_dim, config.num_heads, config.head_dim),
+                         pool_of(states).layer(layer), out.data, out.cols, config.head_dim,
+                         scratch(linear_attention_scratch(config, qkv.dtype, tokens)));
+}
+
+void CudaBackend::sliding_window(const SlidingWindowConfig& config, const RaggedBatch& batch, const Matrix& qkv,
+                                 backend::StatePool& states, int layer, const Matrix& out) {
+  const UseDevice use(device_);
+  const DeviceBatch& tokens = device_batch(batch);
+  cuda::sliding_window(stream(), config, qkv.dtype, tokens,
+                       columns(qkv, config.num_heads, config.head_dim, config.num_kv_heads, config.head_dim),
+                       pool_of(states).layer(layer), out.data, out.cols,
+                       scratch(sliding_window_scratch(config, qkv.dtype, tokens)));
+}
+
+void CudaBackend::token_log_probs(const Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
+                                  std::span<float> out) {
+  const UseDevice use(device_);
+  const std::size_t nbytes = targets.size_bytes();
+  auto* device_targets = static_cast<std::byte*>(scratch(2 * nbytes));
+  std::byte* device_out = device_targets + nbytes;
+  copy_from_host(device_targets, targets.data(), nbytes);
+  cuda::token_log_probs(stream(), static_cast<const float*>(logits.data), logits.rows, logits.cols, vocab_size,
+                        reinterpret_cast<const std::int32_t*>(device_targets), reinterpret_cast<float*>(device_out));
+  copy_to_host(out.data(), device_out, nbytes);
+}
+
+std::unique_ptr<backend::Sampler> CudaBackend::make_sampler(std::int64_t vocab_size, int num_rows) {
+  const UseDevice use(device_);
+  SamplerHost& host = *this;
+  return std::make_unique<CudaSampler>(host, vocab_size, num_rows);
+}
+
+// ---- states --------------------------------------------------------------------------------------------------------
+
+std::unique_ptr<backend::StatePool> CudaBackend::make_states(const ModelConfig& config, DType dtype, int capacity) {
+  if (capacity < 1)
+    throw InvalidArgument("capacity of a state pool must be at least 1, got " + std::to_string(capacity));
+  auto pool = std::make_unique<CudaStatePool>(config, dtype, capacity);
+  Buffer memory = allocate(pool->nbytes(), MemoryKind::states);
+  zero(memory.data.get(), memory.nbytes);
+  pool->attach(std::move(memory), stream_);
+  return pool;
+}
+
+void CudaBackend::copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot) {
+  const CudaStatePool &source = pool_of(from), &target = pool_of(to);
+  const auto foreign = [&](const CudaStatePool& pool) { return &pool.stream() != stream_.get(); };
+  for (const CudaStatePool* pool : {&source, &target})
+    if (foreign(*pool)) pool->stream().synchronize("copy_state");
+  copy(target.slot(to_slot), source.slot(from_slot), source.nbytes_per_slot());
+  if (foreign(source) || foreign(target)) synchronize();
+}
+
+void CudaBackend::reset_state(backend::StatePool& states, int slot) {
+  zero(pool_of(states).slot(slot), states.nbytes_per_slot());
+}
+
+std::vector<backend::NamedTensor> CudaBackend::export_state(const backend::StatePool& states, int slot,
+                                                            std::int64_t num_tokens) {
+  const CudaStatePool& pool = pool_of(states);
+  std::vector<std::byte> bytes(pool.nbytes_per_slot());
+  copy_to_host(bytes.data(), pool.slot(slot), bytes.size());
+  return pool.save(bytes.data(), num_tokens);
+}
+
+void CudaBackend::import_state(backend::StatePool& states, int slot, std::int64_t num_tokens,
+                               std::span<const TensorView> tensors) {
+  const CudaStatePool& pool = pool_of(states);
+  std::vector<std::byte> bytes(pool.nbytes_per_slot());
+  pool.restore(bytes.data(), num_tokens, tensors);
+  copy_from_host(pool.slot(slot), bytes.data(), bytes.size());
+}
+
+}  // namespace based::cuda

@@ -1,0 +1,124 @@
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "backend/backend.h"
+#include "batch_upload.h"
+#include "cublas_lt.h"
+#include "cuda_sampler.h"
+#include "kernels.h"
+#include "stream.h"
+#include "weight_upload.h"
+
+namespace based::cuda {
+
+/// A CUDA device. Every instance has a stream of its own, on which all its operations run asynchronously and in order,
+/// and scratch memory of its own; weights are finished when the instance that loaded them is synchronised. Between
+/// instances only states are exchanged, and copy_state() waits for the other's stream.
+class CudaBackend final : public backend::Backend, private SamplerHost {
+ public:
+  /// Throws UnsupportedError when the device is missing or too old, or cuBLASLt is not found.
+  CudaBackend(int device, std::shared_ptr<backend::MemoryCounters> counters);
+  ~CudaBackend() override;
+  CudaBackend(const CudaBackend&) = delete;
+  CudaBackend& operator=(const CudaBackend&) = delete;
+
+  const std::shared_ptr<backend::MemoryCounters>& counters() const { return counters_; }
+
+  Device device() const override { return {Device::Type::cuda, device_}; }
+  const backend::MemoryCounters& memory() const override { return *counters_; }
+  int num_threads() const override { return 1; }
+  std::string kernel_isa() const override;
+  DType activation_dtype(DType weights) const override { return weights; }
+  DType projection_dtype(DType weights) const override { return weights; }
+  std::int64_t chunk_tokens() const override { return 8192; }
+
+  backend::Buffer allocate(std::size_t nbytes, backend::MemoryKind kind) override;
+  void zero(void* data, std::size_t nbytes) override;
+  void copy(void* to, const void* from, std::size_t nbytes) override;
+  void copy_from_host(void* device, const void* host, std::size_t nbytes) override;
+  void copy_to_host(void* host, const void* device, std::size_t nbytes) override;
+  void synchronize() override;
+
+  void begin(const backend::RaggedBatch& batch) override;
+  std::int64_t step_rows(std::int64_t num_sequences) const override;
+  void replay(const backend::StepKey& key, const std::function<void()>& operations) override;
+  bool asynchronous() const override { return true; }
+
+  // weight_upload.cc
+  std::shared_ptr<const backend::LinearWeight> pack_linear(const backend::LinearSource& source, DType dtype) override;
+  backend::Buffer pack_float32(const TensorView& tensor) override;
+
+  void embed(const backend::LinearWeight& table, const backend::RaggedBatch& batch, const backend::Matrix& r) override;
+  void norm(NormKind kind, double eps, const float* weight, const float* bias, const backend::Matrix& r,
+            std::span<const std::int32_t> rows, const backend::Matrix& out) override;
+  void linear(const backend::LinearWeight& weight, const backend::Matrix& x, const backend::Matrix& y,
+              bool accumulate) override;
+  void gated_conv(const GatedConvConfig& config, const float* taps, const backend::RaggedBatch& batch,
+                  const backend::Matrix& u, backend::StatePool& states, int layer, const backend::Matrix& out) override;
+  void linear_attention(const LinearAttentionConfig& config, const backend::RaggedBatch& batch,
+                        const backend::Matrix& qkv, backend::StatePool& states, int layer,
+                        const backend::Matrix& out) override;
+  void sliding_window(const SlidingWindowConfig& config, const backend::RaggedBatch& batch, const backend::Matrix& qkv,
+                      backend::StatePool& states, int layer, const backend::Matrix& out) override;
+  void token_log_probs(const backend::Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
+                       std::span<float> out) override;
+  std::unique_ptr<backend::Sampler> make_sampler(std::int64_t vocab_size, int num_rows) override;
+
+  std::unique_ptr<backend::StatePool> make_states(const ModelConfig& config, DType dtype, int capacity) override;
+  void copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot) override;
+  void reset_state(backend::StatePool& states, int slot) override;
+  std::vector<backend::NamedTensor> export_state(const backend::StatePool& states, int slot,
+                                                 std::int64_t num_tokens) override;
+  void import_state(backend::StatePool& states, int slot, std::int64_t num_tokens,
+                    std::span<const TensorView> tensors) override;
+
+ private:
+  using Launched = std::function<void(const backend::RaggedBatch&)>;
+  struct DestroyGraph {
+    void operator()(CUgraphExec_st* graph) const { cudaGraphExecDestroy(graph); }
+  };
+  // A recorded step. A key's first step runs unrecorded: it loads kernels and sizes scratch memory.
+  struct Recorded {
+    std::unique_ptr<CUgraphExec_st, DestroyGraph> graph;
+    std::vector<Launched> launched;
+    std::uint64_t last_use = 0;
+  };
+  static constexpr std::size_t kMaxRecorded = 32;
+
+  // SamplerHost
+  cudaStream_t stream() const override { return stream_->get(); }
+  const DeviceBatch& device_batch(const backend::RaggedBatch& batch) override;
+  backend::Buffer allocate_workspace(std::size_t nbytes) override;
+  void after_launch(Launched launched) override;
+
+  void record(Recorded& recorded, const std::function<void()>& operations);
+  void* scratch(std::size_t nbytes);
+  WeightUpload& weight_upload();
+
+  const int device_;
+  const std::shared_ptr<backend::MemoryCounters> counters_;
+  const std::shared_ptr<Stream> stream_;
+  backend::Buffer cublas_workspace_;
+  std::unique_ptr<CublasLt> cublas_lt_;
+
+  BatchUpload batches_;
+  backend::RaggedBatch batch_;  // the one last begun
+  DeviceBatch device_batch_;
+
+  backend::Buffer scratch_;
+  std::uint64_t scratch_generation_ = 0;
+  std::map<backend::StepKey, Recorded> recorded_;
+  std::uint64_t recorded_generation_ = 0;  // of scratch and batches, that the records were made with
+  std::uint64_t num_replays_ = 0;
+  Recorded* recording_ = nullptr;  // while a step is being recorded
+
+  std::unique_ptr<WeightUpload> weight_upload_;  // from the first weight to synchronize()
+};
+
+}  // namespace based::cuda
