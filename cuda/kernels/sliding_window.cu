@@ -128,21 +128,21 @@ __global__ void __launch_bounds__(kRotateThreads) rotate_kernel(const WindowArgu
 
 // ---- decode --------------------------------------------------------------------------------------------------------
 
-constexpr int kMaxDecodeThreads = 512;
-constexpr int kMaxRowBytes = 512;  // of a head: a 16-byte load a lane
-constexpr int kLoads = 4;          // keys, and values, a lane has on their way
+constexpr int kDecodeThreads = 256;  // whatever the batch: a sequence's result does not depend on its neighbours
+constexpr int kMaxRowBytes = 512;    // of a head: a 16-byte load a lane
+constexpr int kLoads = 4;            // keys, and values, a lane has on their way
 
 // One block per single and query head: rotary, the ring's new row, and attention, in one pass over the ring. `lanes` (a
 // power of two) share a key, groups of them split the keys; groups are combined in the end. A block of another head may
 // write the new row meanwhile: its key and value are taken from the call, never from the ring.
 // Shared memory: (warps, head_dim + 2) float32.
 template <typename T>
-__global__ void __launch_bounds__(kMaxDecodeThreads, 2) decode_kernel(const WindowArguments a, const int lanes) {
+__global__ void __launch_bounds__(kDecodeThreads, 3) decode_kernel(const WindowArguments a, const int lanes) {
   constexpr int n = 16 / sizeof(T);
   using Vector = Packed<T, n>;
   extern __shared__ __align__(32) float partial[];
   __shared__ __align__(16) T rotated[2][kMaxRowBytes / sizeof(T)];  // q and k of this token
-  const int tid = static_cast<int>(threadIdx.x), num_threads = static_cast<int>(blockDim.x);
+  const int tid = static_cast<int>(threadIdx.x), num_threads = kDecodeThreads;
   const int hd = a.head_dim;
   const double turns_per_token = tid < a.num_pairs ? frequency(a, tid) : 0.0;
   wait_for_predecessors();
@@ -161,19 +161,17 @@ __global__ void __launch_bounds__(kMaxDecodeThreads, 2) decode_kernel(const Wind
   const int lane = tid % lanes, group = tid / lanes, num_groups = num_threads / lanes;
   const bool active = lane * n < hd;
   uint4 keys[kLoads], values[kLoads];
-  const auto load = [&](int first) {
+  const auto load = [&](uint4(&to)[kLoads], const T* ring, int first) {
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
       const int i = first + j * num_groups;
-      keys[j] = values[j] = make_uint4(0, 0, 0, 0);
-      if (active && i < count) {
-        const std::int64_t at = (i + (i >= own_row ? 1 : 0)) * a.ring_row() + lane * n;
-        keys[j] = *reinterpret_cast<const uint4*>(ring_keys + at);
-        values[j] = *reinterpret_cast<const uint4*>(ring_values + at);
-      }
+      to[j] = make_uint4(0, 0, 0, 0);
+      if (active && i < count)
+        to[j] = *reinterpret_cast<const uint4*>(ring + (i + (i >= own_row ? 1 : 0)) * a.ring_row() + lane * n);
     }
   };
-  load(group);
+  load(keys, ring_keys, group);
+  load(values, ring_values, group);
 
   const T* q = static_cast<const T*>(a.qkv.q) + token * a.qkv.q_token + head * a.qkv.q_head;
   const T* k = static_cast<const T*>(a.qkv.k) + token * a.qkv.k_token + kv_head * a.qkv.k_head;
@@ -225,6 +223,7 @@ __global__ void __launch_bounds__(kMaxDecodeThreads, 2) decode_kernel(const Wind
 #pragma unroll
       for (int i = 0; i < n; ++i) score[j] += query[i] * to_float(key.x[i]);
     }
+    load(keys, ring_keys, base + num_groups * kLoads + group);
     for (int step = lanes / 2; step > 0; step /= 2) {
 #pragma unroll
       for (int j = 0; j < kLoads; ++j) score[j] += __shfl_xor_sync(0xffffffffu, score[j], step);
@@ -247,7 +246,7 @@ __global__ void __launch_bounds__(kMaxDecodeThreads, 2) decode_kernel(const Wind
 #pragma unroll
       for (int i = 0; i < n; ++i) sum[i] += p * to_float(value.x[i]);
     }
-    load(base + num_groups * kLoads + group);
+    load(values, ring_values, base + num_groups * kLoads + group);
   }
 
   for (int step = lanes; step < 32; step *= 2) {
@@ -612,10 +611,8 @@ void enqueue(cudaStream_t stream, WindowArguments a) {
     int lanes = 1;
     while (lanes * n < hd) lanes *= 2;
     const unsigned blocks = static_cast<unsigned>(a.batch.num_singles) * num_heads;
-    const bool few = blocks <= static_cast<unsigned>(device_info().num_sms);
-    const unsigned threads = few ? kMaxDecodeThreads : kMaxDecodeThreads / 2;
-    const std::size_t shared_bytes = threads / 32 * static_cast<std::size_t>(hd + 2) * sizeof(float);
-    launch(stream, "sliding_window", decode_kernel<T>, blocks, threads, shared_bytes, a, lanes);
+    const std::size_t shared_bytes = kDecodeThreads / 32 * static_cast<std::size_t>(hd + 2) * sizeof(float);
+    launch(stream, "sliding_window", decode_kernel<T>, blocks, kDecodeThreads, shared_bytes, a, lanes);
     a.batch.num_singles = 0;
   }
 

@@ -1,0 +1,615 @@
+// Checks embed, norm, convert, gated_conv and sliding_window against float64 on the host, and times them at the shapes
+// of the 1.3B model. Arguments: check, time, or none for both. Ends with 1 when a check fails.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda_error.h"
+#include "kernels.h"
+
+namespace {
+
+using namespace based;
+using namespace based::cuda;
+
+using Floats = std::vector<float>;
+
+int failures = 0;
+std::mt19937 generator(1);
+
+// In order with the copies on the legacy stream.
+cudaStream_t main_stream() {
+  static const cudaStream_t stream = [] {
+    cudaStream_t made = nullptr;
+    check(cudaStreamCreate(&made), "stream");
+    return made;
+  }();
+  return stream;
+}
+
+float random_float() { return std::uniform_real_distribution<float>(-1.5f, 1.5f)(generator); }
+
+std::size_t bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+const char* name(DType dtype) {
+  return dtype == DType::float32 ? "float32" : dtype == DType::bfloat16 ? "bfloat16" : "float16";
+}
+
+template <typename T>
+void store(void* to, std::size_t i, T x) {
+  std::memcpy(static_cast<char*>(to) + i * sizeof(T), &x, sizeof(T));
+}
+template <typename T>
+T fetch(const void* from, std::size_t i) {
+  T x;
+  std::memcpy(&x, static_cast<const char*>(from) + i * sizeof(T), sizeof(T));
+  return x;
+}
+void store(DType dtype, void* to, std::size_t i, float x) {
+  if (dtype == DType::float32) store(to, i, x);
+  if (dtype == DType::bfloat16) store(to, i, __float2bfloat16_rn(x));
+  if (dtype == DType::float16) store(to, i, __float2half_rn(x));
+}
+float fetch(DType dtype, const void* from, std::size_t i) {
+  if (dtype == DType::bfloat16) return __bfloat162float(fetch<__nv_bfloat16>(from, i));
+  if (dtype == DType::float16) return __half2float(fetch<__half>(from, i));
+  return fetch<float>(from, i);
+}
+float rounded(DType dtype, double x) {
+  char place[4];
+  store(dtype, place, 0, static_cast<float>(x));
+  return fetch(dtype, place, 0);
+}
+// Half a unit in the last place, relative.
+double unit(DType dtype) {
+  return dtype == DType::float32 ? std::ldexp(1, -24) : std::ldexp(1, dtype == DType::bfloat16 ? -9 : -12);
+}
+
+class DeviceMemory {
+ public:
+  explicit DeviceMemory(std::size_t nbytes) : nbytes_(nbytes) {
+    void* data = nullptr;
+    check(cudaMalloc(&data, std::max<std::size_t>(nbytes, 16)), "cudaMalloc");
+    data_ = std::shared_ptr<void>(data, [](void* p) { cudaFree(p); });
+    check(cudaMemset(data, 0xff, nbytes), "cudaMemset");  // NaN in every dtype
+  }
+  template <typename T>
+  explicit DeviceMemory(const std::vector<T>& host) : DeviceMemory(host.size() * sizeof(T)) {
+    check(cudaMemcpy(data_.get(), host.data(), nbytes_, cudaMemcpyHostToDevice), "upload");
+  }
+  DeviceMemory(DType dtype, const Floats& host) : DeviceMemory(packed(dtype, host)) {}
+  Floats download(DType dtype) const {
+    std::vector<char> bytes(nbytes_);
+    check(cudaMemcpy(bytes.data(), data_.get(), nbytes_, cudaMemcpyDeviceToHost), "download");
+    Floats host(nbytes_ / bytes_of(dtype));
+    for (std::size_t i = 0; i < host.size(); ++i) host[i] = fetch(dtype, bytes.data(), i);
+    return host;
+  }
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data_.get());
+  }
+
+ private:
+  static std::vector<char> packed(DType dtype, const Floats& host) {
+    std::vector<char> bytes(host.size() * bytes_of(dtype));
+    for (std::size_t i = 0; i < host.size(); ++i) store(dtype, bytes.data(), i, host[i]);
+    return bytes;
+  }
+  std::size_t nbytes_;
+  std::shared_ptr<void> data_;
+};
+
+Floats random_floats(std::size_t n, DType dtype = DType::float32) {
+  Floats x(n);
+  for (float& value : x) value = rounded(dtype, random_float());
+  return x;
+}
+
+struct Sequence {
+  int length;
+  std::int64_t position;
+  bool filler = false;  // slot −1
+};
+
+// Sequence b has slot first_slot + B − 1 − b.
+class Batch {
+ public:
+  Batch(const std::vector<Sequence>& sequences, int first_slot) : offsets_{0} {
+    std::vector<std::int64_t> positions;
+    std::vector<std::int32_t> singles, longs;
+    std::vector<Tile> tiles;
+    const int size = static_cast<int>(sequences.size());
+    for (int b = 0; b < size; ++b) {
+      const Sequence& s = sequences[static_cast<std::size_t>(b)];
+      slots_.push_back(s.filler ? -1 : first_slot + size - 1 - b);
+      positions.push_back(s.position);
+      (s.length == 1 ? singles : longs).push_back(b);
+      for (int t = 0; s.length > 1 && t < s.length; t += kTileTokens)
+        tiles.push_back({b, offsets_.back() + t, std::min(kTileTokens, s.length - t)});
+      offsets_.push_back(offsets_.back() + s.length);
+    }
+    view.offsets = keep(offsets_);
+    view.slots = keep(slots_);
+    view.positions = keep(positions);
+    view.num_tokens = offsets_.back();
+    view.num_sequences = size;
+    if (!longs.empty()) view.singles = keep(singles);
+    view.num_singles = static_cast<int>(singles.size());
+    view.tiles = keep(tiles);
+    view.num_tiles = static_cast<int>(tiles.size());
+    view.longs = keep(longs);
+    view.num_longs = static_cast<int>(longs.size());
+  }
+  DeviceBatch view;
+  std::int64_t offset(std::size_t b) const { return offsets_[b]; }
+  std::int64_t slot(std::size_t b) const { return slots_[b]; }
+
+ private:
+  template <typename T>
+  const T* keep(const std::vector<T>& host) {
+    memory_.emplace_back(host);
+    return memory_.back().as<T>();
+  }
+  std::vector<std::int32_t> offsets_, slots_;
+  std::vector<DeviceMemory> memory_;
+};
+
+// The largest |got − want| / (absolute + relative · |want|); > 1 fails.
+class Comparison {
+ public:
+  explicit Comparison(std::string what) : what_(std::move(what)) {}
+  void add(double got, double want, double absolute, double relative) {
+    const double allowed = absolute + relative * std::abs(want), error = std::abs(got - want);
+    if (got == want || (std::isnan(got) && std::isnan(want))) return;
+    worst_ = std::max(worst_, std::isnan(error) ? std::numeric_limits<double>::infinity() : error / allowed);
+  }
+  ~Comparison() {
+    check(cudaDeviceSynchronize(), what_.c_str());
+    if (worst_ > 1) ++failures;
+    std::printf("%s %-100s worst error / allowed %.3f\n", worst_ > 1 ? "FAIL" : "ok  ", what_.c_str(), worst_);
+  }
+
+ private:
+  std::string what_;
+  double worst_ = 0;
+};
+
+const std::vector<DType> kDTypes{DType::float32, DType::bfloat16, DType::float16};
+
+const std::vector<std::vector<Sequence>> kMixes{
+    {{1, 0}, {1, 5}, {1, 1000, true}, {1, 128}, {1, 129}, {1, 130}, {1, 1000003}},
+    {{300, 0}},
+    {{2, 1}, {1, 7}, {64, 40}, {65, 0}, {1, 0}, {3, 500}, {130, 77}, {1, 100000}, {200, 3000000}},
+};
+
+// ---- sliding window ------------------------------------------------------------------------------------------------
+
+void check_sliding_window(const SlidingWindowConfig& c, DType dtype, const std::vector<Sequence>& sequences,
+                          bool aligned) {
+  const Batch batch(sequences, 1);
+  const auto size = sequences.size();
+  const std::int64_t hd = c.head_dim, kv = c.num_kv_heads, row = (c.num_heads + 2 * kv) * hd + (aligned ? 0 : 1);
+  const std::int64_t ring_row = kv * hd, ring = c.window * ring_row, n = (c.rotary_dim + 1) / 2;
+  const std::size_t slot_stride = (static_cast<std::size_t>(2 * ring) * bytes_of(dtype) + 31) / 16 * 16;
+  const std::int64_t slot_size = static_cast<std::int64_t>(slot_stride / bytes_of(dtype));
+  const Floats qkv = random_floats(static_cast<std::size_t>(batch.view.num_tokens * row), dtype);
+  Floats states(static_cast<std::size_t>(slot_size) * (size + 1), std::nanf(""));
+  for (std::size_t b = 0; b < size; ++b) {
+    if (batch.slot(b) < 0) continue;
+    for (std::int64_t p = std::max<std::int64_t>(0, sequences[b].position - c.window); p < sequences[b].position; ++p)
+      for (std::int64_t i = 0; i < ring_row; ++i)
+        for (std::int64_t part : {std::int64_t{0}, ring})
+          states[static_cast<std::size_t>(batch.slot(b) * slot_size + part + p % c.window * ring_row + i)] =
+              rounded(dtype, random_float());
+  }
+  const DeviceMemory device_qkv(dtype, qkv), device_states(dtype, states);
+  const std::int64_t out_row = c.num_heads * hd + (aligned ? 8 : 1);
+  const DeviceMemory out(static_cast<std::size_t>(batch.view.num_tokens * out_row) * bytes_of(dtype));
+  const DeviceMemory scratch(sliding_window_scratch(c, dtype, batch.view));
+  const auto at = [&](std::int64_t element) {
+    return device_qkv.as<char>() + static_cast<std::size_t>(element) * bytes_of(dtype);
+  };
+  const QkvView view{at(0), at(c.num_heads * hd), at((c.num_heads + kv) * hd), row, hd, row, hd, row, hd};
+  sliding_window(main_stream(), c, dtype, batch.view, view, {device_states.as<std::byte>(), slot_stride},
+                 out.as<void>(), out_row, scratch.as<void>());
+  check(cudaDeviceSynchronize(), "sliding_window");
+
+  const Floats got = out.download(dtype), got_states = device_states.download(dtype);
+  const auto rotated = [&](std::int64_t token, std::int64_t element, std::int64_t position) {
+    std::vector<double> x(static_cast<std::size_t>(hd));
+    const auto in = [&](std::int64_t d) {
+      return static_cast<double>(qkv[static_cast<std::size_t>(token * row + element + d)]);
+    };
+    for (std::int64_t d = 0; d < hd; ++d) x[static_cast<std::size_t>(d)] = in(d);
+    for (std::int64_t i = 0; i < n; ++i) {
+      const double angle = static_cast<double>(position) *
+                           std::pow(c.rotary_base, -2.0 * static_cast<double>(i) / static_cast<double>(c.rotary_dim));
+      const std::int64_t one = c.rotary_interleaved ? 2 * i : i, two = c.rotary_interleaved ? 2 * i + 1 : i + n;
+      x[static_cast<std::size_t>(one)] = rounded(dtype, in(one) * std::cos(angle) - in(two) * std::sin(angle));
+      x[static_cast<std::size_t>(two)] = rounded(dtype, in(one) * std::sin(angle) + in(two) * std::cos(angle));
+    }
+    return x;
+  };
+  char what[200];
+  std::snprintf(what, sizeof what, "sliding_window %s heads %d/%d dim %d window %d rotary %d%s%s, %d sequences",
+                name(dtype), static_cast<int>(c.num_heads), static_cast<int>(kv), static_cast<int>(hd),
+                static_cast<int>(c.window), static_cast<int>(c.rotary_dim), c.rotary_interleaved ? " interleaved" : "",
+                aligned ? "" : " unaligned", static_cast<int>(size));
+  Comparison comparison(what);
+  Floats want_states = states;
+  for (std::size_t b = 0; b < size; ++b) {
+    if (batch.slot(b) < 0) continue;
+    const std::int64_t start = sequences[b].position, offset = batch.offset(b);
+    const float* state = states.data() + batch.slot(b) * slot_size;
+    float* want_state = want_states.data() + batch.slot(b) * slot_size;
+    for (std::int64_t h = 0; h < kv; ++h) {
+      // Keys and values of positions from `begin` on.
+      const std::int64_t begin = std::max<std::int64_t>(0, start - c.window), end = start + sequences[b].length;
+      std::vector<std::vector<double>> keys, values;
+      for (std::int64_t p = begin; p < end; ++p) {
+        if (p < start) {
+          const float* from = state + p % c.window * ring_row + h * hd;
+          keys.emplace_back(from, from + hd);
+          values.emplace_back(from + ring, from + ring + hd);
+          continue;
+        }
+        const std::int64_t token = offset + p - start;
+        keys.push_back(rotated(token, (c.num_heads + h) * hd, p));
+        const float* from = qkv.data() + token * row + (c.num_heads + kv + h) * hd;
+        values.emplace_back(from, from + hd);
+        for (std::int64_t d = 0; d < hd; ++d) {
+          want_state[p % c.window * ring_row + h * hd + d] =
+              static_cast<float>(keys.back()[static_cast<std::size_t>(d)]);
+          want_state[ring + p % c.window * ring_row + h * hd + d] = from[d];
+        }
+      }
+      const std::int64_t group = c.num_heads / kv;
+      for (std::int64_t head = h * group; head < (h + 1) * group; ++head) {
+        for (std::int64_t p = start; p < end; ++p) {
+          const std::int64_t token = offset + p - start;
+          const std::vector<double> q = rotated(token, head * hd, p);
+          std::vector<double> score, sum(static_cast<std::size_t>(hd)), magnitude(static_cast<std::size_t>(hd));
+          double total = 0, greatest = -std::numeric_limits<double>::infinity();
+          const std::int64_t first = std::max<std::int64_t>(0, p - c.window + 1);
+          for (std::int64_t j = first; j <= p; ++j) {
+            double dot = 0;
+            for (std::size_t d = 0; d < q.size(); ++d) dot += q[d] * keys[static_cast<std::size_t>(j - begin)][d];
+            score.push_back(dot * c.scale);
+            greatest = std::max(greatest, score.back());
+          }
+          for (std::int64_t j = first; j <= p; ++j) {
+            const double weight = std::exp(score[static_cast<std::size_t>(j - first)] - greatest);
+            total += weight;
+            for (std::size_t d = 0; d < q.size(); ++d) {
+              const double value = values[static_cast<std::size_t>(j - begin)][d];
+              sum[d] += weight * value;
+              magnitude[d] += weight * std::abs(value);
+            }
+          }
+          // Weights in T, the result in T, and a rotated element of q or k that fell to the other side of a tie.
+          for (std::size_t d = 0; d < q.size(); ++d)
+            comparison.add(got[static_cast<std::size_t>(token * out_row + head * hd) + d], sum[d] / total,
+                           (dtype == DType::float32 ? 32 : 2) * unit(dtype) * magnitude[d] / total + 1e-6,
+                           2 * unit(dtype));
+        }
+      }
+    }
+  }
+  for (std::size_t i = 0; i < want_states.size(); ++i)
+    comparison.add(got_states[i], want_states[i], 8 * unit(DType::float32), 2.1 * unit(dtype));
+}
+
+void check_sliding_windows() {
+  const auto config = [](int heads, int kv_heads, int head_dim, int window, int rotary, bool interleaved = false) {
+    SlidingWindowConfig c;
+    c.num_heads = heads;
+    c.num_kv_heads = kv_heads;
+    c.head_dim = head_dim;
+    c.window = window;
+    c.scale = 1 / std::sqrt(static_cast<double>(head_dim));
+    c.rotary_dim = rotary;
+    c.rotary_interleaved = interleaved;
+    return c;
+  };
+  for (DType dtype : kDTypes) {
+    for (const auto& mix : kMixes) {
+      for (const SlidingWindowConfig& c :
+           {config(2, 2, 112, 129, 112), config(4, 2, 64, 129, 64, true), config(2, 1, 128, 64, 32),
+            config(1, 1, 72, 1, 48), config(2, 2, 8, 17, 0), config(3, 1, 31, 10, 15), config(2, 1, 33, 129, 13, true),
+            config(1, 1, 256, 70, 128), config(1, 1, 40, 300, 11, true)})
+        check_sliding_window(c, dtype, mix, true);
+      check_sliding_window(config(2, 1, 64, 100, 64), dtype, mix, false);
+    }
+  }
+}
+
+// ---- gated convolution ---------------------------------------------------------------------------------------------
+
+void check_gated_conv(std::int64_t e, std::int64_t num_taps, DType dtype, const std::vector<Sequence>& sequences) {
+  const Batch batch(sequences, 1);
+  const std::int64_t kept = num_taps - 1, tokens = batch.view.num_tokens;
+  const std::size_t slot_stride = (static_cast<std::size_t>(kept * e) * sizeof(float) + 31) / 16 * 16;
+  const std::int64_t slot_size = static_cast<std::int64_t>(slot_stride / sizeof(float));
+  const Floats u = random_floats(static_cast<std::size_t>(tokens * 2 * e), dtype);
+  const Floats taps = random_floats(static_cast<std::size_t>(e * num_taps));
+  Floats states = random_floats(static_cast<std::size_t>(slot_size) * (sequences.size() + 1));
+  const DeviceMemory device_u(dtype, u), device_taps(taps), device_states(states);
+  const DeviceMemory out(static_cast<std::size_t>(tokens * e) * bytes_of(dtype));
+  GatedConvConfig config;
+  config.inner_size = e;
+  config.kernel_size = num_taps;
+  gated_conv(main_stream(), config, dtype, device_taps.as<float>(), batch.view, device_u.as<void>(),
+             {device_states.as<std::byte>(), slot_stride}, out.as<void>());
+  check(cudaDeviceSynchronize(), "gated_conv");
+  const Floats got = out.download(dtype), got_states = device_states.download(DType::float32);
+  char what[100];
+  std::snprintf(what, sizeof what, "gated_conv %s channels %d taps %d, %d sequences", name(dtype), static_cast<int>(e),
+                static_cast<int>(num_taps), static_cast<int>(sequences.size()));
+  Comparison comparison(what);
+  Floats want_states = states;
+  for (std::size_t b = 0; b < sequences.size(); ++b) {
+    if (batch.slot(b) < 0) continue;
+    const float* state = states.data() + batch.slot(b) * slot_size;
+    for (std::int64_t channel = 0; channel < e; ++channel) {
+      const auto past = [&](std::int64_t index) {
+        return index >= 0 ? u[static_cast<std::size_t>((batch.offset(b) + index) * 2 * e + channel)]
+                          : state[(kept + index) * e + channel];
+      };
+      for (std::int64_t t = 0; t < sequences[b].length; ++t) {
+        double sum = 0, magnitude = 0;
+        for (std::int64_t j = 0; j < num_taps; ++j) {
+          const double term = static_cast<double>(taps[static_cast<std::size_t>(channel * num_taps + j)]) *
+                              static_cast<double>(past(t - kept + j));
+          sum += term;
+          magnitude += std::abs(term);
+        }
+        const std::int64_t token = batch.offset(b) + t;
+        const double gate = u[static_cast<std::size_t>(token * 2 * e + e + channel)];
+        comparison.add(got[static_cast<std::size_t>(token * e + channel)], sum / (1 + std::exp(-sum)) * gate,
+                       8 * unit(DType::float32) * magnitude * std::abs(gate) + 1e-7,
+                       (dtype == DType::float32 ? 16 : 1.1) * unit(dtype));
+      }
+      for (std::int64_t i = 0; i < kept; ++i)
+        want_states[static_cast<std::size_t>(batch.slot(b) * slot_size + i * e + channel)] =
+            past(sequences[b].length - kept + i);
+    }
+  }
+  for (std::size_t i = 0; i < want_states.size(); ++i) comparison.add(got_states[i], want_states[i], 0, 0);
+}
+
+// ---- norm, embed, convert ------------------------------------------------------------------------------------------
+
+void check_norm(NormKind kind, std::int64_t d, bool with_bias, bool with_rows, DType dtype) {
+  const std::int64_t num_rows = 7;
+  const std::vector<std::int32_t> rows{6, 0, -1, 3, 3, 5, 1};
+  Floats r = random_floats(static_cast<std::size_t>(num_rows * d));
+  for (float& x : r) x += 3;  // LayerNorm: a mean to take off
+  const Floats weight = random_floats(static_cast<std::size_t>(d)), bias = random_floats(static_cast<std::size_t>(d));
+  const DeviceMemory device_r(r), device_weight(weight), device_bias(bias), device_rows(rows);
+  const DeviceMemory out(static_cast<std::size_t>(num_rows * d) * bytes_of(dtype));
+  const double eps = 1e-5;
+  norm(main_stream(), kind, static_cast<float>(eps), device_weight.as<float>(),
+       with_bias ? device_bias.as<float>() : nullptr, device_r.as<float>(), d,
+       with_rows ? device_rows.as<std::int32_t>() : nullptr, num_rows, dtype, out.as<void>());
+  const Floats got = out.download(dtype);
+  char what[100];
+  std::snprintf(what, sizeof what, "norm %s %s d %d%s%s", kind == NormKind::rms_norm ? "rms" : "layer", name(dtype),
+                static_cast<int>(d), with_bias ? " bias" : "", with_rows ? " rows" : "");
+  Comparison comparison(what);
+  for (std::int64_t i = 0; i < num_rows; ++i) {
+    const std::int64_t row = with_rows ? rows[static_cast<std::size_t>(i)] : i;
+    const float* x = r.data() + std::max<std::int64_t>(row, 0) * d;
+    double mean = 0, squares = 0;
+    for (std::int64_t j = 0; kind == NormKind::layer_norm && j < d; ++j) mean += x[j] / static_cast<double>(d);
+    for (std::int64_t j = 0; j < d; ++j) squares += (x[j] - mean) * (x[j] - mean) / static_cast<double>(d);
+    for (std::int64_t j = 0; j < d; ++j) {
+      const auto at = static_cast<std::size_t>(j);
+      const double y = (x[j] - mean) / std::sqrt(squares + eps) * weight[at] + (with_bias ? bias[at] : 0.0f);
+      comparison.add(got[static_cast<std::size_t>(i * d + j)], row < 0 ? std::nan("") : y, 4e-6, 1.1 * unit(dtype));
+    }
+  }
+}
+
+void check_embed(DType dtype, std::int64_t d) {
+  const std::int64_t vocabulary = 50;
+  const Floats table = random_floats(static_cast<std::size_t>(vocabulary * d), dtype);
+  const DeviceMemory device_table(dtype, table);
+  Batch batch({{1, 0}, {1, 0, true}, {1, 0}}, 4);  // slots 6, −1, 4
+  const std::vector<std::int32_t> tokens{49, 3, 17}, chosen{9, 9, 9, 9, 31, 9, 44};
+  const DeviceMemory device_tokens(tokens), device_chosen(chosen);
+  batch.view.tokens = device_tokens.as<std::int32_t>();
+  for (bool from_chosen : {false, true}) {
+    const DeviceMemory r(static_cast<std::size_t>(3 * d) * sizeof(float));
+    embed(main_stream(), dtype, device_table.as<void>(), d, batch.view,
+          from_chosen ? device_chosen.as<std::int32_t>() : nullptr, r.as<float>());
+    const Floats got = r.download(DType::float32);
+    Comparison comparison(std::string("embed ") + name(dtype) + " d " + std::to_string(d));
+    const std::vector<std::int32_t> want = from_chosen ? std::vector<std::int32_t>{44, 0, 31} : tokens;
+    for (std::int64_t i = 0; i < 3 * d; ++i)
+      comparison.add(got[static_cast<std::size_t>(i)],
+                     table[static_cast<std::size_t>(want[static_cast<std::size_t>(i / d)] * d + i % d)], 0, 0);
+  }
+}
+
+void check_convert(DType from, DType to, std::size_t n, std::size_t skip) {
+  const Floats x = random_floats(n + skip, from);
+  const DeviceMemory source(from, x), target((n + skip + 1) * bytes_of(to));
+  convert(main_stream(), from, source.as<char>() + skip * bytes_of(from), to, target.as<char>() + skip * bytes_of(to),
+          static_cast<std::int64_t>(n));
+  const Floats got = target.download(to);
+  Comparison comparison(std::string("convert ") + name(from) + " to " + name(to) + " n " + std::to_string(n));
+  for (std::size_t i = 0; i < n; ++i) comparison.add(got[skip + i], rounded(to, x[skip + i]), 0, 0);
+  comparison.add(got[skip + n], std::nan(""), 0, 0);
+}
+
+void check_all() {
+  for (DType dtype : kDTypes) {
+    for (std::int64_t d : {1, 31, 64, 1792}) check_embed(dtype, d);
+    for (DType to : kDTypes) {
+      for (std::size_t n : {1, 1023, 5000}) check_convert(dtype, to, n, n % 2);
+    }
+    for (NormKind kind : {NormKind::rms_norm, NormKind::layer_norm}) {
+      for (std::int64_t d : {1, 33, 64, 1792, 8192, 20000}) {
+        check_norm(kind, d, false, true, dtype);
+        check_norm(kind, d, true, false, dtype);
+      }
+    }
+    for (const auto& mix : kMixes) {
+      for (std::int64_t num_taps : {1, 2, 3, 4, 5, 70}) {
+        for (std::int64_t e : {33, 64, 1028}) check_gated_conv(e, num_taps, dtype, mix);
+      }
+    }
+  }
+  check_sliding_windows();
+}
+
+// ---- times ---------------------------------------------------------------------------------------------------------
+
+constexpr DType kT = DType::bfloat16;
+constexpr std::size_t kRotatedBytes = std::size_t{256} << 20;  // several times the L2
+
+// Median time of one call, from a graph of calls on different inputs: call(i, stream).
+void report(const std::string& what, double nbytes, int inputs, const std::function<void(int, cudaStream_t)>& call) {
+  const cudaStream_t stream = main_stream();
+  check(cudaDeviceSynchronize(), "inputs");
+  const int calls = std::max(inputs, 16);
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+  for (int i = 0; i < calls; ++i) call(i % inputs, stream);
+  check(cudaStreamEndCapture(stream, &graph), "capture");
+  check(cudaGraphInstantiate(&executable, graph, 0), "graph");
+  cudaEvent_t start, stop;
+  check(cudaEventCreate(&start), "event");
+  check(cudaEventCreate(&stop), "event");
+  std::vector<float> times;
+  for (int repetition = 0; repetition < 15; ++repetition) {
+    check(cudaEventRecord(start, stream), "event");
+    check(cudaGraphLaunch(executable, stream), "graph");
+    check(cudaEventRecord(stop, stream), "event");
+    check(cudaEventSynchronize(stop), what.c_str());
+    float milliseconds = 0;
+    check(cudaEventElapsedTime(&milliseconds, start, stop), "event");
+    if (repetition >= 3) times.push_back(1000 * milliseconds / static_cast<float>(calls));
+  }
+  std::nth_element(times.begin(), times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2), times.end());
+  const double median = times[times.size() / 2];
+  std::printf("%-40s %9.2f us %8.0f GB/s\n", what.c_str(), median, nbytes / median / 1000);
+  cudaEventDestroy(start);
+  cudaEventDestroy(stop);
+  cudaGraphExecDestroy(executable);
+  cudaGraphDestroy(graph);
+}
+
+int inputs_for(double nbytes) {
+  return std::clamp(static_cast<int>(static_cast<double>(kRotatedBytes) / nbytes), 2, 300);
+}
+
+// Small numbers of T without a host copy of gigabytes: one random piece, repeated.
+void fill(const DeviceMemory& memory, std::size_t nbytes, DType dtype) {
+  const std::size_t piece = std::min<std::size_t>(nbytes, std::size_t{4} << 20);
+  const DeviceMemory random(dtype, random_floats(piece / bytes_of(dtype), dtype));
+  for (std::size_t at = 0; at < nbytes; at += piece)
+    check(cudaMemcpy(memory.as<char>() + at, random.as<char>(), std::min(piece, nbytes - at), cudaMemcpyDeviceToDevice),
+          "fill");
+}
+
+struct Inputs {
+  DeviceMemory memory;
+  std::size_t each;
+  Inputs(int count, double nbytes, DType dtype)
+      : memory((static_cast<std::size_t>(nbytes) + 255) / 256 * 256 * static_cast<std::size_t>(count)),
+        each((static_cast<std::size_t>(nbytes) + 255) / 256 * 256) {
+    fill(memory, each * static_cast<std::size_t>(count), dtype);
+  }
+  template <typename T = char>
+  T* operator[](int i) const {
+    return reinterpret_cast<T*>(memory.as<char>() + static_cast<std::size_t>(i) * each);
+  }
+};
+
+void time_shape(int size, int length) {
+  const std::string suffix = " " + std::to_string(size) + " x " + std::to_string(length);
+  const double tokens = static_cast<double>(size) * length;
+  {
+    const std::int64_t d = 1792;
+    const double nbytes = tokens * static_cast<double>(d) * 6;
+    const int inputs = inputs_for(nbytes);
+    const Inputs r(inputs, tokens * static_cast<double>(d) * 4, DType::float32), out(inputs, tokens * 2 * d, kT);
+    const DeviceMemory weight(random_floats(static_cast<std::size_t>(d)));
+    report("norm" + suffix, nbytes, inputs, [&](int i, cudaStream_t stream) {
+      norm(stream, NormKind::rms_norm, 1e-5f, weight.as<float>(), nullptr, reinterpret_cast<const float*>(r[i]), d,
+           nullptr, static_cast<std::int64_t>(tokens), kT, out[i]);
+    });
+  }
+  const auto batches = [&](int inputs) {
+    std::vector<Batch> all;
+    for (int i = 0; i < inputs; ++i) {
+      std::vector<Sequence> sequences;
+      for (int b = 0; b < size; ++b) sequences.push_back({length, 1000 + 7 * b});
+      all.emplace_back(sequences, i * size);
+    }
+    return all;
+  };
+  {
+    GatedConvConfig config;
+    config.inner_size = 3584;
+    config.kernel_size = 3;
+    const double e = 3584, state = 2 * e * 4;
+    const double nbytes = tokens * 3 * e * 2 + 2 * state * size;
+    const int inputs = inputs_for(nbytes);
+    const Inputs u(inputs, tokens * 2 * e * 2, kT), out(inputs, tokens * e * 2, kT);
+    const Inputs states(inputs * size, state, DType::float32);
+    const DeviceMemory taps(random_floats(3584 * 3));
+    const std::vector<Batch> all = batches(inputs);
+    report("gated_conv" + suffix, nbytes, inputs, [&](int i, cudaStream_t stream) {
+      gated_conv(stream, config, kT, taps.as<float>(), all[static_cast<std::size_t>(i)].view, u[i],
+                 {states.memory.as<std::byte>(), states.each}, out[i]);
+    });
+  }
+  {
+    SlidingWindowConfig config;
+    config.num_heads = config.num_kv_heads = 16;
+    config.head_dim = config.rotary_dim = 112;
+    config.window = 129;
+    config.scale = 1 / std::sqrt(112.0);
+    const double d = 1792, state = 2 * 129 * d * 2;
+    const double nbytes = tokens * 4 * d * 2 + state * size + (length > 1 ? tokens * 4 * d * 2 : 0);
+    const int inputs = inputs_for(nbytes);
+    const Inputs qkv(inputs, tokens * 3 * d * 2, kT), out(inputs, tokens * d * 2, kT), states(inputs * size, state, kT);
+    const std::vector<Batch> all = batches(inputs);
+    const DeviceMemory scratch(sliding_window_scratch(config, kT, all[0].view));
+    report("sliding_window" + suffix, nbytes, inputs, [&](int i, cudaStream_t stream) {
+      const std::int64_t row = 3 * 1792;
+      const char* q = qkv[i];
+      sliding_window(stream, config, kT, all[static_cast<std::size_t>(i)].view,
+                     {q, q + 1792 * 2, q + 2 * 1792 * 2, row, 112, row, 112, row, 112},
+                     {states.memory.as<std::byte>(), states.each}, out[i], 1792, scratch.as<void>());
+    });
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string what = argc > 1 ? argv[1] : "";
+  if (what != "time") check_all();
+  if (what != "check") {
+    for (int size : {1, 128, 1024}) time_shape(size, 1);
+    time_shape(1, 8192);
+    time_shape(32, 256);
+  }
+  if (failures > 0) std::printf("%d checks failed\n", failures);
+  return failures > 0 ? 1 : 0;
+}
