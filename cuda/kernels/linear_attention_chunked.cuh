@@ -60,7 +60,6 @@ __device__ __forceinline__ float low(Pair x) { return __uint_as_float(x << 16); 
 __device__ __forceinline__ float high(Pair x) { return __uint_as_float(x & 0xffff0000u); }
 
 constexpr Pair kOnes = 0x3f803f80u;
-constexpr Pair kHalves = 0x3f003f00u;
 
 template <int kBlocks>
 struct FeatureGroups {
@@ -122,13 +121,13 @@ __device__ __forceinline__ Pair key_feature(const Rotations (&x)[kBlocks], int g
   return multiply(x[a].x[r < 4 ? 0 : 4], x[b].x[r % 4]);
 }
 
-/// Group `group` of φ(q): x_j² has the weight ½, what r = 4 repeats (and the constant, which is added in float32) 0.
+/// Group `group` of φ(q), without the weight ½ of x_j². What r = 4 repeats, and the constant, which is added in
+/// float32, are 0.
 template <int kBlocks>
 __device__ __forceinline__ Pair query_feature(const Rotations (&x)[kBlocks], int group, int lane) {
   using Groups = FeatureGroups<kBlocks>;
   const int a = Groups::a(group), b = Groups::b(group), r = Groups::r(group);
   if (Groups::linear(group)) return x[b].x[0];
-  if (Groups::diagonal(group) && r == 0) return multiply(x[b].x[0], multiply(x[b].x[0], kHalves));
   if (Groups::diagonal(group) && r == 4) return multiply(x[b].x[0], lane % 4 < 2 ? x[b].x[4] : 0u);
   if (Groups::diagonal(group)) return multiply(x[b].x[0], x[b].x[r]);
   return multiply(x[a].x[r < 4 ? 0 : 4], x[b].x[r % 4]);
@@ -140,26 +139,36 @@ __device__ __forceinline__ int packed_feature(int i, int j, int f) {
   return 1 + f + first * f - first * (first - 1) / 2 + (second - first);
 }
 
-/// Feature j of a group in the packed order, < 0 for a repeated one, and packed value / Σ φ(k) v.
+/// Where feature j of a group lies in the packed order, < 0 for a repeated one, and packed value / Σ φ(k) v.
+struct PackedPlace {
+  int feature;
+  float weight, inverse_weight;
+};
+
+/// Of a linear feature, of x_i x_j, of x_i².
+struct FeatureWeights {
+  float linear, pair, square, inverse_linear, inverse_pair, inverse_square;
+  __device__ __forceinline__ explicit FeatureWeights(float c)
+      : linear(sqrtf(c)),
+        pair(c),
+        square(c * 0.70710678118654752f),
+        inverse_linear(1.0f / linear),
+        inverse_pair(1.0f / pair),
+        inverse_square(1.0f / square) {}
+};
+
 template <int kBlocks>
-__device__ __forceinline__ int packed_place(int group, int j, float c, float& weight) {
+__device__ __forceinline__ PackedPlace packed_place(int group, int j, const FeatureWeights& w) {
   using Groups = FeatureGroups<kBlocks>;
   constexpr int f = 8 * kBlocks;
   const int a = Groups::a(group), b = Groups::b(group), r = Groups::r(group);
-  weight = c;
-  if (Groups::linear(group)) {
-    weight = sqrtf(c);
-    return 1 + 8 * b + j;
-  }
-  if (Groups::diagonal(group)) {
-    if (r == 0) weight = c * 0.70710678118654752f;
-    if (r == 4 && j >= 4) {
-      weight = 1.0f;
-      return group == Groups::kConstant && j == 4 ? 0 : -1;
-    }
-    return packed_feature(8 * b + j, 8 * b + (j + r) % 8, f);
-  }
-  return packed_feature(8 * a + (j + (r < 4 ? 0 : 4)) % 8, 8 * b + (j + r % 4) % 8, f);
+  if (Groups::linear(group)) return {1 + 8 * b + j, w.linear, w.inverse_linear};
+  if (!Groups::diagonal(group))
+    return {packed_feature(8 * a + (j + (r < 4 ? 0 : 4)) % 8, 8 * b + (j + r % 4) % 8, f), w.pair, w.inverse_pair};
+  if (r == 0) return {packed_feature(8 * b + j, 8 * b + j, f), w.square, w.inverse_square};
+  const int feature = packed_feature(8 * b + j, 8 * b + (j + r) % 8, f);
+  if (r < 4 || j < 4) return {feature, w.pair, w.inverse_pair};
+  return {group == Groups::kConstant && j == 4 ? 0 : -1, 1.0f, 1.0f};
 }
 
 // ---- the state in registers ----------------------------------------------------------------------------------------
@@ -196,26 +205,30 @@ struct ChunkedState {
   __device__ __forceinline__ void load(const float* packed, const float* z, int head_dim, int column, float c,
                                        int lane) {
     const int g = lane / 4, t = lane % 4;
+    const FeatureWeights weights(c);
+    const bool valid[2] = {column < head_dim, column + 8 < head_dim};
+    packed += column + g;
 #pragma unroll
     for (int i = 0; i < Groups::kCount; ++i)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float weight;
-        const int place = packed_place<kBlocks>(i, 2 * t + e % 2, c, weight);
-        const int at = column + g + e / 2 * 8;
-        s[i][e] =
-            place >= 0 && at < head_dim ? packed[static_cast<std::int64_t>(place) * head_dim + at] / weight : 0.0f;
+      for (int e = 0; e < 2; ++e) {
+        const PackedPlace place = packed_place<kBlocks>(i, 2 * t + e, weights);
+        const float* at = packed + place.feature * head_dim;
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          s[i][2 * half + e] = place.feature >= 0 && valid[half] ? at[8 * half] * place.inverse_weight : 0.0f;
       }
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int i = 16 * m + g + e / 2 * 8;
-        key_sum[m][e] = i < kF ? z[1 + i] / sqrtf(c) : 0.0f;
+        key_sum[m][e] = i < kF ? z[1 + i] * weights.inverse_linear : 0.0f;
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {
           const int j = 8 * n + 2 * t + e % 2;
-          gram[m][n][e] = i < kF ? z[packed_feature(i, j, kF)] / (i == j ? c * 0.70710678118654752f : c) : 0.0f;
+          gram[m][n][e] =
+              i < kF ? z[packed_feature(i, j, kF)] * (i == j ? weights.inverse_square : weights.inverse_pair) : 0.0f;
         }
       }
     count = z[0];
@@ -224,14 +237,18 @@ struct ChunkedState {
   /// z may be null: then it is not stored.
   __device__ __forceinline__ void store(float* packed, float* z, int head_dim, int column, float c, int lane) const {
     const int g = lane / 4, t = lane % 4;
+    const FeatureWeights weights(c);
+    const bool valid[2] = {column < head_dim, column + 8 < head_dim};
+    packed += column + g;
 #pragma unroll
     for (int i = 0; i < Groups::kCount; ++i)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float weight;
-        const int place = packed_place<kBlocks>(i, 2 * t + e % 2, c, weight);
-        const int at = column + g + e / 2 * 8;
-        if (place >= 0 && at < head_dim) packed[static_cast<std::int64_t>(place) * head_dim + at] = s[i][e] * weight;
+      for (int e = 0; e < 2; ++e) {
+        const PackedPlace place = packed_place<kBlocks>(i, 2 * t + e, weights);
+        float* at = packed + place.feature * head_dim;
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          if (place.feature >= 0 && valid[half]) at[8 * half] = s[i][2 * half + e] * place.weight;
       }
     if (!z) return;
 #pragma unroll
@@ -239,11 +256,11 @@ struct ChunkedState {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int i = 16 * m + g + e / 2 * 8;
-        if (t == 0 && e % 2 == 0 && i < kF) z[1 + i] = key_sum[m][e] * sqrtf(c);
+        if (t == 0 && e % 2 == 0 && i < kF) z[1 + i] = key_sum[m][e] * weights.linear;
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {
           const int j = 8 * n + 2 * t + e % 2;
-          if (i <= j) z[packed_feature(i, j, kF)] = gram[m][n][e] * (i == j ? c * 0.70710678118654752f : c);
+          if (i <= j) z[packed_feature(i, j, kF)] = gram[m][n][e] * (i == j ? weights.square : weights.pair);
         }
       }
     if (lane == 0) z[0] = count;
@@ -302,6 +319,7 @@ __global__ void __launch_bounds__(32 * kChunkedWarps, 2) chunked_kernel(ChunkedA
   const bf16* v =
       static_cast<const bf16*>(a.qkv.v) + segment.first * a.qkv.v_token + head * a.qkv.v_head + block_column;
   bf16* out = a.out + segment.first * a.out_token + head * a.out_head + column;
+  const std::int64_t out_step = 8 * a.out_token;
   const int num_tiles = (segment.count + kTileTokens - 1) / kTileTokens;
 
   const auto fetch_tile = [&](int tile, int stage) {
@@ -331,8 +349,7 @@ __global__ void __launch_bounds__(32 * kChunkedWarps, 2) chunked_kernel(ChunkedA
                             static_cast<std::int64_t>(head) * a.num_features;
   ChunkedState<kBlocks> state;
   float* slot_state = slot_data<float>(a.state, slot);
-  float* segment_state =
-      is_first && is_last ? slot_state : slot_data<float>(a.segment_states, segment_index);
+  float* segment_state = is_first && is_last ? slot_state : slot_data<float>(a.segment_states, segment_index);
   if (kOutputs)
     state.load(segment_state + s_at, segment_state + z_at, a.head_dim, column, a.scale, lane);
   else
@@ -441,12 +458,20 @@ __global__ void __launch_bounds__(32 * kChunkedWarps, 2) chunked_kernel(ChunkedA
         sums[n][0] = __shfl_sync(0xffffffffu, state.s[Groups::kConstant][2 * n], 8 * t + 2);
         sums[n][1] = __shfl_sync(0xffffffffu, state.s[Groups::kConstant][2 * n], 8 * t + 6);
       }
-      Pair rounded[Groups::kCount][2];
+      const auto round = [&](int i, int n) {  // B fragments of 8 columns
+        const float weight = Groups::diagonal(i) && Groups::r(i) == 0 ? 0.5f : 1.0f;
+        return pack<bf16>(weight * state.s[i][2 * n], weight * state.s[i][2 * n + 1]);
+      };
+      constexpr bool kKeepRounded = kBlocks <= 2;  // as long as the registers last
+      Pair rounded[kKeepRounded ? Groups::kCount : 1][2];
+      if constexpr (kKeepRounded) {
 #pragma unroll
-      for (int i = 0; i < Groups::kCount; ++i) {
-        rounded[i][0] = pack<bf16>(state.s[i][0], state.s[i][1]);
-        rounded[i][1] = pack<bf16>(state.s[i][2], state.s[i][3]);
+        for (int i = 0; i < Groups::kCount; ++i) rounded[i][0] = round(i, 0), rounded[i][1] = round(i, 1);
       }
+      const bool odd = t % 2 != 0;
+      const int first_out = odd ? 2 * t + 6 : 2 * t;
+      const bool stores = column + first_out < a.head_dim;
+      bf16* target = out + (begin + g) * a.out_token + first_out;
 #pragma unroll 1
       for (int m = 0; 16 * m < rows; ++m) {
         Pair x[kBlocks][2];
@@ -476,8 +501,10 @@ __global__ void __launch_bounds__(32 * kChunkedWarps, 2) chunked_kernel(ChunkedA
         for (int i = 0; i < Groups::kCount; i += 2) {
           const Pair phi[4] = {query_feature<kBlocks>(upper, i, lane), query_feature<kBlocks>(lower, i, lane),
                                query_feature<kBlocks>(upper, i + 1, lane), query_feature<kBlocks>(lower, i + 1, lane)};
-          mma_16x8x16<bf16>(o[i / 2 % 2][0], phi, rounded[i][0], rounded[i + 1][0]);
-          mma_16x8x16<bf16>(o[i / 2 % 2][1], phi, rounded[i][1], rounded[i + 1][1]);
+#pragma unroll
+          for (int n = 0; n < 2; ++n)
+            mma_16x8x16<bf16>(o[i / 2 % 2][n], phi, kKeepRounded ? rounded[kKeepRounded ? i : 0][n] : round(i, n),
+                              kKeepRounded ? rounded[kKeepRounded ? i + 1 : 0][n] : round(i + 1, n));
         }
         // Neighbouring lanes swap, so that each stores 4 columns in a row.
 #pragma unroll
@@ -489,12 +516,10 @@ __global__ void __launch_bounds__(32 * kChunkedWarps, 2) chunked_kernel(ChunkedA
           for (int n = 0; n < 2; ++n)
             y[n] = pack<bf16>((o[0][n][2 * e] + o[1][n][2 * e]) * inverse,
                               (o[0][n][2 * e + 1] + o[1][n][2 * e + 1]) * inverse);
-          const bool odd = t % 2 != 0;
           const Pair other = __shfl_xor_sync(0xffffffffu, odd ? y[0] : y[1], 1);
-          const int at = odd ? 2 * t + 6 : 2 * t;
-          if (row < rows && column + at < a.head_dim)
-            *reinterpret_cast<uint2*>(out + (begin + row) * a.out_token + at) =
-                odd ? make_uint2(other, y[1]) : make_uint2(y[0], other);
+          if (stores && row < rows)
+            *reinterpret_cast<uint2*>(target) = odd ? make_uint2(other, y[1]) : make_uint2(y[0], other);
+          target += out_step;
         }
       }
     }

@@ -138,14 +138,16 @@ __global__ void __launch_bounds__(1024) decode_kernel(RecurrentArguments a, int 
     for (int first_row = 0; first_row < num_features; first_row += kDecodeRows) {
       const int rows = min(num_features - first_row, kDecodeRows);
       float* s = state + static_cast<std::int64_t>(first_row) * a.head_dim + column;
+      const int row_step = row_groups * a.head_dim;
       const auto load_batch = [&](Columns<kVec>(&x)[kDecodeBatch], int row) {
 #pragma unroll
         for (int i = 0; i < kDecodeBatch; ++i)
-          if (streams && row + i * row_groups < rows)
-            x[i] = load_columns<kVec>(s + static_cast<std::int64_t>(row + i * row_groups) * a.head_dim);
+          if (streams && row + i * row_groups < rows) x[i] = load_columns<kVec>(s + row * a.head_dim + i * row_step);
       };
       Columns<kVec> now[kDecodeBatch], next[kDecodeBatch];
       load_batch(now, group);
+      const bool has_z = first_column == 0 && tid < rows;
+      const float first_z = has_z ? z[first_row + tid] : 0.0f;  // under way with the rows
       if (first_row == 0) {
         if (streams)
 #pragma unroll
@@ -162,7 +164,7 @@ __global__ void __launch_bounds__(1024) decode_kernel(RecurrentArguments a, int 
         const float2 both = make_float2(yk[pair.i] * yk[pair.j] * pair.weight, yq[pair.i] * yq[pair.j] * pair.weight);
         phi[row] = both;
         if (first_column == 0) {
-          const float sum = z[first_row + row] + both.x;
+          const float sum = (row == tid ? first_z : z[first_row + row]) + both.x;
           z[first_row + row] = sum;
           partial += both.y * sum;
         }
@@ -180,7 +182,7 @@ __global__ void __launch_bounds__(1024) decode_kernel(RecurrentArguments a, int 
             now[i].x[n] += both.x * v.x[n];
             acc.x[n] += both.y * now[i].x[n];
           }
-          store_columns<kVec>(s + static_cast<std::int64_t>(at) * a.head_dim, now[i]);
+          store_columns<kVec>(s + row * a.head_dim + i * row_step, now[i]);
         }
 #pragma unroll
         for (int i = 0; i < kDecodeBatch; ++i) now[i] = next[i];
