@@ -11,6 +11,7 @@
 #include "backend/backend.h"
 #include "kernels.h"
 #include "kernels/sampling.h"
+#include "stream.h"
 
 namespace based::cuda {
 
@@ -39,7 +40,7 @@ class SamplerHost {
 /// that step have counted their tokens. A recorded step that samples must not be replayed when its sampler is gone.
 class CudaSampler final : public backend::Sampler {
  public:
-  /// Throws UnsupportedError for a vocabulary of more than kMaxVocabSize tokens.
+  /// On the current device. Throws UnsupportedError for a vocabulary of more than kMaxVocabSize tokens.
   CudaSampler(SamplerHost& host, std::int64_t vocab_size, int num_rows);
   ~CudaSampler() override;
   CudaSampler(const CudaSampler&) = delete;
@@ -60,34 +61,32 @@ class CudaSampler final : public backend::Sampler {
   // What a row's SamplerRow points to.
   struct Row {
     backend::Buffer bias, stop, seen, changed_logits;
-    std::shared_ptr<TokenLogprob[]> top_logprobs;  // (kRing, num_top), pinned
+    std::shared_ptr<void> top_logprobs;  // (kRing, num_top) TokenLogprob, pinned
     int num_top = 0;
     int top_capacity = 0;  // ≥ num_top
   };
+  // A step whose tokens nobody took yet.
   struct Pending {
     std::uint32_t entry;  // of the ring
     std::vector<std::int32_t> slots;
     std::vector<std::int64_t> positions;  // of the chosen tokens
     struct Top {
-      std::shared_ptr<TokenLogprob[]> logprobs;
+      std::shared_ptr<void> logprobs;
       int num_top;
     };
     std::vector<Top> top;  // by sequence; empty when no row wants any
   };
-  struct DestroyEvent {
-    void operator()(CUevent_st* event) const { cudaEventDestroy(event); }
-  };
 
   void launched(const backend::RaggedBatch& batch);
-  template <typename T>
-  backend::Buffer upload(std::span<const T> values);
+  backend::Buffer upload(const void* values, std::size_t nbytes);
 
   SamplerHost& host_;
-  std::int64_t vocab_size_;
+  const int device_;
+  const std::int64_t vocab_size_;
+  backend::Buffer memory_;      // rows, counters, chosen
+  std::shared_ptr<void> ring_;  // pinned
   SamplerView view_;
-  backend::Buffer memory_;                  // rows, chosen, counters
-  std::shared_ptr<SamplingResult[]> ring_;  // pinned
-  std::unique_ptr<CUevent_st, DestroyEvent> events_[kRing];
+  Event events_[kRing];
   std::uint32_t num_launched_ = 0;
   std::vector<Row> rows_;
   std::deque<Pending> pending_;

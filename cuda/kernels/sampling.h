@@ -50,7 +50,7 @@ constexpr std::int64_t padded_vocabulary(std::int64_t vocab_size) { return (voca
 
 enum class SamplingFailure : std::int32_t { none, no_logit, no_token };
 
-struct SamplingResult {
+struct alignas(16) SamplingResult {
   std::int32_t token;
   float logprob;
   SamplingFailure failure;
@@ -71,6 +71,9 @@ struct SamplerView {
 /// to the element, faster when rows are 16-byte aligned.
 void sample(cudaStream_t stream, const SamplerView& sampler, const DeviceBatch& batch, const float* logits,
             std::int64_t cols, std::int64_t vocab_size);
+
+/// sampler.rows[row] = state, without waiting for a copy from the host.
+void store_row(cudaStream_t stream, const SamplerView& sampler, int row, const SamplerRow& state);
 
 /// seen[token] = kInPrompt for each of n tokens.
 void mark_prompt(cudaStream_t stream, const std::int32_t* tokens, std::int64_t n, std::uint32_t* seen);
