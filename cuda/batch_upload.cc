@@ -20,8 +20,9 @@ class Blob {
   template <typename T>
   std::size_t add(std::span<const T> values) {
     const std::size_t at = bytes_.size();
-    bytes_.resize(at + (values.size_bytes() + 15) / 16 * 16);
-    if (!values.empty()) std::memcpy(bytes_.data() + at, values.data(), values.size_bytes());
+    const std::span<const std::byte> bytes = std::as_bytes(values);
+    bytes_.insert(bytes_.end(), bytes.begin(), bytes.end());
+    while (bytes_.size() % 16 != 0) bytes_.push_back({});
     return at;
   }
   template <typename T>

@@ -27,13 +27,13 @@ constexpr int kTileTokens = 64;
 /// a "single" and is advanced by the recurrent kernels; longer ones are "long" and cut into tiles and segments.
 /// slots[b] < 0: a row that only fills up a captured batch size; kernels leave it alone (its output is undefined).
 struct DeviceBatch {
-  const std::int32_t* tokens = nullptr;     // (N)
-  const std::int32_t* offsets = nullptr;    // (B + 1)
-  const std::int32_t* slots = nullptr;      // (B)
-  const std::int64_t* positions = nullptr;  // (B) of each sequence's first token
+  const std::int32_t* tokens = nullptr;      // (N)
+  const std::int32_t* offsets = nullptr;     // (B + 1)
+  const std::int32_t* slots = nullptr;       // (B)
+  const std::int64_t* positions = nullptr;   // (B) of each sequence's first token
   const std::int32_t* logit_rows = nullptr;  // (B) row of the logits of each sequence; null: row b
-  int num_tokens = 0;                       // N
-  int num_sequences = 0;                    // B
+  int num_tokens = 0;                        // N
+  int num_sequences = 0;                     // B
 
   const std::int32_t* singles = nullptr;  // (num_singles) sequences of one token; null when all are: then 0 … B − 1
   int num_singles = 0;
@@ -107,9 +107,9 @@ std::size_t linear_attention_scratch(const LinearAttentionConfig& config, DType 
 
 /// backend::Backend::sliding_window on separate q (H heads), k, v (H_kv heads) of head_dim each. Rotates q and k IN
 /// PLACE for long sequences. out at out + n · out_token + h · head_dim, T.
-/// State of a slot: ring of keys (window, H_kv, head_dim) T, already rotated, then of values, the same shape. The key of
-/// position p lies in row p mod window; rows of positions < 0 or ≥ the sequence's own are never read.
-/// `scratch`: sliding_window_scratch() bytes.
+/// State of a slot: ring of keys (window, H_kv, head_dim) T, already rotated, then of values, the same shape. The key
+/// of position p lies in row p mod window; rows of positions < 0 or ≥ the sequence's own are never read. `scratch`:
+/// sliding_window_scratch() bytes.
 void sliding_window(cudaStream_t stream, const SlidingWindowConfig& config, DType dtype, const DeviceBatch& batch,
                     const QkvView& qkv, StateView state, void* out, std::int64_t out_token, void* scratch);
 std::size_t sliding_window_scratch(const SlidingWindowConfig& config, DType dtype, const DeviceBatch& batch);
@@ -118,9 +118,9 @@ std::size_t sliding_window_scratch(const SlidingWindowConfig& config, DType dtyp
 
 /// y = act(x Wᵀ + b), or y += that. See backend::Backend::linear.
 struct LinearArguments {
-  DType dtype = DType::float32;    // T of W
-  const void* weight = nullptr;    // (rows, K) T, row-major; rows = 2m when gated: [value | gate]
-  const float* bias = nullptr;     // (rows) or null
+  DType dtype = DType::float32;  // T of W
+  const void* weight = nullptr;  // (rows, K) T, row-major; rows = 2m when gated: [value | gate]
+  const float* bias = nullptr;   // (rows) or null
   std::int64_t rows = 0, k = 0;
   Activation activation = Activation::identity;
   bool gated = false;

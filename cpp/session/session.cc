@@ -188,6 +188,7 @@ Tensor Session::Impl::step(std::span<const std::int32_t> tokens, std::span<const
   const Tensor logits = transformer().new_logits(*backend, static_cast<std::int64_t>(tokens.size()));
   advance(tokens, slots, rows, nullptr);
   backend->copy(logits.data(), step_logits_.memory.data.get(), logits.nbytes());
+  backend->synchronize();
   return logits;
 }
 

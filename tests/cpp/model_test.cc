@@ -118,8 +118,10 @@ TEST(Model, NamesMissingExtraAndMisshapenTensors) {
 
 TEST(Model, RefusesDevicesThreadsAndDtypesItCannotUse) {
   LoadOptions options;
-  options.dtype = DType::float16;
+  options.dtype = DType::int16;
   EXPECT_THROW(Model::random(tiny_config(), 7, options), InvalidArgument);
+  options.dtype = DType::float16;
+  EXPECT_THROW(Model::random(tiny_config(), 7, options), UnsupportedError);
   options = {};
   options.num_threads = -1;
   EXPECT_THROW(Model::random(tiny_config(), 7, options), InvalidArgument);
