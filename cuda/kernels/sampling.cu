@@ -218,7 +218,7 @@ struct Selection {
     return static_cast<u64>((bits & 0x7fffffu) | 0x800000u) << (kWeightBits - 23) >> (127 - (bits >> 23));
   }
   __device__ __forceinline__ int bin(float x, float bins_per_unit) const {
-    return min(static_cast<int>((max - x) * bins_per_unit), kBins - 1);
+    return static_cast<int>(fminf((max - x) * bins_per_unit, kBins - 1));
   }
 };
 
