@@ -98,19 +98,12 @@ std::int64_t skinny_shared_bytes(const LinearArguments& a) {
   return kRingBytes + partial + a.m * x_stride_bytes(a.k, static_cast<int>(size_of(a.dtype)));
 }
 
-__device__ __forceinline__ std::uint64_t evict_first_policy() {
-  std::uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-/// 16 bytes that are read once: not to displace what is reused from L2. Zeros when not valid.
-__device__ __forceinline__ void stream_16(void* shared, const void* global, bool valid, std::uint64_t policy) {
+/// 16 bytes of a row that is read on. Zeros when not valid.
+__device__ __forceinline__ void stream_16(void* shared, const void* global, bool valid) {
   const int bytes = valid ? 16 : 0;
-  asm volatile(
-      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(shared_address(shared)),
-      "l"(global), "r"(bytes), "l"(policy)
-      : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(bytes)
+               : "memory");
 }
 
 /// 16 bytes of T at element i of a row of x, past L1: the row is another kernel's and this one may have started first.
@@ -146,7 +139,6 @@ __global__ void __launch_bounds__(kWarps * 32)
   std::byte* const xs = reinterpret_cast<std::byte*>(partials + 2 * kWarps * kTokens * kPartialStride);
   const int x_stride = x_stride_bytes(k, sizeof(T));
 
-  const std::uint64_t policy = evict_first_policy();
   int fetch_tile = count > 0 ? static_cast<int>(blockIdx.x) : num_tiles, fetch_chunk = 0;
   const auto fetch = [&](int stage) {
     if (fetch_tile < num_tiles) {
@@ -156,9 +148,9 @@ __global__ void __launch_bounds__(kWarps * 32)
       const bool high_valid = (a.gated ? low : high) < outputs && column < k;
       const T* weight = static_cast<const T*>(a.weight);
       std::byte* to = ring + stage * kStageBytes;
-      stream_16(to, low_valid ? weight + static_cast<std::int64_t>(low) * k + column : weight, low_valid, policy);
+      stream_16(to, low_valid ? weight + static_cast<std::int64_t>(low) * k + column : weight, low_valid);
       stream_16(to + kStageBytes / 2, high_valid ? weight + static_cast<std::int64_t>(high) * k + column : weight,
-                high_valid, policy);
+                high_valid);
       if (++fetch_chunk == count) {
         fetch_chunk = 0;
         fetch_tile += static_cast<int>(gridDim.x);

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_kernel(const NormArguments a
   }
   wait_for_predecessors();
   release_successors();
-  const std::int64_t row = a.rows == nullptr ? blockIdx.x : a.rows[blockIdx.x];
+  const std::int64_t row = a.rows == nullptr ? static_cast<std::int64_t>(blockIdx.x) : a.rows[blockIdx.x];
   if (row < 0) return;
   const Vector* r = reinterpret_cast<const Vector*>(a.r + row * a.d);
 #pragma unroll
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_any_kernel(const NormArgumen
   __shared__ float sums[2][32];
   wait_for_predecessors();
   release_successors();
-  const std::int64_t row = a.rows == nullptr ? blockIdx.x : a.rows[blockIdx.x];
+  const std::int64_t row = a.rows == nullptr ? static_cast<std::int64_t>(blockIdx.x) : a.rows[blockIdx.x];
   if (row < 0) return;
   const float* r = a.r + row * a.d;
   float mean = 0;

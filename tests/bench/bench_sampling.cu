@@ -146,10 +146,11 @@ std::vector<float> changed(std::vector<float> x, const Sequence& s) {
   return x;
 }
 
+// log Σ e^(x − max)
 double log_sum(const std::vector<float>& x, double max) {
   double sum = 0;
   for (float v : x) sum += std::exp(clean(v) - max);
-  return max + std::log(sum);
+  return std::log(sum);
 }
 
 bool near(double a, double b) { return a == b || std::abs(a - b) < 2e-6 + 3e-7 * std::abs(b); }
@@ -159,17 +160,18 @@ void verify(const std::vector<float>& raw, const Sequence& s, std::int64_t posit
             const char* name) {
   const auto order = by_logit(raw);
   const auto logit = [&](std::int32_t t) { return clean(raw[static_cast<std::size_t>(t)]); };
-  const double total = log_sum(raw, logit(order[0]));
+  const double highest = logit(order[0]), log_of_sum = log_sum(raw, highest);
+  const auto log_prob = [&](std::int32_t t) { return logit(t) - highest - log_of_sum; };
   if (chosen.token < 0 || static_cast<std::size_t>(chosen.token) >= raw.size())
     return expect(false, "%s: token %d of %zu", name, chosen.token, raw.size());
-  expect(near(chosen.logprob, logit(chosen.token) - total), "%s: logprob %.8g, expected %.8g", name,
-         static_cast<double>(chosen.logprob), logit(chosen.token) - total);
+  expect(near(chosen.logprob, log_prob(chosen.token)), "%s: logprob %.8g, expected %.8g", name,
+         static_cast<double>(chosen.logprob), log_prob(chosen.token));
   const auto wanted = std::min(static_cast<std::size_t>(s.params.logprobs.value_or(0)), order.size());
   expect(chosen.top_logprobs.size() == wanted, "%s: %zu top_logprobs of %zu", name, chosen.top_logprobs.size(), wanted);
   for (std::size_t i = 0; i < std::min(wanted, chosen.top_logprobs.size()); ++i)
-    expect(chosen.top_logprobs[i].token == order[i] && near(chosen.top_logprobs[i].logprob, logit(order[i]) - total),
+    expect(chosen.top_logprobs[i].token == order[i] && near(chosen.top_logprobs[i].logprob, log_prob(order[i])),
            "%s: top_logprobs[%zu] = %d, %.8g, expected %d, %.8g", name, i, chosen.top_logprobs[i].token,
-           static_cast<double>(chosen.top_logprobs[i].logprob), order[i], logit(order[i]) - total);
+           static_cast<double>(chosen.top_logprobs[i].logprob), order[i], log_prob(order[i]));
 
   const SamplingParams& p = s.params;
   const auto x = changed(raw, s);
@@ -340,7 +342,8 @@ void check_log_probs(Host& host) {
     const auto begin = values.begin() + r * cols;
     const std::vector<float> x(begin, begin + vocab);
     const auto target = static_cast<std::size_t>(targets[static_cast<std::size_t>(r)]);
-    const double expected = clean(x[target]) - log_sum(x, *std::max_element(x.begin(), x.end()));
+    const double expected =
+        clean(x[target]) - *std::max_element(x.begin(), x.end()) - log_sum(x, *std::max_element(x.begin(), x.end()));
     expect(near(result[r], expected), "token_log_probs %g, expected %g", static_cast<double>(result[r]), expected);
   }
 }

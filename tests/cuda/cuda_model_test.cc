@@ -1,0 +1,316 @@
+// The CUDA device against the CPU's, through the public API: same seed, same weights, same results.
+
+#include <random>
+#include <thread>
+
+#include "based/error.h"
+#include "based/generation.h"
+#include "based/session.h"
+#include "cuda_test.h"
+
+namespace based {
+namespace {
+
+using test::CudaTest;
+using test::host_floats;
+using test::kCuda;
+using test::on;
+using test::random_tokens;
+using test::read_bytes;
+using test::relative_error;
+using test::TemporaryFolder;
+
+using Prompts = std::vector<std::vector<std::int32_t>>;
+
+// All mixers at sizes that the fast kernels take.
+ModelConfig fast_config() {
+  ModelConfig config = test::tiny_config();
+  config.vocab_size = 500;
+  config.padded_vocab_size = 504;
+  config.hidden_size = 128;
+  config.mlp = {true, Activation::silu, 256, false, false};
+  SlidingWindowConfig window;
+  window.num_heads = 4;
+  window.num_kv_heads = 4;
+  window.head_dim = 32;
+  window.window = 129;
+  window.scale = 0.177;
+  window.rotary_dim = 32;
+  config.layers = {GatedConvConfig{256, 3, true}, LinearAttentionConfig{4, 16, 32, 1e-12}, window,
+                   GatedConvConfig{256, 3, true}, LinearAttentionConfig{2, 24, 64, 1e-12}};
+  config.eos_token_id.reset();
+  return config;
+}
+
+double tolerance(DType dtype) { return dtype == DType::float32 ? 2e-5 : dtype == DType::float16 ? 1e-2 : 4e-2; }
+
+struct Case {
+  const char* name;
+  ModelConfig (*config)();
+  DType dtype;
+};
+
+class CudaSmall : public CudaTest, public ::testing::WithParamInterface<Case> {
+ protected:
+  std::shared_ptr<const Model> cpu() const { return Model::random(GetParam().config(), 11); }
+  std::shared_ptr<const Model> cuda() const {
+    return Model::random(GetParam().config(), 11, on(kCuda, GetParam().dtype));
+  }
+  std::int64_t vocab() const { return GetParam().config().vocab_size; }
+  void expect_close(const Tensor& a, const Tensor& b) const {
+    EXPECT_LE(relative_error(host_floats(a), host_floats(b)), tolerance(GetParam().dtype));
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Models, CudaSmall,
+                         ::testing::Values(Case{"OddSizesFloat32", test::tiny_config, DType::float32},
+                                           Case{"OddSizesBfloat16", test::tiny_config, DType::bfloat16},
+                                           Case{"OddSizesFloat16", test::tiny_config, DType::float16},
+                                           Case{"FastSizesFloat32", fast_config, DType::float32},
+                                           Case{"FastSizesBfloat16", fast_config, DType::bfloat16},
+                                           Case{"FastSizesFloat16", fast_config, DType::float16}),
+                         [](const auto& param) { return std::string(param.param.name); });
+
+TEST_P(CudaSmall, EveryLayerMatchesTheCpu) {
+  const auto tokens = random_tokens(200, 1, vocab());
+  const LayerTrace a = cuda()->trace(tokens), b = cpu()->trace(tokens);
+  expect_close(a.embed, b.embed);
+  for (std::size_t i = 0; i < b.mixer_out.size(); ++i) {
+    SCOPED_TRACE("layer " + std::to_string(i) + ", " + std::string(mixer_name(GetParam().config().layers[i])));
+    expect_close(a.mixer_out[i], b.mixer_out[i]);
+    expect_close(a.block_out[i], b.block_out[i]);
+  }
+  expect_close(a.final_norm, b.final_norm);
+  expect_close(a.logits, b.logits);
+}
+
+TEST_P(CudaSmall, RaggedPrefillsAndStepsMatchTheCpu) {
+  const auto on_cuda = cuda(), on_cpu = cpu();
+  Session a(on_cuda, 5), b(on_cpu, 5);
+  std::vector<std::size_t> lengths{300, 1, 70, 2, 513};
+  for (int round = 0; round < 2; ++round) {  // the second after what the first left
+    Prompts prompts;
+    for (std::size_t i = 0; i < lengths.size(); ++i)
+      prompts.push_back(
+          random_tokens(lengths[i], static_cast<std::uint32_t>(10 * round) + static_cast<std::uint32_t>(i), vocab()));
+    expect_close(a.prefill(prompts), b.prefill(prompts));
+    std::swap(lengths[0], lengths[1]);
+  }
+  for (std::uint32_t t = 0; t < 6; ++t) {  // the first unrecorded, the second recorded, then replayed
+    SCOPED_TRACE(t);
+    const auto next = random_tokens(5, 40 + t, vocab());
+    expect_close(a.step(next), b.step(next));
+  }
+  const std::vector<int> some{4, 0, 2};
+  for (std::uint32_t t = 0; t < 3; ++t) {
+    const auto next = random_tokens(3, 50 + t, vocab());
+    expect_close(a.step(next, some), b.step(next, some));
+  }
+  EXPECT_EQ(a.num_tokens(), b.num_tokens());
+}
+
+TEST_P(CudaSmall, CutsAndStatesAgree) {
+  const auto model = cuda();
+  const auto tokens = random_tokens(330, 1, vocab());
+  const Tensor all = model->forward(tokens);
+  const auto whole = host_floats(all);
+  const auto cols = static_cast<std::ptrdiff_t>(all.shape()[1]);
+  for (const std::size_t cut : {1u, 2u, 63u, 64u, 65u, 129u, 257u, 320u}) {
+    SCOPED_TRACE(cut);
+    Session session(model, 1);
+    Tensor last = session.prefill(Prompts{{tokens.begin(), tokens.begin() + static_cast<std::ptrdiff_t>(cut)}});
+    for (std::size_t t = cut; t < std::min(cut + 10, tokens.size()); ++t) last = session.step({&tokens[t], 1});
+    const auto end = static_cast<std::ptrdiff_t>(std::min(cut + 10, tokens.size())) * cols;
+    EXPECT_LE(relative_error(host_floats(last), {whole.begin() + end - cols, whole.begin() + end}),
+              tolerance(GetParam().dtype));
+  }
+}
+
+TEST_P(CudaSmall, StatesAreSavedForkedAndRolledBackBitForBit) {
+  const auto model = cuda();
+  Session session(model, 2);
+  session.prefill(Prompts{random_tokens(150, 1, vocab()), random_tokens(9, 2, vocab())});
+  const TemporaryFolder dir;
+  session.save_state(dir.path() / "state");
+  const auto fork = session.fork();
+  const auto checkpoint = session.checkpoint();
+  const auto next = random_tokens(2, 3, vocab());
+  const auto want = host_floats(session.step(next));
+  EXPECT_EQ(host_floats(fork->step(next)), want);
+  session.rollback(*checkpoint);
+  EXPECT_EQ(host_floats(session.step(next)), want);
+  Session loaded(model, 2);
+  loaded.load_state(dir.path() / "state");
+  loaded.save_state(dir.path() / "again");
+  EXPECT_EQ(read_bytes(dir.path() / "state"), read_bytes(dir.path() / "again"));
+  EXPECT_EQ(host_floats(loaded.step(next)), want);
+}
+
+std::vector<std::vector<std::int32_t>> generate(const std::shared_ptr<const Model>& model,
+                                                const std::vector<GenerationRequest>& requests, int max_batch_size) {
+  std::vector<std::vector<std::int32_t>> out;
+  std::size_t samples = 0;
+  for (const auto& r : requests) samples = std::max<std::size_t>(samples, static_cast<std::size_t>(r.params.n));
+  out.resize(requests.size() * samples);
+  Generator generator(model, requests, max_batch_size);
+  while (!generator.done())
+    for (const TokenEvent& event : generator.next())
+      out[static_cast<std::size_t>(event.request) * samples + static_cast<std::size_t>(event.sample)].push_back(
+          event.token);
+  return out;
+}
+
+TEST_P(CudaSmall, GeneratesWhatTheCpuGenerates) {
+  if (GetParam().dtype != DType::float32) GTEST_SKIP() << "roundings choose other tokens";
+  std::vector<GenerationRequest> requests;
+  for (std::uint32_t i = 0; i < 7; ++i) {
+    SamplingParams params;
+    params.seed = 5 + i;
+    params.max_tokens = 12 + 3 * static_cast<std::int64_t>(i);
+    params.temperature = i % 3 == 0 ? 0.0 : 0.9;
+    if (i == 1) params.top_k = 20;
+    if (i == 2) params.top_p = 0.8, params.n = 3;
+    if (i == 4) params.min_p = 0.05, params.logprobs = 3;
+    if (i == 5) params.repetition_penalty = 1.3, params.frequency_penalty = 0.2;
+    if (i == 6) params.logit_bias = {{7, 3.0}, {9, -5.0}}, params.min_tokens = 4, params.stop_token_ids = {7, 11};
+    requests.push_back({random_tokens(3 + 40 * i, i, vocab()), params});
+  }
+  for (const int batch : {1, 3, 16}) EXPECT_EQ(generate(cuda(), requests, batch), generate(cpu(), requests, batch));
+}
+
+TEST_P(CudaSmall, ASessionHasSeenWhatItsGeneratorReturned) {
+  const auto model = cuda();
+  SamplingParams params;
+  params.temperature = 0;
+  params.max_tokens = 9;
+  params.ignore_eos = true;
+  const auto prompt = random_tokens(20, 1, vocab());
+  Session session(model, 1);
+  std::vector<std::int32_t> said;
+  {
+    Generator generator(session, {{prompt, params}});
+    while (!generator.done())
+      for (const TokenEvent& event : generator.next()) said.push_back(event.token);
+  }
+  EXPECT_EQ(said.size(), 9u);
+  EXPECT_EQ(session.num_tokens()[0], 29);
+  Session other(model, 1);
+  auto all = prompt;
+  all.insert(all.end(), said.begin(), said.end());
+  other.prefill(Prompts{all});
+  const std::int32_t next[] = {3};
+  EXPECT_LE(relative_error(host_floats(session.step(next)), host_floats(other.step(next))),
+            tolerance(GetParam().dtype));
+
+  // Ended from outside in the middle.
+  Session third(model, 1);
+  Generator generator(third, {{prompt, params}});
+  std::int64_t returned = 0;
+  while (returned < 4) returned += static_cast<std::int64_t>(generator.next().size());
+  generator.finish(0, 0);
+  EXPECT_TRUE(generator.done());
+  EXPECT_EQ(third.num_tokens()[0], 20 + returned);
+}
+
+TEST_F(CudaTest, StatesMoveBetweenDevices) {
+  const auto cpu = Model::random(fast_config(), 11), cuda = Model::random(fast_config(), 11, on(kCuda));
+  const auto prompt = random_tokens(200, 1, 500);
+  const std::int32_t next[] = {3};
+  const TemporaryFolder dir;
+  Session a(cpu, 1), b(cuda, 1);
+  a.prefill(Prompts{prompt});
+  a.save_state(dir.path() / "state");
+  b.load_state(dir.path() / "state");
+  b.save_state(dir.path() / "back");
+  EXPECT_EQ(read_bytes(dir.path() / "state"), read_bytes(dir.path() / "back"));
+  EXPECT_LE(relative_error(host_floats(b.step(next)), host_floats(a.step(next))), 2e-5);
+}
+
+TEST_F(CudaTest, SessionsOfManyThreadsAndModelsAreIndependent) {
+  const auto model = Model::random(fast_config(), 11, on(kCuda, DType::bfloat16));
+  const auto second = Model::random(test::tiny_config(), 12, on(kCuda));
+  const auto tokens = random_tokens(400, 1, 61);
+  const auto want = host_floats(model->forward(tokens)), want_second = host_floats(second->forward(tokens));
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 6; ++i)
+    threads.emplace_back([&, i] {
+      for (int round = 0; round < 5; ++round) {
+        const auto& mine = i % 2 == 0 ? model : second;
+        EXPECT_EQ(host_floats(mine->forward(tokens)), i % 2 == 0 ? want : want_second);
+      }
+    });
+  for (auto& thread : threads) thread.join();
+}
+
+TEST_F(CudaTest, RunningOutOfMemoryChangesNothing) {
+  const auto model = Model::random(fast_config(), 11, on(kCuda));
+  Session session(model, 1);
+  const auto prompt = random_tokens(20, 1, 500);
+  session.prefill(Prompts{prompt});
+  try {
+    const Session huge(model, 1 << 20);
+    FAIL() << "no exception";
+  } catch (const OutOfMemory& e) {
+    EXPECT_NE(std::string(e.what()).find("bytes are needed"), std::string::npos) << e.what();
+    EXPECT_NE(std::string(e.what()).find("are free"), std::string::npos) << e.what();
+  }
+  EXPECT_EQ(session.num_tokens()[0], 20);
+  const std::int32_t next[] = {3};
+  session.step(next);
+  const Session small(model, 8);
+}
+
+TEST_F(CudaTest, RefusesADeviceThatIsNotThere) {
+  EXPECT_THROW(Model::random(fast_config(), 1, on({Device::Type::cuda, 99})), UnsupportedError);
+}
+
+TEST_F(CudaTest, MemoryIsCountedAndComesBack) {
+  const auto free_now = [] { return devices().at(1).free_nbytes; };
+  {
+    const auto warm = Model::random(fast_config(), 1, on(kCuda));
+  }
+  const std::size_t before = free_now();
+  {
+    const auto model = Model::random(fast_config(), 1, on(kCuda));
+    EXPECT_EQ(model->memory().weights, model->weight_nbytes());
+    std::mt19937 random(1);
+    std::vector<std::unique_ptr<Session>> sessions;
+    std::vector<std::unique_ptr<Checkpoint>> checkpoints;
+    for (int i = 0; i < 300; ++i) {
+      const auto pick = sessions.empty() ? 0 : random() % sessions.size();
+      switch (sessions.empty() ? 0 : random() % 7) {
+        case 0:
+          sessions.push_back(std::make_unique<Session>(model, 1 + static_cast<int>(random() % 4)));
+          break;
+        case 1: {
+          Prompts prompts;
+          for (int b = 0; b < sessions[pick]->batch_size(); ++b)
+            prompts.push_back(random_tokens(1 + random() % 150, random(), 500));
+          sessions[pick]->prefill(prompts);
+          break;
+        }
+        case 2:
+          sessions[pick]->step(random_tokens(static_cast<std::size_t>(sessions[pick]->batch_size()), random(), 500));
+          break;
+        case 3:
+          sessions.push_back(sessions[pick]->fork());
+          break;
+        case 4: {
+          const auto checkpoint = sessions[pick]->checkpoint();
+          sessions[pick]->step(random_tokens(static_cast<std::size_t>(sessions[pick]->batch_size()), random(), 500));
+          sessions[pick]->rollback(*checkpoint);
+          break;
+        }
+        default:
+          sessions.erase(sessions.begin() + static_cast<std::ptrdiff_t>(pick));
+      }
+      std::size_t slots = 0;
+      for (const auto& session : sessions) slots += static_cast<std::size_t>(session->batch_size());
+      EXPECT_EQ(model->memory().states, slots * model->state_nbytes());
+    }
+  }
+  EXPECT_EQ(free_now(), before);
+}
+
+}  // namespace
+}  // namespace based
