@@ -82,7 +82,7 @@ constexpr int kBlocksPerSm = 2;     // enough bytes under way; at M = 1 it leave
 constexpr int kPartialStride = 20;  // floats between tokens: 16 rows, stored without bank conflicts
 
 /// Rows of x up to which the stream was chosen over the matrix library. x must fit into shared memory besides.
-constexpr int kMaxSkinnyRows = 32;
+constexpr int kMaxSkinnyRows = 8;
 constexpr int kMaxSkinnyRowsFloat32 = 8;
 
 /// Bytes between rows of x in shared memory: room for whole chunks, and ≡ 64 mod 128, which spares bank conflicts.
