@@ -6,11 +6,15 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from based import Model, _core, sizes
-from based.cli import bench
+from based import FormatError, Model, _core, cli, sizes
+from based.cli import _plot, bench
+
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 COMMAND = [sys.executable, "-m", "based.cli", "bench", "--size", "tiny"]
 SMALL = ["-p", "16,8", "-n", "4", "-b", "1,3", "-d", "0,20", "-r", "2", "-t", "1"]
@@ -35,16 +39,16 @@ def check(result: dict[str, Any], bandwidth: bool) -> None:
     assert result["tokens_per_second_sd"] == pytest.approx(abs(speeds[0] - speeds[1]) / math.sqrt(2))
     if result["test"].startswith("pp"):
         operations = bench.prefill_operations(sizes.named_config("tiny"), int(result["test"][2:])) * result["batch"]
-        assert result["gflops"] == pytest.approx(operations * mean / count / 1e9)
+        assert result["tflops"] == pytest.approx(operations * mean / count / 1e12)
         assert result["gbytes_per_second"] is None
     else:
-        assert result["gflops"] is None
+        assert result["tflops"] is None
         weights = 2 * 1286528  # bfloat16; vectors are float32
         assert result["gbytes_per_second"] > weights * mean / count * 4 / 1e9
-        assert (result["read_bandwidth"] is not None) is bandwidth
+        assert (result["memory_bandwidth"] is not None) is bandwidth
     if bandwidth and result["test"].startswith("tg"):
-        assert 0.5 < result["read_bandwidth"] < 10000
-        share = result["gbytes_per_second"] / result["read_bandwidth"]
+        assert 0.5 < result["memory_bandwidth"] < 10000
+        share = result["gbytes_per_second"] / result["memory_bandwidth"]
         assert result["bandwidth_share"] == pytest.approx(share, rel=0.5)
 
 
@@ -56,6 +60,9 @@ def test_json() -> None:
     assert document["version"] == _core.build_info()["version"]
     assert document["cpu"]
     assert document["kernel_isa"]
+    assert document["device"] == "cpu"
+    assert document["load_seconds"] is None  # nothing was read
+    assert document["bandwidth_kind"] is None
     results = document["results"]
     assert [(r["test"], r["batch"], r["depth"]) for r in results] == TESTS
     for result in results:
@@ -68,6 +75,7 @@ def test_json_lines_with_bandwidth() -> None:
     assert [r["test"] for r in results] == ["pp16", "pp8", "tg4"] * 2
     for result in results:
         assert result["model"] == "tiny"
+        assert result["bandwidth_kind"] == "read"
         check(result, bandwidth=True)
 
 
@@ -97,7 +105,7 @@ def test_markdown() -> None:
     assert "float32" in header
     assert empty == ""
     columns = [cell.strip() for cell in names.strip("|").split("|")]
-    assert columns == ["test", "batch", "depth", "threads", "tok/s", "GB/s", "of bandwidth", "GFLOP/s"]
+    assert columns == ["test", "batch", "depth", "threads", "tok/s", "GB/s", "of bandwidth", "TFLOP/s"]
     assert rule.count("---") == len(columns)
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [(c[0], int(c[1]), int(c[2])) for c in cells] == TESTS
@@ -133,7 +141,7 @@ def test_usage_errors(fragment: str, args: list[str]) -> None:
 
 def test_a_test_leaves_the_session_as_it_was() -> None:
     model = Model.random(sizes.named_config("tiny"))._core
-    measured = bench.Bench(model, seed=0, repetitions=1, warm_up=True, bandwidth=False)
+    measured = bench.Bench(model, seed=0, repetitions=1, warm_up=True, bandwidth=None)
     session = measured.session(2, 20)
     assert session.num_tokens == [20, 20]
     measured.prefill(session, 20, 8)
@@ -143,25 +151,98 @@ def test_a_test_leaves_the_session_as_it_was() -> None:
 
 def test_decoding_generates_as_many_tokens_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model.random(sizes.named_config("tiny"))._core
-    measured = bench.Bench(model, seed=0, repetitions=1, warm_up=False, bandwidth=False)
+    measured = bench.Bench(model, seed=0, repetitions=1, warm_up=False, bandwidth=None)
     session = measured.session(2, 3)
     generators = []
     make = measured._generator
     monkeypatch.setattr(measured, "_generator", lambda *a: generators.append(make(*a)) or generators[-1])
     monkeypatch.setattr(session.__class__, "rollback", lambda *_: None)
     measured.decode(session, 3, 5)
-    assert session.num_tokens == [3 + 1 + 5] * 2  # its own first token, then one per step
+    assert session.num_tokens == [3 + 1 + 3 + 5] * 2  # its own first token, three that are not timed, one per step
     assert not generators[0].done()
 
 
 def test_step_bytes() -> None:
-    """Weights once; states once per sequence, windows only as far as they are filled."""
-    model = Model.random(sizes.named_config("tiny"), dtype="float32")._core
+    """Weights once; states once per sequence and what changes of them twice, windows only as far as they are filled."""
+    config = sizes.named_config("tiny")
+    model = Model.random(config, dtype="float32")._core
     one, two = (bench.step_nbytes(model, batch, 100) for batch in (1, 2))
-    assert two - one == sizes.state_nbytes(model.config, "float32")
+    linear = 2 * 4 * 153 * 33 * 4  # two layers of four heads
+    conv, row = 4 * 2 * 256 * 4, 2 * 128 * 4
+    assert two - one == 2 * (linear + conv) + 9 * row + row
     assert one == model.weight_nbytes + two - one
-    assert bench.step_nbytes(model, 1, 100) - bench.step_nbytes(model, 1, 4) == 2 * 5 * 128 * 4
+    assert bench.step_nbytes(model, 1, 100) - bench.step_nbytes(model, 1, 4) == 5 * row
     assert bench.step_nbytes(model, 1, 100) == bench.step_nbytes(model, 1, 65536)
+
+
+def test_load_time(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "based.cli", "bench", "-m", str(GOLDEN / "based-tiny")]
+    options = ["-p", "4", "-n", "0", "-r", "1", "--no-bandwidth", "-o", "jsonl"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    assert 0 < json.loads(done.stdout)["load_seconds"] < 60
+
+
+def test_bandwidth_of_a_gpu_without_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The share is left out, aloud."""
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it raises ImportError
+    model = SimpleNamespace(device="cuda:0")
+    assert bench.memory_bandwidth(model) is None
+    assert "needs PyTorch with CUDA" in capsys.readouterr().err
+
+
+RIVALS = {
+    "decode": [
+        {"rival": "transformer", "batch": 1, "context": 1024, "tokens_per_second": 338.0},
+        {"rival": "transformer", "batch": 1, "context": 8192, "tokens_per_second": 274.0},
+        {"rival": "transformer", "batch": 2, "context": 1024, "tokens_per_second": 600.0},
+        {"rival": "upstream's arithmetic", "batch": 1, "context": None, "tokens_per_second": 335.0},
+    ]
+}
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_plot(tmp_path: Path, suffix: str) -> None:
+    pytest.importorskip("matplotlib")
+    rivals, target = tmp_path / "rivals.json", tmp_path / f"figure.{suffix}"
+    rivals.write_text(json.dumps(RIVALS))
+    done = run("-p", "0", *SMALL[2:], "--no-bandwidth", "-o", "json", "--plot", str(target), "--rivals", str(rivals))
+    assert len(json.loads(done.stdout)["results"]) == 4
+    data = target.read_bytes()
+    if suffix == "png":
+        assert data.startswith(b"\x89PNG")
+    else:
+        for label in ("tiny, state", "transformer, KV cache", "upstream's arithmetic", "transformer, context 8,192"):
+            assert f"<!-- {label} -->" in data.decode()
+
+
+def test_plot_without_matplotlib(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["bench", "--size", "tiny", "--plot", str(tmp_path / "figure.png")]) == 1
+    assert 'pip install "based[plot]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fragment", "args", "status"),
+    [
+        ("--rivals is drawn by --plot", ["--rivals", "x.json"], 2),
+        ("is none of .png", ["--plot", "figure.bmp"], 2),
+        ("is not a directory", ["--plot", "missing/figure.png"], 1),
+    ],
+)
+def test_plot_errors(fragment: str, args: list[str], status: int) -> None:
+    done = run(*args, status=status)
+    assert fragment in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"decode": 1}', '{"decode": [{"rival": "x"}]}'])
+def test_damaged_rivals(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "rivals.json"
+    path.write_text(text)
+    with pytest.raises(FormatError, match=r"rivals\.json"):
+        _plot.read_rivals(path)
 
 
 @pytest.mark.parametrize("threads", [None, 1, 2])

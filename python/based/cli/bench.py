@@ -2,11 +2,13 @@
 
 Every combination of -b, -d and -t is measured for every -p (prefill of a prompt) and every -n (decoding, one token at a
 time); lists are separated by commas. --size makes a model of a named shape with seeded random weights, so that no
-checkpoint is needed. Decoding is the library's own generation loop, greedy sampling included. See docs/cli.md.
+checkpoint is needed. Decoding is the library's own generation loop, greedy sampling included. --plot draws the results
+beside a transformer of the same width and depth. See docs/cli.md.
 """
 
 import argparse
 import csv
+import importlib
 import io
 import itertools
 import json
@@ -20,12 +22,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from based.cli import UsageError, _common
+from based.cli import UsageError, _common, _plot
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from based import _core
 
-_READ_BYTES = 1 << 30  # many times any last-level cache
+_BUFFER_BYTES = 1 << 30  # many times any last-level cache
+_UNTIMED_STEPS = 3  # of every run: a GPU runs the first step of a kind as it is and records it at the second
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,11 +67,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights and tokens (default: 0)")
     parser.add_argument("--no-warmup", action="store_true", help="do not run each test once before measuring it")
-    parser.add_argument(
-        "--no-bandwidth", action="store_true", help="do not measure the memory's read bandwidth beside each test"
-    )
+    parser.add_argument("--no-bandwidth", action="store_true", help="do not measure the memory's bandwidth")
     parser.add_argument(
         "-o", "--output", default="md", choices=tuple(_WRITERS), help="format of the results (default: md)"
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help=f"draw the results into a file ({', '.join(_plot.SUFFIXES)}); needs matplotlib",
+    )
+    parser.add_argument(
+        "--rivals", type=Path, metavar="FILE", help="figures of tests/bench/rivals.py to draw beside (JSON)"
     )
     _common.add_statistics_argument(parser)
 
@@ -92,12 +105,12 @@ class Result:
     repetitions: int
     tokens_per_second: float
     tokens_per_second_sd: float
-    gbytes_per_second: float | None = None  # decoding: bytes that a step must read, over its time
+    gbytes_per_second: float | None = None  # decoding: bytes that a step must move, over its time
     gbytes_per_second_sd: float | None = None
-    read_bandwidth: float | None = None  # GB/s, measured beside the test
+    memory_bandwidth: float | None = None  # GB/s, measured
     bandwidth_share: float | None = None
-    gflops: float | None = None  # prefill: operations of its matrix products, over its time
-    gflops_sd: float | None = None
+    tflops: float | None = None  # prefill: operations of its matrix products, over its time
+    tflops_sd: float | None = None
     seconds: list[float] = field(default_factory=list)  # per repetition
 
 
@@ -105,21 +118,40 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     if not any(args.prompt + args.generate):
         raise UsageError("nothing to measure: -p and -n are 0")
+    if args.rivals is not None and args.plot is None:
+        raise UsageError("--rivals is drawn by --plot: give both")
+    if args.plot is not None:
+        _plot.check(args.plot)  # before an hour is spent
+        if not any(args.generate):
+            raise UsageError("nothing to plot: -n is 0")
+    rivals = _plot.read_rivals(args.rivals) if args.rivals is not None else []
     show = _common.wants_statistics(args)
     writer: Writer | None = None
+    results: list[Result] = []
     for threads in args.threads:
+        start = time.perf_counter()
         model = _make_model(args, threads)
-        writer = writer or _WRITERS[args.output](_header(model, args.size or args.model))
-        bench = Bench(model, args.seed, args.repetitions, not args.no_warmup, not args.no_bandwidth)
+        load_seconds = None if args.model is None else time.perf_counter() - start
+        bandwidth = None if args.no_bandwidth else memory_bandwidth(model)
+        name = args.size or args.model
+        writer = writer or _WRITERS[args.output](_header(model, name, load_seconds, bandwidth))
+        bench = Bench(model, args.seed, args.repetitions, not args.no_warmup, bandwidth)
         tests = [(bench.prefill, n) for n in args.prompt if n] + [(bench.decode, n) for n in args.generate if n]
         for batch, depth in itertools.product(args.batch, args.depth):
             session = bench.session(batch, depth)
             for measure, count in tests:
                 if show:
                     print(f"{measure.__name__} of {count}, batch {batch}, depth {depth} …", file=sys.stderr)
-                writer.add(measure(session, depth, count))
+                results.append(measure(session, depth, count))
+                writer.add(results[-1])
+            del session  # its memory, before the next one's
     if writer is not None:
         writer.end()
+    if args.plot is not None:
+        lines = [
+            _plot.Point(r.batch, r.depth, r.threads, r.tokens_per_second) for r in results if r.test.startswith("tg")
+        ]
+        _plot.draw(args.plot, name, model.config, model.dtype, lines, rivals)
 
 
 def _make_model(args: argparse.Namespace, threads: int | None) -> "_core.Model":
@@ -134,17 +166,60 @@ def _make_model(args: argparse.Namespace, threads: int | None) -> "_core.Model":
     return Model.random(named_config(args.size), args.seed, **options)._core
 
 
+@dataclass(frozen=True, slots=True)
+class Bandwidth:
+    """How fast memory is: a step is compared with it."""
+
+    kind: str  # "read" or "copy" (bytes read and written)
+    measure: Callable[[], float]  # GB/s
+
+
+def memory_bandwidth(model: "_core.Model") -> Bandwidth | None:
+    """Reading by the model's threads, or copying on its GPU; None, with a note on stderr, where no torch can copy."""
+    from based import _core
+
+    if model.device == "cpu":
+        return Bandwidth("read", lambda: _core.measure_read_bandwidth(model.num_threads, _BUFFER_BYTES) / 1e9)
+    try:
+        torch: Any = importlib.import_module("torch")
+    except ImportError:
+        torch = None
+    if torch is None or not torch.cuda.is_available():
+        print("based: note: bandwidth is not measured: that needs PyTorch with CUDA", file=sys.stderr)
+        return None
+    measured = _copy_bandwidth(torch, model.device)
+    return Bandwidth("copy", lambda: measured)
+
+
+def _copy_bandwidth(torch: Any, device: str) -> float:
+    with torch.cuda.device(device):
+        source = torch.empty(_BUFFER_BYTES, dtype=torch.uint8, device=device).random_()
+        target = torch.empty_like(source)
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(24)]
+        for event in events:
+            target.copy_(source)
+            event.record()
+        torch.cuda.synchronize()
+        milliseconds = [a.elapsed_time(b) for a, b in itertools.pairwise(events[3:])]
+        del source, target
+        torch.cuda.empty_cache()
+    seconds: float = statistics.median(milliseconds) / 1e3
+    return 2 * _BUFFER_BYTES / seconds / 1e9
+
+
 class Bench:
     """Measures one model."""
 
-    def __init__(self, model: "_core.Model", seed: int, repetitions: int, warm_up: bool, bandwidth: bool) -> None:
+    def __init__(
+        self, model: "_core.Model", seed: int, repetitions: int, warm_up: bool, bandwidth: Bandwidth | None
+    ) -> None:
         import numpy as np
 
         self.model = model
         self._random = np.random.default_rng(seed)
         self._repetitions = repetitions
         self._warm_up = warm_up
-        self._bandwidth = bandwidth and model.device == "cpu"
+        self._bandwidth = bandwidth
 
     def session(self, batch: int, depth: int) -> "_core.Session":
         """A session whose sequences have seen `depth` tokens: one was fed them, the others are copies of it."""
@@ -175,19 +250,22 @@ class Bench:
         session.rollback(before)
         result = self._result(f"pp{count}", session, depth, [count * batch / s for s in seconds], seconds)
         operations = prefill_operations(self.model.config, count) * batch
-        result.gflops, result.gflops_sd = _mean_sd([operations / s / 1e9 for s in seconds])
+        result.tflops, result.tflops_sd = _mean_sd([operations / s / 1e12 for s in seconds])
         return result
 
     def decode(self, session: "_core.Session", depth: int, count: int) -> Result:
         """Generates `count` tokens on each sequence; the session is as before afterwards."""
         batch = session.batch_size
         before = session.checkpoint()
-        read = sum(step_nbytes(self.model, batch, depth + i) for i in range(1, count + 1)) / count
+        first = depth + 1 + _UNTIMED_STEPS
+        moved = sum(step_nbytes(self.model, batch, first + i) for i in range(1, count + 1)) / count
 
         def once(count: int) -> float:
             session.rollback(before)
             generator = self._generator(session, count)
-            generator.next()  # feeds the token that starts it
+            for _ in range(1 + _UNTIMED_STEPS):  # the first one feeds the token that starts it
+                generator.next()
+            # From the end of one step to the end of another, however far ahead of its tokens the device runs.
             start = time.perf_counter()
             for _ in range(count):
                 generator.next()
@@ -195,38 +273,35 @@ class Bench:
 
         if self._warm_up:
             once(min(count, 16))
-        bandwidths = [self._read_bandwidth()]
+        bandwidths = [self._measure_bandwidth()]
         seconds = []
         for _ in range(self._repetitions):
             seconds.append(once(count))
-            bandwidths.append(self._read_bandwidth())
+            bandwidths.append(self._measure_bandwidth())
         session.rollback(before)
         result = self._result(f"tg{count}", session, depth, [count * batch / s for s in seconds], seconds)
-        speeds = [read * count / s / 1e9 for s in seconds]
+        speeds = [moved * count / s / 1e9 for s in seconds]
         result.gbytes_per_second, result.gbytes_per_second_sd = _mean_sd(speeds)
         if self._bandwidth:
             # Of each repetition: the bandwidth before and after it, for it drifts where machines are shared.
             around = [(a + b) / 2 for a, b in itertools.pairwise(bandwidths)]
-            result.read_bandwidth = statistics.mean(around)
+            result.memory_bandwidth = statistics.mean(around)
             result.bandwidth_share = statistics.mean(s / b for s, b in zip(speeds, around, strict=True))
         return result
 
     def _generator(self, session: "_core.Session", count: int) -> "_core.Generator":
         from based import _core
 
-        # One token more than the first and the `count` measured: the end of a request costs a step of its own.
-        params = _core.SamplingParams(max_tokens=count + 2, temperature=0, ignore_eos=True)
+        # One token more than those that are not timed and the `count` that are: the end of a request costs a step.
+        params = _core.SamplingParams(max_tokens=count + _UNTIMED_STEPS + 2, temperature=0, ignore_eos=True)
         prompts = [self._tokens(1) for _ in range(session.batch_size)]
         return _core.Generator(session, prompts, [params] * session.batch_size)
 
-    def _tokens(self, count: int) -> list[int]:
-        tokens: list[int] = self._random.integers(self.model.config.vocab_size, size=count).tolist()
-        return tokens
+    def _tokens(self, count: int) -> "npt.NDArray[np.int64]":
+        return self._random.integers(self.model.config.vocab_size, size=count)
 
-    def _read_bandwidth(self) -> float:
-        from based import _core
-
-        return _core.measure_read_bandwidth(self.model.num_threads, _READ_BYTES) / 1e9 if self._bandwidth else math.nan
+    def _measure_bandwidth(self) -> float:
+        return math.nan if self._bandwidth is None else self._bandwidth.measure()
 
     def _result(
         self, test: str, session: "_core.Session", depth: int, speeds: Sequence[float], seconds: list[float]
@@ -236,14 +311,19 @@ class Bench:
 
 
 def step_nbytes(model: "_core.Model", batch: int, num_tokens: int) -> int:
-    """Bytes that a decode step must read: the weights once, and each sequence's state after `num_tokens` tokens."""
+    """Bytes that a decode step must move; `num_tokens`: of each sequence, after it.
+
+    Weights are read once. State is read, and what changes of it written: sums and inputs of convolutions whole, one row
+    of a window.
+    """
     from based import sizes
 
     config = model.config
     weights = model.weight_nbytes
     if not config.tie_embeddings:  # a lookup reads a row of it
         weights -= config.padded_vocab_size * config.hidden_size * sizes.ITEM_SIZE[model.dtype]
-    return weights + batch * sizes.state_nbytes(config, model.dtype, num_tokens)
+    written = sum(sizes.mixer_nbytes(mixer, model.dtype, 1) for mixer in config.layers)  # a window's: one row
+    return weights + batch * (sizes.state_nbytes(config, model.dtype, num_tokens) + written)
 
 
 def prefill_operations(config: "_core.ModelConfig", num_tokens: int) -> int:
@@ -258,7 +338,7 @@ def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _header(model: "_core.Model", name: str) -> dict[str, Any]:
+def _header(model: "_core.Model", name: str, load_seconds: float | None, bandwidth: Bandwidth | None) -> dict[str, Any]:
     """What all results of one run have in common."""
     from based import build_info
 
@@ -274,6 +354,8 @@ def _header(model: "_core.Model", name: str) -> dict[str, Any]:
         "dtype": model.dtype,
         "weight_nbytes": model.weight_nbytes,
         "state_nbytes": model.state_nbytes,
+        "load_seconds": load_seconds,
+        "bandwidth_kind": None if bandwidth is None else bandwidth.kind,
     }
 
 
@@ -319,7 +401,7 @@ class Writer:
 
 
 class _Markdown(Writer):
-    _COLUMNS = ("test", "batch", "depth", "threads", "tok/s", "GB/s", "of bandwidth", "GFLOP/s")
+    _COLUMNS = ("test", "batch", "depth", "threads", "tok/s", "GB/s", "of bandwidth", "TFLOP/s")
 
     def __init__(self, header: dict[str, Any]) -> None:
         super().__init__(header)
@@ -327,7 +409,10 @@ class _Markdown(Writer):
         weights = f"{header['num_parameters'] / 1e6:,.1f} M parameters, {_common.nbytes(header['weight_nbytes'])}"
         print(
             f"based {header['version']}{commit}, {header['compiler']}; {header['cpu']}, {header['kernel_isa']}; "
-            f"{header['model']}: {weights} {header['dtype']}, state {_common.nbytes(header['state_nbytes'])}\n"
+            f"{header['model']}: {weights} {header['dtype']}, state {_common.nbytes(header['state_nbytes'])}"
+            + (f", loaded in {header['load_seconds']:.2f} s" if header["load_seconds"] is not None else "")
+            + (f"; bandwidth: {header['bandwidth_kind']}" if header["bandwidth_kind"] is not None else "")
+            + "\n"
         )
         print("| " + " | ".join(self._COLUMNS) + " |")
         print("|:---|" + "---:|" * (len(self._COLUMNS) - 1), flush=True)
@@ -335,7 +420,7 @@ class _Markdown(Writer):
     def add(self, result: Result) -> None:
         share = ""
         if result.bandwidth_share is not None:
-            share = f"{result.bandwidth_share:.0%} of {result.read_bandwidth:.1f}"
+            share = f"{result.bandwidth_share:.0%} of {result.memory_bandwidth:.1f}"
         cells = [
             result.test,
             result.batch,
@@ -344,13 +429,13 @@ class _Markdown(Writer):
             _plus_minus(result.tokens_per_second, result.tokens_per_second_sd),
             _plus_minus(result.gbytes_per_second, result.gbytes_per_second_sd),
             share,
-            _plus_minus(result.gflops, result.gflops_sd),
+            _plus_minus(result.tflops, result.tflops_sd, 3),
         ]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
-def _plus_minus(mean: float | None, sd: float | None) -> str:
-    return "" if mean is None else f"{mean:.1f} ± {sd:.1f}"
+def _plus_minus(mean: float | None, sd: float | None, digits: int = 1) -> str:
+    return "" if mean is None else f"{mean:.{digits}f} ± {sd:.{digits}f}"
 
 
 class _Csv(Writer):
