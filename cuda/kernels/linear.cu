@@ -69,12 +69,12 @@ __device__ __forceinline__ float finish(const LinearArguments& a, std::int64_t c
 // ---- skinny: a stream over the weights -----------------------------------------------------------------------------
 
 // A block takes tiles of 16 rows of W (gated: 8 value rows and their 8 gate rows); its warps split K. A warp moves
-// chunks of 16 rows × 64 bytes through a ring of shared memory by asynchronous copies: 48 KiB under way per block, of
+// chunks of 16 rows × 64 bytes through a ring of shared memory by asynchronous copies: 64 KiB under way per block, of
 // which the first are requested before the kernel's predecessor has ended. Lane (g, t) copies, and alone reads, bytes
 // 16t … 16t + 15 of rows g and g + 8. As k may be permuted freely, these 8 elements and the same 8 of x are the
 // fragments of two tensor-core steps. A row's order of summation depends on K alone.
 constexpr int kWarps = 8;
-constexpr int kStages = 6;
+constexpr int kStages = 8;
 constexpr int kChunkBytes = 64;  // of one row
 constexpr int kStageBytes = 16 * kChunkBytes;
 constexpr int kRingBytes = kWarps * kStages * kStageBytes;

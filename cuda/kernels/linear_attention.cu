@@ -45,9 +45,10 @@ void launch_decode(cudaStream_t stream, const RecurrentArguments& a) {
   const int column_threads = std::min(a.head_dim / vec, 256);
   const int num_blocks = a.batch.num_singles * a.num_heads;
   // A few blocks have to keep as many bytes under way as many do.
-  const int most_threads = num_blocks <= device_info().num_sms       ? 1024
-                           : num_blocks <= 2 * device_info().num_sms ? 512
-                                                                     : 256;
+  const int most_threads = num_blocks <= device_info().num_sms ? 1024
+                           : num_blocks <= 2 * device_info().num_sms
+                               ? 512
+                               : 128;  // the longer a block streams, the less its start weighs
   const int row_groups = std::max(1, std::min(most_threads / column_threads, a.num_features));
   const int threads = (column_threads * row_groups + 31) / 32 * 32;
   const std::size_t shared_bytes = decode_shared_bytes(a.feature_dim, a.num_features, threads, vec);

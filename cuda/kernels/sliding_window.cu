@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kRotateThreads) rotate_kernel(const WindowArgu
 
 // ---- decode --------------------------------------------------------------------------------------------------------
 
-constexpr int kDecodeThreads = 256;  // whatever the batch: a sequence's result does not depend on its neighbours
+constexpr int kDecodeThreads = 128;  // whatever the batch: a sequence's result does not depend on its neighbours
 constexpr int kMaxRowBytes = 512;    // of a head: a 16-byte load a lane
 constexpr int kLoads = 4;            // keys, and values, a lane has on their way
 
@@ -137,7 +137,7 @@ constexpr int kLoads = 4;            // keys, and values, a lane has on their wa
 // write the new row meanwhile: its key and value are taken from the call, never from the ring.
 // Shared memory: (warps, head_dim + 2) float32.
 template <typename T>
-__global__ void __launch_bounds__(kDecodeThreads, 3) decode_kernel(const WindowArguments a, const int lanes) {
+__global__ void __launch_bounds__(kDecodeThreads, 6) decode_kernel(const WindowArguments a, const int lanes) {
   constexpr int n = 16 / sizeof(T);
   using Vector = Packed<T, n>;
   extern __shared__ __align__(32) float partial[];
