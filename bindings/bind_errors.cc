@@ -11,7 +11,7 @@ namespace based::python {
 namespace {
 
 struct ErrorTypes {
-  py::object error, format_error, state_error, session_busy_error, unsupported_error;
+  py::object error, format_error, state_error, session_busy_error, unsupported_error, device_error;
 };
 
 py::gil_safe_call_once_and_store<ErrorTypes>& error_types() {
@@ -50,8 +50,12 @@ void translate(std::exception_ptr pointer) {
     raise(types.session_busy_error, error);
   } catch (const UnsupportedError& error) {
     raise(types.unsupported_error, error);
+  } catch (const DeviceError& error) {
+    raise(types.device_error, error);
   } catch (const Error& error) {
     raise(types.error, error);
+  } catch (const OutOfMemory& error) {
+    raise(py::reinterpret_borrow<py::object>(PyExc_MemoryError), error);
   } catch (const InvalidArgument& error) {
     raise(py::reinterpret_borrow<py::object>(PyExc_ValueError), error);
   } catch (const std::system_error& error) {
@@ -80,6 +84,8 @@ void bind_errors(py::module_& m) {
     types.unsupported_error =
         new_type(m, "UnsupportedError", "A request for something that this build or machine cannot do.",
                  py::make_tuple(types.error, builtin(PyExc_RuntimeError)));
+    types.device_error = new_type(m, "DeviceError", "A device that failed: the process can use it no more.",
+                                  py::make_tuple(types.error, builtin(PyExc_RuntimeError)));
     return types;
   });
   py::register_local_exception_translator(&translate);

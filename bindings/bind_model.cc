@@ -8,6 +8,8 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "arguments.h"
 #include "bindings.h"
@@ -55,11 +57,14 @@ py::dict trace(const Model& model, const TokenIds& ids) {
     trace = model.trace(tokens, interrupt_check());
   }
   py::dict result;
-  result["embed"] = trace.embed;
-  result["mixer_out"] = trace.mixer_out;
-  result["block_out"] = trace.block_out;
-  result["final_norm"] = trace.final_norm;
-  result["logits"] = trace.logits;
+  const auto arrays = [](const std::vector<Tensor>& tensors) {
+    return std::vector<Array>(tensors.begin(), tensors.end());
+  };
+  result["embed"] = Array(trace.embed);
+  result["mixer_out"] = arrays(trace.mixer_out);
+  result["block_out"] = arrays(trace.block_out);
+  result["final_norm"] = Array(trace.final_norm);
+  result["logits"] = Array(trace.logits);
   return result;
 }
 
@@ -97,6 +102,13 @@ void bind_model(py::module_& m) {
       .def_property_readonly("num_parameters", &Model::num_parameters)
       .def_property_readonly("weight_nbytes", &Model::weight_nbytes)
       .def_property_readonly("state_nbytes", &Model::state_nbytes)
+      .def_property_readonly(
+          "memory",
+          [](const Model& model) {
+            const MemoryUse use = model.memory();
+            return std::tuple(use.weights, use.states, use.workspace);
+          },
+          "Bytes of the device held now: weights, states, workspace.")
       .def_property_readonly("kernel_isa", &Model::kernel_isa)
       .def_property_readonly("fingerprint", &Model::fingerprint)
       .def(
@@ -104,7 +116,7 @@ void bind_model(py::module_& m) {
           [](const Model& model, const TokenIds& ids) {
             const auto tokens = ids_for(model, ids);
             const py::gil_scoped_release nogil;
-            return model.forward(tokens, interrupt_check());
+            return Array(model.forward(tokens, interrupt_check()));
           },
           py::arg("token_ids"), "Logits (T, padded_vocab_size) float32.")
       .def("score", &score, py::arg("token_ids"), "(T - 1) natural-log probabilities, float32.")

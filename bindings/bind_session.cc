@@ -18,14 +18,14 @@ using Sequences = Arg<std::vector<int>>;
 
 std::int64_t vocab_size(const Session& session) { return session.model()->config().vocab_size; }
 
-Tensor prefill(Session& session, const Prompts& value, const Sequences& sequences) {
+Array prefill(Session& session, const Prompts& value, const Sequences& sequences) {
   const auto tokens = prompts(value, vocab_size(session));
   const auto which = sequences.get("sequences");
   const py::gil_scoped_release nogil;
   return session.prefill(tokens, which, interrupt_check());
 }
 
-Tensor step(Session& session, const TokenIds& ids, const Sequences& sequences) {
+Array step(Session& session, const TokenIds& ids, const Sequences& sequences) {
   const auto tokens = token_ids(ids, vocab_size(session), "tokens");
   const auto which = sequences.get("sequences");
   const py::gil_scoped_release nogil;

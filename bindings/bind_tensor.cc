@@ -3,10 +3,12 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
-#include <cstring>
+#include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 
+#include "based/device.h"
 #include "bindings.h"
 #include "dlpack.h"
 
@@ -46,14 +48,17 @@ dlpack::DataType dlpack_type(DType dtype) {
   return {code, static_cast<std::uint8_t>(8 * size_of(dtype)), 1};
 }
 
-std::pair<std::int32_t, std::int32_t> dlpack_device(const Tensor& tensor) {
-  return {tensor.device().type == Device::Type::cpu ? dlpack::kCpu : dlpack::kCuda, tensor.device().index};
+std::pair<std::int32_t, std::int32_t> dlpack_device(const Array& array) {
+  const Device device = array.tensor.device();
+  return {device.type == Device::Type::cpu ? dlpack::kCpu : dlpack::kCuda, device.index};
 }
 
-std::vector<std::int64_t> strides(const Tensor& tensor) {
-  std::vector<std::int64_t> result(tensor.shape().size(), 1);
-  for (std::size_t i = result.size(); i-- > 1;) result[i - 1] = result[i] * tensor.shape()[i];
-  return result;
+// A consumer on a GPU gives memory back while its own work on it may be under way, on a stream that it does not name.
+void wait_for_consumer(Device device) noexcept {
+  try {
+    synchronize(device);
+  } catch (...) {  // the device failed: nothing runs there any more
+  }
 }
 
 /// What a capsule owns: the DLPack structure, and what its pointers point into.
@@ -65,22 +70,26 @@ struct Export {
 };
 
 template <typename Managed>
-py::object export_dlpack(const Tensor& tensor, bool copied) {
+py::object export_dlpack(const Array& array, bool copied) {
   auto owner = std::make_unique<Export<Managed>>();
-  owner->tensor = tensor;
-  owner->shape = tensor.shape();
-  owner->strides = strides(tensor);
+  owner->tensor = array.tensor;
+  owner->shape = array.shape;
+  owner->strides = array.strides();
   Managed& managed = owner->managed;
-  const auto [type, index] = dlpack_device(tensor);
-  managed.tensor = {tensor.data(),
+  const auto [type, index] = dlpack_device(array);
+  managed.tensor = {array.tensor.data(),
                     {type, index},
                     static_cast<std::int32_t>(owner->shape.size()),
-                    dlpack_type(tensor.dtype()),
+                    dlpack_type(array.tensor.dtype()),
                     owner->shape.data(),
                     owner->strides.data(),
                     0};
   managed.context = owner.get();
-  managed.deleter = [](Managed* self) { delete static_cast<Export<Managed>*>(self->context); };
+  managed.deleter = [](Managed* self) {
+    auto* exported = static_cast<Export<Managed>*>(self->context);
+    wait_for_consumer(exported->tensor.device());
+    delete exported;
+  };
   if constexpr (std::is_same_v<Managed, dlpack::ManagedTensorVersioned>) {
     managed.version = {1, 0};
     managed.flags = copied ? dlpack::kIsCopied : 0;
@@ -89,66 +98,113 @@ py::object export_dlpack(const Tensor& tensor, bool copied) {
   PyObject* capsule = PyCapsule_New(&managed, Managed::kCapsule, [](PyObject* self) {
     if (!PyCapsule_IsValid(self, Managed::kCapsule)) return;
     auto* unused = static_cast<Managed*>(PyCapsule_GetPointer(self, Managed::kCapsule));
-    unused->deleter(unused);
+    delete static_cast<Export<Managed>*>(unused->context);
   });
   if (capsule == nullptr) throw py::error_already_set();
   owner.release();
   return py::reinterpret_steal<py::object>(capsule);
 }
 
-py::object to_dlpack(const Tensor& tensor, const py::object& stream,
+Array copied_to(const Array& array, Device device) {
+  const py::gil_scoped_release nogil;
+  Array copy(array.tensor.copy_to(device));
+  copy.shape = array.shape;
+  return copy;
+}
+
+// Contents are complete when a consumer gets them, on whatever stream it reads.
+void complete(const Array& array) {
+  if (array.complete) return;
+  const py::gil_scoped_release nogil;
+  synchronize(array.tensor.device());
+}
+
+py::object to_dlpack(const Array& array, const py::object& stream,
                      std::optional<std::pair<std::int64_t, std::int64_t>> max_version,
                      std::optional<std::pair<std::int32_t, std::int32_t>> device, std::optional<bool> copy) {
-  if (tensor.device().type != Device::Type::cpu) throw py::buffer_error("only tensors of the CPU can be exported");
-  if (!stream.is_none()) throw py::buffer_error("stream must be None for a tensor of the CPU");
-  if (device && *device != dlpack_device(tensor)) {
-    throw py::buffer_error("a tensor of the CPU cannot be exported to another device");
+  const bool on_cpu = array.tensor.device().type == Device::Type::cpu;
+  if (on_cpu && !stream.is_none()) throw py::buffer_error("stream must be None for a tensor of the CPU");
+  if (!on_cpu && !stream.is_none() && (!PyLong_Check(stream.ptr()) || PyBool_Check(stream.ptr())))
+    throw py::buffer_error("stream must be None or an integer for a tensor of a GPU");
+  const bool to_host = device && !on_cpu && *device == std::pair(dlpack::kCpu, 0);
+  if (device && !to_host && *device != dlpack_device(array)) {
+    throw py::buffer_error("a tensor of " + array.tensor.device().str() + " cannot be exported to DLPack device (" +
+                           std::to_string(device->first) + ", " + std::to_string(device->second) + ")");
   }
-  Tensor source = tensor;
-  if (copy.value_or(false)) {
-    source = Tensor::empty(tensor.dtype(), tensor.shape());
-    std::memcpy(source.data(), tensor.data(), tensor.nbytes());
-  }
-  if (max_version && max_version->first >= 1) {
-    return export_dlpack<dlpack::ManagedTensorVersioned>(source, copy.value_or(false));
-  }
-  return export_dlpack<dlpack::ManagedTensor>(source, copy.value_or(false));
+  if (to_host && !copy.value_or(true)) throw py::buffer_error("from a GPU to the CPU without a copy");
+  const bool copies = to_host || copy.value_or(false);
+  if (!copies) complete(array);
+  const Array source = copies ? copied_to(array, to_host ? Device{} : array.tensor.device()) : array;
+  if (max_version && max_version->first >= 1) return export_dlpack<dlpack::ManagedTensorVersioned>(source, copies);
+  return export_dlpack<dlpack::ManagedTensor>(source, copies);
 }
 
 }  // namespace
 
-py::object as_numpy(const Tensor& tensor) {
-  const std::string name{name_of(tensor.dtype())};
-  if (tensor.device().type != Device::Type::cpu)
-    throw py::type_error("a tensor of " + tensor.device().str() + " is not in the memory that NumPy sees");
-  if (tensor.dtype() == DType::bfloat16 || tensor.dtype() == DType::float8_e4m3 ||
-      tensor.dtype() == DType::float8_e5m2) {
+std::vector<std::int64_t> Array::strides() const {
+  std::vector<std::int64_t> result(shape.size(), 1);
+  for (std::size_t i = result.size(); i-- > 1;) result[i - 1] = result[i] * tensor.shape()[i];
+  return result;
+}
+
+py::object as_numpy(const Array& array) {
+  const DType dtype = array.tensor.dtype();
+  const std::string name{name_of(dtype)};
+  if (dtype == DType::bfloat16 || dtype == DType::float8_e4m3 || dtype == DType::float8_e5m2) {
     throw py::type_error("NumPy has no dtype " + name + ": take the tensor by DLPack");
   }
-  auto owner = std::make_unique<std::shared_ptr<void>>(tensor.storage());
+  if (array.tensor.device().type != Device::Type::cpu) return as_numpy(copied_to(array, Device{}));
+  auto owner = std::make_unique<std::shared_ptr<void>>(array.tensor.storage());
   const py::capsule base(owner.get(), [](void* pointer) { delete static_cast<std::shared_ptr<void>*>(pointer); });
   owner.release();
-  return py::array(py::dtype(name), tensor.shape(), tensor.data(), base);
+  std::vector<std::int64_t> strides = array.strides();
+  for (auto& stride : strides) stride *= static_cast<std::int64_t>(size_of(dtype));
+  return py::array(py::dtype(name), array.shape, strides, array.tensor.data(), base);
 }
 
 void bind_tensor(py::module_& m) {
-  py::class_<Tensor>(m, "Tensor", "Dense row-major array; copies of it share its memory. NumPy and DLPack read it.")
-      .def_property_readonly("shape", [](const Tensor& t) { return py::tuple(py::cast(t.shape())); })
-      .def_property_readonly("dtype", [](const Tensor& t) { return name_of(t.dtype()); })
-      .def_property_readonly("device", [](const Tensor& t) { return t.device().str(); })
-      .def_property_readonly("nbytes", &Tensor::nbytes)
+  py::class_<Array>(m, "Tensor",
+                    "Dense rows of numbers; copies of it share its memory. NumPy and DLPack read it; NumPy gets a copy "
+                    "of what is a GPU's.")
+      .def_property_readonly("shape", [](const Array& a) { return py::tuple(py::cast(a.shape)); })
+      .def_property_readonly("dtype", [](const Array& a) { return name_of(a.tensor.dtype()); })
+      .def_property_readonly("device", [](const Array& a) { return a.tensor.device().str(); })
+      .def_property_readonly(
+          "nbytes",
+          [](const Array& a) { return static_cast<std::size_t>(num_elements(a.shape)) * size_of(a.tensor.dtype()); })
+      .def(
+          "columns",
+          [](const Array& a, std::int64_t count) {
+            if (a.shape.size() != 2 || count < 0 || count > a.shape[1])
+              throw py::value_error("the first " + std::to_string(count) + " columns of shape " + shape_str(a.shape));
+            Array columns = a;
+            columns.shape[1] = count;
+            return columns;
+          },
+          py::arg("count"), "The first columns of a matrix, on the same memory.")
       .def(
           "__array__",
-          [](const Tensor& t, const py::object& dtype, const py::object& copy) {
-            return py::array(py::module_::import("numpy").attr("array")(as_numpy(t), dtype, py::arg("copy") = copy));
+          [](const Array& a, const py::object& dtype, const py::object& copy) {
+            const bool on_cpu = a.tensor.device().type == Device::Type::cpu;
+            if (!on_cpu && copy.is(py::bool_(false)))
+              throw py::value_error("a tensor of " + a.tensor.device().str() + " is an array only as a copy");
+            const py::object how = on_cpu ? copy : py::none();  // it is a copy already
+            return py::array(py::module_::import("numpy").attr("array")(as_numpy(a), dtype, py::arg("copy") = how));
           },
-          py::arg("dtype") = py::none(), py::arg("copy") = py::none(), "A NumPy array on the same memory.")
+          py::arg("dtype") = py::none(), py::arg("copy") = py::none(),
+          "A NumPy array on the same memory, or on a copy of a GPU's.")
       .def("__dlpack__", &to_dlpack, py::kw_only(), py::arg("stream") = py::none(), py::arg("max_version") = py::none(),
-           py::arg("dl_device") = py::none(), py::arg("copy") = py::none())
+           py::arg("dl_device") = py::none(), py::arg("copy") = py::none(),
+           "Contents are complete: no `stream` has to wait.")
       .def("__dlpack_device__", &dlpack_device)
-      .def("__repr__", [](const Tensor& t) {
-        return "Tensor(shape=" + shape_str(t.shape()) + ", dtype=" + std::string(name_of(t.dtype())) +
-               ", device=" + t.device().str() + ")";
+      .def("__len__",
+           [](const Array& a) {
+             if (a.shape.empty()) throw py::type_error("len() of a tensor without axes");
+             return a.shape[0];
+           })
+      .def("__repr__", [](const Array& a) {
+        return "Tensor(shape=" + shape_str(a.shape) + ", dtype=" + std::string(name_of(a.tensor.dtype())) +
+               ", device=" + a.tensor.device().str() + ")";
       });
 }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "based/model.h"
@@ -26,6 +27,19 @@ void bind_model(py::module_& m);
 void bind_session(py::module_& m);
 void bind_generator(py::module_& m);
 void bind_bandwidth(py::module_& m);
+void bind_devices(py::module_& m);
+void bind_ops(py::module_& m);
+
+/// What Python calls a Tensor: a tensor, or the first columns of a matrix.
+struct Array {
+  Array(Tensor t) : tensor(std::move(t)), shape(tensor.shape()) {}  // NOLINT: a Tensor is an Array
+
+  Tensor tensor;
+  std::vector<std::int64_t> shape;
+  bool complete = true;  // nothing is left to do for its contents
+
+  std::vector<std::int64_t> strides() const;  // in elements
+};
 
 /// SamplingParams with the fields that concern text, which the core knows nothing of.
 struct TextSamplingParams : SamplingParams {
@@ -37,8 +51,9 @@ struct TextSamplingParams : SamplingParams {
 /// `*cancelled`. To be used with the GIL released.
 InterruptCheck interrupt_check(std::shared_ptr<const std::atomic<bool>> cancelled = nullptr);
 
-/// A NumPy array on the tensor's memory, which it keeps alive. Raises TypeError for a dtype that NumPy lacks.
-py::object as_numpy(const Tensor& tensor);
+/// A NumPy array: on the tensor's memory, which it keeps alive, or on a copy when that is a GPU's. Raises TypeError for
+/// a dtype that NumPy lacks.
+py::object as_numpy(const Array& array);
 
 /// Token ids from any sequence of integers or 1-D integer array. Raises TypeError on anything else (bool and float
 /// included), ValueError when empty or when an id is outside [0, vocab_size). `name` opens every message.

@@ -13,9 +13,13 @@ PYBIND11_MODULE(_core, m) {
         info["version"] = BASED_VERSION;
         info["compiler"] = BASED_COMPILER;
         info["instruction_sets"] = py::str(BASED_ISAS).attr("split")();
+        const std::string cuda = BASED_CUDA_VERSION;
+        info["cuda"] = cuda.empty() ? py::object(py::none()) : py::object(py::str(cuda));
+        info["cuda_architectures"] = py::str(BASED_CUDA_ARCHITECTURES).attr("split")();
         return info;
       },
-      "version, compiler, and the instruction sets that kernels were compiled for.");
+      "version, compiler, the instruction sets and GPU architectures that kernels were compiled for, and the CUDA "
+      "toolkit's version (None: a build without CUDA).");
 
   based::python::bind_errors(m);
   based::python::bind_tensor(m);
@@ -26,4 +30,6 @@ PYBIND11_MODULE(_core, m) {
   based::python::bind_session(m);
   based::python::bind_generator(m);
   based::python::bind_bandwidth(m);
+  based::python::bind_devices(m);
+  based::python::bind_ops(m);
 }

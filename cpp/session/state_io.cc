@@ -14,7 +14,7 @@ namespace {
 struct ExpectedTensor {
   std::string name;
   std::vector<std::int64_t> shape;
-  bool may_be_bfloat16;  // rings; everything else is float32
+  bool may_be_half;  // rings: bfloat16 or float16 too; everything else is float32
 };
 
 // What Backend::export_state documents, for a sequence that has seen num_tokens tokens.
@@ -54,9 +54,10 @@ std::vector<TensorView> arrange(const std::string& where, const io::SavedState& 
     if (tensor.shape != want.shape)
       throw FormatError(where + ": tensor " + want.name + " has shape " + shape_str(tensor.shape) + ", expected " +
                         shape_str(want.shape));
-    if (tensor.dtype != DType::float32 && !(want.may_be_bfloat16 && tensor.dtype == DType::bfloat16))
+    const bool half = tensor.dtype == DType::bfloat16 || tensor.dtype == DType::float16;
+    if (tensor.dtype != DType::float32 && !(want.may_be_half && half))
       throw FormatError(where + ": tensor " + want.name + " has dtype " + std::string(name_of(tensor.dtype)) +
-                        ", expected float32" + (want.may_be_bfloat16 ? " or bfloat16" : ""));
+                        ", expected float32" + (want.may_be_half ? ", bfloat16 or float16" : ""));
     arranged.push_back(tensor);
     by_name.erase(it);
   }

@@ -6,6 +6,7 @@
 
 from based._core import (
     Checkpoint,
+    DeviceError,
     Error,
     FormatError,
     GatedConvConfig,
@@ -16,11 +17,13 @@ from based._core import (
     SessionBusyError,
     SlidingWindowConfig,
     StateError,
+    Tensor,
     UnsupportedError,
     build_info,
 )
+from based._devices import DeviceInfo, devices
 from based._loading import load
-from based._model import Model
+from based._model import MemoryUse, Model
 from based._outputs import CompletionOutput, Logprob, RequestOutput, StreamChunk
 from based._session import Session
 
@@ -29,11 +32,14 @@ __version__: str = build_info()["version"]
 __all__ = [
     "Checkpoint",
     "CompletionOutput",
+    "DeviceError",
+    "DeviceInfo",
     "Error",
     "FormatError",
     "GatedConvConfig",
     "LinearAttentionConfig",
     "Logprob",
+    "MemoryUse",
     "MlpConfig",
     "Model",
     "ModelConfig",
@@ -44,11 +50,13 @@ __all__ = [
     "SlidingWindowConfig",
     "StateError",
     "StreamChunk",
+    "Tensor",
     "UnsupportedError",
     "__version__",
     "build_info",
+    "devices",
     "load",
 ]
 
-for _type in (Error, FormatError, SessionBusyError, StateError, UnsupportedError):
+for _type in (DeviceError, Error, FormatError, SessionBusyError, StateError, Tensor, UnsupportedError):
     _type.__module__ = "based"  # where users find them; tracebacks say so

@@ -8,7 +8,7 @@ import numpy
 import numpy.typing
 import os
 import typing
-__all__: list[str] = ['Activation', 'Checkpoint', 'Error', 'FinishReason', 'FormatError', 'GatedConvConfig', 'Generator', 'LinearAttentionConfig', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'SafetensorsFile', 'SamplingParams', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'StateError', 'Tensor', 'TokenEvent', 'UnsupportedError', 'build_info', 'check_config', 'convert_dtype', 'measure_read_bandwidth', 'write_safetensors']
+__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Error', 'FinishReason', 'FormatError', 'GatedConvConfig', 'Generator', 'LinearAttentionConfig', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'SafetensorsFile', 'SamplingParams', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'StateError', 'Tensor', 'TokenEvent', 'UnsupportedError', 'add_cublas_path', 'build_info', 'check_config', 'convert_dtype', 'cuda_problem', 'devices', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'synchronize', 'write_safetensors']
 class Error(Exception):
     """
     Base of the failures that are particular to this library.
@@ -29,20 +29,32 @@ class UnsupportedError(Error, RuntimeError):
     """
     A request for something that this build or machine cannot do.
     """
+class DeviceError(Error, RuntimeError):
+    """
+    A device that failed: the process can use it no more.
+    """
 class Tensor:
     """
-    Dense row-major array; copies of it share its memory. NumPy and DLPack read it.
+    Dense rows of numbers; copies of it share its memory. NumPy and DLPack read it; NumPy gets a copy of what is a GPU's.
     """
     def __array__(self, dtype: typing.Any = None, copy: typing.Any = None) -> numpy.ndarray:
         """
-        A NumPy array on the same memory.
+        A NumPy array on the same memory, or on a copy of a GPU's.
         """
     def __dlpack__(self, *, stream: typing.Any = None, max_version: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex] | None = None, dl_device: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex] | None = None, copy: bool | None = None) -> typing.Any:
-        ...
+        """
+        Contents are complete: no `stream` has to wait.
+        """
     def __dlpack_device__(self) -> tuple[int, int]:
+        ...
+    def __len__(self) -> int:
         ...
     def __repr__(self) -> str:
         ...
+    def columns(self, count: typing.SupportsInt | typing.SupportsIndex) -> Tensor:
+        """
+        The first columns of a matrix, on the same memory.
+        """
     @property
     def device(self) -> str:
         ...
@@ -437,6 +449,11 @@ class Model:
     def kernel_isa(self) -> str:
         ...
     @property
+    def memory(self) -> tuple[int, int, int]:
+        """
+        Bytes of the device held now: weights, states, workspace.
+        """
+    @property
     def num_parameters(self) -> int:
         ...
     @property
@@ -563,9 +580,37 @@ class Generator:
         """
         Advances every running sequence by one token. Empty only when done().
         """
+class DeviceDescription:
+    """
+    The CPU, or a GPU of this machine.
+    """
+    @property
+    def architecture(self) -> str:
+        ...
+    @property
+    def device(self) -> str:
+        ...
+    @property
+    def free_nbytes(self) -> int:
+        ...
+    @property
+    def name(self) -> str:
+        ...
+    @property
+    def problem(self) -> str:
+        """
+        Why it cannot be used; empty when it can.
+        """
+    @property
+    def total_nbytes(self) -> int:
+        ...
+def add_cublas_path(path: str) -> None:
+    """
+    A folder to look into for cuBLASLt before the system's own. Before the first use of CUDA.
+    """
 def build_info() -> dict:
     """
-    version, compiler, and the instruction sets that kernels were compiled for.
+    version, compiler, the instruction sets and GPU architectures that kernels were compiled for, and the CUDA toolkit's version (None: a build without CUDA).
     """
 def check_config(text: str, where: str) -> str:
     """
@@ -575,9 +620,31 @@ def convert_dtype(bits: numpy.ndarray, source: str, target: str) -> numpy.ndarra
     """
     A new array of the same shape, each number converted between float32, bfloat16 and float16 (nearest even; too large gives inf). bfloat16 as uint16.
     """
+def cuda_problem() -> str:
+    """
+    Why no GPU can be used; empty when one can.
+    """
+def devices() -> list[DeviceDescription]:
+    """
+    The CPU, then every GPU of this machine.
+    """
 def measure_read_bandwidth(num_threads: typing.SupportsIndex | None = None, nbytes: typing.SupportsIndex = 1073741824) -> float:
     """
     Bytes per second at which that many CPU threads (None: all) read a buffer of `nbytes`; median of several passes.
+    """
+def op_empty(device: str, dtype: str, shape: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], stream: typing.SupportsInt | typing.SupportsIndex) -> Tensor:
+    """
+    Uninitialised memory of a GPU, in the order of `stream`.
+    """
+def op_gated_short_conv(u: typing.Any, weight: typing.Any, initial_state: typing.Any, out: typing.Any, final_state: typing.Any, stream: typing.SupportsInt | typing.SupportsIndex, producer_stream: typing.Any) -> None:
+    ...
+def op_sliding_window_attention(q: typing.Any, k: typing.Any, v: typing.Any, out: typing.Any, window: typing.SupportsInt | typing.SupportsIndex, scale: typing.SupportsFloat | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex, producer_stream: typing.Any) -> None:
+    ...
+def op_taylor_linear_attention(q: typing.Any, k: typing.Any, v: typing.Any, initial_state: typing.Any, out: typing.Any, final_state: typing.Any, eps: typing.SupportsFloat | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex, producer_stream: typing.Any) -> None:
+    ...
+def synchronize(device: str) -> None:
+    """
+    Waits for everything that was enqueued on a device.
     """
 def write_safetensors(path: os.PathLike | str | bytes, tensors: collections.abc.Sequence[tuple[str, numpy.ndarray, str]], metadata: collections.abc.Mapping[str, str]) -> None:
     """

@@ -35,8 +35,10 @@ def load(
 
     Args:
         path_or_id: A directory, in our format or as published; or a name "owner/name" at the hub. A directory wins.
-        device: "cpu", or "auto" for the best that this build and machine have.
-        dtype: Of the weights: "float32", "bfloat16", or "auto" for bfloat16 when the files are, otherwise float32.
+        device: "cpu", "cuda" or "cuda:N"; "auto" is $BASED_DEVICE if that is set, otherwise the first GPU that can be
+            used, otherwise the CPU, which a RuntimeWarning says once.
+        dtype: Of the weights: "float32", "bfloat16", on a GPU also "float16". "auto" is the files' own when that has 16
+            bits and the device takes it; for others float32 on the CPU and bfloat16 on a GPU.
         num_threads: CPU threads of this model; None for the CPUs that this process may use.
         revision: Branch, tag or commit at the hub.
         tokenizer: A tokenizer.json, or a directory that holds one. By default the model's own; the published models
@@ -47,6 +49,7 @@ def load(
         OSError: A file cannot be read or written, or the hub cannot be reached.
         FormatError: A file contradicts its format, or describes a model that `based` does not run.
         UnsupportedError: This build or machine lacks the device.
+        MemoryError: The device has less memory than the weights need.
         ValueError: An argument outside its domain.
     """
     options = core_options(device, dtype, num_threads)

@@ -1,16 +1,18 @@
 """A model: immutable weights, shared by any number of sessions and threads."""
 
 from collections.abc import AsyncIterator, Generator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from based import _core
+from based._devices import choose_device
 from based._generate import Run, asynchronously, encode, make_requests
 from based._outputs import RequestOutput, StreamChunk
 from based._prompts import Prompt, Prompts, as_array, as_list
-from based._session import Session
+from based._session import Logits, Session, vocabulary
 from based._tokenizer import LazyTokenizer
 
 if TYPE_CHECKING:
@@ -22,13 +24,24 @@ Params: TypeAlias = _core.SamplingParams | None
 
 def core_options(device: str, dtype: str, num_threads: int | None) -> dict[str, Any]:
     """Arguments of _core.Model.load and .random. Raises ValueError."""
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"dtype must be 'auto', 'float32' or 'bfloat16', not {dtype!r}")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16', not {dtype!r}")
     return {
-        "device": "cpu" if device == "auto" else device,
+        "device": choose_device(device),
         "dtype": None if dtype == "auto" else dtype,
         "num_threads": num_threads,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Bytes of the device's memory that a model and its sessions hold."""
+
+    weights: int
+    states: int
+    """Of sessions, forks and checkpoints."""
+    workspace: int
+    """Activations, logits, sampling."""
 
 
 class Model:
@@ -65,12 +78,12 @@ class Model:
 
     @property
     def device(self) -> str:
-        """Such as "cpu"."""
+        """Such as "cpu" or "cuda:0"."""
         return self._core.device
 
     @property
     def dtype(self) -> str:
-        """Of the weights: "float32" or "bfloat16"."""
+        """Of the weights: "float32", "bfloat16" or "float16"."""
         return self._core.dtype
 
     @property
@@ -94,8 +107,13 @@ class Model:
         return self._core.state_nbytes
 
     @property
+    def memory(self) -> MemoryUse:
+        """What this model and its sessions hold of the device's memory now."""
+        return MemoryUse(*self._core.memory)
+
+    @property
     def kernel_isa(self) -> str:
-        """The instruction set whose kernels run, such as "avx512bf16"."""
+        """The instruction set or GPU architecture whose kernels run, such as "avx512bf16" or "sm_90"."""
         return self._core.kernel_isa
 
     @property
@@ -114,14 +132,15 @@ class Model:
 
     # ---- logits ----------------------------------------------------------------------------------------------------
 
-    def forward(self, token_ids: Prompt, *, include_padding: bool = False) -> npt.NDArray[np.float32]:
-        """Logits (T, vocab_size) float32 at every position of one sequence.
+    def forward(self, token_ids: Prompt, *, include_padding: bool = False) -> Logits:
+        """Logits (T, vocab_size) float32 at every position of one sequence: a NumPy array, on a GPU a `based.Tensor`.
 
         Args:
             token_ids: The sequence, T tokens (or a text).
             include_padding: Also return the columns of the embedding's padding rows: (T, padded_vocab_size).
         """
-        return self._vocabulary(self._core.forward(self._encode(token_ids)), include_padding)
+        logits = self._core.forward(self._encode(token_ids))
+        return vocabulary(logits, self.config.vocab_size, include_padding)
 
     def score(self, token_ids: Prompt) -> npt.NDArray[np.float32]:
         """Natural-log probability of each token given its past, (T - 1,) float32: the first token has none."""
@@ -134,12 +153,12 @@ class Model:
             float32 arrays: `embed` (T, d); `mixer_out` (L, T, d), a mixer's output before the residual add; `block_out`
             (L, T, d), the residual stream after each layer; `final_norm` (T, d); `logits` as forward gives them.
         """
-        result = {
+        trace = self._core.trace(self._encode(token_ids))
+        trace["logits"] = vocabulary(trace["logits"], self.config.vocab_size, include_padding)
+        return {
             name: np.stack([np.asarray(t) for t in value]) if isinstance(value, list) else np.asarray(value)
-            for name, value in self._core.trace(self._encode(token_ids)).items()
+            for name, value in trace.items()
         }
-        result["logits"] = self._vocabulary(result["logits"], include_padding)
-        return result
 
     # ---- text ------------------------------------------------------------------------------------------------------
 
@@ -188,7 +207,3 @@ class Model:
 
     def _encode(self, prompt: Any) -> Any:
         return encode(as_array(prompt), self._tokenizer, add_special_tokens=True)
-
-    def _vocabulary(self, logits: Any, include_padding: bool) -> npt.NDArray[np.float32]:
-        array: npt.NDArray[np.float32] = np.asarray(logits)
-        return array if include_padding else array[:, : self.config.vocab_size]

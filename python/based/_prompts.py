@@ -12,10 +12,14 @@ Prompt: TypeAlias = str | TokenIds
 Prompts: TypeAlias = Sequence[Prompt | int] | npt.NDArray[np.integer[Any]]
 """A prompt or a list of them (a str is a Sequence of str). Flat, because that is how mypy infers mixed lists."""
 
+_DLPACK_CPU = 1
+
 
 def as_array(value: Any) -> Any:
-    """A tensor of another library as a NumPy array on the same memory; anything else as it is."""
+    """A tensor of another library as a NumPy array, on the same memory if it is the CPU's; anything else as it is."""
     if hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray):
+        if value.__dlpack_device__()[0] != _DLPACK_CPU and hasattr(value, "cpu"):
+            value = value.cpu()
         return np.from_dlpack(value)
     return value
 

@@ -2,16 +2,24 @@
 
 import os
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from based import _core
 from based._generate import Run, encode, make_requests
 from based._outputs import RequestOutput, StreamChunk
 from based._prompts import Prompt, Prompts, TokenIds, as_array, as_list
 from based._tokenizer import LazyTokenizer
+
+Logits: TypeAlias = Any
+"""float32: a NumPy array of a model on the CPU, a `based.Tensor` of one on a GPU. Both speak DLPack."""
+
+
+def vocabulary(logits: _core.Tensor, vocab_size: int, include_padding: bool) -> Logits:
+    """Logits without the columns of the embedding's padding rows, unless those are asked for."""
+    columns = logits if include_padding else logits.columns(vocab_size)
+    return np.asarray(columns) if columns.device == "cpu" else columns
 
 
 class Session:
@@ -53,7 +61,7 @@ class Session:
         sequences: Sequence[int] | None = None,
         *,
         include_padding: bool = False,
-    ) -> npt.NDArray[np.float32]:
+    ) -> Logits:
         """Feeds a prompt to each sequence, after whatever it has seen; memory does not grow with the prompts' length.
 
         Args:
@@ -62,22 +70,23 @@ class Session:
             include_padding: Also return the columns of the embedding's padding rows.
 
         Returns:
-            Logits at each prompt's last token, (len(prompts), vocab_size) float32, a NumPy array (and so a DLPack
-            producer).
+            Logits at each prompt's last token, (len(prompts), vocab_size) float32: a NumPy array, or, on a GPU, a
+            `based.Tensor`, which torch.from_dlpack takes without a copy and np.asarray with one.
         """
         self._check_idle()
         ids = [
             encode(prompt, self._tokenizer, add_special_tokens=self._is_fresh(i, sequences))
             for i, prompt in enumerate(as_list(prompts))
         ]
-        return self._vocabulary(self._core.prefill(ids, sequences), include_padding)
+        return vocabulary(self._core.prefill(ids, sequences), self._model.config.vocab_size, include_padding)
 
     def step(
         self, tokens: TokenIds, sequences: Sequence[int] | None = None, *, include_padding: bool = False
-    ) -> npt.NDArray[np.float32]:
+    ) -> Logits:
         """Feeds one token to each listed sequence (None: all, in order). Logits as prefill."""
         self._check_idle()
-        return self._vocabulary(self._core.step(as_array(tokens), sequences), include_padding)
+        logits = self._core.step(as_array(tokens), sequences)
+        return vocabulary(logits, self._model.config.vocab_size, include_padding)
 
     # ---- text ------------------------------------------------------------------------------------------------------
 
@@ -170,7 +179,3 @@ class Session:
         seen = dict(enumerate(self._core.num_tokens))
         sequence = position if sequences is None else dict(enumerate(sequences)).get(position, -1)
         return not seen.get(sequence)
-
-    def _vocabulary(self, logits: Any, include_padding: bool) -> npt.NDArray[np.float32]:
-        array: npt.NDArray[np.float32] = np.asarray(logits)
-        return array if include_padding else array[:, : self._model.config.vocab_size]

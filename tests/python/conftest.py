@@ -9,6 +9,8 @@ from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
+os.environ["BASED_DEVICE"] = "cpu"  # what "auto" means to tests and their subprocesses: those of GPUs name them
+
 import based
 
 GOLDEN = Path(__file__).parent.parent / "golden"

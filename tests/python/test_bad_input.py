@@ -478,7 +478,7 @@ def fnv1a(data: bytes) -> str:
 
 def write_state(path: Path, states: list[tuple[int, dict[str, tuple[str, np.ndarray]]]], **metadata: str) -> None:
     """A state file from scratch (docs/state-format.md), with a true checksum unless `metadata` says otherwise."""
-    codes = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+    codes = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32"}
     header: dict[str, Any] = {}
     data = hashed = b""
     for b, (num_tokens, tensors) in enumerate(states):
@@ -532,7 +532,27 @@ def changed_tensor(name: str, tensor: tuple[str, np.ndarray] | None) -> Callable
 
 
 def zeros(*shape: int, dtype: str = "float32") -> tuple[str, np.ndarray]:
-    return dtype, np.zeros(shape, {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}[dtype])
+    return dtype, np.zeros(shape, np.uint16 if dtype == "bfloat16" else dtype)
+
+
+def test_keys_and_values_in_float16(small, saved):
+    """As a GPU saves them: every float16 is a float32."""
+    path, states = saved
+    random = np.random.default_rng(0)
+    for _, tensors in states:
+        for name in ("layers.2.keys", "layers.2.values"):
+            shape = tensors[name][1].shape
+            half = random.normal(0, 1, shape).astype(np.float16)
+            half.flat[:4] = [0.0, -6e-8, 6.1e-5, 65504.0]  # two subnormals, the largest
+            tensors[name] = "float16", half
+    write_state(path, states, fingerprint=small.fingerprint)
+    other = small.session(2)
+    other.load_state(path)
+    other.save_state(path)
+    for name, (dtype, found) in read_safetensors(path).items():
+        _, b, rest = name.split(".", 2)
+        assert dtype == "float32"
+        np.testing.assert_array_equal(found, states[int(b)][1][rest][1].astype(np.float32), err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -559,10 +579,16 @@ def zeros(*shape: int, dtype: str = "float32") -> tuple[str, np.ndarray]:
             "layers.0.conv has dtype bfloat16, expected float32",
         ),
         (
-            changed_tensor("layers.2.keys", zeros(3, 2, 4, dtype="float16")),
+            changed_tensor("layers.2.keys", zeros(3, 2, 4, dtype="int32")),
             {},
             based.FormatError,
-            "layers.2.keys has dtype float16, expected float32 or bfloat16",
+            "layers.2.keys has dtype int32, expected float32, bfloat16 or float16",
+        ),
+        (
+            changed_tensor("layers.1.taylor", zeros(2, 6, 5, dtype="float16")),
+            {},
+            based.FormatError,
+            "layers.1.taylor has ",
         ),
         # As many keys as tokens, up to the window.
         (lambda states: states.__setitem__(1, (2, states[1][1])), {}, based.FormatError, "expected (2, 2, 4)"),

@@ -22,12 +22,14 @@ MAY_INCLUDE = {
     },
     "cpp/backend/cpu": {"based", "backend"},
     "cpp/backend": {"based", "backend"},
+    "cuda": {"based", "kernels", "backend/backend.h", "backend/cuda_ops.h", "io/convert_dtype.h"},
+    "cuda/kernels": {"kernels", "kernels.h", "cuda_error.h"},
     "bindings": {"based", "bindings", "io", "backend/cpu/bandwidth.h"},
 }
 
 
 def sources(folder: str) -> list[Path]:
-    return [p for p in (ROOT / folder).glob("*") if p.suffix in {".h", ".cc"}]
+    return [p for p in (ROOT / folder).glob("*") if p.suffix in {".h", ".cc", ".cuh", ".cu"}]
 
 
 @pytest.mark.parametrize("folder", MAY_INCLUDE)

@@ -1,6 +1,7 @@
 #include "backend/cpu/cpu_states.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <new>
 #include <string>
@@ -49,8 +50,20 @@ std::size_t layer_nbytes(const MixerConfig& mixer, std::size_t ring_element) {
   return checked_mul(window.num_kv_heads, checked_mul(RingLayout(window).head_size, ring_element));
 }
 
-// One element of `dtype` (float32 or bfloat16) as float, exactly, and back (rounded to nearest even).
+// IEEE binary16: the exponent moves to float32's place and bias, which a product by 2¹¹² does for subnormals as well.
+float float_from_f16(std::uint16_t x) {
+  const std::uint32_t sign = static_cast<std::uint32_t>(x & 0x8000u) << 16, rest = x & 0x7fffu;
+  if (rest >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
+  return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(std::bit_cast<float>(rest << 13) * 0x1p112f));
+}
+
+// One element of `dtype` (float32, bfloat16 or float16) as float, exactly.
 float read_element(const std::byte* data, std::int64_t index, DType dtype) {
+  if (dtype == DType::float16) {
+    std::uint16_t bits;
+    std::memcpy(&bits, data + index * 2, 2);
+    return float_from_f16(bits);
+  }
   if (dtype == DType::bfloat16) {
     std::uint16_t bits;
     std::memcpy(&bits, data + index * 2, 2);
@@ -61,6 +74,7 @@ float read_element(const std::byte* data, std::int64_t index, DType dtype) {
   return value;
 }
 
+// Rounded to nearest even; a ring of the CPU is float32 or bfloat16.
 void write_element(std::byte* data, std::int64_t index, DType dtype, float value) {
   if (dtype == DType::bfloat16) {
     const std::uint16_t bits = bf16_from_float(value);

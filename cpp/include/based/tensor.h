@@ -73,6 +73,10 @@ class Tensor {
   /// Uninitialised host memory, aligned to 64 bytes.
   static Tensor empty(DType dtype, std::vector<std::int64_t> shape);
 
+  /// A copy in the memory of `to`: the host, or the device where this tensor is. Waits. Throws InvalidArgument for
+  /// another device, OutOfMemory.
+  Tensor copy_to(Device to) const;
+
   void* data() const { return data_.get(); }
   template <typename T>
   T* data_as() const {

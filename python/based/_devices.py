@@ -1,0 +1,74 @@
+"""The devices of this machine, and which one "auto" means."""
+
+import importlib.util
+import os
+import threading
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from based import _core
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """The CPU, or a GPU."""
+
+    device: str
+    """As load() takes it: "cpu", "cuda:0"."""
+    name: str
+    architecture: str
+    """Instruction set or GPU architecture, such as "avx512bf16" or "sm_90"."""
+    total_nbytes: int
+    """Memory; 0 for the CPU, as free_nbytes."""
+    free_nbytes: int
+    problem: str | None
+    """Why it cannot be used; None when it can."""
+
+
+def devices() -> list[DeviceInfo]:
+    """The CPU, then every GPU of this machine."""
+    return [
+        DeviceInfo(d.device, d.name, d.architecture, d.total_nbytes, d.free_nbytes, d.problem or None)
+        for d in _core.devices()
+    ]
+
+
+def choose_device(device: str) -> str:
+    """What "auto" means: $BASED_DEVICE if it is set, the first GPU that can be used, or the CPU and a warning."""
+    if device == "auto":
+        device = os.environ.get("BASED_DEVICE") or "auto"
+    if device != "auto":
+        return device
+    problem = _core.cuda_problem()
+    if not problem:
+        return next(d.device for d in devices() if d.device != "cpu" and d.problem is None)
+    if _first_fallback():
+        warnings.warn(
+            f"device='auto' runs on the CPU: {problem}. With device='cpu' there is no such warning.",
+            RuntimeWarning,
+            stacklevel=4,  # whoever called load() or Model.random()
+        )
+    return "cpu"
+
+
+_warned = threading.Event()
+
+
+def _first_fallback() -> bool:
+    first = not _warned.is_set()
+    _warned.set()
+    return first
+
+
+def _add_cublas_paths() -> None:
+    """Tells the core where pip puts cuBLASLt (nvidia-cublas). Imports nothing: nvidia is a namespace package."""
+    spec = importlib.util.find_spec("nvidia")
+    for location in (spec.submodule_search_locations or ()) if spec is not None else ():
+        for folder in ("cu13", "cublas"):
+            path = Path(location, folder, "lib")
+            if path.is_dir():
+                _core.add_cublas_path(str(path))
+
+
+_add_cublas_paths()
