@@ -40,7 +40,33 @@ RecurrentArguments recurrent_arguments(const LinearAttentionConfig& config, DTyp
   return a;
 }
 
+/// Chosen by shape and device alone: a sequence's result does not depend on what else is in the batch.
+bool decode_bulk_takes(const RecurrentArguments& a) {
+  constexpr std::size_t kReserved = 1024;  // of each block, by the system; max_shared_bytes is an SM's less one such
+  const DeviceInfo& device = device_info();
+  // Two blocks on an SM, or nothing is under way while one starts and ends.
+  const bool fits = device.compute_capability >= 90 && a.head_dim % 4 == 0 && a.head_dim <= 128 &&
+                    is_aligned(a.state.data, 16) && a.state.slot_stride % 16 == 0 &&
+                    2 * (decode_bulk_shared_bytes(a.feature_dim, a.num_features, a.head_dim) + kReserved) <=
+                        static_cast<std::size_t>(device.max_shared_bytes) + kReserved;
+  if (!fits) return false;
+  cudaFuncAttributes attributes{};  // of the code that would run: it may be PTX of an older architecture
+  check(cudaFuncGetAttributes(&attributes, decode_bulk_kernel), "linear_attention");
+  return attributes.ptxVersion >= 90;
+}
+
+void launch_decode_bulk(cudaStream_t stream, const RecurrentArguments& a) {
+  check(cudaFuncSetAttribute(decode_bulk_kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared),
+        "linear_attention");
+  launch(stream, "linear_attention", decode_bulk_kernel,
+         dim3(blocks_for(static_cast<std::int64_t>(a.batch.num_singles) * a.num_heads, 1)), dim3(kBulkThreads),
+         decode_bulk_shared_bytes(a.feature_dim, a.num_features, a.head_dim), a,
+         (a.num_features + kBulkChunks - 1) / kBulkChunks);
+}
+
 void launch_decode(cudaStream_t stream, const RecurrentArguments& a) {
+  if (decode_bulk_takes(a)) return launch_decode_bulk(stream, a);
   const int vec = a.head_dim % 4 == 0 ? 4 : 1;
   const int column_threads = std::min(a.head_dim / vec, 256);
   const int num_blocks = a.batch.num_singles * a.num_heads;

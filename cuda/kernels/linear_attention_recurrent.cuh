@@ -210,6 +210,171 @@ __global__ void __launch_bounds__(1024) decode_kernel(RecurrentArguments a, int 
   }
 }
 
+// ---- one token per sequence, from compute capability 9.0 on ---------------------------------------------------------
+
+constexpr int kBulkWarps = 8;
+constexpr int kBulkThreads = 32 * kBulkWarps;
+constexpr int kBulkChunks = 16;  // at most, of whole rows of S
+constexpr int kBulkRows = 5;     // rows under way per thread
+
+inline std::size_t decode_bulk_shared_bytes(int feature_dim, int num_features, int head_dim) {
+  const auto f = static_cast<std::size_t>(feature_dim), rows = static_cast<std::size_t>(num_features);
+  const std::size_t floats = rows * static_cast<std::size_t>(head_dim) + kBulkThreads * 4 + 2 * rows + 2 * (f + 1);
+  return (floats + kBulkWarps) * sizeof(float) + kBulkChunks * sizeof(std::uint64_t);
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+/// Phase 0 of `barrier` ends when `bytes`, a multiple of 16, have come from `global` to `shared`.
+__device__ __forceinline__ void load_bulk(void* shared, const void* global, unsigned bytes, std::uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(shared)),
+               "l"(global), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+
+__device__ __forceinline__ void wait_for_phase_0(std::uint64_t* barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(shared_address(barrier))
+      : "memory");
+}
+
+/// What this thread wrote into shared memory is seen by bulk copies issued after it.
+__device__ __forceinline__ void fence_for_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void store_bulk(void* global, const void* shared, unsigned bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared_address(shared)),
+               "r"(bytes)
+               : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+#endif
+
+/// One block per (single, head), head_dim a multiple of 4 and at most 128. All of S is under way to shared memory at
+/// once, without a register; warp w copies, updates, dots with φ(q) and writes back chunks w, w + kBulkWarps, … of
+/// `chunk_rows` rows, apart from the other warps. Lane (r, c) has columns 4c … of rows r, r + row_groups, ….
+__global__ void __launch_bounds__(kBulkThreads, 3) decode_bulk_kernel(RecurrentArguments a, int chunk_rows) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(16) float shared[];
+  const int f = a.feature_dim, num_features = a.num_features, head_dim = a.head_dim;
+  const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32;
+  const int num_chunks = (num_features + chunk_rows - 1) / chunk_rows;
+  float* tile = shared;                                                            // (num_features, head_dim)
+  float* sums = tile + num_features * head_dim;                                    // (kBulkWarps, row_groups, head_dim)
+  float2* phi = reinterpret_cast<float2*>(sums + kBulkThreads * 4);                // φ(k), φ(q)
+  std::uint64_t* barriers = reinterpret_cast<std::uint64_t*>(phi + num_features);  // (kBulkChunks)
+  float* yk = reinterpret_cast<float*>(barriers + kBulkChunks);
+  float* yq = yk + f + 1;
+  float* warp_sums = yq + f + 1;
+
+  if (lane == 0) {
+    for (int chunk = warp; chunk < num_chunks; chunk += kBulkWarps)
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barriers + chunk)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_for_bulk();
+  }
+  FeaturePair pair = feature_pair(min(tid, num_features - 1), f);
+  wait_for_predecessors();
+  release_successors();
+  const int index = static_cast<int>(blockIdx.x) / a.num_heads, head = static_cast<int>(blockIdx.x) % a.num_heads;
+  const int sequence = sequence_of_single(a.batch, static_cast<unsigned>(index));
+  const int slot = a.batch.slots[sequence];
+  const std::int64_t token = a.batch.offsets[sequence];
+  if (slot < 0) return;
+
+  float* state = slot_data<float>(a.state, slot);
+  float* z = state + static_cast<std::int64_t>(a.num_heads) * num_features * head_dim +
+             static_cast<std::int64_t>(head) * num_features;
+  state += static_cast<std::int64_t>(head) * num_features * head_dim;
+  const auto chunk_bytes = [&](int chunk) {
+    return static_cast<unsigned>(min(chunk_rows, num_features - chunk * chunk_rows) * head_dim) *
+           static_cast<unsigned>(sizeof(float));
+  };
+  if (lane == 0)
+    for (int chunk = warp; chunk < num_chunks; chunk += kBulkWarps) {
+      const int at = chunk * chunk_rows * head_dim;
+      load_bulk(tile + at, state + at, chunk_bytes(chunk), barriers + chunk);
+    }
+
+  const int row_groups = 32 / (head_dim / 4), group = lane / (head_dim / 4), column = lane % (head_dim / 4) * 4;
+  const bool streams = group < row_groups;
+  const float first_z = tid < num_features ? z[tid] : 0.0f;
+  Columns<4> v{}, acc{};
+  if (streams) {
+    const std::int64_t v_at = token * a.qkv.v_token + head * a.qkv.v_head + column;
+#pragma unroll
+    for (int n = 0; n < 4; ++n) v.x[n] = load_element(a.qkv.v, v_at + n, a.dtype);
+  }
+  const std::int64_t q_at = token * a.qkv.q_token + head * a.qkv.q_head;
+  const std::int64_t k_at = token * a.qkv.k_token + head * a.qkv.k_head;
+  for (int i = tid; i <= f; i += kBulkThreads) {
+    yk[i] = i < f ? load_element(a.qkv.k, k_at + i, a.dtype) * a.scale : 1.0f;
+    yq[i] = i < f ? load_element(a.qkv.q, q_at + i, a.dtype) * a.scale : 1.0f;
+  }
+  __syncthreads();
+  float partial = 0.0f;
+  for (int row = tid; row < num_features; row += kBulkThreads) {
+    if (row != tid) pair = feature_pair(row, f);
+    const float2 both = make_float2(yk[pair.i] * yk[pair.j] * pair.weight, yq[pair.i] * yq[pair.j] * pair.weight);
+    phi[row] = both;
+    const float sum = (row == tid ? first_z : z[row]) + both.x;
+    z[row] = sum;
+    partial += both.y * sum;
+  }
+  partial = warp_sum(partial);
+  if (lane == 0) warp_sums[warp] = partial;
+  __syncthreads();
+
+  for (int chunk = warp; chunk < num_chunks; chunk += kBulkWarps) {
+    const int first_row = chunk * chunk_rows, rows = min(chunk_rows, num_features - first_row);
+    float* chunk_tile = tile + first_row * head_dim;
+    wait_for_phase_0(barriers + chunk);
+    for (int row = streams ? group : rows; row < rows; row += kBulkRows * row_groups) {
+      Columns<4> s[kBulkRows];
+#pragma unroll
+      for (int i = 0; i < kBulkRows; ++i)
+        if (row + i * row_groups < rows)
+          s[i] = load_columns<4>(chunk_tile + (row + i * row_groups) * head_dim + column);
+#pragma unroll
+      for (int i = 0; i < kBulkRows; ++i) {
+        const int at = row + i * row_groups;
+        if (at >= rows) continue;
+        const float2 both = phi[first_row + at];
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          s[i].x[n] += both.x * v.x[n];
+          acc.x[n] += both.y * s[i].x[n];
+        }
+        store_columns<4>(chunk_tile + at * head_dim + column, s[i]);
+      }
+    }
+    fence_for_bulk();
+    __syncwarp();
+    if (lane == 0) store_bulk(state + first_row * head_dim, chunk_tile, chunk_bytes(chunk));
+  }
+
+  if (streams) store_columns<4>(sums + (warp * row_groups + group) * head_dim + column, acc);
+  __syncthreads();
+  if (tid < head_dim) {
+    float sum = 0.0f, denominator = a.eps;
+    for (int i = 0; i < kBulkWarps * row_groups; ++i) sum += sums[i * head_dim + tid];
+#pragma unroll
+    for (int i = 0; i < kBulkWarps; ++i) denominator += warp_sums[i];
+    store_element(a.out, token * a.out_token + head * a.out_head + tid, sum / denominator, a.dtype);
+  }
+  // Shared memory must outlive the copies that read it.
+  if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+#else
+  __trap();  // never launched: decode_bulk_takes asks which code would run
+#endif
+}
+
 // ---- many tokens per sequence --------------------------------------------------------------------------------------
 
 constexpr int kGroupTokens = 8;      // tokens that share one pass over the state
