@@ -14,10 +14,6 @@ std::size_t state_bytes(const LinearAttentionConfig& config) {
                   sizeof(float));
 }
 
-bool is_aligned(const void* pointer, std::size_t bytes) {
-  return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
-}
-
 // ---- one token per sequence ----------------------------------------------------------------------------------------
 
 RecurrentArguments recurrent_arguments(const LinearAttentionConfig& config, DType dtype, const DeviceBatch& batch,
