@@ -128,109 +128,157 @@ __global__ void __launch_bounds__(kRotateThreads) rotate_kernel(const WindowArgu
 
 // ---- decode --------------------------------------------------------------------------------------------------------
 
-constexpr int kDecodeThreads = 128;  // whatever the batch: a sequence's result does not depend on its neighbours
+constexpr int kDecodeThreads = 256;  // at most
 constexpr int kMaxRowBytes = 512;    // of a head: a 16-byte load a lane
-constexpr int kLoads = 4;            // keys, and values, a lane has on their way
+constexpr int kLoads = 4;            // keys, and values, of a step
+constexpr int kStages = 2;           // steps a thread has on their way; 3 blocks of an SM: 172 KB
+constexpr int kStagesAlone = 4;      // where there are too few blocks for that: a window of 129 at once
 
-// One block per single and query head: rotary, the ring's new row, and attention, in one pass over the ring. `lanes` (a
-// power of two) share a key, groups of them split the keys; groups are combined in the end. A block of another head may
-// write the new row meanwhile: its key and value are taken from the call, never from the ring.
-// Shared memory: (warps, head_dim + 2) float32.
+// How a block is cut. `lanes` (a power of two) share a key of a head, `splits` groups of lanes share the keys of a
+// head. Both depend on head_dim alone and every sum on them alone, so that a sequence's result does not depend on the
+// batch; `heads` of a block and `stages` do.
+struct DecodeShape {
+  int lanes, splits, heads, stages;
+  int threads() const { return lanes * splits * heads; }
+  std::size_t shared_bytes(std::size_t row_bytes) const {
+    return static_cast<std::size_t>(stages * 2 * kLoads * splits * heads) * row_bytes;
+  }
+};
+
+// One block per single and `heads` query heads, whose rows lie side by side: rotary, the ring's new row, and attention,
+// in one pass over the ring. A thread moves its 16 bytes of keys and values through shared memory by asynchronous
+// copies and alone reads them: no barrier on the way. A block of another head may write the new row meanwhile: its key
+// and value are taken from the call, never from the ring.
+// Shared memory: (stages, 2, kLoads, splits, heads, head_dim) T; in the end (splits, heads, head_dim + 2) float32.
 template <typename T>
-__global__ void __launch_bounds__(kDecodeThreads, 6) decode_kernel(const WindowArguments a, const int lanes) {
+__global__ void __launch_bounds__(kDecodeThreads, 3) decode_kernel(const WindowArguments a, const DecodeShape shape) {
   constexpr int n = 16 / sizeof(T);
   using Vector = Packed<T, n>;
-  extern __shared__ __align__(32) float partial[];
-  __shared__ __align__(16) T rotated[2][kMaxRowBytes / sizeof(T)];  // q and k of this token
-  const int tid = static_cast<int>(threadIdx.x), num_threads = kDecodeThreads;
-  const int hd = a.head_dim;
-  const double turns_per_token = tid < a.num_pairs ? frequency(a, tid) : 0.0;
+  extern __shared__ __align__(128) std::byte ring[];
+  __shared__ __align__(16) T rotated[2][kMaxRowBytes / sizeof(T)];  // q and k of this token, (heads, head_dim)
+  const int tid = static_cast<int>(threadIdx.x), num_threads = static_cast<int>(blockDim.x);
+  const int hd = a.head_dim, lanes = shape.lanes, splits = shape.splits, heads = shape.heads;
+  const int lane = tid % lanes, group = tid / lanes, num_groups = splits * heads;
+  const int split = group / heads, local_head = group % heads;
+  const bool active = lane * n < hd, rotates = tid < heads * a.num_pairs;
+  const int pair = rotates ? tid % a.num_pairs : 0;
+  const double turns_per_token = rotates ? frequency(a, pair) : 0.0;
   wait_for_predecessors();
   release_successors();
 
-  const std::int32_t sequence = sequence_of_single(a.batch, blockIdx.x / static_cast<unsigned>(a.num_heads));
-  const int head = static_cast<int>(blockIdx.x % static_cast<unsigned>(a.num_heads)), kv_head = a.kv_head(head);
+  const unsigned parts = static_cast<unsigned>(a.num_heads / heads);
+  const std::int32_t sequence = sequence_of_single(a.batch, blockIdx.x / parts);
+  const int first_head = static_cast<int>(blockIdx.x % parts) * heads, head = first_head + local_head;
   if (a.batch.slots[sequence] < 0) return;
   const std::int64_t token = a.batch.offsets[sequence], position = a.batch.positions[sequence];
-  T* ring_keys = reinterpret_cast<T*>(a.slot(sequence)) + kv_head * hd;
+  T* ring_keys = reinterpret_cast<T*>(a.slot(sequence)) + a.kv_head(head) * hd + lane * n;
   T* ring_values = ring_keys + a.window * a.ring_row();
   // Softmax does not mind the order: rows in theirs, but for the one that leaves the window.
   const int own_row = static_cast<int>(position % a.window);
   const int count = static_cast<int>(min(position, static_cast<std::int64_t>(a.window - 1)));
 
-  const int lane = tid % lanes, group = tid / lanes, num_groups = num_threads / lanes;
-  const bool active = lane * n < hd;
-  uint4 keys[kLoads], values[kLoads];
-  const auto load = [&](uint4(&to)[kLoads], const T* ring, int first) {
+  const int num_steps = (count + kLoads * splits - 1) / (kLoads * splits);
+  const int hop = num_groups * hd * static_cast<int>(sizeof(T));  // from a key of a step to the next, then its values
+  std::byte* const mine = ring + group * hd * static_cast<int>(sizeof(T)) + lane * 16;
+  const auto fetch = [&](int step, int stage) {
+    if (active && step < num_steps) {
+      std::byte* const to = mine + stage * 2 * kLoads * hop;
 #pragma unroll
-    for (int j = 0; j < kLoads; ++j) {
-      const int i = first + j * num_groups;
-      to[j] = make_uint4(0, 0, 0, 0);
-      if (active && i < count)
-        to[j] = *reinterpret_cast<const uint4*>(ring + (i + (i >= own_row ? 1 : 0)) * a.ring_row() + lane * n);
+      for (int j = 0; j < kLoads; ++j) {
+        const int i = (step * kLoads + j) * splits + split;
+        const bool valid = i < count;
+        const std::int64_t from = valid ? (i + (i >= own_row ? 1 : 0)) * a.ring_row() : 0;
+        copy_async_16(to + j * hop, ring_keys + from, valid);
+        copy_async_16(to + (kLoads + j) * hop, ring_values + from, valid);
+      }
     }
+    commit_copies();  // empty at the end, so that the count of groups stays that of stages
   };
-  load(keys, ring_keys, group);
-  load(values, ring_values, group);
+#pragma unroll 1
+  for (int stage = 0; stage < shape.stages; ++stage) fetch(stage, stage);
 
-  const T* q = static_cast<const T*>(a.qkv.q) + token * a.qkv.q_token + head * a.qkv.q_head;
-  const T* k = static_cast<const T*>(a.qkv.k) + token * a.qkv.k_token + kv_head * a.qkv.k_head;
-  const T* v = static_cast<const T*>(a.qkv.v) + token * a.qkv.v_token + kv_head * a.qkv.v_head;
-  if (tid < a.num_pairs) {
+  Vector own_value{};
+  if (split == 0 && active)
+    own_value = *reinterpret_cast<const Vector*>(static_cast<const T*>(a.qkv.v) + token * a.qkv.v_token +
+                                                 a.kv_head(head) * a.qkv.v_head + lane * n);
+  const auto q = [&](int h) {
+    return static_cast<const T*>(a.qkv.q) + token * a.qkv.q_token + (first_head + h) * a.qkv.q_head;
+  };
+  const auto k = [&](int h) {
+    return static_cast<const T*>(a.qkv.k) + token * a.qkv.k_token + a.kv_head(first_head + h) * a.qkv.k_head;
+  };
+  if (rotates) {
+    const int h = tid / a.num_pairs, i = a.first_of_pair(pair), j = a.second_of_pair(pair);
+    const T *this_q = q(h), *this_k = k(h);
+    const T q_i = this_q[i], q_j = this_q[j], k_i = this_k[i], k_j = this_k[j];
     const float2 r = rotation(turns_per_token, position);
-    const int i = a.first_of_pair(tid), j = a.second_of_pair(tid);
-    const float2 rotated_q = rotate(to_float(q[i]), to_float(q[j]), r.x, r.y);
-    const float2 rotated_k = rotate(to_float(k[i]), to_float(k[j]), r.x, r.y);
-    rotated[0][i] = from_float<T>(rotated_q.x);
-    rotated[0][j] = from_float<T>(rotated_q.y);
-    rotated[1][i] = from_float<T>(rotated_k.x);
-    rotated[1][j] = from_float<T>(rotated_k.y);
+    const float2 rotated_q = rotate(to_float(q_i), to_float(q_j), r.x, r.y);
+    const float2 rotated_k = rotate(to_float(k_i), to_float(k_j), r.x, r.y);
+    rotated[0][h * hd + i] = from_float<T>(rotated_q.x);
+    rotated[0][h * hd + j] = from_float<T>(rotated_q.y);
+    rotated[1][h * hd + i] = from_float<T>(rotated_k.x);
+    rotated[1][h * hd + j] = from_float<T>(rotated_k.y);
   }
-  for (int i = 2 * a.num_pairs + tid; i < hd; i += num_threads) {
-    rotated[0][i] = q[i];
-    rotated[1][i] = k[i];
+  const int rest = hd - 2 * a.num_pairs;
+  for (int i = tid; i < heads * rest; i += num_threads) {
+    const int h = i / rest, d = 2 * a.num_pairs + i % rest;
+    rotated[0][h * hd + d] = q(h)[d];
+    rotated[1][h * hd + d] = k(h)[d];
   }
   __syncthreads();
 
   float query[n], sum[n], m = -kInfinity, l = 0, own_score = 0;
-  Vector own_value{};
-  if (active) own_value = *reinterpret_cast<const Vector*>(v + lane * n);
+  Vector own_query{}, own_key{};
+  if (active) {
+    own_query = *reinterpret_cast<const Vector*>(&rotated[0][local_head * hd + lane * n]);
+    own_key = *reinterpret_cast<const Vector*>(&rotated[1][local_head * hd + lane * n]);
+  }
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    query[i] = active ? to_float(rotated[0][lane * n + i]) * a.scale : 0.0f;
-    own_score += active ? query[i] * to_float(rotated[1][lane * n + i]) : 0.0f;
+    query[i] = to_float(own_query.x[i]) * a.scale;
+    own_score += query[i] * to_float(own_key.x[i]);
     sum[i] = 0;
   }
   for (int step = lanes / 2; step > 0; step /= 2) own_score += __shfl_xor_sync(0xffffffffu, own_score, step);
-  if (group == 0) {
+  if (split == 0) {
     m = own_score;
     l = 1;
 #pragma unroll
     for (int i = 0; i < n; ++i) sum[i] = to_float(own_value.x[i]);
-  }
-  if (group == 0 && active && head % (a.num_heads / a.num_kv_heads) == 0) {
-    const std::int64_t at = own_row * a.ring_row() + lane * n;
-    *reinterpret_cast<Vector*>(ring_keys + at) = *reinterpret_cast<const Vector*>(&rotated[1][lane * n]);
-    *reinterpret_cast<Vector*>(ring_values + at) = own_value;
+    if (active && head % (a.num_heads / a.num_kv_heads) == 0) {
+      *reinterpret_cast<Vector*>(ring_keys + own_row * a.ring_row()) = own_key;
+      *reinterpret_cast<Vector*>(ring_values + own_row * a.ring_row()) = own_value;
+    }
   }
 
-  for (int base = 0; base < count; base += num_groups * kLoads) {
+  int stage = 0;
+#pragma unroll 1
+  for (int step = 0; step < num_steps; ++step) {
+    if (shape.stages == kStages) {
+      wait_for_copies<kStages - 1>();
+    } else {
+      wait_for_copies<kStagesAlone - 1>();
+    }
+    const std::byte* from = mine + stage * 2 * kLoads * hop;
+    const auto read = [&](int j) {
+      return active ? *reinterpret_cast<const uint4*>(from + j * hop) : make_uint4(0, 0, 0, 0);
+    };
     float score[kLoads], next = m;
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
-      const Vector& key = reinterpret_cast<const Vector&>(keys[j]);
+      const uint4 words = read(j);
+      const Vector& key = reinterpret_cast<const Vector&>(words);
       score[j] = 0;
 #pragma unroll
       for (int i = 0; i < n; ++i) score[j] += query[i] * to_float(key.x[i]);
     }
-    load(keys, ring_keys, base + num_groups * kLoads + group);
-    for (int step = lanes / 2; step > 0; step /= 2) {
+    for (int across = lanes / 2; across > 0; across /= 2) {
 #pragma unroll
-      for (int j = 0; j < kLoads; ++j) score[j] += __shfl_xor_sync(0xffffffffu, score[j], step);
+      for (int j = 0; j < kLoads; ++j) score[j] += __shfl_xor_sync(0xffffffffu, score[j], across);
     }
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
-      if (base + group + j * num_groups >= count) score[j] = -kInfinity;
+      if ((step * kLoads + j) * splits + split >= count) score[j] = -kInfinity;
       next = fmaxf(next, score[j]);
     }
     const float reference = finite_maximum(next), factor = exp2f(m - reference);
@@ -240,49 +288,44 @@ __global__ void __launch_bounds__(kDecodeThreads, 6) decode_kernel(const WindowA
     for (int i = 0; i < n; ++i) sum[i] *= factor;
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
-      const Vector& value = reinterpret_cast<const Vector&>(values[j]);
+      const uint4 words = read(kLoads + j);
+      const Vector& value = reinterpret_cast<const Vector&>(words);
       const float p = exp2f(score[j] - reference);
       l += p;
 #pragma unroll
       for (int i = 0; i < n; ++i) sum[i] += p * to_float(value.x[i]);
     }
-    load(values, ring_values, base + num_groups * kLoads + group);
+    fetch(step + shape.stages, stage);
+    if (++stage == shape.stages) stage = 0;
   }
 
-  for (int step = lanes; step < 32; step *= 2) {
-    const float next = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, step));
-    const float factor = exp2f(m - finite_maximum(next));
-    m = next;
-    l *= factor;
-    l += __shfl_xor_sync(0xffffffffu, l, step);
+  __syncthreads();  // the ring makes room for the sums
+  float* const partial = reinterpret_cast<float*>(ring);
+  float* const maxima = partial + num_groups * hd;
+  float* const totals = maxima + num_groups;
+  if (active) {
+    float4* to = reinterpret_cast<float4*>(partial + group * hd + lane * n);
 #pragma unroll
-    for (int i = 0; i < n; ++i) {
-      sum[i] *= factor;
-      sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], step);
-    }
+    for (int i = 0; i < n; i += 4) to[i / 4] = {sum[i], sum[i + 1], sum[i + 2], sum[i + 3]};
   }
-  const int warp = tid / 32, num_warps = num_threads / 32;
-  float* maxima = partial + num_warps * hd;
-  float* totals = maxima + num_warps;
-  if (tid % 32 < lanes && active) {
-#pragma unroll
-    for (int i = 0; i < n; ++i) partial[warp * hd + lane * n + i] = sum[i];
-  }
-  if (tid % 32 == 0) {
-    maxima[warp] = m;
-    totals[warp] = l;
+  if (lane == 0) {
+    maxima[group] = m;
+    totals[group] = l;
   }
   __syncthreads();
-  T* out = static_cast<T*>(a.out) + token * a.out_token + head * hd;
-  for (int d = tid; d < hd; d += num_threads) {
+  T* out = static_cast<T*>(a.out) + token * a.out_token + first_head * hd;
+  for (int i = tid; i < heads * hd; i += num_threads) {
+    const int h = i / hd;
     float greatest = -kInfinity, numerator = 0, denominator = 0;
-    for (int w = 0; w < num_warps; ++w) greatest = fmaxf(greatest, maxima[w]);
-    for (int w = 0; w < num_warps; ++w) {
-      const float factor = exp2f(maxima[w] - greatest);
-      numerator += factor * partial[w * hd + d];
-      denominator += factor * totals[w];
+#pragma unroll 8
+    for (int s = 0; s < splits; ++s) greatest = fmaxf(greatest, maxima[s * heads + h]);
+#pragma unroll 8
+    for (int s = 0; s < splits; ++s) {
+      const float factor = exp2f(maxima[s * heads + h] - greatest);
+      numerator += factor * partial[s * heads * hd + i];
+      denominator += factor * totals[s * heads + h];
     }
-    out[d] = from_float<T>(numerator / denominator);
+    out[i] = from_float<T>(numerator / denominator);
   }
 }
 
@@ -595,6 +638,19 @@ __global__ void __launch_bounds__(kRingThreads) ring_kernel(const WindowArgument
   }
 }
 
+// Few blocks: one per head, with more on their way; many: as many heads a block as it has threads for.
+DecodeShape decode_shape(const WindowArguments& a, std::size_t row_bytes) {
+  DecodeShape shape{1, 0, 1, kStagesAlone};
+  while (static_cast<std::size_t>(shape.lanes) * 16 < row_bytes) shape.lanes *= 2;
+  shape.splits = std::max(8, 32 / shape.lanes);
+  const DeviceInfo& device = device_info();
+  const bool many = std::int64_t{a.batch.num_singles} * a.num_heads > 3 * std::int64_t{device.num_sms};
+  while (many && a.num_heads % (2 * shape.heads) == 0 && 2 * shape.threads() <= kDecodeThreads) shape.heads *= 2;
+  if (many || shape.shared_bytes(row_bytes) + 2 * kMaxRowBytes > static_cast<std::size_t>(device.max_shared_bytes))
+    shape.stages = kStages;
+  return shape;
+}
+
 template <typename T>
 void enqueue(cudaStream_t stream, WindowArguments a) {
   constexpr int n = 16 / sizeof(T);
@@ -608,11 +664,10 @@ void enqueue(cudaStream_t stream, WindowArguments a) {
                        in_vectors(a.qkv.v, a.qkv.v_token, a.qkv.v_head) && in_vectors(a.out, a.out_token, 0) &&
                        is_aligned(a.state.data, 16) && a.state.slot_stride % 16 == 0;
   if (vectors && hd * sizeof(T) <= kMaxRowBytes) {
-    int lanes = 1;
-    while (lanes * n < hd) lanes *= 2;
-    const unsigned blocks = static_cast<unsigned>(a.batch.num_singles) * num_heads;
-    const std::size_t shared_bytes = kDecodeThreads / 32 * static_cast<std::size_t>(hd + 2) * sizeof(float);
-    launch(stream, "sliding_window", decode_kernel<T>, blocks, kDecodeThreads, shared_bytes, a, lanes);
+    const DecodeShape shape = decode_shape(a, hd * sizeof(T));
+    launch(stream, "sliding_window", decode_kernel<T>,
+           static_cast<unsigned>(a.batch.num_singles) * (num_heads / static_cast<unsigned>(shape.heads)),
+           static_cast<unsigned>(shape.threads()), shape.shared_bytes(hd * sizeof(T)), a, shape);
     a.batch.num_singles = 0;
   }
 
