@@ -1,8 +1,8 @@
 """What BASED is measured against on a GPU, in plain PyTorch: random bfloat16 weights, steps under one CUDA graph.
 
   upstream's arithmetic   BASED 1.3B as its authors decode it: 273 features unpacked, the state in bfloat16
-  transformer             1.3B (width 1680, 36 layers, 21 heads of 80, SwiGLU, rotary), a KV cache, FlashAttention-2 by way
-                          of scaled_dot_product_attention; once with cuDNN's attention
+  transformer             1.3B (width 1680, 36 layers, 21 heads of 80, SwiGLU, rotary) with a KV cache; attention by
+                          scaled_dot_product_attention: FlashAttention-2, and once cuDNN's
   products                cuBLAS alone: the matrix products of a BASED 1.3B step, and of its prefill without the head
 
 Greedy sampling included. Medians of CUDA events. `based bench --plot` draws the JSON file.

@@ -16,7 +16,7 @@ from based.cli import _plot, bench
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
-COMMAND = [sys.executable, "-m", "based.cli", "bench", "--size", "tiny"]
+COMMAND = [sys.executable, "-m", "based.cli", "bench", "--device", "cpu", "--size", "tiny"]
 SMALL = ["-p", "16,8", "-n", "4", "-b", "1,3", "-d", "0,20", "-r", "2", "-t", "1"]
 TESTS = [(test, batch, depth) for batch in (1, 3) for depth in (0, 20) for test in ("pp16", "pp8", "tg4")]
 
@@ -140,7 +140,7 @@ def test_usage_errors(fragment: str, args: list[str]) -> None:
 
 
 def test_a_test_leaves_the_session_as_it_was() -> None:
-    model = Model.random(sizes.named_config("tiny"))._core
+    model = Model.random(sizes.named_config("tiny"), device="cpu")._core
     measured = bench.Bench(model, seed=0, repetitions=1, warm_up=True, bandwidth=None)
     session = measured.session(2, 20)
     assert session.num_tokens == [20, 20]
@@ -150,7 +150,7 @@ def test_a_test_leaves_the_session_as_it_was() -> None:
 
 
 def test_decoding_generates_as_many_tokens_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Model.random(sizes.named_config("tiny"))._core
+    model = Model.random(sizes.named_config("tiny"), device="cpu")._core
     measured = bench.Bench(model, seed=0, repetitions=1, warm_up=False, bandwidth=None)
     session = measured.session(2, 3)
     generators = []
@@ -165,7 +165,7 @@ def test_decoding_generates_as_many_tokens_as_it_says(monkeypatch: pytest.Monkey
 def test_step_bytes() -> None:
     """Weights once; states once per sequence and what changes of them twice, windows only as far as they are filled."""
     config = sizes.named_config("tiny")
-    model = Model.random(config, dtype="float32")._core
+    model = Model.random(config, device="cpu", dtype="float32")._core
     one, two = (bench.step_nbytes(model, batch, 100) for batch in (1, 2))
     linear = 2 * 4 * 153 * 33 * 4  # two layers of four heads
     conv, row = 4 * 2 * 256 * 4, 2 * 128 * 4
@@ -176,7 +176,7 @@ def test_step_bytes() -> None:
 
 
 def test_load_time(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "based.cli", "bench", "-m", str(GOLDEN / "based-tiny")]
+    command = [sys.executable, "-m", "based.cli", "bench", "--device", "cpu", "-m", str(GOLDEN / "based-tiny")]
     options = ["-p", "4", "-n", "0", "-r", "1", "--no-bandwidth", "-o", "jsonl"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
     assert 0 < json.loads(done.stdout)["load_seconds"] < 60

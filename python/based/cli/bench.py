@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         default="auto",
-        choices=("auto", "float32", "bfloat16"),
+        choices=("auto", "float32", "bfloat16", "float16"),
         help="of the weights (default: the model's, bfloat16 with --size)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights and tokens (default: 0)")
@@ -234,12 +234,15 @@ class Bench:
 
     def prefill(self, session: "_core.Session", depth: int, count: int) -> Result:
         """Feeds a prompt of `count` tokens to each sequence; the session is as before afterwards."""
+        from based import _core
+
         batch = session.batch_size
         prompts = [self._tokens(count) for _ in range(batch)]
         before = session.checkpoint()
 
         def once() -> float:
             session.rollback(before)
+            _core.synchronize(self.model.device)
             start = time.perf_counter()
             session.prefill(prompts)
             return time.perf_counter() - start
