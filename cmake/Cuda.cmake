@@ -1,22 +1,25 @@
-# Adds the CUDA device to `based` when there is a CUDA compiler (BASED_CUDA=ON: there must be one).
-# CMAKE_CUDA_ARCHITECTURES (or the environment's CUDAARCHS) says for which GPUs; the default is every one that is
-# supported, and PTX for later ones.
+# Adds the CUDA device to `based`. BASED_CUDA=AUTO: when there is a CUDA compiler (nvcc) that is new enough.
+# CMAKE_CUDA_ARCHITECTURES (or the environment's CUDAARCHS) says for which GPUs; by default for every one that is
+# supported, with PTX for later ones.
 include(CheckLanguage)
-if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
-  set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90a-real 100-real 120)
-endif()
 if(BASED_CUDA STREQUAL "AUTO")
   check_language(CUDA)
   if(NOT CMAKE_CUDA_COMPILER)
     message(STATUS "based: no CUDA compiler (nvcc) found: CPU only")
     return()
   endif()
+  execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --version OUTPUT_VARIABLE nvcc_version ERROR_QUIET)
+  string(REGEX MATCH "release ([0-9.]+)" ignored "${nvcc_version}")
+  if(CMAKE_MATCH_1 VERSION_LESS 12.8)
+    message(WARNING "based: CPU only, for ${CMAKE_CUDA_COMPILER} is of CUDA '${CMAKE_MATCH_1}', 12.8 or later is needed")
+    return()
+  endif()
+endif()
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90a-real 100-real 120)
 endif()
 enable_language(CUDA)
-if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
-  message(FATAL_ERROR "based needs CUDA 12.8 or later, found ${CMAKE_CUDA_COMPILER_VERSION} (-DBASED_CUDA=OFF: CPU only)")
-endif()
-find_package(CUDAToolkit REQUIRED)
+find_package(CUDAToolkit 12.8 REQUIRED)
 set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 
@@ -27,6 +30,7 @@ set_target_properties(based_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_VIS
 target_include_directories(based_cuda PRIVATE cuda cpp cpp/include)
 target_link_libraries(based_cuda PRIVATE based_options CUDA::cudart_static)
 target_sources(based PRIVATE $<TARGET_OBJECTS:based_cuda>)
+target_compile_definitions(based_cuda PRIVATE BASED_CUDA)
 target_compile_definitions(based PRIVATE BASED_CUDA)
 target_link_libraries(based PUBLIC CUDA::cudart_static)
 set(BASED_CUDA_VERSION ${CMAKE_CUDA_COMPILER_VERSION})

@@ -42,7 +42,8 @@ ModelConfig fast_config() {
   return config;
 }
 
-double tolerance(DType dtype) { return dtype == DType::float32 ? 2e-5 : dtype == DType::float16 ? 1e-2 : 4e-2; }
+// Of float32 arithmetic, and of 16-bit activations through five layers of a few dozen numbers each.
+double tolerance(DType dtype) { return dtype == DType::float32 ? 2e-5 : dtype == DType::float16 ? 1e-2 : 6e-2; }
 
 struct Case {
   const char* name;
@@ -264,52 +265,54 @@ TEST_F(CudaTest, RefusesADeviceThatIsNotThere) {
   EXPECT_THROW(Model::random(fast_config(), 1, on({Device::Type::cuda, 99})), UnsupportedError);
 }
 
-TEST_F(CudaTest, MemoryIsCountedAndComesBack) {
-  const auto free_now = [] { return devices().at(1).free_nbytes; };
-  {
-    const auto warm = Model::random(fast_config(), 1, on(kCuda));
-  }
-  const std::size_t before = free_now();
-  {
-    const auto model = Model::random(fast_config(), 1, on(kCuda));
-    EXPECT_EQ(model->memory().weights, model->weight_nbytes());
-    std::mt19937 random(1);
-    std::vector<std::unique_ptr<Session>> sessions;
-    std::vector<std::unique_ptr<Checkpoint>> checkpoints;
-    for (int i = 0; i < 300; ++i) {
-      const auto pick = sessions.empty() ? 0 : random() % sessions.size();
-      switch (sessions.empty() ? 0 : random() % 7) {
-        case 0:
-          sessions.push_back(std::make_unique<Session>(model, 1 + static_cast<int>(random() % 4)));
-          break;
-        case 1: {
-          Prompts prompts;
-          for (int b = 0; b < sessions[pick]->batch_size(); ++b)
-            prompts.push_back(random_tokens(1 + random() % 150, random(), 500));
-          sessions[pick]->prefill(prompts);
-          break;
-        }
-        case 2:
-          sessions[pick]->step(random_tokens(static_cast<std::size_t>(sessions[pick]->batch_size()), random(), 500));
-          break;
-        case 3:
-          sessions.push_back(sessions[pick]->fork());
-          break;
-        case 4: {
-          const auto checkpoint = sessions[pick]->checkpoint();
-          sessions[pick]->step(random_tokens(static_cast<std::size_t>(sessions[pick]->batch_size()), random(), 500));
-          sessions[pick]->rollback(*checkpoint);
-          break;
-        }
-        default:
-          sessions.erase(sessions.begin() + static_cast<std::ptrdiff_t>(pick));
+// Random operations on sessions of a model of its own.
+void use_memory(std::uint32_t seed) {
+  const auto model = Model::random(fast_config(), 1, on(kCuda));
+  EXPECT_EQ(model->memory().weights, model->weight_nbytes());
+  std::mt19937 random(seed);
+  std::vector<std::unique_ptr<Session>> sessions;
+  for (int i = 0; i < 300; ++i) {
+    const auto pick = sessions.empty() ? 0 : random() % sessions.size();
+    const auto next = [&] {
+      return random_tokens(static_cast<std::size_t>(sessions[pick]->batch_size()), random(), 500);
+    };
+    switch (sessions.empty() ? 0 : random() % 7) {
+      case 0:
+        sessions.push_back(std::make_unique<Session>(model, 1 + static_cast<int>(random() % 4)));
+        break;
+      case 1: {
+        Prompts prompts;
+        for (int b = 0; b < sessions[pick]->batch_size(); ++b)
+          prompts.push_back(random_tokens(1 + random() % 150, random(), 500));
+        sessions[pick]->prefill(prompts);
+        break;
       }
-      std::size_t slots = 0;
-      for (const auto& session : sessions) slots += static_cast<std::size_t>(session->batch_size());
-      EXPECT_EQ(model->memory().states, slots * model->state_nbytes());
+      case 2:
+        sessions[pick]->step(next());
+        break;
+      case 3:
+        sessions.push_back(sessions[pick]->fork());
+        break;
+      case 4: {
+        const auto checkpoint = sessions[pick]->checkpoint();
+        sessions[pick]->step(next());
+        sessions[pick]->rollback(*checkpoint);
+        break;
+      }
+      default:
+        sessions.erase(sessions.begin() + static_cast<std::ptrdiff_t>(pick));
     }
+    std::size_t slots = 0;
+    for (const auto& session : sessions) slots += static_cast<std::size_t>(session->batch_size());
+    EXPECT_EQ(model->memory().states, slots * model->state_nbytes());
   }
-  EXPECT_EQ(free_now(), before);
+}
+
+TEST_F(CudaTest, MemoryIsCountedAndComesBack) {
+  use_memory(1);  // loads every kernel
+  const std::size_t before = devices().at(1).free_nbytes;
+  use_memory(2);
+  EXPECT_EQ(devices().at(1).free_nbytes, before);
 }
 
 }  // namespace
