@@ -337,20 +337,33 @@ __global__ void __launch_bounds__(256) general_kernel(const __grid_constant__ Li
 
 // ---- epilogue ------------------------------------------------------------------------------------------------------
 
-/// Eight elements; 16-byte aligned.
-__device__ __forceinline__ void load_8(const void* data, DType dtype, std::int64_t i, float (&out)[8]) {
+/// Eight elements, in the first half when they take 16 bits: loaded apart from their conversion, so that several loads
+/// are on their way at once. 16-byte aligned.
+struct Raw8 {
+  uint4 low, high;
+};
+
+__device__ __forceinline__ Raw8 load_8(const void* data, DType dtype, std::int64_t i) {
+  const bool is_float = dtype == DType::float32;
+  const uint4* from = reinterpret_cast<const uint4*>(static_cast<const std::byte*>(data) + i * (is_float ? 4 : 2));
+  Raw8 raw{from[0], {}};
+  if (is_float) raw.high = from[1];
+  return raw;
+}
+
+__device__ __forceinline__ void unpack_8(const Raw8& raw, DType dtype, float (&out)[8]) {
+  const std::uint32_t words[8] = {raw.low.x,  raw.low.y,  raw.low.z,  raw.low.w,
+                                  raw.high.x, raw.high.y, raw.high.z, raw.high.w};
   if (dtype == DType::float32) {
-    const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(data) + i);
-    const float4 a = from[0], b = from[1];
-    out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) out[j] = __uint_as_float(words[j]);
     return;
   }
-  const uint4 packed = *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(data) + i);
-  const std::uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+  const bool is_bf16 = dtype == DType::bfloat16;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const float2 pair = dtype == DType::bfloat16 ? __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(words[j]))
-                                                 : __half22float2(reinterpret_cast<const __half2&>(words[j]));
+    const float2 pair = is_bf16 ? __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(words[j]))
+                                : __half22float2(reinterpret_cast<const __half2&>(words[j]));
     out[2 * j] = pair.x, out[2 * j + 1] = pair.y;
   }
 }
@@ -370,33 +383,95 @@ __device__ __forceinline__ void store_8(void* data, DType dtype, std::int64_t i,
   *reinterpret_cast<uint4*>(static_cast<std::uint16_t*>(data) + i) = {words[0], words[1], words[2], words[3]};
 }
 
-/// A thread makes `width` (8, or 1 where rows are not aligned) columns of every gridDim.y-th token.
-__global__ void __launch_bounds__(256)
-    epilogue_kernel(const __grid_constant__ LinearArguments a, const DType h_dtype, const void* h, const int width) {
-  release_successors();
-  wait_for_predecessors();
-  const std::int64_t outputs = outputs_of(a);
-  const std::int64_t column = (static_cast<std::int64_t>(blockIdx.x) * 256 + threadIdx.x) * width;
-  if (column >= outputs) return;
-  for (std::int64_t token = blockIdx.y; token < a.m; token += gridDim.y) {
-    const std::int64_t from = token * a.rows + column, to = token * outputs + column;
-    if (width == 8) {
-      float value[8], gate[8] = {}, before[8] = {};
-      load_8(h, h_dtype, from, value);
-      if (a.gated) load_8(h, h_dtype, from + outputs, gate);
-      if (a.accumulate) load_8(a.y, DType::float32, to, before);
+/// act(x) of eight. What was rounded to 16 bits takes the device's approximations: their 2⁻²¹ disappears there.
+__device__ __forceinline__ void activate_8(Activation activation, bool rounded, float (&x)[8]) {
+  const auto each = [&](auto function) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) value[j] = before[j] + finish(a, column + j, value[j], gate[j]);
-      store_8(a.y, a.y_dtype, to, value);
-    } else {
-      const float gate = a.gated ? load_as_float(h, h_dtype, from + outputs) : 0.0f;
-      const float before = a.accumulate ? static_cast<const float*>(a.y)[to] : 0.0f;
-      store_as(a.y, a.y_dtype, to, before + finish(a, column, load_as_float(h, h_dtype, from), gate));
-    }
+    for (int j = 0; j < 8; ++j) x[j] = function(x[j]);
+  };
+  switch (activation) {
+    case Activation::silu:
+      if (rounded) return each([](float v) { return __fdividef(v, 1.0f + __expf(-v)); });
+      return each([](float v) { return activate(Activation::silu, v); });
+    case Activation::gelu:
+      return each([](float v) { return activate(Activation::gelu, v); });
+    case Activation::gelu_tanh:
+      return each([](float v) { return activate(Activation::gelu_tanh, v); });
+    case Activation::sigmoid:
+      return each([](float v) { return activate(Activation::sigmoid, v); });
+    case Activation::relu:
+      return each([](float v) { return activate(Activation::relu, v); });
+    case Activation::relu_squared:
+      return each([](float v) { return activate(Activation::relu_squared, v); });
+    case Activation::identity:
+      return;
   }
 }
 
-bool aligned_16(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; }
+__device__ __forceinline__ void add_8(const float* data, std::int64_t i, float (&to)[8]) {
+  float x[8];
+  unpack_8(load_8(data, DType::float32, i), DType::float32, x);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) to[j] += x[j];
+}
+
+constexpr int kEpilogueThreads = 128;
+constexpr int kEpilogueBlocks = 8;  // of an SM
+
+/// A thread makes 8 columns of every gridDim.y-th token, whose next one is on its way meanwhile.
+__global__ void __launch_bounds__(kEpilogueThreads, kEpilogueBlocks)
+    epilogue_kernel(const __grid_constant__ LinearArguments a, const DType h_dtype, const void* h) {
+  release_successors();
+  wait_for_predecessors();
+  const std::int64_t outputs = outputs_of(a);
+  const std::int64_t column = (static_cast<std::int64_t>(blockIdx.x) * kEpilogueThreads + threadIdx.x) * 8;
+  if (column >= outputs) return;
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.y) * a.rows;
+  std::int64_t from = blockIdx.y * a.rows + column, to = blockIdx.y * outputs + column;
+  Raw8 raw_value = load_8(h, h_dtype, from), raw_gate{};
+  if (a.gated) raw_gate = load_8(h, h_dtype, from + outputs);
+  for (std::int64_t token = blockIdx.y; token < a.m; token += gridDim.y) {
+    float value[8], gate[8];
+    unpack_8(raw_value, h_dtype, value);
+    unpack_8(raw_gate, h_dtype, gate);
+    from += step;
+    if (token + gridDim.y < a.m) {
+      raw_value = load_8(h, h_dtype, from);
+      if (a.gated) raw_gate = load_8(h, h_dtype, from + outputs);
+    }
+    if (a.bias != nullptr) {
+      add_8(a.bias, column, value);
+      if (a.gated) add_8(a.bias, outputs + column, gate);
+    }
+    const bool rounded = h_dtype != DType::float32;
+    if (a.gated) {
+      activate_8(a.activation, rounded, gate);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) value[j] *= gate[j];
+    } else {
+      activate_8(a.activation, rounded, value);
+    }
+    if (a.accumulate) add_8(static_cast<const float*>(a.y), to, value);
+    store_8(a.y, a.y_dtype, to, value);
+    to += static_cast<std::int64_t>(gridDim.y) * outputs;
+  }
+}
+
+/// The same one column at a time, for rows that are not aligned.
+__global__ void __launch_bounds__(256)
+    epilogue_any_kernel(const __grid_constant__ LinearArguments a, const DType h_dtype, const void* h) {
+  release_successors();
+  wait_for_predecessors();
+  const std::int64_t outputs = outputs_of(a);
+  const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  if (column >= outputs) return;
+  for (std::int64_t token = blockIdx.y; token < a.m; token += gridDim.y) {
+    const std::int64_t from = token * a.rows + column, to = token * outputs + column;
+    const float gate = a.gated ? load_as_float(h, h_dtype, from + outputs) : 0.0f;
+    const float before = a.accumulate ? static_cast<const float*>(a.y)[to] : 0.0f;
+    store_as(a.y, a.y_dtype, to, before + finish(a, column, load_as_float(h, h_dtype, from), gate));
+  }
+}
 
 }  // namespace
 
@@ -404,8 +479,8 @@ bool skinny_linear_takes(const LinearArguments& a) {
   const std::int64_t most = a.dtype == DType::float32 ? kMaxSkinnyRowsFloat32 : kMaxSkinnyRows;
   constexpr std::int64_t kMaxExtent = 1 << 24;  // row and column numbers stay far inside int32
   return a.m <= most && a.k > 0 && a.k < kMaxExtent && a.rows < kMaxExtent &&
-         a.k * static_cast<std::int64_t>(size_of(a.dtype)) % 16 == 0 && aligned_16(a.weight) && aligned_16(a.x) &&
-         skinny_shared_bytes(a) <= device_info().max_shared_bytes;
+         a.k * static_cast<std::int64_t>(size_of(a.dtype)) % 16 == 0 && is_aligned(a.weight, 16) &&
+         is_aligned(a.x, 16) && skinny_shared_bytes(a) <= device_info().max_shared_bytes;
 }
 
 void skinny_linear(cudaStream_t stream, const LinearArguments& a) {
@@ -449,10 +524,18 @@ void general_linear(cudaStream_t stream, const LinearArguments& a) {
 
 void linear_epilogue(cudaStream_t stream, const LinearArguments& a, DType h_dtype, const void* h) {
   const std::int64_t outputs = outputs_of(a);
-  const int width = outputs % 8 == 0 && aligned_16(h) && aligned_16(a.y) ? 8 : 1;
   const auto tokens = static_cast<unsigned>(std::min<std::int64_t>(a.m, 65535));
-  launch(stream, "linear_epilogue", epilogue_kernel, dim3(blocks_for(outputs, 256 * width), tokens), 256, 0, a, h_dtype,
-         h, width);
+  // 16-byte loads where rows allow them; of the bias too.
+  if (outputs % 8 == 0 && is_aligned(h, 16) && is_aligned(a.y, 16) && is_aligned(a.bias, 16)) {
+    const unsigned columns = blocks_for(outputs, 8 * kEpilogueThreads);
+    const unsigned resident = static_cast<unsigned>(kEpilogueBlocks * device_info().num_sms);
+    const unsigned rounds = blocks_for(tokens, std::max(1u, resident / std::max(1u, columns)));
+    launch(stream, "linear_epilogue", epilogue_kernel, dim3(columns, blocks_for(tokens, std::max(1u, rounds))),
+           kEpilogueThreads, 0, a, h_dtype, h);
+  } else {
+    launch(stream, "linear_epilogue", epilogue_any_kernel, dim3(blocks_for(outputs, 256), tokens), 256, 0, a, h_dtype,
+           h);
+  }
 }
 
 }  // namespace based::cuda
