@@ -70,10 +70,8 @@ float rounded(DType dtype, double x) {
   store(dtype, place, 0, static_cast<float>(x));
   return fetch(dtype, place, 0);
 }
-// Half a unit in the last place, relative.
-double unit(DType dtype) {
-  return dtype == DType::float32 ? std::ldexp(1, -24) : std::ldexp(1, dtype == DType::bfloat16 ? -9 : -12);
-}
+// Half a unit in the last place, relative to the smallest value of a binade: 2^-p for p significant bits.
+double unit(DType dtype) { return std::ldexp(1, dtype == DType::float32 ? -24 : dtype == DType::bfloat16 ? -8 : -11); }
 
 class DeviceMemory {
  public:
@@ -301,7 +299,7 @@ void check_sliding_window(const SlidingWindowConfig& c, DType dtype, const std::
           for (std::size_t d = 0; d < q.size(); ++d)
             comparison.add(got[static_cast<std::size_t>(token * out_row + head * hd) + d], sum[d] / total,
                            (dtype == DType::float32 ? 32 : 2) * unit(dtype) * magnitude[d] / total + 1e-6,
-                           2 * unit(dtype));
+                           1.1 * unit(dtype));
         }
       }
     }
