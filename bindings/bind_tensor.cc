@@ -128,8 +128,9 @@ py::object to_dlpack(const Array& array, const py::object& stream,
     throw py::buffer_error("stream must be None or an integer for a tensor of a GPU");
   const bool to_host = device && !on_cpu && *device == std::pair(dlpack::kCpu, 0);
   if (device && !to_host && *device != dlpack_device(array)) {
-    throw py::buffer_error("a tensor of " + array.tensor.device().str() + " cannot be exported to DLPack device (" +
-                           std::to_string(device->first) + ", " + std::to_string(device->second) + ")");
+    throw py::buffer_error("a tensor of " + array.tensor.device().str() +
+                           " cannot be exported to another device, DLPack's (" + std::to_string(device->first) + ", " +
+                           std::to_string(device->second) + ")");
   }
   if (to_host && !copy.value_or(true)) throw py::buffer_error("from a GPU to the CPU without a copy");
   const bool copies = to_host || copy.value_or(false);

@@ -1,18 +1,16 @@
 #pragma once
 
-// What the core sees of cuda/ops.cc; arguments are checked.
+// What the core sees of cuda/ops.cc; arguments are checked. A build without CUDA has them in ops.cc: they throw.
 
 #include <cstddef>
 #include <memory>
 #include <optional>
 
 #include "based/config.h"
-#include "based/error.h"
 #include "based/ops.h"
 
 namespace based::cuda {
 
-#ifdef BASED_CUDA
 void taylor_linear_attention(const LinearAttentionConfig& config, const ops::Array& q, const ops::Array& k,
                              const ops::Array& v, const std::optional<ops::Array>& initial_state, const ops::Array& out,
                              const std::optional<ops::Array>& final_state, ops::StreamHandle stream);
@@ -27,23 +25,5 @@ std::shared_ptr<void> allocate(int device, std::size_t nbytes, ops::StreamHandle
 
 /// Between the host and a device, or within one; waits for the device first.
 void copy(int device, void* to, const void* from, std::size_t nbytes);
-#else
-template <typename... Arguments>
-void taylor_linear_attention(const Arguments&...) {
-  throw UnsupportedError("this build has no CUDA");
-}
-template <typename... Arguments>
-void sliding_window_attention(const Arguments&...) {
-  throw UnsupportedError("this build has no CUDA");
-}
-template <typename... Arguments>
-void gated_short_conv(const Arguments&...) {
-  throw UnsupportedError("this build has no CUDA");
-}
-inline std::shared_ptr<void> allocate(int, std::size_t, ops::StreamHandle) {
-  throw UnsupportedError("this build has no CUDA");
-}
-inline void copy(int, void*, const void*, std::size_t) { throw UnsupportedError("this build has no CUDA"); }
-#endif
 
 }  // namespace based::cuda

@@ -21,6 +21,11 @@ settings.register_profile("based", settings.get_profile("explore"), derandomize=
 settings.load_profile("based")
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and all(d.device == "cpu" or d.problem for d in based.devices()):
+        pytest.skip(f"no usable GPU: {based._core.cuda_problem()}")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """A conversion cache of this test run."""

@@ -23,7 +23,7 @@ MAY_INCLUDE = {
     "cpp/backend/cpu": {"based", "backend"},
     "cpp/backend": {"based", "backend"},
     "cuda": {"based", "kernels", "backend/backend.h", "backend/cuda_ops.h", "io/convert_dtype.h"},
-    "cuda/kernels": {"kernels", "kernels.h", "cuda_error.h"},
+    "cuda/kernels": {"kernels", "kernels.h", "cuda_error.h", "based/config.h", "based/sampling.h"},
     "bindings": {"based", "bindings", "io", "backend/cpu/bandwidth.h"},
 }
 

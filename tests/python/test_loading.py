@@ -102,11 +102,12 @@ def test_cache_directory(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ({"dtype": "float16"}, ValueError, "dtype must be 'auto', 'float32' or 'bfloat16', not 'float16'"),
+        ({"dtype": "int8"}, ValueError, "dtype must be 'auto', 'float32', 'bfloat16' or 'float16', not 'int8'"),
+        ({"dtype": "float16"}, based.UnsupportedError, "the CPU has kernels for float32 and bfloat16, not for float16"),
         ({"dtype": None}, ValueError, "not None"),
         ({"device": "gpu"}, ValueError, "gpu"),
-        ({"device": "cuda"}, based.UnsupportedError, "(?i)cuda"),
-        ({"device": "cuda:1"}, based.UnsupportedError, "(?i)cuda"),
+        ({"device": "cuda:62"}, based.UnsupportedError, "(?i)cuda"),
+        ({"device": "cuda:63"}, based.UnsupportedError, "(?i)cuda"),
         ({"num_threads": 0}, ValueError, "num_threads"),
         ({"num_threads": 1 << 20}, ValueError, "1048576"),
         ({"num_threads": 1.0}, TypeError, "num_threads must be an integer"),
