@@ -66,7 +66,7 @@ float fetch(DType dtype, const void* from, std::size_t i) {
   return fetch<float>(from, i);
 }
 float rounded(DType dtype, double x) {
-  char place[4];
+  char place[4]{};
   store(dtype, place, 0, static_cast<float>(x));
   return fetch(dtype, place, 0);
 }
