@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "kernels/common.cuh"
 
@@ -24,7 +25,9 @@ struct WindowArguments {
   float scale;       // of q·k, times log₂ e
   double log2_step;  // log₂ of the ratio of successive pairs' frequencies
 
-  __device__ int kv_head(int head) const { return head / (num_heads / num_kv_heads); }
+  __device__ int kv_head(int head) const {
+    return num_heads == num_kv_heads ? head : head / (num_heads / num_kv_heads);  // no division where none is needed
+  }
   // Elements of T from a row of the ring to the next.
   __device__ __host__ std::int64_t ring_row() const { return static_cast<std::int64_t>(num_kv_heads) * head_dim; }
   __device__ std::byte* slot(std::int32_t sequence) const {
@@ -145,6 +148,25 @@ struct DecodeShape {
   }
 };
 
+// 16 bytes of T: of bfloat16 the high half of a word is a float32 but for its low bits.
+template <typename T>
+__device__ __forceinline__ void unpack(const uint4& packed, float (&x)[16 / sizeof(T)]) {
+  const std::uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      x[i] = __uint_as_float(words[i]);
+    } else if constexpr (std::is_same_v<T, bf16>) {
+      x[2 * i] = __uint_as_float(words[i] << 16);
+      x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    } else {
+      const float2 both = __half22float2(reinterpret_cast<const __half2&>(words[i]));
+      x[2 * i] = both.x;
+      x[2 * i + 1] = both.y;
+    }
+  }
+}
+
 // One block per single and `heads` query heads, whose rows lie side by side: rotary, the ring's new row, and attention,
 // in one pass over the ring. A thread moves its 16 bytes of keys and values through shared memory by asynchronous
 // copies and alone reads them: no barrier on the way. A block of another head may write the new row meanwhile: its key
@@ -153,13 +175,12 @@ struct DecodeShape {
 template <typename T>
 __global__ void __launch_bounds__(kDecodeThreads, 3) decode_kernel(const WindowArguments a, const DecodeShape shape) {
   constexpr int n = 16 / sizeof(T);
-  using Vector = Packed<T, n>;
   extern __shared__ __align__(128) std::byte ring[];
   __shared__ __align__(16) T rotated[2][kMaxRowBytes / sizeof(T)];  // q and k of this token, (heads, head_dim)
   const int tid = static_cast<int>(threadIdx.x), num_threads = static_cast<int>(blockDim.x);
   const int hd = a.head_dim, lanes = shape.lanes, splits = shape.splits, heads = shape.heads;
-  const int lane = tid % lanes, group = tid / lanes, num_groups = splits * heads;
-  const int split = group / heads, local_head = group % heads;
+  const int lane = tid & (lanes - 1), group = tid >> (31 - __clz(lanes)), num_groups = splits * heads;
+  const int split = group >> (31 - __clz(heads)), local_head = group & (heads - 1);
   const bool active = lane * n < hd, rotates = tid < heads * a.num_pairs;
   const int pair = rotates ? tid % a.num_pairs : 0;
   const double turns_per_token = rotates ? frequency(a, pair) : 0.0;
@@ -177,6 +198,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 3) decode_kernel(const WindowA
   const int own_row = static_cast<int>(position % a.window);
   const int count = static_cast<int>(min(position, static_cast<std::int64_t>(a.window - 1)));
 
+  // Of 16 bytes: addresses are a good part of the kernel's instructions.
+  const std::uint32_t row_words = static_cast<std::uint32_t>(a.ring_row() / n);
   const int num_steps = (count + kLoads * splits - 1) / (kLoads * splits);
   const int hop = num_groups * hd * static_cast<int>(sizeof(T));  // from a key of a step to the next, then its values
   std::byte* const mine = ring + group * hd * static_cast<int>(sizeof(T)) + lane * 16;
@@ -187,9 +210,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 3) decode_kernel(const WindowA
       for (int j = 0; j < kLoads; ++j) {
         const int i = (step * kLoads + j) * splits + split;
         const bool valid = i < count;
-        const std::int64_t from = valid ? (i + (i >= own_row ? 1 : 0)) * a.ring_row() : 0;
-        copy_async_16(to + j * hop, ring_keys + from, valid);
-        copy_async_16(to + (kLoads + j) * hop, ring_values + from, valid);
+        const std::uint32_t row = static_cast<std::uint32_t>(valid ? i + (i >= own_row ? 1 : 0) : 0);
+        copy_async_16(to + j * hop, reinterpret_cast<const uint4*>(ring_keys) + row * row_words, valid);
+        copy_async_16(to + (kLoads + j) * hop, reinterpret_cast<const uint4*>(ring_values) + row * row_words, valid);
       }
     }
     commit_copies();  // empty at the end, so that the count of groups stays that of stages
@@ -197,10 +220,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 3) decode_kernel(const WindowA
 #pragma unroll 1
   for (int stage = 0; stage < shape.stages; ++stage) fetch(stage, stage);
 
-  Vector own_value{};
+  uint4 own_value{};
   if (split == 0 && active)
-    own_value = *reinterpret_cast<const Vector*>(static_cast<const T*>(a.qkv.v) + token * a.qkv.v_token +
-                                                 a.kv_head(head) * a.qkv.v_head + lane * n);
+    own_value = *reinterpret_cast<const uint4*>(static_cast<const T*>(a.qkv.v) + token * a.qkv.v_token +
+                                                a.kv_head(head) * a.qkv.v_head + lane * n);
   const auto q = [&](int h) {
     return static_cast<const T*>(a.qkv.q) + token * a.qkv.q_token + (first_head + h) * a.qkv.q_head;
   };
@@ -220,6 +243,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 3) decode_kernel(const WindowA
     rotated[1][h * hd + j] = from_float<T>(rotated_k.y);
   }
   const int rest = hd - 2 * a.num_pairs;
+#pragma unroll 1
   for (int i = tid; i < heads * rest; i += num_threads) {
     const int h = i / rest, d = 2 * a.num_pairs + i % rest;
     rotated[0][h * hd + d] = q(h)[d];
@@ -228,26 +252,27 @@ __global__ void __launch_bounds__(kDecodeThreads, 3) decode_kernel(const WindowA
   __syncthreads();
 
   float query[n], sum[n], m = -kInfinity, l = 0, own_score = 0;
-  Vector own_query{}, own_key{};
+  uint4 own_query{}, own_key{};
   if (active) {
-    own_query = *reinterpret_cast<const Vector*>(&rotated[0][local_head * hd + lane * n]);
-    own_key = *reinterpret_cast<const Vector*>(&rotated[1][local_head * hd + lane * n]);
+    own_query = *reinterpret_cast<const uint4*>(&rotated[0][local_head * hd + lane * n]);
+    own_key = *reinterpret_cast<const uint4*>(&rotated[1][local_head * hd + lane * n]);
   }
+  unpack<T>(own_query, query);
+  unpack<T>(own_key, sum);
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    query[i] = to_float(own_query.x[i]) * a.scale;
-    own_score += query[i] * to_float(own_key.x[i]);
+    query[i] *= a.scale;
+    own_score += query[i] * sum[i];
     sum[i] = 0;
   }
   for (int step = lanes / 2; step > 0; step /= 2) own_score += __shfl_xor_sync(0xffffffffu, own_score, step);
   if (split == 0) {
     m = own_score;
     l = 1;
-#pragma unroll
-    for (int i = 0; i < n; ++i) sum[i] = to_float(own_value.x[i]);
+    unpack<T>(own_value, sum);
     if (active && head % (a.num_heads / a.num_kv_heads) == 0) {
-      *reinterpret_cast<Vector*>(ring_keys + own_row * a.ring_row()) = own_key;
-      *reinterpret_cast<Vector*>(ring_values + own_row * a.ring_row()) = own_value;
+      *reinterpret_cast<uint4*>(ring_keys + own_row * a.ring_row()) = own_key;
+      *reinterpret_cast<uint4*>(ring_values + own_row * a.ring_row()) = own_value;
     }
   }
 
@@ -266,11 +291,11 @@ __global__ void __launch_bounds__(kDecodeThreads, 3) decode_kernel(const WindowA
     float score[kLoads], next = m;
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
-      const uint4 words = read(j);
-      const Vector& key = reinterpret_cast<const Vector&>(words);
+      float key[n];
+      unpack<T>(read(j), key);
       score[j] = 0;
 #pragma unroll
-      for (int i = 0; i < n; ++i) score[j] += query[i] * to_float(key.x[i]);
+      for (int i = 0; i < n; ++i) score[j] += query[i] * key[i];
     }
     for (int across = lanes / 2; across > 0; across /= 2) {
 #pragma unroll
@@ -281,19 +306,19 @@ __global__ void __launch_bounds__(kDecodeThreads, 3) decode_kernel(const WindowA
       if ((step * kLoads + j) * splits + split >= count) score[j] = -kInfinity;
       next = fmaxf(next, score[j]);
     }
-    const float reference = finite_maximum(next), factor = exp2f(m - reference);
+    const float reference = finite_maximum(next), factor = exp2_approximate(m - reference);
     m = next;
     l *= factor;
 #pragma unroll
     for (int i = 0; i < n; ++i) sum[i] *= factor;
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
-      const uint4 words = read(kLoads + j);
-      const Vector& value = reinterpret_cast<const Vector&>(words);
-      const float p = exp2f(score[j] - reference);
+      float value[n];
+      unpack<T>(read(kLoads + j), value);
+      const float p = exp2_approximate(score[j] - reference);
       l += p;
 #pragma unroll
-      for (int i = 0; i < n; ++i) sum[i] += p * to_float(value.x[i]);
+      for (int i = 0; i < n; ++i) sum[i] += p * value[i];
     }
     fetch(step + shape.stages, stage);
     if (++stage == shape.stages) stage = 0;
@@ -314,18 +339,26 @@ __global__ void __launch_bounds__(kDecodeThreads, 3) decode_kernel(const WindowA
   }
   __syncthreads();
   T* out = static_cast<T*>(a.out) + token * a.out_token + first_head * hd;
-  for (int i = tid; i < heads * hd; i += num_threads) {
+  for (int i = 4 * tid; i < heads * hd; i += 4 * num_threads) {
     const int h = i / hd;
-    float greatest = -kInfinity, numerator = 0, denominator = 0;
+    float greatest = -kInfinity, denominator = 0;
+    float4 numerator{};
 #pragma unroll 8
     for (int s = 0; s < splits; ++s) greatest = fmaxf(greatest, maxima[s * heads + h]);
-#pragma unroll 8
+#pragma unroll 4
     for (int s = 0; s < splits; ++s) {
-      const float factor = exp2f(maxima[s * heads + h] - greatest);
-      numerator += factor * partial[s * heads * hd + i];
+      const float factor = exp2_approximate(maxima[s * heads + h] - greatest);
+      const float4 part = *reinterpret_cast<const float4*>(partial + s * heads * hd + i);
       denominator += factor * totals[s * heads + h];
+      numerator.x += factor * part.x;
+      numerator.y += factor * part.y;
+      numerator.z += factor * part.z;
+      numerator.w += factor * part.w;
     }
-    out[i] = from_float<T>(numerator / denominator);
+    const float inverse = 1.0f / denominator;
+    *reinterpret_cast<Packed<T, 4>*>(out + i) = {
+        from_float<T>(numerator.x * inverse), from_float<T>(numerator.y * inverse),
+        from_float<T>(numerator.z * inverse), from_float<T>(numerator.w * inverse)};
   }
 }
 
