@@ -162,7 +162,6 @@ std::vector<std::vector<std::int32_t>> generate(const std::shared_ptr<const Mode
 }
 
 TEST_P(CudaSmall, GeneratesWhatTheCpuGenerates) {
-  if (GetParam().dtype != DType::float32) GTEST_SKIP() << "roundings choose other tokens";
   std::vector<GenerationRequest> requests;
   for (std::uint32_t i = 0; i < 7; ++i) {
     SamplingParams params;
@@ -176,7 +175,10 @@ TEST_P(CudaSmall, GeneratesWhatTheCpuGenerates) {
     if (i == 6) params.logit_bias = {{7, 3.0}, {9, -5.0}}, params.min_tokens = 4, params.stop_token_ids = {7, 11};
     requests.push_back({random_tokens(3 + 40 * i, i, vocab()), params});
   }
-  for (const int batch : {1, 3, 16}) EXPECT_EQ(generate(cuda(), requests, batch), generate(cpu(), requests, batch));
+  // 16-bit roundings choose other tokens than the CPU's, the same ones each time.
+  const bool exact = GetParam().dtype == DType::float32;
+  for (const int batch : {1, 3, 16})
+    EXPECT_EQ(generate(cuda(), requests, batch), generate(exact ? cpu() : cuda(), requests, batch));
 }
 
 TEST_P(CudaSmall, ASessionHasSeenWhatItsGeneratorReturned) {
@@ -308,11 +310,15 @@ void use_memory(std::uint32_t seed) {
   }
 }
 
+// The driver keeps memory for kernels and recorded steps when it first meets them; what leaks is lost in every round.
 TEST_F(CudaTest, MemoryIsCountedAndComesBack) {
-  use_memory(1);  // loads every kernel
-  const std::size_t before = devices().at(1).free_nbytes;
-  use_memory(2);
-  EXPECT_EQ(devices().at(1).free_nbytes, before);
+  std::vector<std::size_t> free;
+  for (std::uint32_t round = 0; round < 8; ++round) {
+    use_memory(round % 2);
+    free.push_back(devices().at(1).free_nbytes);
+  }
+  EXPECT_EQ(free[5], free.back()) << ::testing::PrintToString(free);
+  EXPECT_EQ(free[6], free.back());
 }
 
 }  // namespace
