@@ -177,6 +177,7 @@ void CudaBackend::replay(const backend::StepKey& key, const std::function<void()
 }
 
 void CudaBackend::record(Recorded& recorded, const std::function<void()>& operations) {
+  const std::lock_guard lock(recording_mutex());
   cudaGraph_t graph = nullptr;
   check(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeThreadLocal), "recording a step");
   recording_ = &recorded;

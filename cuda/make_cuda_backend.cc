@@ -91,7 +91,7 @@ std::string cuda_problem() {
 
 void synchronize(int index) {
   const UseDevice use(index);
-  check(cudaDeviceSynchronize(), "synchronize");
+  synchronize_device("synchronize");
 }
 
 std::unique_ptr<backend::Backend> make_cuda_backend(int index, const backend::Backend* share) {

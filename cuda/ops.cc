@@ -67,7 +67,7 @@ class Batches {
 
   // Kernels that read them may still run.
   void forget(int device) {
-    check(cudaDeviceSynchronize(), "ops");
+    synchronize_device("ops");
     std::erase_if(entries_, [device](const auto& entry) { return std::get<0>(entry.first) == device; });
   }
 
@@ -199,9 +199,9 @@ std::shared_ptr<void> allocate(int device, std::size_t nbytes, ops::StreamHandle
 
 void copy(int device, void* to, const void* from, std::size_t nbytes) {
   const UseDevice use(device);
-  check(cudaDeviceSynchronize(), "copying a tensor");
+  synchronize_device("copying a tensor");
   check(cudaMemcpy(to, from, nbytes, cudaMemcpyDefault), "copying a tensor");
-  check(cudaDeviceSynchronize(), "copying a tensor");  // within a device it is not waited for
+  check(cudaStreamSynchronize(cudaStreamLegacy), "copying a tensor");  // within a device it is not waited for
 }
 
 }  // namespace based::cuda

@@ -65,7 +65,7 @@ std::shared_ptr<void> Stream::allocate(std::size_t nbytes) {
   if (status == cudaErrorMemoryAllocation) {
     // What other streams have freed, and what the pool keeps in pieces too small, may do.
     cudaGetLastError();
-    check(cudaDeviceSynchronize(), "allocate");
+    synchronize_device("allocate");
     check(cudaMemPoolTrimTo(pool, 0), "allocate");
     status = cudaMallocFromPoolAsync(&data, size, pool, stream_);
   }
@@ -81,6 +81,16 @@ std::shared_ptr<void> Stream::allocate(std::size_t nbytes) {
 }
 
 void Stream::synchronize(const char* doing) const { check(cudaStreamSynchronize(stream_), doing); }
+
+std::mutex& recording_mutex() {
+  static std::mutex mutex;
+  return mutex;
+}
+
+void synchronize_device(const char* doing) {
+  const std::lock_guard lock(recording_mutex());
+  check(cudaDeviceSynchronize(), doing);
+}
 
 void trim_memory(int device) {
   const UseDevice use(device);

@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <memory>
+#include <mutex>
 
 #include "backend/backend.h"
 
@@ -46,6 +47,12 @@ class Stream : public std::enable_shared_from_this<Stream> {
   cudaStream_t stream_ = nullptr;
   bool owned_ = true;
 };
+
+/// Held while a step is recorded: CUDA forbids to wait for a whole device meanwhile, in any thread.
+std::mutex& recording_mutex();
+
+/// Waits for all streams of the current device.
+void synchronize_device(const char* doing);
 
 /// Gives memory that no allocation uses back to the device.
 void trim_memory(int device);

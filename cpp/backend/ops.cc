@@ -79,8 +79,9 @@ void check_element(const char* name, const Array& array) {
                           ", expected float32, bfloat16 or float16");
 }
 
-// The last `axes` axes without gaps; an axis of one element may have any stride.
+// The last `axes` axes without gaps; an axis of one element, or an empty array, may have any strides.
 void check_dense(const char* name, const Array& array, std::size_t axes) {
+  if (std::ranges::count(array.shape, 0) > 0) return;
   std::int64_t expected = 1;
   for (std::size_t i = array.shape.size(); i-- > array.shape.size() - axes;) {
     if (array.shape[i] != 1 && array.strides[i] != expected)
