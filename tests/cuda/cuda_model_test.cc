@@ -1,5 +1,7 @@
 // The CUDA device against the CPU's, through the public API: same seed, same weights, same results.
 
+#include <cstdio>
+#include <cstdlib>
 #include <random>
 #include <thread>
 
@@ -265,6 +267,26 @@ TEST_F(CudaTest, RunningOutOfMemoryChangesNothing) {
 
 TEST_F(CudaTest, RefusesADeviceThatIsNotThere) {
   EXPECT_THROW(Model::random(fast_config(), 1, on({Device::Type::cuda, 99})), UnsupportedError);
+}
+
+// A fault ends the use of the device in its process, so the test has one of its own.
+TEST_F(CudaTest, AFaultInAKernelSurfacesWithTheOperationsName) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  const auto plant = [] {
+    const auto backend = backend::make_backend(kCuda, 0);
+    const backend::Buffer out = backend->allocate(1024, backend::MemoryKind::workspace);
+    auto* nowhere = reinterpret_cast<float*>(std::uintptr_t{1} << 46);
+    const backend::Matrix r{nowhere, DType::float32, 1, 256}, y{out.data.get(), DType::float32, 1, 256};
+    try {
+      backend->norm(NormKind::rms_norm, 1e-5, nowhere, nullptr, r, {}, y);
+      backend->synchronize();
+    } catch (const DeviceError& e) {
+      std::fprintf(stderr, "%s\n", e.what());
+      std::_Exit(7);
+    }
+    std::_Exit(0);
+  };
+  EXPECT_EXIT(plant(), ::testing::ExitedWithCode(7), "illegal memory access.*norm");
 }
 
 // Random operations on sessions of a model of its own.
