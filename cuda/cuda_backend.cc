@@ -55,6 +55,7 @@ QkvView columns(const Matrix& qkv, std::int64_t num_qk_heads, std::int64_t qk_di
 CudaBackend::CudaBackend(int device, std::shared_ptr<backend::MemoryCounters> counters)
     : device_(device), counters_(std::move(counters)), stream_(std::make_shared<Stream>(device)), batches_(stream_) {
   const UseDevice use(device_);
+  const std::lock_guard lock(recording_mutex());
   cublas_workspace_ = allocate(CublasLt::kWorkspaceBytes, MemoryKind::workspace);
   cublas_lt_ = std::make_unique<CublasLt>(cublas_workspace_.data.get(), CublasLt::kWorkspaceBytes);
 }
@@ -62,6 +63,7 @@ CudaBackend::CudaBackend(int device, std::shared_ptr<backend::MemoryCounters> co
 CudaBackend::~CudaBackend() {
   try {
     const UseDevice use(device_);
+    const std::lock_guard lock(recording_mutex());
     recorded_.clear();
     cublas_lt_.reset();
     cublas_workspace_ = {};

@@ -18,9 +18,10 @@ const DeviceInfo& device_info() {
     check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
     return value;
   };
-  return known[device] = {
-             10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
-             attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+  const int capability =
+      10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+  return known[device] = {capability, code_capability(), attribute(cudaDevAttrMultiProcessorCount),
+                          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
 }
 
 }  // namespace based::cuda

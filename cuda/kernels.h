@@ -61,6 +61,7 @@ struct StateView {
 /// Properties of the current device that choose a kernel; one query per process and device.
 struct DeviceInfo {
   int compute_capability = 0;  // 10 · major + minor
+  int code_capability = 0;  // what the kernels that run on it were compiled for: less when PTX of an older architecture
   int num_sms = 0;
   int max_shared_bytes = 0;  // per block, opt-in
 };
@@ -144,6 +145,9 @@ void general_linear(cudaStream_t stream, const LinearArguments& arguments);
 void linear_epilogue(cudaStream_t stream, const LinearArguments& arguments, DType h_dtype, const void* h);
 
 // ---- convert.cu ----------------------------------------------------------------------------------------------------
+
+/// DeviceInfo::code_capability of the current device.
+int code_capability();
 
 /// n elements from one of float32, bfloat16, float16 to another (round to nearest even); any alignment to the element.
 void convert(cudaStream_t stream, DType from, const void* source, DType to, void* target, std::int64_t n);

@@ -199,6 +199,7 @@ std::shared_ptr<void> allocate(int device, std::size_t nbytes, ops::StreamHandle
 
 void copy(int device, void* to, const void* from, std::size_t nbytes) {
   const UseDevice use(device);
+  const std::lock_guard lock(recording_mutex());
   synchronize_device("copying a tensor");
   check(cudaMemcpy(to, from, nbytes, cudaMemcpyDefault), "copying a tensor");
   check(cudaStreamSynchronize(cudaStreamLegacy), "copying a tensor");  // within a device it is not waited for

@@ -53,6 +53,7 @@ Stream::Stream(int device) : device_(device) {
 }
 
 Stream::~Stream() {
+  const std::lock_guard lock(recording_mutex());
   if (owned_) cudaStreamDestroy(stream_);
 }
 
@@ -82,8 +83,8 @@ std::shared_ptr<void> Stream::allocate(std::size_t nbytes) {
 
 void Stream::synchronize(const char* doing) const { check(cudaStreamSynchronize(stream_), doing); }
 
-std::mutex& recording_mutex() {
-  static std::mutex mutex;
+std::recursive_mutex& recording_mutex() {
+  static auto& mutex = *new std::recursive_mutex;  // never destroyed: memory may be freed after static objects are
   return mutex;
 }
 
@@ -93,11 +94,13 @@ void synchronize_device(const char* doing) {
 }
 
 void trim_memory(int device) {
+  const std::lock_guard lock(recording_mutex());
   const UseDevice use(device);
   check(cudaMemPoolTrimTo(pool_of(device), 0), "returning memory");
 }
 
 std::shared_ptr<void> allocate_pinned(std::size_t nbytes) {
+  const std::lock_guard lock(recording_mutex());
   void* data = nullptr;
   const cudaError_t status = cudaHostAlloc(&data, std::max<std::size_t>(nbytes, 1), cudaHostAllocPortable);
   if (status == cudaErrorMemoryAllocation) {
@@ -105,7 +108,10 @@ std::shared_ptr<void> allocate_pinned(std::size_t nbytes) {
     throw OutOfMemory("out of memory: " + std::to_string(nbytes) + " bytes of page-locked host memory are needed");
   }
   check(status, "allocating page-locked memory");
-  return {data, [](void* p) { cudaFreeHost(p); }};
+  return {data, [](void* p) {
+            const std::lock_guard freeing(recording_mutex());
+            cudaFreeHost(p);
+          }};
 }
 
 Event::~Event() {

@@ -48,8 +48,9 @@ class Stream : public std::enable_shared_from_this<Stream> {
   bool owned_ = true;
 };
 
-/// Held while a step is recorded: CUDA forbids to wait for a whole device meanwhile, in any thread.
-std::mutex& recording_mutex();
+/// Held while a step is recorded. What waits for a whole device, as taking and freeing page-locked memory and library
+/// handles does, would break the record, from any thread, and holds it too.
+std::recursive_mutex& recording_mutex();
 
 /// Waits for all streams of the current device.
 void synchronize_device(const char* doing);

@@ -76,9 +76,9 @@ __device__ __forceinline__ std::int32_t sequence_of_single(const DeviceBatch& ba
 
 // ---- launching -----------------------------------------------------------------------------------------------------
 
-/// Launches with programmatic dependent launch where the device has it: the kernel may start while its predecessor on
-/// the stream drains. Every thread of every kernel launched this way calls wait_for_predecessors() before it reads or
-/// writes anything but weights, and before it returns.
+/// Launches with programmatic dependent launch where the kernels were compiled to wait: the kernel may start while its
+/// predecessor on the stream drains. Every thread of every kernel launched this way calls wait_for_predecessors()
+/// before it reads or writes anything but weights, and before it returns.
 template <typename... Parameters, typename... Arguments>
 void launch(cudaStream_t stream, const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
             std::size_t shared_bytes, Arguments&&... arguments) {
@@ -95,7 +95,7 @@ void launch(cudaStream_t stream, const char* name, void (*kernel)(Parameters...)
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = device_info().compute_capability >= 90 ? 1 : 0;
+  config.numAttrs = device_info().code_capability >= 90 ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(std::forward<Arguments>(arguments))...), name);
   note_operation(name, stream);
 }

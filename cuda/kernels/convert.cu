@@ -27,6 +27,12 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
+int code_capability() {
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, convert_kernel<float, bf16>), "device_info");
+  return attributes.ptxVersion;
+}
+
 void convert(cudaStream_t stream, DType from, const void* source, DType to, void* target, std::int64_t n) {
   if (n == 0) return;
   if (from == to) {

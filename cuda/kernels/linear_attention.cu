@@ -41,14 +41,10 @@ bool decode_bulk_takes(const RecurrentArguments& a) {
   constexpr std::size_t kReserved = 1024;  // of each block, by the system; max_shared_bytes is an SM's less one such
   const DeviceInfo& device = device_info();
   // Two blocks on an SM, or nothing is under way while one starts and ends.
-  const bool fits = device.compute_capability >= 90 && a.head_dim % 4 == 0 && a.head_dim <= 128 &&
-                    is_aligned(a.state.data, 16) && a.state.slot_stride % 16 == 0 &&
-                    2 * (decode_bulk_shared_bytes(a.feature_dim, a.num_features, a.head_dim) + kReserved) <=
-                        static_cast<std::size_t>(device.max_shared_bytes) + kReserved;
-  if (!fits) return false;
-  cudaFuncAttributes attributes{};  // of the code that would run: it may be PTX of an older architecture
-  check(cudaFuncGetAttributes(&attributes, decode_bulk_kernel), "linear_attention");
-  return attributes.ptxVersion >= 90;
+  return device.code_capability >= 90 && a.head_dim % 4 == 0 && a.head_dim <= 128 && is_aligned(a.state.data, 16) &&
+         a.state.slot_stride % 16 == 0 &&
+         2 * (decode_bulk_shared_bytes(a.feature_dim, a.num_features, a.head_dim) + kReserved) <=
+             static_cast<std::size_t>(device.max_shared_bytes) + kReserved;
 }
 
 void launch_decode_bulk(cudaStream_t stream, const RecurrentArguments& a) {
