@@ -1,5 +1,6 @@
 #include "kernels/linear_attention_chunked.cuh"
 #include "kernels/linear_attention_recurrent.cuh"
+#include "kernels/linear_attention_wgmma.cuh"
 
 #include <algorithm>
 #include <cmath>
@@ -165,10 +166,21 @@ std::size_t chunked_scratch_bytes(const LinearAttentionConfig& config, const Dev
   return segment_state_bytes(config, batch) + (column_groups(config) > 1 ? z_bytes : 0);
 }
 
-template <int kBlocks>
-void launch_chunked(cudaStream_t stream, const LinearAttentionConfig& config, const DeviceBatch& batch,
-                    const QkvView& qkv, StateView state, void* out, std::int64_t out_token, std::int64_t out_head,
-                    void* scratch) {
+/// Whether wgmma_kernel was compiled for this device.
+bool has_wgmma() {
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, wgmma_kernel<true>), "linear_attention");
+  return attributes.sharedSizeBytes > 0;
+}
+
+bool wgmma_takes(const LinearAttentionConfig& config, const void* out, std::int64_t out_token, std::int64_t out_head) {
+  return config.feature_dim == kWgmmaF && is_aligned(out, 16) && (out_token | out_head) % 8 == 0 && has_wgmma();
+}
+
+/// The kernels' arguments, all but the columns of a block.
+ChunkedArguments chunked_arguments(const LinearAttentionConfig& config, const DeviceBatch& batch, const QkvView& qkv,
+                                   StateView state, void* out, std::int64_t out_token, std::int64_t out_head,
+                                   void* scratch) {
   ChunkedArguments a{};
   a.batch = batch;
   a.qkv = qkv;
@@ -186,20 +198,33 @@ void launch_chunked(cudaStream_t stream, const LinearAttentionConfig& config, co
   a.eps = static_cast<float>(config.eps);
   if (a.column_groups > 1)
     a.z_out = reinterpret_cast<float*>(static_cast<std::byte*>(scratch) + segment_state_bytes(config, batch));
+  return a;
+}
 
-  const int warps = (a.head_dim + 16 * a.column_groups - 1) / (16 * a.column_groups);
+using ChunkedKernel = void (*)(ChunkedArguments);
+
+/// `increments`: what segments add to the state; `outputs`: the rest.
+void launch_segments(cudaStream_t stream, const LinearAttentionConfig& config, const ChunkedArguments& a,
+                     ChunkedKernel increments, ChunkedKernel outputs, int threads, std::size_t shared_bytes) {
+  const DeviceBatch& batch = a.batch;
   const dim3 grid(blocks_for(static_cast<std::int64_t>(batch.num_segments) * a.num_heads * a.column_groups, 1));
-  const dim3 block(static_cast<unsigned>(32 * warps));
-  constexpr std::size_t kSharedBytes = sizeof(ChunkedShared<kBlocks>);
+  const dim3 block(static_cast<unsigned>(threads));
   if (splits_time(batch)) {
-    launch(stream, "linear_attention", chunked_kernel<kBlocks, false>, grid, block, kSharedBytes, a);
+    launch(stream, "linear_attention", increments, grid, block, shared_bytes, a);
     const int quads = static_cast<int>(state_bytes(config) / 16);
     const unsigned blocks = blocks_for(quads, 256);
     launch(stream, "linear_attention", sum_segments_kernel, dim3(blocks * static_cast<unsigned>(batch.num_longs)),
-           dim3(256), 0, batch, state, a.segment_states, quads, static_cast<int>(blocks));
+           dim3(256), 0, batch, a.state, a.segment_states, quads, static_cast<int>(blocks));
   }
-  launch(stream, "linear_attention", chunked_kernel<kBlocks, true>, grid, block, kSharedBytes, a);
-  if (a.z_out) launch_store_z(stream, config, batch, state, a.z_out, batch.first_segments);
+  launch(stream, "linear_attention", outputs, grid, block, shared_bytes, a);
+  if (a.z_out) launch_store_z(stream, config, batch, a.state, a.z_out, batch.first_segments);
+}
+
+template <int kBlocks>
+void launch_chunked(cudaStream_t stream, const LinearAttentionConfig& config, const ChunkedArguments& a) {
+  const int warps = (a.head_dim + 16 * a.column_groups - 1) / (16 * a.column_groups);
+  launch_segments(stream, config, a, chunked_kernel<kBlocks, false>, chunked_kernel<kBlocks, true>, 32 * warps,
+                  sizeof(ChunkedShared<kBlocks>));
 }
 
 }  // namespace
@@ -212,10 +237,14 @@ void linear_attention(cudaStream_t stream, const LinearAttentionConfig& config, 
   if (batch.num_longs == 0) return;
   if (!chunked_takes(config, dtype) || !chunked_takes(qkv, out, out_token, out_head))
     return launch_recurrent(stream, config, recurrent, scratch);
+  const ChunkedArguments arguments = chunked_arguments(config, batch, qkv, state, out, out_token, out_head, scratch);
+  if (wgmma_takes(config, out, out_token, out_head))
+    return launch_segments(stream, config, arguments, wgmma_kernel<false>, wgmma_kernel<true>, 2 * kWarpgroup,
+                           sizeof(WgmmaShared));
   const auto chunked = config.feature_dim == 8    ? launch_chunked<1>
                        : config.feature_dim == 16 ? launch_chunked<2>
                                                   : launch_chunked<3>;
-  chunked(stream, config, batch, qkv, state, out, out_token, out_head, scratch);
+  chunked(stream, config, arguments);
 }
 
 std::size_t linear_attention_scratch(const LinearAttentionConfig& config, DType dtype, const DeviceBatch& batch) {
