@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Builds, tests and measures on this machine's GPU:
 #
-#   tests/gpu.sh [build] [test] [sanitize] [bench] [rivals]     (all of them by default)
+#   tests/gpu.sh [build] [test] [kernels] [sanitize] [bench] [rivals]     (all of them by default)
 #
-#   build     the wheel for this GPU, installed into the running Python, and the C++ tests beside it
+#   build     the wheel for this GPU, installed into the running Python, and the C++ tests and benchmarks beside it
 #   test      C++ and Python tests of CUDA
+#   kernels   kernels by themselves against float64, then their times (tests/bench/*.cu)
 #   sanitize  compute-sanitizer (memcheck, racecheck, initcheck, synccheck) on small CUDA tests
 #   bench     tests/bench/gpu_speed.py: the figures that must hold
 #   rivals    tests/bench/rivals.py: what they are measured against; needs PyTorch
@@ -30,11 +31,11 @@ PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 export PATH PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 
 steps=("$@")
-[ $# -gt 0 ] || steps=(build test sanitize bench rivals)
+[ $# -gt 0 ] || steps=(build test kernels sanitize bench rivals)
 for step in "${steps[@]}"; do
   case $step in
-    build | test | sanitize | bench | rivals) ;;
-    *) echo "tests/gpu.sh: $step is none of build, test, sanitize, bench, rivals" >&2; exit 2 ;;
+    build | test | kernels | sanitize | bench | rivals) ;;
+    *) echo "tests/gpu.sh: $step is none of build, test, kernels, sanitize, bench, rivals" >&2; exit 2 ;;
   esac
 done
 if ! card=$(nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv,noheader 2>&1 | head -1); then
@@ -69,7 +70,7 @@ counts() {
 
 build() {
   "$PYTHON" -m pip install --no-build-isolation --no-deps --force-reinstall -v . -C build-dir="$BUILD" \
-    -C cmake.define.BASED_CUDA=ON -C cmake.define.BASED_BUILD_TESTS=ON
+    -C cmake.define.BASED_CUDA=ON -C cmake.define.BASED_BUILD_TESTS=ON -C cmake.define.BASED_BUILD_BENCH=ON
 }
 
 # C++ tests find cuBLASLt where pip puts it, as the Python package does.
@@ -115,6 +116,11 @@ for name in "${steps[@]}"; do
       step cpp_cpu cpp "$TESTS" --gtest_filter="-$CUDA_TESTS"
       step python "$PYTHON" -m pytest -q tests/python/test_cuda.py tests/python/test_ops.py \
         tests/python/test_devices.py tests/python/test_golden.py
+      ;;
+    kernels)
+      for program in bench_linear_attention bench_mixers bench_cuda_linear bench_sampling; do
+        step "$program" cpp "$BUILD/tests/bench/$program"
+      done
       ;;
     sanitize)
       for tool in memcheck racecheck initcheck synccheck; do step "$tool" nothing_skipped sanitize "$tool"; done
