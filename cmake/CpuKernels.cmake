@@ -23,9 +23,10 @@ foreach(isa IN LISTS BASED_ISAS)
   add_library(based_kernels_${isa} OBJECT ${BASED_KERNEL_SOURCES})
   target_include_directories(based_kernels_${isa} PRIVATE cpp cpp/include)
   target_compile_definitions(based_kernels_${isa} PRIVATE BASED_ISA=isa_${isa})
-  # No exceptions and no errno: kernels call nothing that needs them. Contraction gives fused multiply-add.
-  target_compile_options(based_kernels_${isa} PRIVATE ${BASED_KERNEL_OPTIMISATION} -ffp-contract=fast -fno-math-errno
-                         -fno-exceptions ${BASED_FLAGS_${isa}})
+  # No exceptions and no errno: kernels call nothing that needs them. Contraction is off, as everywhere: simd.h's fmadd
+  # is what fuses.
+  target_compile_options(based_kernels_${isa} PRIVATE ${BASED_KERNEL_OPTIMISATION} -fno-math-errno -fno-exceptions
+                         ${BASED_FLAGS_${isa}})
   target_link_libraries(based_kernels_${isa} PRIVATE based_options)
   target_sources(based PRIVATE $<TARGET_OBJECTS:based_kernels_${isa}>)
   string(TOUPPER ${isa} ISA)

@@ -19,6 +19,7 @@ using based::DType;
 using based::backend::LinearSource;
 using based::backend::LinearWeight;
 using based::backend::Matrix;
+using based::backend::MemoryKind;
 using based::cpu::CpuBackend;
 using Clock = std::chrono::steady_clock;
 
@@ -56,7 +57,7 @@ double median_time(int repeats, F&& f) {
 double read_bandwidth(CpuBackend& backend) {
   using Lanes = std::uint64_t __attribute__((vector_size(64)));
   constexpr std::int64_t kTask = std::int64_t{1} << 20, kTasks = 1024;
-  const auto buffer = backend.allocate(static_cast<std::size_t>(kTask * kTasks), based::backend::MemoryKind::workspace);
+  const auto buffer = backend.allocate(static_cast<std::size_t>(kTask * kTasks), MemoryKind::workspace);
   std::memset(buffer.data.get(), 1, buffer.nbytes);
   std::vector<std::uint64_t> sums(static_cast<std::size_t>(kTasks));
   const double time = median_time(15, [&] {
@@ -102,8 +103,8 @@ void report(CpuBackend& backend, DType dtype, double bandwidth) {
               seconds(start));
 
   const DType activation = backend.activation_dtype(dtype);
-  const auto x = backend.allocate(std::size_t{512} * 2048 * 4, based::backend::MemoryKind::workspace);
-  const auto y = backend.allocate(std::size_t{512} * 50264 * 4, based::backend::MemoryKind::workspace);
+  const auto x = backend.allocate(std::size_t{512} * 2048 * 4, MemoryKind::workspace);
+  const auto y = backend.allocate(std::size_t{512} * 50264 * 4, MemoryKind::workspace);
   std::memset(x.data.get(), 0x3c, x.nbytes);
   std::memset(y.data.get(), 0, y.nbytes);
   const auto apply = [&](const Layer& layer, std::int64_t rows) {

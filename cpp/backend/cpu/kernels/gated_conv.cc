@@ -28,7 +28,7 @@ void convolve_taps(const GatedConvTask& task) {
       f32v acc{};
       for (std::int64_t j = 0; j < taps; ++j) {
         const float* x = (j < from_past ? task.past + (t + j) * e : task.u + (t - taps + 1 + j) * 2 * e) + c;
-        acc += load(w + j * width) * (n == kLanes ? load(x) : load_n(x, n));
+        acc = fmadd(load(w + j * width), n == kLanes ? load(x) : load_n(x, n), acc);
       }
       const f32v y = silu(acc) * (n == kLanes ? load(gate + c) : load_n(gate + c, n));
       store_as(task.out, t * e + c, y, n, task.out_bf16);

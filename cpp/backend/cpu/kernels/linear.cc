@@ -240,22 +240,22 @@ void multiply_panel_rows(int rows, bool bf16, const void* x, const void* w, std:
 // (a least-squares fit in relative error on 0 ≤ z ≤ 9.4) is good to 3e-7.
 BASED_INLINE f32v gelu(f32v x) {
   const f32v z = vmax(x, -x) * splat(0.70710678f);
-  const f32v t = splat(1.0f) / (splat(1.0f) + splat(0.4f) * z);
+  const f32v t = splat(1.0f) / fmadd(splat(0.4f), z, splat(1.0f));
   f32v q = splat(0.0406845473f);
-  q = q * t + splat(-0.13743788f);
-  q = q * t + splat(0.0777627751f);
-  q = q * t + splat(0.0954304934f);
-  q = q * t + splat(0.0743333399f);
-  q = q * t + splat(0.195828468f);
-  q = q * t + splat(0.201229453f);
-  q = q * t + splat(0.226540685f);
-  q = q * t + splat(0.225628167f);
+  q = fmadd(q, t, splat(-0.13743788f));
+  q = fmadd(q, t, splat(0.0777627751f));
+  q = fmadd(q, t, splat(0.0954304934f));
+  q = fmadd(q, t, splat(0.0743333399f));
+  q = fmadd(q, t, splat(0.195828468f));
+  q = fmadd(q, t, splat(0.201229453f));
+  q = fmadd(q, t, splat(0.226540685f));
+  q = fmadd(q, t, splat(0.225628167f));
   const f32v tail = splat(0.5f) * t * q * vexp(splat(-0.5f) * x * x);
   return x * (x < f32v{} ? tail : splat(1.0f) - tail);
 }
 
 // ½ x (1 + tanh u) = x · sigmoid(2u), u = √(2/π) (x + 0.044715 x³).
-BASED_INLINE f32v gelu_tanh(f32v x) { return x * sigmoid(splat(1.59576912f) * (x + splat(0.044715f) * x * x * x)); }
+BASED_INLINE f32v gelu_tanh(f32v x) { return x * sigmoid(splat(1.59576912f) * fmadd(splat(0.044715f) * x * x, x, x)); }
 
 BASED_INLINE f32v activate(Activation activation, f32v x) {
   switch (activation) {

@@ -52,7 +52,7 @@ BASED_INLINE void multiply_block(const float* a, const float* b, std::int64_t ld
     for (int m = 0; m < kRows; ++m) {
       const f32v x = splat(a[m * kAm]);
 #pragma GCC unroll 4
-      for (int n = 0; n < kN; ++n) acc[m][n] += x * row[n];
+      for (int n = 0; n < kN; ++n) acc[m][n] = fmadd(x, row[n], acc[m][n]);
     }
   }
 #pragma GCC unroll 4
@@ -153,7 +153,7 @@ void attend_chunk(const LinearAttentionTask& task, std::int64_t begin, std::int6
       f32v sum{};
       for (std::int64_t j = 0; j < keys; j += kLanes) {
         const f32v x = load(p + m * kC + j);
-        const f32v y = x * (x * splat(0.5f) + splat(1.0f)) + splat(1.0f);
+        const f32v y = fmadd(x, fmadd(x, splat(0.5f), splat(1.0f)), splat(1.0f));
         const i32v seen = lane + static_cast<std::int32_t>(j) <= static_cast<std::int32_t>(c + m);
         const f32v masked = seen ? y : f32v{};
         store(p + m * kC + j, masked);
@@ -176,7 +176,8 @@ void attend_chunk(const LinearAttentionTask& task, std::int64_t begin, std::int6
       multiply<1, kC>(s.phi_q + c, state, task.state_cols, s.o + c * cols, cols, count, cols);
     for (std::int64_t p = 0; p < count; ++p) {
       const f32v zp = splat(z[p]);
-      for (int c = 0; c < kC / kLanes; ++c) denominator[c] += load(s.phi_q + p * kC + c * kLanes) * zp;
+      for (int c = 0; c < kC / kLanes; ++c)
+        denominator[c] = fmadd(load(s.phi_q + p * kC + c * kLanes), zp, denominator[c]);
     }
     const std::int64_t padded = up(count, kRows);
     clear(s.phi_k + count * kC, (padded - count) * kC);
@@ -228,9 +229,9 @@ BASED_INLINE void advance_columns(const float* phi_q, const float* phi_k, std::i
     const f32v k = splat(phi_k[p]), q = splat(phi_q[p]);
 #pragma GCC unroll 4
     for (int n = 0; n < kN; ++n) {
-      const f32v s = load(state + n * kLanes) + k * x[n];
+      const f32v s = fmadd(k, x[n], load(state + n * kLanes));
       store(state + n * kLanes, s);
-      acc[n] += q * s;
+      acc[n] = fmadd(q, s, acc[n]);
     }
   }
 #pragma GCC unroll 4
@@ -257,7 +258,7 @@ void attend_token(const LinearAttentionTask& task, std::int64_t token, float sca
   for (std::int64_t p = 0; p < features; p += kLanes) {  // zeros behind the features
     const f32v z = load(task.z + p) + load(phi_k + p);
     store(task.z + p, z);
-    sum += load(phi_q + p) * z;
+    sum = fmadd(load(phi_q + p), z, sum);
   }
   std::int64_t n = 0;
   for (; n + 4 * kLanes <= task.cols; n += 4 * kLanes)

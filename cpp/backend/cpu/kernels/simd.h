@@ -71,7 +71,10 @@ BASED_INLINE float hmax(f32v v) {
   return a[0];
 }
 
-/// a · b + c, rounded once where the instruction set can (so always the same way, inlined or not).
+// Sums of products are written with these: a * b + c is two roundings, since contraction is off (CMakeLists.txt). So
+// what a compiler makes of one inlined copy of a function cannot differ from what it makes of another.
+
+/// a · b + c, rounded once where the instruction set can.
 BASED_INLINE f32v fmadd(f32v a, f32v b, f32v c) {
 #if defined(__AVX512F__)
   return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -83,6 +86,30 @@ BASED_INLINE f32v fmadd(f32v a, f32v b, f32v c) {
   return a * b + c;
 #endif
 }
+
+/// c − a · b, likewise.
+BASED_INLINE f32v fnmadd(f32v a, f32v b, f32v c) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (f32v)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (f32v)vfmsq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return c - a * b;
+#endif
+}
+
+/// The same for numbers.
+BASED_INLINE float fmadd(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+BASED_INLINE float fnmadd(float a, float b, float c) { return fmadd(-a, b, c); }
 
 BASED_INLINE f32v vmax(f32v a, f32v b) { return a > b ? a : b; }
 BASED_INLINE f32v vmin(f32v a, f32v b) { return a < b ? a : b; }
@@ -146,17 +173,17 @@ BASED_INLINE f32v vexp(f32v x) {
   const f32v lo = splat(-87.33654f), hi = splat(88.37626f);
   const f32v z = vmin(vmax(x, lo), hi);
   const f32v shift = splat(12582912.0f);  // 1.5 · 2²³: adding it rounds to an integer
-  const f32v n = (z * splat(1.44269504f) + shift) - shift;
-  f32v r = z - n * splat(0.693359375f);
-  r = r - n * splat(-2.12194440e-4f);
+  const f32v n = fmadd(z, splat(1.44269504f), shift) - shift;
+  f32v r = fnmadd(n, splat(0.693359375f), z);
+  r = fnmadd(n, splat(-2.12194440e-4f), r);
   f32v p = splat(1.0f / 5040);
-  p = p * r + splat(1.0f / 720);
-  p = p * r + splat(1.0f / 120);
-  p = p * r + splat(1.0f / 24);
-  p = p * r + splat(1.0f / 6);
-  p = p * r + splat(0.5f);
-  p = p * r + splat(1.0f);
-  p = p * r + splat(1.0f);
+  p = fmadd(p, r, splat(1.0f / 720));
+  p = fmadd(p, r, splat(1.0f / 120));
+  p = fmadd(p, r, splat(1.0f / 24));
+  p = fmadd(p, r, splat(1.0f / 6));
+  p = fmadd(p, r, splat(0.5f));
+  p = fmadd(p, r, splat(1.0f));
+  p = fmadd(p, r, splat(1.0f));
   const i32v bits = (__builtin_convertvector(n, i32v) + 127) << 23;
   f32v scale;
   __builtin_memcpy(&scale, &bits, sizeof scale);

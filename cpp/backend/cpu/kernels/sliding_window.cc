@@ -26,16 +26,16 @@ void rotate(const RotaryTask& t) {
   if (t.interleaved) {
     for (std::int64_t i = 0; i < n; ++i) {
       const float a = t.x[2 * i], b = t.x[2 * i + 1];
-      t.y[2 * i] = a * t.cosine[i] - b * t.sine[i];
-      t.y[2 * i + 1] = a * t.sine[i] + b * t.cosine[i];
+      t.y[2 * i] = fnmadd(b, t.sine[i], a * t.cosine[i]);
+      t.y[2 * i + 1] = fmadd(a, t.sine[i], b * t.cosine[i]);
     }
   } else {
     for (std::int64_t i = 0; i < n; i += kLanes) {
       const std::int64_t count = n - i < kLanes ? n - i : kLanes;
       const auto get = [count](const float* p) { return count == kLanes ? load(p) : load_n(p, count); };
       const f32v a = get(t.x + i), b = get(t.x + i + n), c = get(t.cosine + i), s = get(t.sine + i);
-      store_as(t.y, i, a * c - b * s, count, false);
-      store_as(t.y, i + n, a * s + b * c, count, false);
+      store_as(t.y, i, fnmadd(b, s, a * c), count, false);
+      store_as(t.y, i + n, fmadd(a, s, b * c), count, false);
     }
   }
   for (std::int64_t i = 2 * n; i < t.head_dim; ++i) t.y[i] = t.x[i];
@@ -59,7 +59,7 @@ BASED_INLINE void score_blocks(const float* q, std::int64_t head_dim, const T* c
     for (int i = 0; i < kQ; ++i) {
       const f32v x = splat(q[i * head_dim + d]);
 #pragma GCC unroll 8
-      for (int n = 0; n < kN; ++n) acc[i][n] += x * key[n];
+      for (int n = 0; n < kN; ++n) acc[i][n] = fmadd(x, key[n], acc[i][n]);
     }
   }
 #pragma GCC unroll 4
@@ -103,7 +103,7 @@ BASED_INLINE void mix(const WindowAttendTask& task, std::int64_t begin_block, st
       for (int i = 0; i < kQ; ++i) {
         const f32v p = splat(task.scratch[i * stride + j]);
 #pragma GCC unroll 4
-        for (int n = 0; n < kN; ++n) acc[i][n] += p * row[n];
+        for (int n = 0; n < kN; ++n) acc[i][n] = fmadd(p, row[n], acc[i][n]);
       }
     }
   }
