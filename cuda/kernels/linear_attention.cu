@@ -138,8 +138,9 @@ void launch_recurrent(cudaStream_t stream, const LinearAttentionConfig& config, 
 
 bool chunked_takes(const LinearAttentionConfig& config, DType dtype) {
   const std::int64_t f = config.feature_dim;
-  return dtype == DType::bfloat16 && (f == 8 || f == 16 || f == 24) && config.head_dim % 8 == 0 &&
-         sizeof(ChunkedShared<3>) <= static_cast<std::size_t>(device_info().max_shared_bytes);
+  return dtype == DType::bfloat16 && (f == 8 || f == 16 || f == 24 || f == 32) && config.head_dim % 8 == 0 &&
+         (f == 32 ? chunked_shared_bytes<4>() : chunked_shared_bytes<3>()) <=
+             static_cast<std::size_t>(device_info().max_shared_bytes);
 }
 
 bool chunked_takes(const QkvView& qkv, const void* out, std::int64_t out_token, std::int64_t out_head) {
@@ -189,8 +190,8 @@ void launch_chunked(cudaStream_t stream, const LinearAttentionConfig& config, co
 
   const int warps = (a.head_dim + 16 * a.column_groups - 1) / (16 * a.column_groups);
   const dim3 grid(blocks_for(static_cast<std::int64_t>(batch.num_segments) * a.num_heads * a.column_groups, 1));
-  const dim3 block(static_cast<unsigned>(32 * warps));
-  constexpr std::size_t kSharedBytes = sizeof(ChunkedShared<kBlocks>);
+  const dim3 block(static_cast<unsigned>(32 * warps * kChunkedParts<kBlocks>));
+  constexpr std::size_t kSharedBytes = chunked_shared_bytes<kBlocks>();
   if (splits_time(batch)) {
     launch(stream, "linear_attention", chunked_kernel<kBlocks, false>, grid, block, kSharedBytes, a);
     const int quads = static_cast<int>(state_bytes(config) / 16);
@@ -214,7 +215,8 @@ void linear_attention(cudaStream_t stream, const LinearAttentionConfig& config, 
     return launch_recurrent(stream, config, recurrent, scratch);
   const auto chunked = config.feature_dim == 8    ? launch_chunked<1>
                        : config.feature_dim == 16 ? launch_chunked<2>
-                                                  : launch_chunked<3>;
+                       : config.feature_dim == 24 ? launch_chunked<3>
+                                                  : launch_chunked<4>;
   chunked(stream, config, batch, qkv, state, out, out_token, out_head, scratch);
 }
 
