@@ -326,11 +326,14 @@ __device__ __forceinline__ void load_rows(Pair (&x)[kBlocks][2], const bf16 (*ro
 /// Barriers between parts, whose code differs. kTileBarrier: at the head of a tile. kHandedBarrier + m % 2: rows m have
 /// been handed over; kFreeBarrier + m % 2: and taken, so that rows m + 2 may follow.
 constexpr int kTileBarrier = 1, kHandedBarrier = 2, kFreeBarrier = 4;
-__device__ __forceinline__ void wait_at(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+/// The numbers are immediates: a block that takes one from a register reserves all 16.
+template <int kBarrier>
+__device__ __forceinline__ void wait_at(int threads) {
+  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
 }
-__device__ __forceinline__ void arrive_at(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+template <int kBarrier>
+__device__ __forceinline__ void arrive_at(int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
 }
 
 /// Warp `warp` of the `num_warps` of a part.
@@ -354,7 +357,7 @@ __device__ __forceinline__ void run_chunked_part(const ChunkedArguments& a, unsi
     if constexpr (kParts == 1)
       __syncthreads();
     else
-      wait_at(kTileBarrier, num_threads);
+      wait_at<kTileBarrier>(num_threads);
   };
   int index = static_cast<int>(blockIdx.x);
   const int column_group = index % a.column_groups;
@@ -578,17 +581,26 @@ __device__ __forceinline__ void run_chunked_part(const ChunkedArguments& a, unsi
                               kKeepRounded ? rounded[kKeepRounded ? i + 1 : 0][n] : round(i + 1, n));
         }
         if constexpr (!Part::kFinishes) {
-          if (m >= 2) wait_at(kFreeBarrier + m % 2, num_threads);
+          if (m == 2)
+            wait_at<kFreeBarrier>(num_threads);
+          else if (m == 3)
+            wait_at<kFreeBarrier + 1>(num_threads);
           HandedRows& place = handed(m, kPart == 0 ? 0 : kPart - 1);
 #pragma unroll
           for (int n = 0; n < 2; ++n)
             place[n][lane] = make_float4(o[0][n][0] + o[1][n][0], o[0][n][1] + o[1][n][1], o[0][n][2] + o[1][n][2],
                                          o[0][n][3] + o[1][n][3]);
-          arrive_at(kHandedBarrier + m % 2, num_threads);
+          if (m % 2 == 0)
+            arrive_at<kHandedBarrier>(num_threads);
+          else
+            arrive_at<kHandedBarrier + 1>(num_threads);
           continue;
         }
         if constexpr (kParts > 1) {
-          wait_at(kHandedBarrier + m % 2, num_threads);
+          if (m % 2 == 0)
+            wait_at<kHandedBarrier>(num_threads);
+          else
+            wait_at<kHandedBarrier + 1>(num_threads);
 #pragma unroll
           for (int sender = 0; sender < kParts - 1; ++sender)
 #pragma unroll
@@ -596,7 +608,10 @@ __device__ __forceinline__ void run_chunked_part(const ChunkedArguments& a, unsi
               const float4 y = handed(m, sender)[n][lane];
               o[0][n][0] += y.x, o[0][n][1] += y.y, o[0][n][2] += y.z, o[0][n][3] += y.w;
             }
-          if (16 * (m + 2) < rows) arrive_at(kFreeBarrier + m % 2, num_threads);
+          if (m == 0 && 32 < rows)
+            arrive_at<kFreeBarrier>(num_threads);
+          else if (m == 1 && 48 < rows)
+            arrive_at<kFreeBarrier + 1>(num_threads);
         }
         // Neighbouring lanes swap, so that each stores 4 columns in a row.
 #pragma unroll
