@@ -139,8 +139,9 @@ void launch_recurrent(cudaStream_t stream, const LinearAttentionConfig& config, 
 
 bool chunked_takes(const LinearAttentionConfig& config, DType dtype) {
   const std::int64_t f = config.feature_dim;
-  return dtype == DType::bfloat16 && (f == 8 || f == 16 || f == 24) && config.head_dim % 8 == 0 &&
-         sizeof(ChunkedShared<3>) <= static_cast<std::size_t>(device_info().max_shared_bytes);
+  return dtype == DType::bfloat16 && (f == 8 || f == 16 || f == 24 || f == 32) && config.head_dim % 8 == 0 &&
+         (f == 32 ? chunked_shared_bytes<4>() : chunked_shared_bytes<3>()) <=
+             static_cast<std::size_t>(device_info().max_shared_bytes);
 }
 
 bool chunked_takes(const QkvView& qkv, const void* out, std::int64_t out_token, std::int64_t out_head) {
@@ -223,8 +224,8 @@ void launch_segments(cudaStream_t stream, const LinearAttentionConfig& config, c
 template <int kBlocks>
 void launch_chunked(cudaStream_t stream, const LinearAttentionConfig& config, const ChunkedArguments& a) {
   const int warps = (a.head_dim + 16 * a.column_groups - 1) / (16 * a.column_groups);
-  launch_segments(stream, config, a, chunked_kernel<kBlocks, false>, chunked_kernel<kBlocks, true>, 32 * warps,
-                  sizeof(ChunkedShared<kBlocks>));
+  launch_segments(stream, config, a, chunked_kernel<kBlocks, false>, chunked_kernel<kBlocks, true>,
+                  32 * warps * kChunkedParts<kBlocks>, chunked_shared_bytes<kBlocks>());
 }
 
 }  // namespace
@@ -243,7 +244,8 @@ void linear_attention(cudaStream_t stream, const LinearAttentionConfig& config, 
                            sizeof(WgmmaShared));
   const auto chunked = config.feature_dim == 8    ? launch_chunked<1>
                        : config.feature_dim == 16 ? launch_chunked<2>
-                                                  : launch_chunked<3>;
+                       : config.feature_dim == 24 ? launch_chunked<3>
+                                                  : launch_chunked<4>;
   chunked(stream, config, arguments);
 }
 

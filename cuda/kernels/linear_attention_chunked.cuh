@@ -12,6 +12,14 @@
 //   diagonal  block b:        x_j x_(j+r), r = 0 … 4 (r = 4 has each twice)   5 groups
 //   crossing  blocks a < b:   x_j y_(j+r), x_(j+4) y_(j+r), r = 0 … 3         8 groups
 // 160 features for f = 16. A place that r = 4 leaves over holds the constant feature.
+//
+// f = 32 has 576 (72 groups), whose 288 accumulators are more than a thread has registers, and the 168 of f = 24 leave
+// too few. There 3, or 2, warps share 16 columns of v, as parts of blocks' groups, a crossing being its later block's:
+//   part 0: blocks 0, 1   20 groups; Σk kᵀ, Σk and their share of D; (f = 24) mask(p(Q Kᵀ))
+//   part 1: block 2       22 groups; mask(p(Q Kᵀ)) V; adds to it what the others hand it of φ(cQ) S; outputs
+//   part 2: block 3       30 groups; mask(p(Q Kᵀ)) and its share of D
+// They hand over 16 rows × 16 columns at a time through shared memory, by barriers at which only part 1 waits, unless
+// it is 2 behind. A block of 64 columns has 12 warps then, whose latencies cover each other's.
 
 #include "kernels/common.cuh"
 
@@ -36,6 +44,21 @@ constexpr int kColumnPitch = 16 * kChunkedWarps + 8;
 constexpr int kScorePitch = kTileTokens + 8;
 constexpr int kStages = 3;
 
+/// Warps that share 16 columns of v.
+template <int kBlocks>
+constexpr int kChunkedParts = kBlocks <= 2 ? 1 : kBlocks - 1;
+
+/// What one of them does.
+template <int kBlocks, int kPart>
+struct ChunkedPart {
+  static constexpr int kParts = kChunkedParts<kBlocks>;
+  static constexpr int kBegin = kPart == 0 ? 0 : kPart + 1;  // has the groups of blocks [kBegin, kEnd)
+  static constexpr int kEnd = kParts == 1 ? kBlocks : kPart + 2;
+  static constexpr bool kGram = kPart == 0;                          // Σk kᵀ, Σk and their part of D
+  static constexpr bool kScores = kPart == (kParts == 3 ? 2 : 0);    // mask(p(Q Kᵀ)) and its part of D
+  static constexpr bool kFinishes = kPart == (kParts == 1 ? 0 : 1);  // outputs
+};
+
 template <int kBlocks>
 struct ChunkedShared {
   static constexpr int kPitch = 8 * (kBlocks % 2 == 0 ? kBlocks + 1 : kBlocks);  // rows 16 bytes apart modulo 128
@@ -43,8 +66,20 @@ struct ChunkedShared {
   bf16 k[kStages][kTileTokens][kPitch];
   bf16 v[kStages][kTileTokens][kColumnPitch];
   bf16 scores[2][kTileTokens][kScorePitch];
-  float inverse[2][kTileTokens];  // 1 / (D + eps)
+  // 1 / (D + eps); where two parts make it, what each adds to D + eps
+  float denominators[kChunkedParts<kBlocks> == 3 ? 2 : 1][2][kTileTokens];
 };
+
+/// φ(cQ) S of 16 rows × 16 columns, from a part to the one that finishes: a lane's 8 accumulators in two.
+using HandedRows = float4[2][32];
+
+/// Of the 16-row parts of a tile two are under way at a time: HandedRows[2][parts − 1][kChunkedWarps].
+template <int kBlocks>
+constexpr std::size_t chunked_shared_bytes() {
+  static_assert(sizeof(ChunkedShared<kBlocks>) % sizeof(float4) == 0);
+  return sizeof(ChunkedShared<kBlocks>) +
+         2 * (kChunkedParts<kBlocks> - 1) * static_cast<std::size_t>(kChunkedWarps) * sizeof(HandedRows);
+}
 
 // ---- features ------------------------------------------------------------------------------------------------------
 
@@ -61,25 +96,27 @@ __device__ __forceinline__ float high(Pair x) { return __uint_as_float(x & 0xfff
 
 constexpr Pair kOnes = 0x3f803f80u;
 
-template <int kBlocks>
+/// The groups of blocks [kBegin, kEnd) of dimensions and of their crossings with all blocks before them.
+template <int kBegin, int kEnd>
 struct FeatureGroups {
-  static constexpr int kDiagonal = kBlocks;
-  static constexpr int kCrossing = 6 * kBlocks;
-  static constexpr int kCount = 6 * kBlocks + 4 * kBlocks * (kBlocks - 1);
-  static constexpr int kConstant = kDiagonal + 4;  // feature 4 of this group is the constant one
+  static constexpr int kDiagonal = kEnd - kBegin;
+  static constexpr int kCrossing = 6 * kDiagonal;
+  static constexpr int kFirstPair = kBegin * (kBegin - 1) / 2;  // pairs (0, 1) (0, 2) (1, 2) (0, 3) …
+  static constexpr int kCount = kCrossing + 4 * kEnd * (kEnd - 1) - 8 * kFirstPair;
+  static constexpr int kConstant = kBegin == 0 ? kDiagonal + 4 : -1;  // feature 4 of this group is the constant one
 
   static constexpr __host__ __device__ bool linear(int group) { return group < kDiagonal; }
   static constexpr __host__ __device__ bool diagonal(int group) { return group >= kDiagonal && group < kCrossing; }
   /// Blocks a ≤ b and rotation r of a group.
   static constexpr __host__ __device__ int b(int group) {
-    if (linear(group)) return group;
-    if (diagonal(group)) return (group - kDiagonal) / 5;
-    const int pair = (group - kCrossing) / 8;
+    if (linear(group)) return kBegin + group;
+    if (diagonal(group)) return kBegin + (group - kDiagonal) / 5;
+    const int pair = kFirstPair + (group - kCrossing) / 8;
     return pair < 1 ? 1 : pair < 3 ? 2 : 3;
   }
   static constexpr __host__ __device__ int a(int group) {
     if (group < kCrossing) return b(group);
-    return (group - kCrossing) / 8 - b(group) * (b(group) - 1) / 2;
+    return kFirstPair + (group - kCrossing) / 8 - b(group) * (b(group) - 1) / 2;
   }
   static constexpr __host__ __device__ int r(int group) {
     if (linear(group)) return 0;
@@ -91,10 +128,11 @@ struct FeatureGroups {
 struct Rotations {
   Pair x[5];
 
-  /// Lane (g, t) holds dimensions 2t, 2t + 1 of row g.
-  __device__ __forceinline__ void along_pairs(Pair own, int lane) {
+  /// Lane (g, t) holds dimensions 2t, 2t + 1 of row g. Not `all`: only r = 0 and 4, which crossings take of their
+  /// earlier block.
+  __device__ __forceinline__ void along_pairs(Pair own, int lane, bool all = true) {
     const int quad = lane & ~3;
-    const Pair one = __shfl_sync(0xffffffffu, own, quad + ((lane + 1) & 3));
+    const Pair one = all ? __shfl_sync(0xffffffffu, own, quad + ((lane + 1) & 3)) : 0u;
     const Pair two = __shfl_sync(0xffffffffu, own, quad + ((lane + 2) & 3));
     x[0] = own;
     x[1] = __byte_perm(own, one, 0x5432);
@@ -103,17 +141,16 @@ struct Rotations {
     x[4] = two;
   }
   /// Lane (g, t) holds dimension g of rows 2t, 2t + 1.
-  __device__ __forceinline__ void along_lanes(Pair own, int lane) {
+  __device__ __forceinline__ void along_lanes(Pair own, int lane, bool all = true) {
     x[0] = own;
 #pragma unroll
-    for (int r = 1; r < 5; ++r) x[r] = __shfl_sync(0xffffffffu, own, (lane + 4 * r) & 31);
+    for (int r = all ? 1 : 4; r < 5; ++r) x[r] = __shfl_sync(0xffffffffu, own, (lane + 4 * r) & 31);
   }
 };
 
 /// Group `group` of φ(k).
-template <int kBlocks>
+template <typename Groups, int kBlocks>
 __device__ __forceinline__ Pair key_feature(const Rotations (&x)[kBlocks], int group, int lane) {
-  using Groups = FeatureGroups<kBlocks>;
   const int a = Groups::a(group), b = Groups::b(group), r = Groups::r(group);
   if (Groups::linear(group)) return x[b].x[0];
   if (group == Groups::kConstant) return lane / 4 == 4 ? kOnes : multiply(x[b].x[0], x[b].x[4]);
@@ -123,9 +160,8 @@ __device__ __forceinline__ Pair key_feature(const Rotations (&x)[kBlocks], int g
 
 /// Group `group` of φ(q), without the weight ½ of x_j². What r = 4 repeats, and the constant, which is added in
 /// float32, are 0.
-template <int kBlocks>
+template <typename Groups, int kBlocks>
 __device__ __forceinline__ Pair query_feature(const Rotations (&x)[kBlocks], int group, int lane) {
-  using Groups = FeatureGroups<kBlocks>;
   const int a = Groups::a(group), b = Groups::b(group), r = Groups::r(group);
   if (Groups::linear(group)) return x[b].x[0];
   if (Groups::diagonal(group) && r == 4) return multiply(x[b].x[0], lane % 4 < 2 ? x[b].x[4] : 0u);
@@ -157,10 +193,8 @@ struct FeatureWeights {
         inverse_square(1.0f / square) {}
 };
 
-template <int kBlocks>
-__device__ __forceinline__ PackedPlace packed_place(int group, int j, const FeatureWeights& w) {
-  using Groups = FeatureGroups<kBlocks>;
-  constexpr int f = 8 * kBlocks;
+template <typename Groups>
+__device__ __forceinline__ PackedPlace packed_place(int group, int j, int f, const FeatureWeights& w) {
   const int a = Groups::a(group), b = Groups::b(group), r = Groups::r(group);
   if (Groups::linear(group)) return {1 + 8 * b + j, w.linear, w.inverse_linear};
   if (!Groups::diagonal(group))
@@ -173,16 +207,18 @@ __device__ __forceinline__ PackedPlace packed_place(int group, int j, const Feat
 
 // ---- the state in registers ----------------------------------------------------------------------------------------
 
-template <int kBlocks>
+template <int kBlocks, int kPart>
 struct ChunkedState {
-  using Groups = FeatureGroups<kBlocks>;
+  using Part = ChunkedPart<kBlocks, kPart>;
+  using Groups = FeatureGroups<Part::kBegin, Part::kEnd>;
   static constexpr int kF = 8 * kBlocks;
-  static constexpr int kRowTiles = (kBlocks + 1) / 2;
+  static constexpr int kRowTiles = Part::kGram ? (kBlocks + 1) / 2 : 0;
+  static constexpr int kGramTiles = kRowTiles == 0 ? 1 : kRowTiles;  // no arrays of none
 
-  float s[Groups::kCount][4];         // (columns g, g + 8; features 2t, 2t + 1) of each group
-  float gram[kRowTiles][kBlocks][4];  // Σ k kᵀ (dimensions g, g + 8; 2t, 2t + 1)
-  float key_sum[kRowTiles][4];        // Σ k of dimensions g (twice), g + 8 (twice)
-  float count;                        // Σ 1
+  float s[Groups::kCount][4];          // (columns g, g + 8; features 2t, 2t + 1) of each group
+  float gram[kGramTiles][kBlocks][4];  // Σ k kᵀ (dimensions g, g + 8; 2t, 2t + 1), blocks n ≥ 2m: it is symmetric
+  float key_sum[kGramTiles][4];        // Σ k of dimensions g (twice), g + 8 (twice)
+  float count;                         // Σ 1
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -194,7 +230,7 @@ struct ChunkedState {
 #pragma unroll
       for (int e = 0; e < 4; ++e) key_sum[m][e] = 0.0f;
 #pragma unroll
-      for (int n = 0; n < kBlocks; ++n)
+      for (int n = 2 * m; n < kBlocks; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) gram[m][n][e] = 0.0f;
     }
@@ -212,7 +248,7 @@ struct ChunkedState {
     for (int i = 0; i < Groups::kCount; ++i)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const PackedPlace place = packed_place<kBlocks>(i, 2 * t + e, weights);
+        const PackedPlace place = packed_place<Groups>(i, 2 * t + e, kF, weights);
         const float* at = packed + place.feature * head_dim;
 #pragma unroll
         for (int half = 0; half < 2; ++half)
@@ -225,13 +261,13 @@ struct ChunkedState {
         const int i = 16 * m + g + e / 2 * 8;
         key_sum[m][e] = i < kF ? z[1 + i] * weights.inverse_linear : 0.0f;
 #pragma unroll
-        for (int n = 0; n < kBlocks; ++n) {
+        for (int n = 2 * m; n < kBlocks; ++n) {
           const int j = 8 * n + 2 * t + e % 2;
           gram[m][n][e] =
               i < kF ? z[packed_feature(i, j, kF)] * (i == j ? weights.inverse_square : weights.inverse_pair) : 0.0f;
         }
       }
-    count = z[0];
+    if (Part::kGram) count = z[0];
   }
 
   /// z may be null: then it is not stored.
@@ -244,7 +280,7 @@ struct ChunkedState {
     for (int i = 0; i < Groups::kCount; ++i)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const PackedPlace place = packed_place<kBlocks>(i, 2 * t + e, weights);
+        const PackedPlace place = packed_place<Groups>(i, 2 * t + e, kF, weights);
         float* at = packed + place.feature * head_dim;
 #pragma unroll
         for (int half = 0; half < 2; ++half)
@@ -258,7 +294,7 @@ struct ChunkedState {
         const int i = 16 * m + g + e / 2 * 8;
         if (t == 0 && e % 2 == 0 && i < kF) z[1 + i] = key_sum[m][e] * weights.linear;
 #pragma unroll
-        for (int n = 0; n < kBlocks; ++n) {
+        for (int n = 2 * m; n < kBlocks; ++n) {
           const int j = 8 * n + 2 * t + e % 2;
           if (i <= j) z[packed_feature(i, j, kF)] = gram[m][n][e] * (i == j ? weights.square : weights.pair);
         }
@@ -287,20 +323,42 @@ __device__ __forceinline__ void load_rows(Pair (&x)[kBlocks][2], const bf16 (*ro
   }
 }
 
-/// One block per (segment, head, group of ≤ 64 columns). kOutputs: outputs, from the state before the segment, and the
-/// state after the last one of a sequence. Otherwise: what a segment adds to the state, for all but the last.
-template <int kBlocks, bool kOutputs>
-__global__ void __launch_bounds__(32 * kChunkedWarps, 2) chunked_kernel(ChunkedArguments a) {
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
-  using Shared = ChunkedShared<kBlocks>;
-  using Groups = FeatureGroups<kBlocks>;
-  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
-  wait_for_predecessors();
-  release_successors();
+/// Barriers between parts, whose code differs. kTileBarrier: at the head of a tile. kHandedBarrier + m % 2: rows m have
+/// been handed over; kFreeBarrier + m % 2: and taken, so that rows m + 2 may follow.
+constexpr int kTileBarrier = 1, kHandedBarrier = 2, kFreeBarrier = 4;
+/// The numbers are immediates: a block that takes one from a register reserves all 16.
+template <int kBarrier>
+__device__ __forceinline__ void wait_at(int threads) {
+  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
+}
+template <int kBarrier>
+__device__ __forceinline__ void arrive_at(int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
+}
 
-  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
-  const int num_warps = static_cast<int>(blockDim.x) / 32;
+/// Warp `warp` of the `num_warps` of a part.
+template <int kBlocks, int kPart, bool kOutputs>
+__device__ __forceinline__ void run_chunked_part(const ChunkedArguments& a, unsigned char* shared_bytes, int warp,
+                                                 int num_warps) {
+  using Shared = ChunkedShared<kBlocks>;
+  using Part = ChunkedPart<kBlocks, kPart>;
+  using State = ChunkedState<kBlocks, kPart>;
+  using Groups = typename State::Groups;
+  constexpr int kParts = Part::kParts, kEnd = Part::kEnd;
+  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+  const auto handed = [&](int m, int sender) -> HandedRows& {
+    return reinterpret_cast<HandedRows*>(&shared + 1)[(m % 2 * (kParts - 1) + sender) * kChunkedWarps + warp];
+  };
+
+  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32;
+  const int num_threads = 32 * kParts * num_warps;
   const int g = lane / 4, t = lane % 4;
+  const auto wait_for_block = [&] {
+    if constexpr (kParts == 1)
+      __syncthreads();
+    else
+      wait_at<kTileBarrier>(num_threads);
+  };
   int index = static_cast<int>(blockIdx.x);
   const int column_group = index % a.column_groups;
   index /= a.column_groups;
@@ -325,14 +383,14 @@ __global__ void __launch_bounds__(32 * kChunkedWarps, 2) chunked_kernel(ChunkedA
   const auto fetch_tile = [&](int tile, int stage) {
     if (tile < num_tiles) {
       const int begin = tile * kTileTokens, left = segment.count - begin;
-      for (int i = tid; i < kTileTokens * kBlocks; i += 32 * num_warps) {
+      for (int i = tid; i < kTileTokens * kBlocks; i += num_threads) {
         const int row = i / kBlocks, part = 8 * (i % kBlocks);
         const bool valid = row < left;
         const std::int64_t n = valid ? begin + row : 0;
         copy_async_16(&shared.k[stage][row][part], k + n * a.qkv.k_token + part, valid);
         if (kOutputs) copy_async_16(&shared.q[stage][row][part], q + n * a.qkv.q_token + part, valid);
       }
-      for (int i = tid; i < kTileTokens * 2 * kChunkedWarps; i += 32 * num_warps) {
+      for (int i = tid; i < kTileTokens * 2 * kChunkedWarps; i += num_threads) {
         const int row = i / (2 * kChunkedWarps), part = 8 * (i % (2 * kChunkedWarps));
         if (part >= 16 * num_warps) continue;
         const bool valid = row < left && block_column + part < a.head_dim;
@@ -347,7 +405,7 @@ __global__ void __launch_bounds__(32 * kChunkedWarps, 2) chunked_kernel(ChunkedA
   const std::int64_t s_at = static_cast<std::int64_t>(head) * a.num_features * a.head_dim;
   const std::int64_t z_at = static_cast<std::int64_t>(a.num_heads) * a.num_features * a.head_dim +
                             static_cast<std::int64_t>(head) * a.num_features;
-  ChunkedState<kBlocks> state;
+  State state;
   float* slot_state = slot_data<float>(a.state, slot);
   float* segment_state = is_first && is_last ? slot_state : slot_data<float>(a.segment_states, segment_index);
   if (kOutputs)
@@ -357,13 +415,14 @@ __global__ void __launch_bounds__(32 * kChunkedWarps, 2) chunked_kernel(ChunkedA
 
   const __nv_bfloat162 scale_pair = __float2bfloat162_rn(a.scale);
   const Pair scale = reinterpret_cast<const Pair&>(scale_pair);
-  const auto load_query = [&](Pair(&x)[kBlocks][2], int stage, int m) {
-    load_rows<kBlocks, false>(x, &shared.q[stage][16 * m], lane);
+  const auto load_query = [&]<int n>(Pair(&x)[n][2], int stage, int m) {
+    load_rows<n, false>(x, &shared.q[stage][16 * m], lane);
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) x[b][0] = multiply(x[b][0], scale), x[b][1] = multiply(x[b][1], scale);
+    for (int b = 0; b < n; ++b) x[b][0] = multiply(x[b][0], scale), x[b][1] = multiply(x[b][1], scale);
   };
 
-  // mask(p(Q Kᵀ)) and 1 / (D + eps) of a tile's 16-row parts; the long and the short ones are shared out evenly.
+  // mask(p(Q Kᵀ)) and D + eps, or this part's share of them, of a tile's rows, 16 at a time; the long and the short
+  // ones are shared out evenly.
   const auto score_tile = [&](int stage, int buffer) {
     for (int round = 0; round * num_warps < kTileTokens / 16; ++round) {
       const int turn = round * num_warps + (round % 2 == 0 ? warp : num_warps - 1 - warp);
@@ -374,20 +433,21 @@ __global__ void __launch_bounds__(32 * kChunkedWarps, 2) chunked_kernel(ChunkedA
 
       float sum[2] = {0.0f, 0.0f};
 #pragma unroll
-      for (int n = 0; n < kBlocks; ++n) {
+      for (int n = 0; n < (Part::kGram ? kBlocks : 0); ++n) {
         const float k0 = __shfl_sync(0xffffffffu, state.key_sum[n / 2][n % 2 * 2], 8 * t);
         const float k1 = __shfl_sync(0xffffffffu, state.key_sum[n / 2][n % 2 * 2], 8 * t + 4);
         float d[4] = {k0, k1, k0, k1};
 #pragma unroll
-        for (int b = 0; b < kBlocks; b += 2) {
+        for (int b = n / 2 * 2; b < kBlocks; b += 2) {
           const bool whole = b + 1 < kBlocks;
           const int b1 = whole ? b + 1 : b;
           const Pair fragment[4] = {x[b][0], x[b][1], whole ? x[b1][0] : 0u, whole ? x[b1][1] : 0u};
+          const float weight = b == n / 2 * 2 ? 0.5f : 1.0f;  // 1: for (b, n) as well
           float part[4];  // ½ Σ k kᵀ, symmetric: its accumulators are its B fragments
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            part[e] = 0.5f * state.gram[n / 2][b][n % 2 * 2 + e];
-            part[2 + e] = whole ? 0.5f * state.gram[n / 2][b1][n % 2 * 2 + e] : 0.0f;
+            part[e] = weight * state.gram[n / 2][b][n % 2 * 2 + e];
+            part[2 + e] = whole ? weight * state.gram[n / 2][b1][n % 2 * 2 + e] : 0.0f;
           }
           const Pair high0 = pack<bf16>(part[0], part[1]), high1 = pack<bf16>(part[2], part[3]);
           mma_16x8x16<bf16>(d, fragment, high0, high1);
@@ -398,7 +458,7 @@ __global__ void __launch_bounds__(32 * kChunkedWarps, 2) chunked_kernel(ChunkedA
         sum[1] += d[2] * low(x[n][1]) + d[3] * high(x[n][1]);
       }
 
-      for (int kk = 0; kk <= m; ++kk) {
+      for (int kk = 0; Part::kScores && kk <= m; ++kk) {
         Pair y[kBlocks][2];
         load_rows<kBlocks, false>(y, &shared.k[stage][16 * kk], lane);
 #pragma unroll
@@ -426,14 +486,16 @@ __global__ void __launch_bounds__(32 * kChunkedWarps, 2) chunked_kernel(ChunkedA
       for (int e = 0; e < 2; ++e) {
         sum[e] += __shfl_xor_sync(0xffffffffu, sum[e], 1);
         sum[e] += __shfl_xor_sync(0xffffffffu, sum[e], 2);
-        if (t == 0) shared.inverse[buffer][16 * m + g + 8 * e] = 1.0f / (sum[e] + state.count + a.eps);
+        if constexpr (Part::kGram) sum[e] += state.count + a.eps;
+        if constexpr (Part::kGram && Part::kScores) sum[e] = 1.0f / sum[e];
+        if (t == 0) shared.denominators[Part::kGram ? 0 : 1][buffer][16 * m + g + 8 * e] = sum[e];
       }
     }
   };
 
   wait_for_copies<1>();
-  __syncthreads();
-  if (kOutputs) score_tile(0, 0);
+  wait_for_block();
+  if constexpr (kOutputs && (Part::kGram || Part::kScores)) score_tile(0, 0);
 
   int stage = 0;
   for (int tile = 0; tile < num_tiles; ++tile) {
@@ -441,28 +503,34 @@ __global__ void __launch_bounds__(32 * kChunkedWarps, 2) chunked_kernel(ChunkedA
     const int free_stage = next_stage == kStages - 1 ? 0 : next_stage + 1;
     const int begin = tile * kTileTokens, rows = min(segment.count - begin, kTileTokens);
     wait_for_copies<0>();
-    __syncthreads();
+    wait_for_block();
     fetch_tile(tile + 2, free_stage);
 
+    const auto load_values = [&](Pair(&x)[4], int kk) {
+      load_matrices_transposed(x, &shared.v[stage][16 * kk + lane % 8 + lane / 16 * 8][16 * warp + (lane & 8)]);
+    };
+    constexpr bool kKeepValues = kParts == 1;  // as long as the registers last
     Pair values[kTileTokens / 16][4];
+    if constexpr (kKeepValues) {
 #pragma unroll
-    for (int kk = 0; kk < kTileTokens / 16; ++kk)
-      load_matrices_transposed(values[kk],
-                               &shared.v[stage][16 * kk + lane % 8 + lane / 16 * 8][16 * warp + (lane & 8)]);
+      for (int kk = 0; kk < kTileTokens / 16; ++kk) load_values(values[kk], kk);
+    }
 
-    if (kOutputs && has_columns) {
+    if (kOutputs && (kParts > 1 || has_columns)) {  // parts wait for each other, with columns or without
       const int buffer = tile % 2;
-      float sums[2][2];  // Σ v of columns 2t, 2t + 1 and of 2t + 8, 2t + 9
+      float sums[2][2] = {};  // Σ v of columns 2t, 2t + 1 and of 2t + 8, 2t + 9
+      if constexpr (Groups::kConstant >= 0) {
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        sums[n][0] = __shfl_sync(0xffffffffu, state.s[Groups::kConstant][2 * n], 8 * t + 2);
-        sums[n][1] = __shfl_sync(0xffffffffu, state.s[Groups::kConstant][2 * n], 8 * t + 6);
+        for (int n = 0; n < 2; ++n) {
+          sums[n][0] = __shfl_sync(0xffffffffu, state.s[Groups::kConstant][2 * n], 8 * t + 2);
+          sums[n][1] = __shfl_sync(0xffffffffu, state.s[Groups::kConstant][2 * n], 8 * t + 6);
+        }
       }
       const auto round = [&](int i, int n) {  // B fragments of 8 columns
         const float weight = Groups::diagonal(i) && Groups::r(i) == 0 ? 0.5f : 1.0f;
         return pack<bf16>(weight * state.s[i][2 * n], weight * state.s[i][2 * n + 1]);
       };
-      constexpr bool kKeepRounded = kBlocks <= 2;  // as long as the registers last
+      constexpr bool kKeepRounded = kBlocks <= 3;  // as long as the registers last
       Pair rounded[kKeepRounded ? Groups::kCount : 1][2];
       if constexpr (kKeepRounded) {
 #pragma unroll
@@ -474,43 +542,83 @@ __global__ void __launch_bounds__(32 * kChunkedWarps, 2) chunked_kernel(ChunkedA
       bf16* target = out + (begin + g) * a.out_token + first_out;
 #pragma unroll 1
       for (int m = 0; 16 * m < rows; ++m) {
-        Pair x[kBlocks][2];
+        Pair x[kEnd][2];
         load_query(x, stage, m);
         Pair scores[kTileTokens / 16][4];
+        if constexpr (Part::kFinishes) {
 #pragma unroll
-        for (int kk = 0; kk < kTileTokens / 16; ++kk)
-          if (kk <= m) load_matrices(scores[kk], &shared.scores[buffer][16 * m + lane % 16][16 * kk + lane / 16 * 8]);
-        float o[2][2][4];  // two sums, that products of one do not wait for those of the other
+          for (int kk = 0; kk < kTileTokens / 16; ++kk)
+            if (kk <= m) load_matrices(scores[kk], &shared.scores[buffer][16 * m + lane % 16][16 * kk + lane / 16 * 8]);
+        }
+        constexpr int kSums = kParts == 1 ? 2 : 1;  // two, that products of one do not wait for those of the other
+        float o[2][2][4];
 #pragma unroll
         for (int n = 0; n < 2; ++n)
 #pragma unroll
           for (int e = 0; e < 4; ++e) o[0][n][e] = sums[n][e % 2], o[1][n][e] = 0.0f;
+        if constexpr (Part::kFinishes) {
 #pragma unroll
-        for (int kk = 0; kk < kTileTokens / 16; ++kk)
-          if (kk <= m) {
-            mma_16x8x16<bf16>(o[kk % 2][0], scores[kk], values[kk][0], values[kk][2]);
-            mma_16x8x16<bf16>(o[kk % 2][1], scores[kk], values[kk][1], values[kk][3]);
-          }
-        Rotations upper[kBlocks], lower[kBlocks];
+          for (int kk = 0; kk < kTileTokens / 16; ++kk)
+            if (kk <= m) {
+              if constexpr (!kKeepValues) load_values(values[kk], kk);
+              mma_16x8x16<bf16>(o[kk % kSums][0], scores[kk], values[kk][0], values[kk][2]);
+              mma_16x8x16<bf16>(o[kk % kSums][1], scores[kk], values[kk][1], values[kk][3]);
+            }
+        }
+        Rotations upper[kEnd], lower[kEnd];
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-          upper[b].along_pairs(x[b][0], lane);
-          lower[b].along_pairs(x[b][1], lane);
+        for (int b = 0; b < kEnd; ++b) {
+          upper[b].along_pairs(x[b][0], lane, b >= Part::kBegin);
+          lower[b].along_pairs(x[b][1], lane, b >= Part::kBegin);
         }
 #pragma unroll
         for (int i = 0; i < Groups::kCount; i += 2) {
-          const Pair phi[4] = {query_feature<kBlocks>(upper, i, lane), query_feature<kBlocks>(lower, i, lane),
-                               query_feature<kBlocks>(upper, i + 1, lane), query_feature<kBlocks>(lower, i + 1, lane)};
+          const Pair phi[4] = {query_feature<Groups>(upper, i, lane), query_feature<Groups>(lower, i, lane),
+                               query_feature<Groups>(upper, i + 1, lane), query_feature<Groups>(lower, i + 1, lane)};
 #pragma unroll
           for (int n = 0; n < 2; ++n)
-            mma_16x8x16<bf16>(o[i / 2 % 2][n], phi, kKeepRounded ? rounded[kKeepRounded ? i : 0][n] : round(i, n),
+            mma_16x8x16<bf16>(o[i / 2 % kSums][n], phi, kKeepRounded ? rounded[kKeepRounded ? i : 0][n] : round(i, n),
                               kKeepRounded ? rounded[kKeepRounded ? i + 1 : 0][n] : round(i + 1, n));
+        }
+        if constexpr (!Part::kFinishes) {
+          if (m == 2)
+            wait_at<kFreeBarrier>(num_threads);
+          else if (m == 3)
+            wait_at<kFreeBarrier + 1>(num_threads);
+          HandedRows& place = handed(m, kPart == 0 ? 0 : kPart - 1);
+#pragma unroll
+          for (int n = 0; n < 2; ++n)
+            place[n][lane] = make_float4(o[0][n][0] + o[1][n][0], o[0][n][1] + o[1][n][1], o[0][n][2] + o[1][n][2],
+                                         o[0][n][3] + o[1][n][3]);
+          if (m % 2 == 0)
+            arrive_at<kHandedBarrier>(num_threads);
+          else
+            arrive_at<kHandedBarrier + 1>(num_threads);
+          continue;
+        }
+        if constexpr (kParts > 1) {
+          if (m % 2 == 0)
+            wait_at<kHandedBarrier>(num_threads);
+          else
+            wait_at<kHandedBarrier + 1>(num_threads);
+#pragma unroll
+          for (int sender = 0; sender < kParts - 1; ++sender)
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+              const float4 y = handed(m, sender)[n][lane];
+              o[0][n][0] += y.x, o[0][n][1] += y.y, o[0][n][2] += y.z, o[0][n][3] += y.w;
+            }
+          if (m == 0 && 32 < rows)
+            arrive_at<kFreeBarrier>(num_threads);
+          else if (m == 1 && 48 < rows)
+            arrive_at<kFreeBarrier + 1>(num_threads);
         }
         // Neighbouring lanes swap, so that each stores 4 columns in a row.
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int row = 16 * m + g + 8 * e;
-          const float inverse = shared.inverse[buffer][row];
+          float inverse = shared.denominators[0][buffer][row];
+          if constexpr (kParts == 3) inverse = 1.0f / (inverse + shared.denominators[1][buffer][row]);
           Pair y[2];
 #pragma unroll
           for (int n = 0; n < 2; ++n)
@@ -524,42 +632,72 @@ __global__ void __launch_bounds__(32 * kChunkedWarps, 2) chunked_kernel(ChunkedA
       }
     }
 
-#pragma unroll
+    constexpr int kUnroll = kParts == 1 ? kTileTokens / 16 : 2;
+#pragma unroll kUnroll
     for (int kk = 0; kk < kTileTokens / 16; ++kk) {
-      Pair x[kBlocks][2];
-      load_rows<kBlocks, true>(x, &shared.k[stage][16 * kk], lane);
+      constexpr int kLoaded = Part::kGram ? kBlocks : kEnd;
+      Pair x[kLoaded][2];
+      load_rows<kLoaded, true>(x, &shared.k[stage][16 * kk], lane);
 #pragma unroll
-      for (int m = 0; m < ChunkedState<kBlocks>::kRowTiles; ++m) {
+      for (int m = 0; m < State::kRowTiles; ++m) {
         const bool whole = 2 * m + 1 < kBlocks;
         const int b1 = whole ? 2 * m + 1 : 2 * m;
         const Pair fragment[4] = {x[2 * m][0], whole ? x[b1][0] : 0u, x[2 * m][1], whole ? x[b1][1] : 0u};
 #pragma unroll
-        for (int n = 0; n < kBlocks; ++n) mma_16x8x16<bf16>(state.gram[m][n], fragment, x[n][0], x[n][1]);
+        for (int n = 2 * m; n < kBlocks; ++n) mma_16x8x16<bf16>(state.gram[m][n], fragment, x[n][0], x[n][1]);
         mma_16x8x16<bf16>(state.key_sum[m], fragment, kOnes, kOnes);
       }
       if (!has_columns) continue;
-      Rotations left[kBlocks], right[kBlocks];
+      Pair(&columns)[4] = values[kKeepValues ? kk : 0];
+      if constexpr (!kKeepValues) load_values(columns, kk);
+      Rotations left[kEnd], right[kEnd];
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        left[b].along_lanes(x[b][0], lane);
-        right[b].along_lanes(x[b][1], lane);
+      for (int b = 0; b < kEnd; ++b) {
+        left[b].along_lanes(x[b][0], lane, b >= Part::kBegin);
+        right[b].along_lanes(x[b][1], lane, b >= Part::kBegin);
       }
 #pragma unroll
       for (int i = 0; i < Groups::kCount; ++i)
-        mma_16x8x16<bf16>(state.s[i], values[kk], key_feature<kBlocks>(left, i, lane),
-                          key_feature<kBlocks>(right, i, lane));
+        mma_16x8x16<bf16>(state.s[i], columns, key_feature<Groups>(left, i, lane), key_feature<Groups>(right, i, lane));
     }
-    state.count += static_cast<float>(rows);
-    if (kOutputs && tile + 1 < num_tiles) score_tile(next_stage, (tile + 1) % 2);
+    if constexpr (Part::kGram) state.count += static_cast<float>(rows);
+    if constexpr (kOutputs && (Part::kGram || Part::kScores)) {
+      if (tile + 1 < num_tiles) score_tile(next_stage, (tile + 1) % 2);
+    }
     stage = next_stage;
   }
 
   if (kOutputs && !is_last) return;
+  int store_lane = lane;
+  asm volatile("" : "+r"(store_lane));  // its places are computed again, not kept in registers from the load on
   float* target = kOutputs ? slot_state : segment_state;
   float* z = target + z_at;
   if (kOutputs && a.z_out)
     z = a.z_out + (static_cast<std::int64_t>(segment_index) * a.num_heads + head) * a.num_features;
-  state.store(target + s_at, column_group == 0 && warp == 0 ? z : nullptr, a.head_dim, column, a.scale, lane);
+  state.store(target + s_at, Part::kGram && column_group == 0 && warp == 0 ? z : nullptr, a.head_dim, column, a.scale,
+              store_lane);
+}
+
+/// One block per (segment, head, group of ≤ 64 columns). kOutputs: outputs, from the state before the segment, and the
+/// state after the last one of a sequence. Otherwise: what a segment adds to the state, for all but the last.
+template <int kBlocks, bool kOutputs>
+__global__ void __launch_bounds__(32 * kChunkedWarps * kChunkedParts<kBlocks>, kChunkedParts<kBlocks> == 1 ? 2 : 1)
+    chunked_kernel(ChunkedArguments a) {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  wait_for_predecessors();
+  release_successors();
+  constexpr int kParts = kChunkedParts<kBlocks>;
+  const int warp = static_cast<int>(threadIdx.x) / 32, num_warps = static_cast<int>(blockDim.x) / 32 / kParts;
+  if constexpr (kParts == 1) {
+    run_chunked_part<kBlocks, 0, kOutputs>(a, shared_bytes, warp, num_warps);
+  } else {
+    if (warp < num_warps)
+      run_chunked_part<kBlocks, 0, kOutputs>(a, shared_bytes, warp, num_warps);
+    else if (kParts == 2 || warp < 2 * num_warps)
+      run_chunked_part<kBlocks, 1, kOutputs>(a, shared_bytes, warp - num_warps, num_warps);
+    else
+      run_chunked_part<kBlocks, kParts - 1, kOutputs>(a, shared_bytes, warp - 2 * num_warps, num_warps);
+  }
 }
 
 /// Segment states from what each segment adds: exclusive sums, beginning with the slot's state. A thread has 4 floats

@@ -365,7 +365,13 @@ int check_all(bool quick) {
       {"chunked bf16 f16 d8", b16, 1, 16, 8, mixed, 128, 0, 5e-3, 2e-3},
       {"chunked bf16 f8 d128", b16, 1, 8, 128, mixed, 128, 0, 5e-3, 2e-3},
       {"chunked bf16 f24 d64", b16, 1, 24, 64, mixed, 128, 0, 5e-3, 2e-3},
+      {"chunked bf16 f24 d112, segments of 64", b16, 1, 24, 112, mixed, 64, 0, 5e-3, 2e-3},
+      {"chunked bf16 f32 d64, one segment each", b16, 2, 32, 64, mixed, 512, 0, 5e-3, 2e-3},
+      {"chunked bf16 f32 d64, segments of 64", b16, 2, 32, 64, mixed, 64, 0, 5e-3, 2e-3},
       {"chunked bf16 f32 d112", b16, 1, 32, 112, mixed, 128, 0, 5e-3, 2e-3},
+      {"chunked bf16 f32 d8", b16, 2, 32, 8, mixed, 128, 0, 5e-3, 2e-3},
+      {"chunked bf16 f32 d72", b16, 1, 32, 72, mixed, 512, 0, 5e-3, 2e-3},
+      {"chunked bf16 f32 d128", b16, 1, 32, 128, mixed, 128, 0, 5e-3, 2e-3},
   };
   if (!quick) {
     cases.push_back({"recurrent f32 f16 d64, 4,096 tokens", f32, 2, 16, 64, {4096, 1000}, 1024, 0, 1e-5, 1e-5});
@@ -375,6 +381,12 @@ int check_all(bool quick) {
         {"chunked bf16 f16 d64, 32,768 tokens, one segment", b16, 1, 16, 64, {32768}, 32768, 0, 5e-3, 2e-3});
     cases.push_back(
         {"chunked bf16 f16 d112, 8 × 2,000", b16, 4, 16, 112, std::vector<int>(8, 2000), 2048, 0, 5e-3, 2e-3});
+    cases.push_back({"chunked bf16 f24 d64, 16,384 tokens", b16, 1, 24, 64, {16384}, 2048, 0, 5e-3, 2e-3});
+    cases.push_back({"chunked bf16 f32 d64, 16,384 tokens", b16, 1, 32, 64, {16384}, 2048, 0, 5e-3, 2e-3});
+    cases.push_back(
+        {"chunked bf16 f32 d64, 16,384 tokens, one segment", b16, 1, 32, 64, {16384}, 16384, 0, 5e-3, 2e-3});
+    cases.push_back(
+        {"chunked bf16 f32 d112, 8 × 2,000", b16, 1, 32, 112, std::vector<int>(8, 2000), 2048, 0, 5e-3, 2e-3});
   }
   int failures = 0;
   for (std::size_t i = 0; i < cases.size(); ++i) failures += !run_case(cases[i], static_cast<unsigned>(1000 + i));
@@ -485,6 +497,8 @@ void time_all() {
   time_shape("prefill", b16, 16, 4096, 16, 8, 64, 4096);
   time_shape("prefill", b16, 16, 4096, 16, 24, 64, 4096);
   time_shape("prefill", b16, 16, 4096, 16, 32, 64, 4096);
+  time_shape("prefill", b16, 1, 16384, 16, 32, 64, 1024);
+  time_shape("prefill", b16, 8, 2048, 16, 32, 112, 2048);
   time_shape("prefill", f32, 16, 1024, 16, 16, 64, 1024);
   time_shape("prefill", f32, 1, 2048, 16, 16, 112, 2048);
 }
