@@ -575,7 +575,7 @@ def test_foreign_and_damaged_states(session, small, saved, change, metadata, err
     assert_state_refused(session, path, fragment, error)
 
 
-def pending(n: int, *, f: int = 2, dtype: str = "float32", of: str = "both") -> Callable[[list[Any]], None]:
+def pending(n: int, *, f: int = 4, dtype: str = "float32", of: str = "both") -> Callable[[list[Any]], None]:
     """n pending tokens for the second sequence."""
 
     def change(states: list[Any]) -> None:
@@ -593,7 +593,7 @@ def pending(n: int, *, f: int = 2, dtype: str = "float32", of: str = "both") -> 
         (pending(2, of="keys"), "2", "tensor layers.1.pending_values is missing"),
         (pending(2, of="values"), "2", "tensor layers.1.pending_keys is missing"),
         (pending(4), "2", "layers.1.pending_keys has 4 tokens, expected at most 3, the number seen"),
-        (pending(2, f=3), "2", "layers.1.pending_keys has shape (2, 2, 3), expected (2, 2, 2)"),
+        (pending(2, f=3), "2", "layers.1.pending_keys has shape (2, 2, 3), expected (2, 2, 4)"),
         (pending(2, dtype="int32"), "2", "has dtype int32, expected float32, bfloat16 or float16"),
     ],
 )
