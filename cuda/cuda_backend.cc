@@ -246,8 +246,8 @@ void CudaBackend::linear_attention(const LinearAttentionConfig& config, const Ra
   const DeviceBatch& tokens = device_batch(batch);
   cuda::linear_attention(stream(), config, qkv.dtype, tokens,
                          columns(qkv, config.num_heads, config.feature_dim, config.num_heads, config.head_dim),
-                         pool_of(states).layer(layer), out.data, out.cols, config.head_dim,
-                         scratch(linear_attention_scratch(config, qkv.dtype, tokens)));
+                         pool_of(states).layer(layer), pool_of(states).pending(layer), out.data, out.cols,
+                         config.head_dim, scratch(linear_attention_scratch(config, qkv.dtype, tokens)));
 }
 
 void CudaBackend::sliding_window(const SlidingWindowConfig& config, const RaggedBatch& batch, const Matrix& qkv,
@@ -312,7 +312,7 @@ std::vector<backend::NamedTensor> CudaBackend::export_state(const backend::State
 }
 
 void CudaBackend::import_state(backend::StatePool& states, int slot, std::int64_t num_tokens,
-                               std::span<const TensorView> tensors) {
+                               std::span<const backend::NamedView> tensors) {
   const CudaStatePool& pool = pool_of(states);
   std::vector<std::byte> bytes(pool.nbytes_per_slot());
   pool.restore(bytes.data(), num_tokens, tensors);

@@ -76,7 +76,7 @@ class CudaBackend final : public backend::Backend, private SamplerHost {
   std::vector<backend::NamedTensor> export_state(const backend::StatePool& states, int slot,
                                                  std::int64_t num_tokens) override;
   void import_state(backend::StatePool& states, int slot, std::int64_t num_tokens,
-                    std::span<const TensorView> tensors) override;
+                    std::span<const backend::NamedView> tensors) override;
 
  private:
   using Launched = std::function<void(const backend::RaggedBatch&)>;

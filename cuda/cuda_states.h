@@ -9,11 +9,12 @@
 
 namespace based::cuda {
 
-/// Slots of equal size, each one contiguous: layer after layer as kernels.h lays each out, aligned to 256 bytes. The
-/// memory is in the order of `stream`.
+/// Slots of equal size, each one contiguous: layer after layer as kernels.h lays each out, aligned to 256 bytes; a
+/// linear layer's pending tokens behind its sums. `dtype` is the model's, "T" of kernels.h. The memory is in the order
+/// of `stream`.
 class CudaStatePool final : public backend::StatePool {
  public:
-  CudaStatePool(const ModelConfig& config, DType ring_dtype, int capacity);
+  CudaStatePool(const ModelConfig& config, DType dtype, int capacity);
 
   int capacity() const override { return capacity_; }
   std::size_t nbytes_per_slot() const override { return slot_nbytes_; }
@@ -24,18 +25,19 @@ class CudaStatePool final : public backend::StatePool {
   void attach(backend::Buffer memory, std::shared_ptr<const Stream> stream);
 
   const std::vector<MixerConfig>& layers() const { return layers_; }
-  DType ring_dtype() const { return ring_dtype_; }
   const Stream& stream() const { return *stream_; }
   std::byte* slot(int slot) const { return data_ + static_cast<std::size_t>(slot) * slot_nbytes_; }
   StateView layer(int layer) const { return {data_ + offsets_[static_cast<std::size_t>(layer)], slot_nbytes_}; }
+  /// The pending tokens of a linear layer.
+  StateView pending(int layer) const;
 
   /// Between a slot's bytes (a host copy of them) and its saved form.
   std::vector<backend::NamedTensor> save(const std::byte* slot, std::int64_t num_tokens) const;
-  void restore(std::byte* slot, std::int64_t num_tokens, std::span<const TensorView> tensors) const;
+  void restore(std::byte* slot, std::int64_t num_tokens, std::span<const backend::NamedView> tensors) const;
 
  private:
   std::vector<MixerConfig> layers_;
-  DType ring_dtype_;
+  DType dtype_;
   int capacity_;
   std::vector<std::size_t> offsets_;
   std::size_t slot_nbytes_ = 0;

@@ -84,7 +84,7 @@ void norm(cudaStream_t stream, NormKind kind, float eps, const float* weight, co
 // ---- gated_conv.cu -------------------------------------------------------------------------------------------------
 
 /// backend::Backend::gated_conv. u (N, 2e) T, taps (e, K) float32, out (N, e) T.
-/// State of a slot: (K − 1, e) float32, oldest first; zeros when fresh.
+/// State of a slot: (K − 1, e) T, as u has them, oldest first; zeros when fresh.
 void gated_conv(cudaStream_t stream, const GatedConvConfig& config, DType dtype, const float* taps,
                 const DeviceBatch& batch, const void* u, StateView state, void* out);
 
@@ -96,13 +96,28 @@ struct QkvView {
   std::int64_t q_token = 0, q_head = 0, k_token = 0, k_head = 0, v_token = 0, v_head = 0;
 };
 
+/// W: at most W − 1 tokens of a sequence are pending, in no sum yet. Beyond 8 there is little to gain: a step moves
+/// (1 + 1/W)/2 of the bytes that it would move if it added its token to the sums.
+constexpr int kPendingTokens = 8;
+
+/// A slot's pending tokens: k (H, W, f) T, v (H, W, head_dim) T, oldest first, and how many they are, (H) int32, of
+/// every head the same number. Offsets in bytes, multiples of 16.
+struct PendingLayout {
+  std::size_t values, counts, nbytes;  // the keys begin at 0
+  PendingLayout(const LinearAttentionConfig& config, DType dtype);
+};
+
 /// backend::Backend::linear_attention. out (N, H · head_dim) T, or at out + n · out_token + h · out_head.
 /// State of a slot, float32: S (H, num_features, head_dim) = Σ φ(k) vᵀ, then z (H, num_features) = Σ φ(k), features in
-/// the packed order of docs/state-format.md; zeros when fresh. `scratch`: linear_attention_scratch() bytes.
+/// the packed order of docs/state-format.md; zeros when fresh: linear_attention_state_bytes(). `pending`: the slot's
+/// pending tokens, all zeros when fresh; with no data, every token is in S and z when the call is done. A sequence of
+/// one token adds its own to them, or all W of them to S and z; before a longer one they are added to S and z.
+/// `scratch`: linear_attention_scratch() bytes.
 void linear_attention(cudaStream_t stream, const LinearAttentionConfig& config, DType dtype, const DeviceBatch& batch,
-                      const QkvView& qkv, StateView state, void* out, std::int64_t out_token, std::int64_t out_head,
-                      void* scratch);
+                      const QkvView& qkv, StateView state, StateView pending, void* out, std::int64_t out_token,
+                      std::int64_t out_head, void* scratch);
 std::size_t linear_attention_scratch(const LinearAttentionConfig& config, DType dtype, const DeviceBatch& batch);
+std::size_t linear_attention_state_bytes(const LinearAttentionConfig& config);
 
 // ---- sliding_window.cu ---------------------------------------------------------------------------------------------
 

@@ -137,7 +137,7 @@ void taylor_linear_attention(const LinearAttentionConfig& config, const Array& q
 
   for_each_batch(device, {&q, &k, &v, &out}, [&](const DeviceBatch& batch, std::int64_t b) {
     const auto scratch = memory->allocate(linear_attention_scratch(config, q.dtype, batch));
-    linear_attention(stream, config, q.dtype, batch, view_of(q, k, v, b), {state.slot(b), slot},
+    linear_attention(stream, config, q.dtype, batch, view_of(q, k, v, b), {state.slot(b), slot}, {},
                      const_cast<void*>(sequence(out, b)), token_stride(out), out.strides[2], scratch.get());
   });
 
@@ -179,18 +179,24 @@ void gated_short_conv(const GatedConvConfig& config, const Array& u, const Array
   const auto taps = memory->allocate(floats(num_taps));
   convert(stream, weight.dtype, weight.data, DType::float32, taps.get(), num_taps);
 
-  const std::size_t width = floats((config.kernel_size - 1) * config.inner_size), slot = align_16(width);
+  // A slot is (K − 1, e) of u's dtype; the caller's form is float32.
+  const std::int64_t per_slot = (config.kernel_size - 1) * config.inner_size, all = u.shape[0] * per_slot;
+  const std::size_t width = static_cast<std::size_t>(per_slot) * size_of(u.dtype), slot = align_16(width);
   const auto height = static_cast<std::size_t>(u.shape[0]);
-  const auto states = memory->allocate(height * slot);
-  if (initial_state)
-    copy_rows(stream, states.get(), slot, initial_state->data, width, width, height);
-  else
+  const auto states = memory->allocate(height * slot), dense = memory->allocate(height * width);
+  if (initial_state) {
+    convert(stream, DType::float32, initial_state->data, u.dtype, dense.get(), all);
+    copy_rows(stream, states.get(), slot, dense.get(), width, width, height);
+  } else {
     check(cudaMemsetAsync(states.get(), 0, height * slot, stream), "ops");
+  }
   for_each_batch(device, {&u, &out}, [&](const DeviceBatch& batch, std::int64_t) {
     gated_conv(stream, config, u.dtype, static_cast<const float*>(taps.get()), batch, u.data,
                {static_cast<std::byte*>(states.get()), slot}, out.data);
   });
-  if (final_state) copy_rows(stream, final_state->data, width, states.get(), slot, width, height);
+  if (!final_state) return;
+  copy_rows(stream, dense.get(), width, states.get(), slot, width, height);
+  convert(stream, u.dtype, dense.get(), DType::float32, final_state->data, all);
 }
 
 std::shared_ptr<void> allocate(int device, std::size_t nbytes, ops::StreamHandle stream) {

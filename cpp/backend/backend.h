@@ -95,9 +95,10 @@ class LinearWeight {
 };
 
 /// State of `capacity` sequences (slots), layer by layer, in the device's own layout:
-///   linear attention  Σ φ(k) [v | 1]ᵀ, float32, φ packed (docs/state-format.md)
+///   linear attention  Σ φ(k) [v | 1]ᵀ, float32, φ packed (docs/state-format.md); perhaps a few last tokens apart
+///                     from it ("pending"), as k and v in the pool's dtype
 ///   sliding window    ring of the last `window` keys (already rotated) and values, in the pool's dtype
-///   gated conv        the last K − 1 values of u₁, float32
+///   gated conv        the last K − 1 values of u₁, float32 or the pool's dtype
 /// A fresh slot is that of a sequence that has seen nothing.
 class StatePool : public Identified {
  public:
@@ -111,6 +112,26 @@ struct NamedTensor {
   std::string name;
   Tensor tensor;  // on the host
 };
+
+/// The same, owned by another.
+struct NamedView {
+  std::string name;
+  TensorView view;
+};
+
+/// A linear layer's pending tokens in a state's saved form: keys (n, H, f), values (n, H, head_dim), n ≥ 1.
+struct PendingTokens {
+  TensorView keys, values;
+};
+
+/// Those at `tensor`, which moves on past them; nothing when other tensors follow.
+std::optional<PendingTokens> take_pending(std::span<const NamedView>::iterator& tensor,
+                                          std::span<const NamedView>::iterator end);
+
+/// taylor (H, num_features, head_dim + 1) += Σ_j φ(k_j) [v_j | 1]ᵀ over n tokens, keys (n, H, f), values
+/// (n, H, head_dim): what a device does that keeps no pending tokens, in float32.
+void fold_pending(const LinearAttentionConfig& config, std::span<float> taylor, std::span<const float> keys,
+                  std::span<const float> values);
 
 struct SampledToken {
   std::int32_t token = 0;
@@ -254,13 +275,16 @@ class Backend {
   /// The saved form of a slot whose sequence has seen num_tokens tokens, in layer order:
   ///   layers.{i}.conv    (K − 1, e) float32, oldest first, zeros before the start
   ///   layers.{i}.taylor  (H, num_features, head_dim + 1) float32, features in the packed order, last column Σ φ(k)
+  ///   layers.{i}.pending_keys (n, H, f), layers.{i}.pending_values (n, H, head_dim): the last n tokens, oldest first,
+  ///     when they are not in taylor yet; pool's dtype; n the same in all linear layers
   ///   layers.{i}.keys, layers.{i}.values  (min(num_tokens, window), H_kv, head_dim), oldest first, ring dtype
   virtual std::vector<NamedTensor> export_state(const StatePool& states, int slot, std::int64_t num_tokens) = 0;
 
   /// Inverse of export_state: the tensors have its names, order and shapes (the caller has checked); keys and values
-  /// may be float32, bfloat16 or float16 and are converted.
+  /// may be float32, bfloat16 or float16 and are converted. Pending tokens that this pool cannot keep as they are, are
+  /// added to the sums.
   virtual void import_state(StatePool& states, int slot, std::int64_t num_tokens,
-                            std::span<const TensorView> tensors) = 0;
+                            std::span<const NamedView> tensors) = 0;
 };
 
 /// The only way to a device. num_threads: CPU threads, 0 for the CPUs that this process may use; an instance given

@@ -16,7 +16,9 @@ namespace based::io {
 namespace {
 
 constexpr std::string_view kFormat = "based-state";
-constexpr std::string_view kFormatVersion = "1";
+constexpr std::string_view kFormatVersion = "2";
+constexpr std::string_view kFirstVersion = "1";  // without pending tokens, otherwise the same
+constexpr std::string_view kPending = ".pending_";
 constexpr std::string_view kSequences = "sequences.";
 constexpr std::int64_t kMaxTokens = std::int64_t{1} << 53;  // positions stay exact as doubles, and never overflow
 
@@ -112,9 +114,10 @@ StateFile StateFile::open(const std::filesystem::path& path, const std::string& 
   if (value("format") != kFormat) {
     throw FormatError(concat(where, "format: found ", in_quotes(value("format")), ", expected ", in_quotes(kFormat)));
   }
-  if (value("format_version") != kFormatVersion) {
+  const bool first_version = value("format_version") == kFirstVersion;
+  if (!first_version && value("format_version") != kFormatVersion) {
     throw StateError(concat(where, "format_version: found ", in_quotes(value("format_version")), ", expected ",
-                            in_quotes(kFormatVersion)));
+                            in_quotes(kFirstVersion), " or ", in_quotes(kFormatVersion)));
   }
   if (value("fingerprint") != fingerprint) {
     throw StateError(concat(where, "found the state of the model ", in_quotes(value("fingerprint")),
@@ -147,6 +150,10 @@ StateFile StateFile::open(const std::filesystem::path& path, const std::string& 
         static_cast<std::uint64_t>(*b) >= result.states.size()) {
       throw FormatError(concat(where, "found the tensor ", in_quotes(name), ", expected sequences.{0 to ",
                                result.states.size() - 1, "}.{name}"));
+    }
+    if (first_version && text.find(kPending) != text.npos) {
+      throw FormatError(concat(where, "found the tensor ", in_quotes(name), ", expected none such in format_version ",
+                               in_quotes(kFirstVersion)));
     }
     result.states[static_cast<std::size_t>(*b)].tensors.push_back({std::string(text.substr(dot + 1)), tensor});
   }

@@ -17,8 +17,9 @@ struct SavedState {
   std::vector<TensorToWrite> tensors;
 };
 
-/// Saves B states in one safetensors file (docs/state-format.md). Metadata: format "based-state", format_version,
-/// fingerprint, num_tokens (comma-separated, B numbers), checksum of the data. Tensor names: sequences.{b}.{name}.
+/// Saves B states in one safetensors file of the newest version (docs/state-format.md). Metadata: format "based-state",
+/// format_version, fingerprint, num_tokens (comma-separated, B numbers), checksum of the data. Tensor names:
+/// sequences.{b}.{name}.
 void write_state_file(const std::filesystem::path& path, const std::string& fingerprint,
                       const std::vector<SavedState>& states);
 

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <map>
+#include <optional>
 #include <string>
+#include <utility>
 
 #include "based/error.h"
 #include "io/state_file.h"
@@ -11,59 +13,105 @@ namespace based {
 
 namespace {
 
-struct ExpectedTensor {
-  std::string name;
-  std::vector<std::int64_t> shape;
-  bool may_be_half;  // rings: bfloat16 or float16 too; everything else is float32
-};
+constexpr const char* kHalfOrSingle = "float32, bfloat16 or float16";
 
-// What Backend::export_state documents, for a sequence that has seen num_tokens tokens.
-std::vector<ExpectedTensor> expected_tensors(const ModelConfig& config, std::int64_t num_tokens) {
-  std::vector<ExpectedTensor> expected;
-  struct Append {
-    std::vector<ExpectedTensor>& out;
-    std::string prefix;
-    std::int64_t num_tokens;
-    void operator()(const GatedConvConfig& c) const {
-      out.push_back({prefix + "conv", {c.kernel_size - 1, c.inner_size}, false});
-    }
-    void operator()(const LinearAttentionConfig& c) const {
-      out.push_back({prefix + "taylor", {c.num_heads, c.num_features(), c.head_dim + 1}, false});
-    }
-    void operator()(const SlidingWindowConfig& c) const {
-      const std::vector<std::int64_t> shape{std::min(num_tokens, c.window), c.num_kv_heads, c.head_dim};
-      out.push_back({prefix + "keys", shape, true});
-      out.push_back({prefix + "values", shape, true});
-    }
-  };
-  for (std::size_t i = 0; i < config.layers.size(); ++i)
-    std::visit(Append{expected, "layers." + std::to_string(i) + ".", num_tokens}, config.layers[i]);
-  return expected;
+bool is_half_or_single(DType dtype) {
+  return dtype == DType::float32 || dtype == DType::bfloat16 || dtype == DType::float16;
 }
 
-// The state's tensors in the expected order, each checked.
-std::vector<TensorView> arrange(const std::string& where, const io::SavedState& state,
-                                const std::vector<ExpectedTensor>& expected) {
-  std::map<std::string, TensorView> by_name;
-  for (const auto& [name, tensor] : state.tensors) by_name.emplace(name, tensor);
-  std::vector<TensorView> arranged;
-  for (const ExpectedTensor& want : expected) {
-    const auto it = by_name.find(want.name);
-    if (it == by_name.end()) throw FormatError(where + ": tensor " + want.name + " is missing");
-    const TensorView& tensor = it->second;
-    if (tensor.shape != want.shape)
-      throw FormatError(where + ": tensor " + want.name + " has shape " + shape_str(tensor.shape) + ", expected " +
-                        shape_str(want.shape));
-    const bool half = tensor.dtype == DType::bfloat16 || tensor.dtype == DType::float16;
-    if (tensor.dtype != DType::float32 && !(want.may_be_half && half))
-      throw FormatError(where + ": tensor " + want.name + " has dtype " + std::string(name_of(tensor.dtype)) +
-                        ", expected float32" + (want.may_be_half ? ", bfloat16 or float16" : ""));
-    arranged.push_back(tensor);
-    by_name.erase(it);
+// Takes the tensors of one sequence's saved state in the order of Backend::export_state, each checked.
+class Arranger {
+ public:
+  Arranger(std::string where, const io::SavedState& state) : where_(std::move(where)), num_tokens_(state.num_tokens) {
+    for (const auto& [name, tensor] : state.tensors) by_name_.emplace(name, tensor);
   }
-  if (!by_name.empty()) throw FormatError(where + ": tensor " + by_name.begin()->first + " has no place in this model");
-  return arranged;
-}
+
+  std::vector<backend::NamedView> arrange(const ModelConfig& config) {
+    for (std::size_t i = 0; i < config.layers.size(); ++i) {
+      prefix_ = "layers." + std::to_string(i) + ".";
+      std::visit([this](const auto& mixer) { take_layer(mixer); }, config.layers[i]);
+    }
+    if (!by_name_.empty())
+      throw FormatError(where_ + ": tensor " + by_name_.begin()->first + " has no place in this model");
+    return std::move(arranged_);
+  }
+
+ private:
+  using Tensors = std::map<std::string, TensorView>;
+
+  void take_layer(const GatedConvConfig& c) { take("conv", {c.kernel_size - 1, c.inner_size}, false); }
+
+  void take_layer(const LinearAttentionConfig& c) {
+    take("taylor", {c.num_heads, c.num_features(), c.head_dim + 1}, false);
+    take_pending(c);
+  }
+
+  void take_layer(const SlidingWindowConfig& c) {
+    const std::vector<std::int64_t> shape{std::min(num_tokens_, c.window), c.num_kv_heads, c.head_dim};
+    take("keys", shape, true);
+    take("values", shape, true);
+  }
+
+  // `may_be_half`: bfloat16 or float16 too; everything else is float32.
+  void take(const char* name, const std::vector<std::int64_t>& shape, bool may_be_half) {
+    const auto it = by_name_.find(prefix_ + name);
+    if (it == by_name_.end()) throw FormatError(where_ + ": tensor " + prefix_ + name + " is missing");
+    if (it->second.shape != shape) refuse(it, "shape " + shape_str(it->second.shape), shape_str(shape));
+    const DType dtype = it->second.dtype;
+    if (dtype != DType::float32 && !(may_be_half && is_half_or_single(dtype)))
+      refuse(it, "dtype " + std::string(name_of(dtype)), may_be_half ? kHalfOrSingle : "float32");
+    append(it);
+  }
+
+  // A layer without them has 0 of them, as has one whose tensors are empty.
+  void take_pending(const LinearAttentionConfig& c) {
+    const auto keys = by_name_.find(prefix_ + "pending_keys"), values = by_name_.find(prefix_ + "pending_values");
+    const bool has_keys = keys != by_name_.end(), has_values = values != by_name_.end();
+    if (has_keys != has_values || (!has_keys && num_pending_.value_or(0) > 0))
+      throw FormatError(where_ + ": tensor " + prefix_ + (has_keys ? "pending_values" : "pending_keys") +
+                        " is missing");
+    std::int64_t n = 0;
+    if (has_keys) {
+      const TensorView &k = keys->second, &v = values->second;
+      n = k.shape.empty() ? 0 : k.shape[0];
+      for (const auto& [it, width] : {std::pair(keys, c.feature_dim), std::pair(values, c.head_dim)}) {
+        const std::vector<std::int64_t> shape{n, c.num_heads, width};
+        if (it->second.shape != shape) refuse(it, "shape " + shape_str(it->second.shape), shape_str(shape));
+        if (!is_half_or_single(it->second.dtype))
+          refuse(it, "dtype " + std::string(name_of(it->second.dtype)), kHalfOrSingle);
+      }
+      if (v.dtype != k.dtype)
+        refuse(values, "dtype " + std::string(name_of(v.dtype)), std::string(name_of(k.dtype)) + " as its keys");
+      if (n > num_tokens_)
+        refuse(keys, std::to_string(n) + " tokens", "at most " + std::to_string(num_tokens_) + ", the number seen");
+      if (n != num_pending_.value_or(n))
+        refuse(keys, std::to_string(n) + " tokens", std::to_string(*num_pending_) + " as the linear layers before");
+    }
+    num_pending_ = n;
+    if (n > 0) {
+      append(keys);
+      append(values);
+    } else if (has_keys) {
+      by_name_.erase(keys);
+      by_name_.erase(values);
+    }
+  }
+
+  [[noreturn]] void refuse(Tensors::const_iterator it, const std::string& found, const std::string& expected) const {
+    throw FormatError(where_ + ": tensor " + it->first + " has " + found + ", expected " + expected);
+  }
+
+  void append(Tensors::iterator it) {
+    arranged_.push_back({it->first, it->second});
+    by_name_.erase(it);
+  }
+
+  std::string where_, prefix_;
+  std::int64_t num_tokens_;
+  Tensors by_name_;
+  std::vector<backend::NamedView> arranged_;
+  std::optional<std::int64_t> num_pending_;
+};
 
 }  // namespace
 
@@ -87,10 +135,10 @@ LoadedStates load_states(const std::filesystem::path& path, const Model& model, 
   if (file.states.size() != static_cast<std::size_t>(batch_size))
     throw StateError(path.string() + ": holds " + std::to_string(file.states.size()) + " sequences, the session has " +
                      std::to_string(batch_size));
-  std::vector<std::vector<TensorView>> tensors;
+  std::vector<std::vector<backend::NamedView>> tensors;
   for (std::size_t b = 0; b < file.states.size(); ++b)
-    tensors.push_back(arrange(path.string() + ": sequence " + std::to_string(b), file.states[b],
-                              expected_tensors(model.config(), file.states[b].num_tokens)));
+    tensors.push_back(
+        Arranger(path.string() + ": sequence " + std::to_string(b), file.states[b]).arrange(model.config()));
 
   LoadedStates loaded{backend.make_states(model.config(), model.dtype(), batch_size), {}};
   for (std::size_t b = 0; b < file.states.size(); ++b) {

@@ -21,8 +21,9 @@ struct ConvArguments {
   const void* u;  // (N, 2e)
   void* out;      // (N, e)
 
-  __device__ float* state_of(std::int32_t sequence) const {
-    return reinterpret_cast<float*>(state.data + static_cast<std::size_t>(batch.slots[sequence]) * state.slot_stride);
+  template <typename T>
+  __device__ T* state_of(std::int32_t sequence) const {
+    return slot_data<T>(state, batch.slots[sequence]);
   }
 };
 
@@ -44,6 +45,15 @@ __device__ __forceinline__ Floats load_floats(const T* from) {
 #pragma unroll
   for (int i = 0; i < kChannels; ++i) y.x[i] = to_float(x.x[i]);
   return y;
+}
+
+// What was loaded as T is stored as it was.
+template <typename T>
+__device__ __forceinline__ void store_floats(T* to, const Floats& x) {
+  Packed<T, kChannels> y;
+#pragma unroll
+  for (int i = 0; i < kChannels; ++i) y.x[i] = from_float<T>(x.x[i]);
+  *reinterpret_cast<Packed<T, kChannels>*>(to) = y;
 }
 
 // Taps and the window of kChannels channels: K ≤ kMaxTaps taps are padded in front with zeros, so that row j of the
@@ -92,7 +102,7 @@ __global__ void __launch_bounds__(kThreads) conv_single_kernel(const ConvArgumen
   if (a.batch.slots[sequence] < 0) return;
   const std::int64_t token = a.batch.offsets[sequence];
   const T* u = static_cast<const T*>(a.u) + token * 2 * a.e + channel;
-  float* state = a.state_of(sequence) + channel;
+  T* state = a.state_of<T>(sequence) + channel;
   const auto u2 = *reinterpret_cast<const Packed<T, kChannels>*>(u + a.e);
   window.u[kMaxTaps - 1] = load_floats(u);
 #pragma unroll
@@ -104,7 +114,7 @@ __global__ void __launch_bounds__(kThreads) conv_single_kernel(const ConvArgumen
 #pragma unroll
   for (int j = 0; j + 1 < kMaxTaps; ++j) {
     const int row = j - (kMaxTaps - a.num_taps);
-    if (row >= 0) *reinterpret_cast<Floats*>(state + row * a.e) = window.u[j];
+    if (row >= 0) store_floats(state + row * a.e, window.u[j]);
   }
 }
 
@@ -134,7 +144,7 @@ __global__ void __launch_bounds__(kThreads) conv_tile_kernel(const ConvArguments
     if (back <= seen) {
       window.u[j] = load_floats(u - back * 2 * a.e);
     } else {  // row K − 1 stands at the call's first token
-      window.u[j] = load_floats(a.state_of(tile.sequence) + (row + seen) * a.e + channel);
+      window.u[j] = load_floats(a.state_of<T>(tile.sequence) + (row + seen) * a.e + channel);
     }
   }
   for (int t = 0; t < count; t += kLoadTokens) {
@@ -157,8 +167,8 @@ __global__ void __launch_bounds__(kThreads) conv_tile_kernel(const ConvArguments
 
 // u₁ of a channel, `index` tokens behind the call's first one; negative: from the state.
 template <typename T>
-__device__ __forceinline__ float past(const ConvArguments& a, const T* u, const float* state, std::int64_t index) {
-  return index >= 0 ? to_float(u[index * 2 * a.e]) : state[(a.num_taps - 1 + index) * a.e];
+__device__ __forceinline__ T past(const ConvArguments& a, const T* u, const T* state, std::int64_t index) {
+  return index >= 0 ? u[index * 2 * a.e] : state[(a.num_taps - 1 + index) * a.e];
 }
 
 // Any K, e and alignment: a thread per channel of a run of tokens. Grid x: singles, then runs of tiles; a sequence's
@@ -185,11 +195,12 @@ __global__ void __launch_bounds__(kThreads) conv_any_kernel(const ConvArguments 
   if (a.batch.slots[run.sequence] < 0) return;
   const std::int64_t offset = a.batch.offsets[run.sequence];
   const T* u = static_cast<const T*>(a.u) + offset * 2 * a.e + channel;
-  const float* state = a.state_of(run.sequence) + channel;
+  const T* state = a.state_of<T>(run.sequence) + channel;
   const float* taps = a.taps + channel * a.num_taps;
   for (std::int64_t token = run.first; token < static_cast<std::int64_t>(run.first) + run.count; ++token) {
     float sum = 0;
-    for (int j = 0; j < a.num_taps; ++j) sum += taps[j] * past(a, u, state, token - offset - a.num_taps + 1 + j);
+    for (int j = 0; j < a.num_taps; ++j)
+      sum += taps[j] * to_float(past(a, u, state, token - offset - a.num_taps + 1 + j));
     const float gate = to_float(u[(token - offset) * 2 * a.e + a.e]);
     static_cast<T*>(a.out)[token * a.e + channel] = from_float<T>(silu<T>(sum) * gate);
   }
@@ -210,8 +221,8 @@ __global__ void __launch_bounds__(kThreads) conv_state_kernel(const ConvArgument
   if (a.batch.slots[sequence] < 0) return;
   const std::int64_t offset = a.batch.offsets[sequence], length = a.batch.offsets[sequence + 1] - offset;
   const T* u = static_cast<const T*>(a.u) + offset * 2 * a.e + channel;
-  float* state = a.state_of(sequence) + channel;
-  for (int i = 0; i + 1 < a.num_taps; ++i) state[i * a.e] = past(a, u, state, length - a.num_taps + 1 + i);
+  T* state = a.state_of<T>(sequence) + channel;
+  for (int i = 0; i + 1 < a.num_taps; ++i) state[i * a.e] = past<T>(a, u, state, length - a.num_taps + 1 + i);
 }
 
 }  // namespace

@@ -18,13 +18,17 @@ std::size_t state_bytes(const LinearAttentionConfig& config) {
 // ---- one token per sequence ----------------------------------------------------------------------------------------
 
 RecurrentArguments recurrent_arguments(const LinearAttentionConfig& config, DType dtype, const DeviceBatch& batch,
-                                       const QkvView& qkv, StateView state, void* out, std::int64_t out_token,
-                                       std::int64_t out_head) {
+                                       const QkvView& qkv, StateView state, StateView pending, void* out,
+                                       std::int64_t out_token, std::int64_t out_head) {
+  const PendingLayout layout(config, dtype);
   RecurrentArguments a{};
   a.batch = batch;
   a.qkv = qkv;
   a.dtype = dtype;
   a.state = state;
+  a.pending = pending;
+  a.pending_values = static_cast<std::int64_t>(layout.values);
+  a.pending_counts = static_cast<std::int64_t>(layout.counts);
   a.out = out;
   a.out_token = out_token;
   a.out_head = out_head;
@@ -38,28 +42,32 @@ RecurrentArguments recurrent_arguments(const LinearAttentionConfig& config, DTyp
 }
 
 /// Chosen by shape and device alone: a sequence's result does not depend on what else is in the batch.
+template <int kPending>
 bool decode_bulk_takes(const RecurrentArguments& a) {
   constexpr std::size_t kReserved = 1024;  // of each block, by the system; max_shared_bytes is an SM's less one such
   const DeviceInfo& device = device_info();
   // Two blocks on an SM, or nothing is under way while one starts and ends.
   return device.code_capability >= 90 && a.head_dim % 4 == 0 && a.head_dim <= 128 && is_aligned(a.state.data, 16) &&
          a.state.slot_stride % 16 == 0 &&
-         2 * (decode_bulk_shared_bytes(a.feature_dim, a.num_features, a.head_dim) + kReserved) <=
+         2 * (decode_bulk_shared_bytes<kPending>(a.feature_dim, a.num_features, a.head_dim) + kReserved) <=
              static_cast<std::size_t>(device.max_shared_bytes) + kReserved;
 }
 
+template <int kPending>
 void launch_decode_bulk(cudaStream_t stream, const RecurrentArguments& a) {
-  check(cudaFuncSetAttribute(decode_bulk_kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+  check(cudaFuncSetAttribute(decode_bulk_kernel<kPending>, cudaFuncAttributePreferredSharedMemoryCarveout,
                              cudaSharedmemCarveoutMaxShared),
         "linear_attention");
-  launch(stream, "linear_attention", decode_bulk_kernel,
+  launch(stream, "linear_attention", decode_bulk_kernel<kPending>,
          dim3(blocks_for(static_cast<std::int64_t>(a.batch.num_singles) * a.num_heads, 1)), dim3(kBulkThreads),
-         decode_bulk_shared_bytes(a.feature_dim, a.num_features, a.head_dim), a,
+         decode_bulk_shared_bytes<kPending>(a.feature_dim, a.num_features, a.head_dim), a,
          (a.num_features + kBulkChunks - 1) / kBulkChunks);
 }
 
+/// kPending: kPendingTokens, or 1 without room for any.
+template <int kPending>
 void launch_decode(cudaStream_t stream, const RecurrentArguments& a) {
-  if (decode_bulk_takes(a)) return launch_decode_bulk(stream, a);
+  if (decode_bulk_takes<kPending>(a)) return launch_decode_bulk<kPending>(stream, a);
   const int vec = a.head_dim % 4 == 0 ? 4 : 1;
   const int column_threads = std::min(a.head_dim / vec, 256);
   const int num_blocks = a.batch.num_singles * a.num_heads;
@@ -70,9 +78,18 @@ void launch_decode(cudaStream_t stream, const RecurrentArguments& a) {
                                : 128;  // the longer a block streams, the less its start weighs
   const int row_groups = std::max(1, std::min(most_threads / column_threads, a.num_features));
   const int threads = (column_threads * row_groups + 31) / 32 * 32;
-  const std::size_t shared_bytes = decode_shared_bytes(a.feature_dim, a.num_features, threads, vec);
-  launch(stream, "linear_attention", vec == 4 ? decode_kernel<4> : decode_kernel<1>, dim3(blocks_for(num_blocks, 1)),
-         dim3(static_cast<unsigned>(threads)), shared_bytes, a, column_threads, row_groups);
+  const std::size_t shared_bytes =
+      decode_shared_bytes<kPending>(a.feature_dim, a.num_features, threads, column_threads, vec);
+  launch(stream, "linear_attention", vec == 4 ? decode_kernel<4, kPending> : decode_kernel<1, kPending>,
+         dim3(blocks_for(num_blocks, 1)), dim3(static_cast<unsigned>(threads)), shared_bytes, a, column_threads,
+         row_groups);
+}
+
+/// What kernels of many tokens find in S and z is all that the sequences have seen.
+void launch_fold_pending(cudaStream_t stream, const RecurrentArguments& a) {
+  launch(stream, "linear_attention", fold_pending_kernel,
+         dim3(blocks_for(static_cast<std::int64_t>(a.batch.num_longs) * a.num_heads, 1)), dim3(kFoldThreads),
+         fold_shared_bytes(a.feature_dim), a);
 }
 
 // ---- many tokens, any shape ----------------------------------------------------------------------------------------
@@ -230,12 +247,24 @@ void launch_chunked(cudaStream_t stream, const LinearAttentionConfig& config, co
 
 }  // namespace
 
+std::size_t linear_attention_state_bytes(const LinearAttentionConfig& config) { return state_bytes(config); }
+
+PendingLayout::PendingLayout(const LinearAttentionConfig& config, DType dtype) {
+  const auto tokens = static_cast<std::size_t>(config.num_heads * kPendingTokens) * size_of(dtype);
+  values = align_16(tokens * static_cast<std::size_t>(config.feature_dim));
+  counts = values + align_16(tokens * static_cast<std::size_t>(config.head_dim));
+  nbytes = counts + align_16(static_cast<std::size_t>(config.num_heads) * sizeof(std::int32_t));
+}
+
 void linear_attention(cudaStream_t stream, const LinearAttentionConfig& config, DType dtype, const DeviceBatch& batch,
-                      const QkvView& qkv, StateView state, void* out, std::int64_t out_token, std::int64_t out_head,
-                      void* scratch) {
-  const RecurrentArguments recurrent = recurrent_arguments(config, dtype, batch, qkv, state, out, out_token, out_head);
-  if (batch.num_singles > 0) launch_decode(stream, recurrent);
+                      const QkvView& qkv, StateView state, StateView pending, void* out, std::int64_t out_token,
+                      std::int64_t out_head, void* scratch) {
+  const RecurrentArguments recurrent =
+      recurrent_arguments(config, dtype, batch, qkv, state, pending, out, out_token, out_head);
+  const bool lazy = pending.data != nullptr;
+  if (batch.num_singles > 0) (lazy ? launch_decode<kPendingTokens> : launch_decode<1>)(stream, recurrent);
   if (batch.num_longs == 0) return;
+  if (lazy) launch_fold_pending(stream, recurrent);
   if (!chunked_takes(config, dtype) || !chunked_takes(qkv, out, out_token, out_head))
     return launch_recurrent(stream, config, recurrent, scratch);
   const ChunkedArguments arguments = chunked_arguments(config, batch, qkv, state, out, out_token, out_head, scratch);

@@ -88,7 +88,7 @@ def gated_short_conv(
         u: (B, T, 2e), dense.
         weight: (e, K), dense, of u's dtype; the last tap is the present token's.
         initial_state: The last K − 1 values of u₁ before, oldest first, (B, K − 1, e) float32, dense; None for zeros.
-            It is not changed.
+            Used in u's dtype, which those of an earlier call have. It is not changed.
         return_state: Also return the state after these tokens, in this form.
         stream: See above.
 

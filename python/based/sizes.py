@@ -27,10 +27,15 @@ def named_config(name: str) -> ModelConfig:
     return ModelConfig.from_json(json.dumps(SIZES[name]()), f"size {name}")
 
 
+PENDING_TOKENS = 8
+"""W: on a GPU, a linear layer adds tokens to its sums W at a time (kPendingTokens of cuda/kernels.h)."""
+
+
 def mixer_nbytes(mixer: Mixer, ring_dtype: str, num_tokens: int | None = None) -> int:
     """Bytes that one layer keeps of a sequence of `num_tokens` tokens; None: of one that fills every window.
 
-    ring_dtype: of a window's keys and values, the model's. All other state is float32. A device may round up.
+    ring_dtype: of a window's keys and values, the model's. All other state is float32. A device may round up, keep the
+    inputs of convolutions in the model's dtype, and a few tokens of linear layers beside their sums.
     """
     match mixer:
         case GatedConvConfig():
@@ -45,6 +50,25 @@ def mixer_nbytes(mixer: Mixer, ring_dtype: str, num_tokens: int | None = None) -
 def state_nbytes(config: ModelConfig, ring_dtype: str, num_tokens: int | None = None) -> int:
     """Bytes of one sequence's state: the sum of mixer_nbytes over all layers."""
     return sum(mixer_nbytes(mixer, ring_dtype, num_tokens) for mixer in config.layers)
+
+
+def mixer_step_nbytes(mixer: Mixer, dtype: str, num_tokens: int, *, on_gpu: bool) -> float:
+    """Bytes of one layer's state that a decode step reads and writes for one sequence, on average.
+
+    What is read: all that is kept; `num_tokens`: of the sequence, after the step. What is written: the inputs of a
+    convolution, one row of a window, and the sums of a linear layer, on a GPU by one step in W = PENDING_TOKENS: there
+    0 to W - 1 tokens, as k and v, wait beside them, and are read too; a step that adds none to the sums writes its own.
+    """
+    item = ITEM_SIZE[dtype]
+    match mixer:
+        case GatedConvConfig() if on_gpu:
+            return 2 * (mixer.kernel_size - 1) * mixer.inner_size * item
+        case LinearAttentionConfig() if on_gpu:
+            sums, share = mixer_nbytes(mixer, dtype), 1 / PENDING_TOKENS
+            token = mixer.num_heads * (mixer.feature_dim + mixer.head_dim) * item
+            return (1 + share) * sums + ((PENDING_TOKENS - 1) / 2 + 1 - share) * token
+        case _:
+            return mixer_nbytes(mixer, dtype, num_tokens) + mixer_nbytes(mixer, dtype, 1)  # a window's: one row
 
 
 def kv_cache_nbytes(config: ModelConfig, dtype: str, num_tokens: int) -> int:

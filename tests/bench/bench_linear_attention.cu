@@ -1,7 +1,9 @@
-// Checks and times linear_attention() alone. Arguments: check, time (default: both).
+// Checks and times linear_attention() alone. Arguments: check, quick (check without the long sequences), time (default:
+// check and time); anything else: the beginning of the names of the cases to check.
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -18,7 +20,9 @@ namespace {
 using based::DType;
 using based::LinearAttentionConfig;
 using based::cuda::DeviceBatch;
+using based::cuda::kPendingTokens;
 using based::cuda::kTileTokens;
+using based::cuda::PendingLayout;
 using based::cuda::QkvView;
 using based::cuda::StateView;
 using based::cuda::Tile;
@@ -167,6 +171,8 @@ struct Case {
   int segment_tokens = 256;
   int padding = 0;                           // elements between the rows of qkv: unaligned views
   double output_limit = 0, state_limit = 0;  // relative, L2
+  bool lazy = false;                         // with room for pending tokens
+  int calls = 1;                             // one after another on the same states, each of these lengths
 };
 
 /// φ as docs/state-format.md has it.
@@ -187,6 +193,16 @@ struct Error {
   }
   double relative() const { return std::sqrt(difference / size); }
 };
+
+/// Of one head: sums += φ(k) [v | 1]ᵀ, (features, head_dim + 1).
+void add_token(std::vector<double>& sums, const std::vector<double>& phi, const std::vector<double>& value) {
+  const std::size_t head_dim = value.size();
+  for (std::size_t p = 0; p < phi.size(); ++p) {
+    double* s = sums.data() + p * (head_dim + 1);
+    for (std::size_t n = 0; n < head_dim; ++n) s[n] += phi[p] * value[n];
+    s[head_dim] += phi[p];
+  }
+}
 
 bool run_case(const Case& c, unsigned seed) {
   std::mt19937 random(seed);
@@ -210,8 +226,11 @@ bool run_case(const Case& c, unsigned seed) {
   const std::size_t num_tokens = static_cast<std::size_t>(batch.device.num_tokens);
 
   const std::size_t row = heads * (2 * f + head_dim) + static_cast<std::size_t>(c.padding);
-  std::vector<std::byte> qkv(num_tokens * row * element_bytes(c.dtype));
-  for (std::size_t i = 0; i < num_tokens * row; ++i) write_element(qkv.data(), i, normal(random), c.dtype);
+  std::vector<std::vector<std::byte>> qkv(static_cast<std::size_t>(c.calls));
+  for (auto& call : qkv) {
+    call.resize(num_tokens * row * element_bytes(c.dtype));
+    for (std::size_t i = 0; i < num_tokens * row; ++i) write_element(call.data(), i, normal(random), c.dtype);
+  }
 
   // States of a random past, with guards behind each.
   const std::size_t state_floats = heads * features * (head_dim + 1);
@@ -226,10 +245,7 @@ bool run_case(const Case& c, unsigned seed) {
         for (double& e : x) e = normal(random);
         for (double& e : value) e = normal(random);
         feature_map(x.data(), c.f, phi.data());
-        for (std::size_t p = 0; p < features; ++p) {
-          for (std::size_t n = 0; n < head_dim; ++n) s[p * (head_dim + 1) + n] += phi[p] * value[n];
-          s[p * (head_dim + 1) + head_dim] += phi[p];
-        }
+        add_token(s, phi, value);
       }
       float* base = states.data() + static_cast<std::size_t>(slot) * stride;
       for (std::size_t p = 0; p < features; ++p) {
@@ -239,8 +255,41 @@ bool run_case(const Case& c, unsigned seed) {
       }
     }
 
+  // Pending tokens, 0 to all but one; what lies in the places of those that are not there is not a number.
+  const PendingLayout layout(config, c.dtype);
+  const std::size_t width = element_bytes(c.dtype), pending_stride = layout.nbytes + 32;
+  std::vector<std::byte> pending(c.lazy ? static_cast<std::size_t>(num_slots) * pending_stride : 0, std::byte{0xff});
+  std::vector<int> counts(static_cast<std::size_t>(num_slots), 0);
+  const auto pending_at = [&](std::vector<std::byte>& data, int slot) {
+    return data.data() + static_cast<std::size_t>(slot) * pending_stride;
+  };
+  for (int slot = 0; c.lazy && slot < num_slots; ++slot) {
+    std::byte* data = pending_at(pending, slot);
+    const int count = (slot + static_cast<int>(seed)) % kPendingTokens;
+    counts[static_cast<std::size_t>(slot)] = count;
+    for (std::size_t h = 0; h < heads; ++h) {
+      const std::size_t first = h * kPendingTokens, tokens = static_cast<std::size_t>(count);
+      for (std::size_t i = 0; i < tokens * f; ++i) write_element(data, first * f + i, normal(random), c.dtype);
+      for (std::size_t i = 0; i < tokens * head_dim; ++i)
+        write_element(data + layout.values, first * head_dim + i, normal(random), c.dtype);
+      std::memcpy(data + layout.counts + 4 * h, &count, 4);
+    }
+  }
+  // Adds the pending tokens of a head to its sums.
+  const auto add_pending = [&](std::vector<double>& sums, const std::byte* data, std::size_t h, int count) {
+    for (std::size_t j = 0; j < static_cast<std::size_t>(count); ++j) {
+      const std::size_t at = h * kPendingTokens + j;
+      for (std::size_t i = 0; i < f; ++i) x[i] = read_element(data, at * f + i, c.dtype);
+      for (std::size_t n = 0; n < head_dim; ++n)
+        value[n] = read_element(data + layout.values, at * head_dim + n, c.dtype);
+      feature_map(x.data(), c.f, phi_k.data());
+      add_token(sums, phi_k, value);
+    }
+  };
+
   const std::size_t out_row = heads * head_dim + 8;
-  DeviceArray<std::byte> device_qkv(qkv), out(num_tokens * out_row * element_bytes(c.dtype));
+  DeviceArray<std::byte> device_qkv(qkv[0].size()), device_pending(pending),
+      out(num_tokens * out_row * element_bytes(c.dtype));
   DeviceArray<float> device_states(states);
   const std::size_t scratch_bytes = based::cuda::linear_attention_scratch(config, c.dtype, batch.device);
   DeviceArray<std::byte> scratch(scratch_bytes + 16);
@@ -251,24 +300,32 @@ bool run_case(const Case& c, unsigned seed) {
   view.q_token = view.k_token = view.v_token = static_cast<std::int64_t>(row);
   view.q_head = view.k_head = c.f;
   view.v_head = c.head_dim;
-  std::vector<std::byte> outputs[2];
+  std::vector<std::vector<std::byte>> outputs[2];  // of each call
   std::vector<float> after[2];
+  std::vector<std::byte> pending_after[2];
   for (int run = 0; run < 2; ++run) {
     device_states.upload(states);
-    out.fill(0xff);
+    device_pending.upload(pending);
     scratch.fill(0xff);
-    based::cuda::linear_attention(nullptr, config, c.dtype, batch.device, view,
-                                  {reinterpret_cast<std::byte*>(device_states.data()), stride * sizeof(float)},
-                                  out.data(), static_cast<std::int64_t>(out_row), c.head_dim, scratch.data());
-    require(cudaDeviceSynchronize(), c.name.c_str());
-    outputs[run] = out.download();
+    for (const auto& call : qkv) {
+      device_qkv.upload(call);
+      out.fill(0xff);
+      based::cuda::linear_attention(nullptr, config, c.dtype, batch.device, view,
+                                    {reinterpret_cast<std::byte*>(device_states.data()), stride * sizeof(float)},
+                                    c.lazy ? StateView{device_pending.data(), pending_stride} : StateView{}, out.data(),
+                                    static_cast<std::int64_t>(out_row), c.head_dim, scratch.data());
+      require(cudaDeviceSynchronize(), c.name.c_str());
+      outputs[run].push_back(out.download());
+    }
     after[run] = device_states.download();
+    pending_after[run] = device_pending.download();
     const std::vector<std::byte> tail = scratch.download();
     for (std::size_t i = scratch_bytes; i < tail.size(); ++i)
       if (tail[i] != std::byte{0xff}) return std::printf("%-52s wrote behind the scratch\n", c.name.c_str()), false;
   }
   bool good = true;
-  if (outputs[0] != outputs[1] || std::memcmp(after[0].data(), after[1].data(), after[0].size() * sizeof(float)) != 0) {
+  if (outputs[0] != outputs[1] || pending_after[0] != pending_after[1] ||
+      std::memcmp(after[0].data(), after[1].data(), after[0].size() * sizeof(float)) != 0) {
     std::printf("%-52s is not repeatable\n", c.name.c_str());
     good = false;
   }
@@ -281,54 +338,74 @@ bool run_case(const Case& c, unsigned seed) {
     touched[static_cast<std::size_t>(slot)] = true;
     const float* before = states.data() + static_cast<std::size_t>(slot) * stride;
     const float* now = after[0].data() + static_cast<std::size_t>(slot) * stride;
+    const bool single = c.lengths[static_cast<std::size_t>(b)] == 1;
+    const int count = counts[static_cast<std::size_t>(slot)];
+    const int count_after = c.lazy && single ? (count + c.calls) % kPendingTokens : 0;
     for (std::size_t h = 0; h < heads; ++h) {
-      std::vector<double> s(features * (head_dim + 1));
-      for (std::size_t p = 0; p < features; ++p) {
-        for (std::size_t n = 0; n < head_dim; ++n)
-          s[p * (head_dim + 1) + n] = before[(h * features + p) * head_dim + n];
-        s[p * (head_dim + 1) + head_dim] = before[heads * features * head_dim + h * features + p];
-      }
-      std::vector<double> sum(head_dim + 1);
-      for (int token = batch.offsets[static_cast<std::size_t>(b)];
-           token < batch.offsets[static_cast<std::size_t>(b) + 1]; ++token) {
-        const std::size_t at = static_cast<std::size_t>(token) * row;
-        for (std::size_t i = 0; i < f; ++i) x[i] = read_element(qkv.data(), at + h * f + i, c.dtype);
-        feature_map(x.data(), c.f, phi.data());
-        for (std::size_t i = 0; i < f; ++i) x[i] = read_element(qkv.data(), at + (heads + h) * f + i, c.dtype);
-        feature_map(x.data(), c.f, phi_k.data());
-        for (std::size_t n = 0; n < head_dim; ++n)
-          value[n] = read_element(qkv.data(), at + 2 * heads * f + h * head_dim + n, c.dtype);
-        std::fill(sum.begin(), sum.end(), 0.0);
+      const auto sums_of = [&](const float* data) {
+        std::vector<double> sums(features * (head_dim + 1));
         for (std::size_t p = 0; p < features; ++p) {
-          double* sp = s.data() + p * (head_dim + 1);
-          for (std::size_t n = 0; n < head_dim; ++n) {
-            sp[n] += phi_k[p] * value[n];
-            sum[n] += phi[p] * sp[n];
-          }
-          sp[head_dim] += phi_k[p];
-          sum[head_dim] += phi[p] * sp[head_dim];
+          for (std::size_t n = 0; n < head_dim; ++n)
+            sums[p * (head_dim + 1) + n] = data[(h * features + p) * head_dim + n];
+          sums[p * (head_dim + 1) + head_dim] = data[heads * features * head_dim + h * features + p];
         }
-        for (std::size_t n = 0; n < head_dim; ++n)
-          output_error.add(
-              read_element(outputs[0].data(), static_cast<std::size_t>(token) * out_row + h * head_dim + n, c.dtype),
-              sum[n] / (sum[head_dim] + config.eps));
+        return sums;
+      };
+      std::vector<double> s = sums_of(before);
+      if (c.lazy) add_pending(s, pending_at(pending, slot), h, count);
+      std::vector<double> sum(head_dim + 1);
+      for (std::size_t call = 0; call < qkv.size(); ++call)
+        for (int token = batch.offsets[static_cast<std::size_t>(b)];
+             token < batch.offsets[static_cast<std::size_t>(b) + 1]; ++token) {
+          const std::byte* data = qkv[call].data();
+          const std::size_t at = static_cast<std::size_t>(token) * row;
+          for (std::size_t i = 0; i < f; ++i) x[i] = read_element(data, at + h * f + i, c.dtype);
+          feature_map(x.data(), c.f, phi.data());
+          for (std::size_t i = 0; i < f; ++i) x[i] = read_element(data, at + (heads + h) * f + i, c.dtype);
+          feature_map(x.data(), c.f, phi_k.data());
+          for (std::size_t n = 0; n < head_dim; ++n)
+            value[n] = read_element(data, at + 2 * heads * f + h * head_dim + n, c.dtype);
+          add_token(s, phi_k, value);
+          std::fill(sum.begin(), sum.end(), 0.0);
+          for (std::size_t p = 0; p < features; ++p)
+            for (std::size_t n = 0; n <= head_dim; ++n) sum[n] += phi[p] * s[p * (head_dim + 1) + n];
+          for (std::size_t n = 0; n < head_dim; ++n)
+            output_error.add(read_element(outputs[0][call].data(),
+                                          static_cast<std::size_t>(token) * out_row + h * head_dim + n, c.dtype),
+                             sum[n] / (sum[head_dim] + config.eps));
+        }
+      std::vector<double> found = sums_of(now);
+      if (c.lazy) {
+        const std::byte* data = pending_at(pending_after[0], slot);
+        int found_count;
+        std::memcpy(&found_count, data + layout.counts + 4 * h, 4);
+        good = good && found_count == count_after;
+        if (found_count == count_after) add_pending(found, data, h, count_after);
       }
       for (std::size_t p = 0; p < features; ++p) {
         for (std::size_t n = 0; n < head_dim; ++n)
-          state_error.add(now[(h * features + p) * head_dim + n], s[p * (head_dim + 1) + n]);
-        z_error.add(now[heads * features * head_dim + h * features + p], s[p * (head_dim + 1) + head_dim]);
+          state_error.add(found[p * (head_dim + 1) + n], s[p * (head_dim + 1) + n]);
+        z_error.add(found[p * (head_dim + 1) + head_dim], s[p * (head_dim + 1) + head_dim]);
       }
     }
     for (std::size_t i = state_floats; i < stride; ++i) good = good && now[i] == kGuard;
+    for (std::size_t i = layout.nbytes; c.lazy && i < pending_stride; ++i)
+      good = good && pending_at(pending_after[0], slot)[i] == std::byte{0xff};
+    // While tokens only wait, no sum is written.
+    if (c.lazy && single && count + c.calls < kPendingTokens)
+      good = good && std::memcmp(before, now, state_floats * sizeof(float)) == 0;
   }
   for (int slot = 0; slot < num_slots; ++slot)
     if (!touched[static_cast<std::size_t>(slot)])
       good =
-          good && std::memcmp(states.data() + static_cast<std::size_t>(slot) * stride,
-                              after[0].data() + static_cast<std::size_t>(slot) * stride, stride * sizeof(float)) == 0;
-  for (std::size_t token = 0; token < num_tokens; ++token)
-    for (std::size_t i = heads * head_dim * element_bytes(c.dtype); i < out_row * element_bytes(c.dtype); ++i)
-      good = good && outputs[0][token * out_row * element_bytes(c.dtype) + i] == std::byte{0xff};
+          good &&
+          std::memcmp(states.data() + static_cast<std::size_t>(slot) * stride,
+                      after[0].data() + static_cast<std::size_t>(slot) * stride, stride * sizeof(float)) == 0 &&
+          (!c.lazy || std::memcmp(pending_at(pending, slot), pending_at(pending_after[0], slot), pending_stride) == 0);
+  for (const auto& output : outputs[0])
+    for (std::size_t token = 0; token < num_tokens; ++token)
+      for (std::size_t i = heads * head_dim * width; i < out_row * width; ++i)
+        good = good && output[token * out_row * width + i] == std::byte{0xff};
   if (!good) std::printf("%-52s touched what is not its own, or differs when repeated\n", c.name.c_str());
   good = good && output_error.relative() <= c.output_limit && state_error.relative() <= c.state_limit &&
          z_error.relative() <= c.state_limit;
@@ -338,9 +415,10 @@ bool run_case(const Case& c, unsigned seed) {
   return good;
 }
 
-int check_all(bool quick) {
+/// quick: without the long sequences. name: only the cases whose names begin so.
+int check_all(bool quick, const std::string& name) {
   const DType f32 = DType::float32, b16 = DType::bfloat16, h16 = DType::float16;
-  const std::vector<int> ones(9, 1), mixed{1, 70, 33, 1, 200, 2, 64, 300, 1, 129};
+  const std::vector<int> ones(9, 1), many(400, 1), mixed{1, 70, 33, 1, 200, 2, 64, 300, 1, 129};
   std::vector<Case> cases{
       {"decode bf16 f16 d112", b16, 4, 16, 112, ones, 256, 0, 5e-3, 1e-5},
       {"decode f32 f16 d64", f32, 3, 16, 64, ones, 256, 0, 1e-5, 1e-5},
@@ -352,6 +430,42 @@ int check_all(bool quick) {
       {"decode f32 f16 d112 among long ones, one skipped", f32, 3, 16, 112, {1, 5, 1, 1, 9, 1}, 256, 0, 1e-5, 1e-5},
       {"decode f32 f5 d7", f32, 3, 5, 7, ones, 256, 3, 1e-5, 1e-5},
       {"decode f32 f48 d6", f32, 1, 48, 6, {1, 1}, 256, 0, 1e-5, 1e-5},
+      {"decode f32 f2 d1100", f32, 2, 2, 1100, ones, 256, 0, 1e-5, 1e-5},
+      {"decode f32 f3 d257", f32, 1, 3, 257, ones, 256, 0, 1e-5, 1e-5},
+      {"decode f32 f16 d112, 9 calls", f32, 2, 16, 112, ones, 256, 0, 1e-5, 1e-5, false, 9},
+      {"lazy bf16 f16 d112, 19 calls", b16, 4, 16, 112, ones, 256, 0, 5e-3, 1e-5, true, 19},
+      {"lazy f32 f16 d112, 1 call", f32, 2, 16, 112, ones, 256, 0, 1e-5, 1e-5, true, 1},
+      {"lazy f32 f16 d64, 19 calls", f32, 3, 16, 64, ones, 256, 0, 1e-5, 1e-5, true, 19},
+      {"lazy fp16 f8 d20, 19 calls, unaligned view", h16, 2, 8, 20, ones, 256, 1, 1e-3, 1e-5, true, 19},
+      {"lazy f32 f24 d64, 9 calls", f32, 2, 24, 64, ones, 256, 0, 1e-5, 1e-5, true, 9},
+      {"lazy f32 f24 d112, 9 calls", f32, 2, 24, 112, ones, 256, 0, 1e-5, 1e-5, true, 9},
+      {"lazy bf16 f16 d128, 17 calls", b16, 2, 16, 128, ones, 256, 0, 5e-3, 1e-5, true, 17},
+      {"lazy f32 f1 d4, 17 calls", f32, 3, 1, 4, ones, 256, 1, 1e-5, 1e-5, true, 17},
+      {"lazy f32 f5 d7, 17 calls", f32, 3, 5, 7, ones, 256, 3, 1e-5, 1e-5, true, 17},
+      {"lazy bf16 f5 d7, 17 calls", b16, 3, 5, 7, ones, 256, 3, 5e-3, 1e-5, true, 17},
+      {"lazy f32 f48 d6, 9 calls", f32, 1, 48, 6, ones, 256, 0, 1e-5, 1e-5, true, 9},
+      {"lazy f32 f2 d1100, 9 calls", f32, 2, 2, 1100, ones, 256, 0, 1e-5, 1e-5, true, 9},
+      {"lazy f32 f3 d257, 9 calls", f32, 1, 3, 257, ones, 256, 0, 1e-5, 1e-5, true, 9},
+      {"lazy f32 f16 d20 of 400 sequences, 9 calls", f32, 1, 16, 20, many, 256, 0, 1e-5, 1e-5, true, 9},
+      {"lazy f32 f6 d9 of 400 sequences, 9 calls", f32, 1, 6, 9, many, 256, 0, 1e-5, 1e-5, true, 9},
+      {"lazy among long ones f32 f16 d112, one skipped",
+       f32,
+       3,
+       16,
+       112,
+       {1, 5, 1, 1, 9, 1},
+       256,
+       0,
+       1e-5,
+       1e-5,
+       true,
+       5},
+      {"lazy mixed f32 f16 d112, 3 calls", f32, 2, 16, 112, mixed, 128, 0, 1e-5, 1e-5, true, 3},
+      {"lazy mixed f32 f6 d9, 3 calls", f32, 2, 6, 9, mixed, 128, 1, 1e-5, 1e-5, true, 3},
+      {"lazy mixed f32 f40 d12, 2 calls", f32, 1, 40, 12, {70, 1, 9}, 128, 0, 1e-5, 1e-5, true, 2},
+      {"lazy mixed f32 f2 d300, 2 calls", f32, 2, 2, 300, {70, 1, 9}, 128, 0, 1e-5, 1e-5, true, 2},
+      {"lazy chunked bf16 f16 d64, segments of 64, 2 calls", b16, 2, 16, 64, mixed, 64, 0, 5e-3, 2e-3, true, 2},
+      {"lazy chunked bf16 f16 d112, segments of 128, 2 calls", b16, 2, 16, 112, mixed, 128, 0, 5e-3, 2e-3, true, 2},
       {"mixed f32 f16 d112", f32, 2, 16, 112, mixed, 128, 0, 1e-5, 1e-5},
       {"mixed fp16 f16 d64", h16, 2, 16, 64, mixed, 128, 0, 1e-3, 1e-5},
       {"mixed f32 f6 d9", f32, 2, 6, 9, mixed, 128, 1, 1e-5, 1e-5},
@@ -388,16 +502,22 @@ int check_all(bool quick) {
     cases.push_back(
         {"chunked bf16 f32 d112, 8 × 2,000", b16, 1, 32, 112, std::vector<int>(8, 2000), 2048, 0, 5e-3, 2e-3});
   }
-  int failures = 0;
-  for (std::size_t i = 0; i < cases.size(); ++i) failures += !run_case(cases[i], static_cast<unsigned>(1000 + i));
-  std::printf("%d of %zu cases failed\n", failures, cases.size());
-  return failures;
+  int failures = 0, count = 0;
+  for (std::size_t i = 0; i < cases.size(); ++i) {
+    if (!cases[i].name.starts_with(name)) continue;
+    failures += !run_case(cases[i], static_cast<unsigned>(1000 + i));
+    ++count;
+  }
+  std::printf("%d of %d cases failed\n", failures, count);
+  return count == 0 ? 1 : failures;
 }
 
 // ---- time ----------------------------------------------------------------------------------------------------------
 
+/// lazy: with room for pending tokens, of which the sequences have different numbers: each call adds the tokens of one
+/// sequence in kPendingTokens.
 void time_shape(const char* kind, DType dtype, int sequences, int tokens, int heads, int f, int head_dim,
-                int segment_tokens) {
+                int segment_tokens, bool lazy = false) {
   LinearAttentionConfig config;
   config.num_heads = heads;
   config.feature_dim = f;
@@ -414,7 +534,12 @@ void time_shape(const char* kind, DType dtype, int sequences, int tokens, int he
       (static_cast<std::size_t>(heads * (head_dim + 1)) * static_cast<std::size_t>(config.num_features()) + 3) / 4 * 4;
   const std::size_t io_bytes = num_tokens * (row + out_row) * bytes;
   const std::size_t state_bytes = static_cast<std::size_t>(sequences) * state_floats * sizeof(float);
-  const double floor_ms = static_cast<double>(io_bytes + 2 * state_bytes) / kBandwidth * 1e3;
+  const PendingLayout layout(config, dtype);
+  const double written = lazy ? 1.0 / kPendingTokens : 1;  // of the sums
+  const double pending_tokens = lazy ? sequences * ((kPendingTokens - 1) / 2.0 + written * (kPendingTokens - 1)) : 0;
+  const double moved = static_cast<double>(io_bytes) + static_cast<double>(state_bytes) * (1 + written) +
+                       pending_tokens * heads * (f + head_dim) * static_cast<double>(bytes);
+  const double floor_ms = moved / kBandwidth * 1e3;
   const std::size_t copies = std::clamp<std::size_t>(kRotatedBytes / (io_bytes + state_bytes) + 1, 2, 256);
 
   std::mt19937 random(7);
@@ -425,11 +550,17 @@ void time_shape(const char* kind, DType dtype, int sequences, int tokens, int he
   for (std::size_t i = pattern * bytes; i < host.size(); ++i) host[i] = host[i - pattern * bytes];
   std::vector<DeviceArray<std::byte>*> qkv, out;
   std::vector<DeviceArray<float>*> states;
+  std::vector<DeviceArray<std::byte>*> pending;
   for (std::size_t i = 0; i < copies; ++i) {
     qkv.push_back(new DeviceArray<std::byte>(host));
     out.push_back(new DeviceArray<std::byte>(num_tokens * out_row * bytes));
     states.push_back(new DeviceArray<float>(static_cast<std::size_t>(sequences) * state_floats));
     states.back()->fill(0);
+    std::vector<std::byte> tokens_of(lazy ? static_cast<std::size_t>(sequences) * layout.nbytes : 0);
+    for (std::size_t b = 0; lazy && b < static_cast<std::size_t>(sequences); ++b)
+      for (std::size_t h = 0; h < static_cast<std::size_t>(heads); ++h)
+        tokens_of[b * layout.nbytes + layout.counts + 4 * h] = static_cast<std::byte>((b + i) % kPendingTokens);
+    pending.push_back(new DeviceArray<std::byte>(tokens_of));
   }
   DeviceArray<std::byte> scratch(based::cuda::linear_attention_scratch(config, dtype, batch.device));
   cudaStream_t stream;
@@ -449,6 +580,7 @@ void time_shape(const char* kind, DType dtype, int sequences, int tokens, int he
     view.v_head = head_dim;
     based::cuda::linear_attention(stream, config, dtype, batch.device, view,
                                   {reinterpret_cast<std::byte*>(states[next]->data()), state_floats * sizeof(float)},
+                                  lazy ? StateView{pending[next]->data(), layout.nbytes} : StateView{},
                                   out[next]->data(), static_cast<std::int64_t>(out_row), head_dim, scratch.data());
     next = (next + 1) % copies;
   };
@@ -475,7 +607,7 @@ void time_shape(const char* kind, DType dtype, int sequences, int tokens, int he
           .c_str(),
       sequences, tokens, heads, f, head_dim, segment_tokens, ms, 100.0 * floor_ms / ms);
   std::fflush(stdout);
-  for (std::size_t i = 0; i < copies; ++i) delete qkv[i], delete out[i], delete states[i];
+  for (std::size_t i = 0; i < copies; ++i) delete qkv[i], delete out[i], delete states[i], delete pending[i];
   cudaEventDestroy(begin);
   cudaEventDestroy(end);
   cudaStreamDestroy(stream);
@@ -484,6 +616,8 @@ void time_shape(const char* kind, DType dtype, int sequences, int tokens, int he
 void time_all() {
   const DType b16 = DType::bfloat16, f32 = DType::float32;
   for (int sequences : {1, 4, 16, 32, 128, 512, 1024}) time_shape("decode", b16, sequences, 1, 16, 16, 112, 64);
+  for (int sequences : {1, 4, 16, 32, 128, 512, 1024}) time_shape("lazy", b16, sequences, 1, 16, 16, 112, 64, true);
+  time_shape("lazy", f32, 128, 1, 16, 16, 112, 64, true);
   time_shape("decode", f32, 128, 1, 16, 16, 64, 64);
   time_shape("decode", f32, 1, 1, 16, 16, 64, 64);
   time_shape("prefill", b16, 16, 1024, 16, 16, 64, 1024);
@@ -507,12 +641,19 @@ void time_all() {
 
 int main(int argc, char** argv) {
   bool check = argc < 2, time = argc < 2, quick = false;
+  std::string name;
   for (int i = 1; i < argc; ++i) {
-    check = check || std::strcmp(argv[i], "check") == 0;
-    time = time || std::strcmp(argv[i], "time") == 0;
-    quick = quick || std::strcmp(argv[i], "quick") == 0;  // check without the long sequences
+    const std::string argument = argv[i];
+    if (argument == "check")
+      check = true;
+    else if (argument == "time")
+      time = true;
+    else if (argument == "quick")
+      quick = true;
+    else
+      name = argument;
   }
-  const int failures = check || quick ? check_all(quick) : 0;
+  const int failures = check || quick ? check_all(quick, name) : 0;
   if (time) time_all();
   return failures > 0;
 }

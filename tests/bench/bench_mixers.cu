@@ -337,12 +337,12 @@ void check_sliding_windows() {
 void check_gated_conv(std::int64_t e, std::int64_t num_taps, DType dtype, const std::vector<Sequence>& sequences) {
   const Batch batch(sequences, 1);
   const std::int64_t kept = num_taps - 1, tokens = batch.view.num_tokens;
-  const std::size_t slot_stride = (static_cast<std::size_t>(kept * e) * sizeof(float) + 31) / 16 * 16;
-  const std::int64_t slot_size = static_cast<std::int64_t>(slot_stride / sizeof(float));
+  const std::size_t slot_stride = (static_cast<std::size_t>(kept * e) * bytes_of(dtype) + 31) / 16 * 16;
+  const std::int64_t slot_size = static_cast<std::int64_t>(slot_stride / bytes_of(dtype));
   const Floats u = random_floats(static_cast<std::size_t>(tokens * 2 * e), dtype);
   const Floats taps = random_floats(static_cast<std::size_t>(e * num_taps));
-  Floats states = random_floats(static_cast<std::size_t>(slot_size) * (sequences.size() + 1));
-  const DeviceMemory device_u(dtype, u), device_taps(taps), device_states(states);
+  Floats states = random_floats(static_cast<std::size_t>(slot_size) * (sequences.size() + 1), dtype);
+  const DeviceMemory device_u(dtype, u), device_taps(taps), device_states(dtype, states);
   const DeviceMemory out(static_cast<std::size_t>(tokens * e) * bytes_of(dtype));
   GatedConvConfig config;
   config.inner_size = e;
@@ -350,7 +350,7 @@ void check_gated_conv(std::int64_t e, std::int64_t num_taps, DType dtype, const 
   gated_conv(main_stream(), config, dtype, device_taps.as<float>(), batch.view, device_u.as<void>(),
              {device_states.as<std::byte>(), slot_stride}, out.as<void>());
   check(cudaDeviceSynchronize(), "gated_conv");
-  const Floats got = out.download(dtype), got_states = device_states.download(DType::float32);
+  const Floats got = out.download(dtype), got_states = device_states.download(dtype);
   char what[100];
   std::snprintf(what, sizeof what, "gated_conv %s channels %d taps %d, %d sequences", name(dtype), static_cast<int>(e),
                 static_cast<int>(num_taps), static_cast<int>(sequences.size()));
@@ -564,11 +564,11 @@ void time_shape(int size, int length) {
     GatedConvConfig config;
     config.inner_size = 3584;
     config.kernel_size = 3;
-    const double e = 3584, state = 2 * e * 4;
+    const double e = 3584, state = 2 * e * 2;
     const double nbytes = tokens * 3 * e * 2 + 2 * state * size;
     const int inputs = inputs_for(nbytes);
     const Inputs u(inputs, tokens * 2 * e * 2, kT), out(inputs, tokens * e * 2, kT);
-    const Inputs states(inputs * size, state, DType::float32);
+    const Inputs states(inputs * size, state, kT);
     const DeviceMemory taps(random_floats(3584 * 3));
     const std::vector<Batch> all = batches(inputs);
     report("gated_conv" + suffix, nbytes, inputs, [&](int i, cudaStream_t stream) {

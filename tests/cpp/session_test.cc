@@ -2,11 +2,13 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <fstream>
 #include <thread>
 
 #include "based/error.h"
+#include "io/state_file.h"
 #include "tiny_model.h"
 
 namespace based {
@@ -219,6 +221,86 @@ TEST_P(SessionTest, RefusesForeignAndDamagedStates) {
     EXPECT_THROW(session.load_state(path), Error) << "cut at " << i;
   }
   EXPECT_EQ(bytes(session), before);
+}
+
+// A state as a device writes it that leaves tokens out of the sums for a while.
+TEST_P(SessionTest, RefusesPendingTokensThatCannotBe) {
+  const TemporaryFolder dir;
+  const auto path = dir.path() / "state";
+  Session session(model_, 1);
+  session.prefill(Prompts{random_tokens(8, 1)});
+  session.save_state(path);
+  const auto before = bytes(session);
+  const auto file = io::SafetensorsFile::open(path);
+
+  struct Pending {
+    std::string name;
+    DType dtype;
+    std::vector<std::int64_t> shape;
+  };
+  const std::vector<float> zeros(1000);
+  const auto write = [&](const std::vector<Pending>& pending) {
+    io::SavedState state{8, {}};
+    for (const auto& [name, tensor] : file->tensors())
+      state.tensors.push_back({name.substr(std::string("sequences.0.").size()), tensor});
+    for (const auto& [name, dtype, shape] : pending)
+      state.tensors.push_back({name, {dtype, shape, reinterpret_cast<const std::byte*>(zeros.data())}});
+    io::write_state_file(path, model_->fingerprint(), {state});
+  };
+  const DType f32 = DType::float32, b16 = DType::bfloat16;
+  // Linear layers: 1 with 3 heads, f 4, head_dim 8; 4 with 2 heads, f 5, head_dim 7.
+  const std::vector<Pending> good{{"layers.1.pending_keys", b16, {3, 3, 4}},
+                                  {"layers.1.pending_values", b16, {3, 3, 8}},
+                                  {"layers.4.pending_keys", b16, {3, 2, 5}},
+                                  {"layers.4.pending_values", b16, {3, 2, 7}}};
+  const auto changed = [&](std::size_t i, DType dtype, std::vector<std::int64_t> shape) {
+    auto all = good;
+    all[i].dtype = dtype;
+    all[i].shape = std::move(shape);
+    return all;
+  };
+  const auto without = [&](std::vector<std::size_t> which) {
+    std::vector<Pending> rest;
+    for (std::size_t i = 0; i < good.size(); ++i)
+      if (std::find(which.begin(), which.end(), i) == which.end()) rest.push_back(good[i]);
+    return rest;
+  };
+  const auto of_length = [&](std::int64_t n, std::int64_t m) {
+    auto all = good;
+    for (std::size_t i = 0; i < all.size(); ++i) all[i].shape[0] = i < 2 ? n : m;
+    return all;
+  };
+  for (const auto& [pending, fragment] : std::vector<std::pair<std::vector<Pending>, std::string>>{
+           {without({0}), "tensor layers.1.pending_keys is missing"},
+           {without({1}), "tensor layers.1.pending_values is missing"},
+           {without({3}), "tensor layers.4.pending_values is missing"},
+           {without({2, 3}), "tensor layers.4.pending_keys is missing"},
+           {without({0, 1}), "layers.4.pending_keys has 3 tokens, expected 0 as the linear layers before"},
+           {of_length(3, 2), "layers.4.pending_keys has 2 tokens, expected 3 as the linear layers before"},
+           {of_length(3, 0), "layers.4.pending_keys has 0 tokens, expected 3 as the linear layers before"},
+           {of_length(9, 9), "layers.1.pending_keys has 9 tokens, expected at most 8, the number seen"},
+           {changed(0, b16, {3, 3, 5}), "layers.1.pending_keys has shape (3, 3, 5), expected (3, 3, 4)"},
+           {changed(0, b16, {3, 12}), "layers.1.pending_keys has shape (3, 12), expected (3, 3, 4)"},
+           {changed(0, b16, {}), "layers.1.pending_keys has shape (), expected (0, 3, 4)"},
+           {changed(1, b16, {2, 3, 8}), "layers.1.pending_values has shape (2, 3, 8), expected (3, 3, 8)"},
+           {changed(3, b16, {3, 7, 2}), "layers.4.pending_values has shape (3, 7, 2), expected (3, 2, 7)"},
+           {changed(1, f32, {3, 3, 8}), "layers.1.pending_values has dtype float32, expected bfloat16 as its keys"},
+           {changed(2, DType::int32, {3, 2, 5}),
+            "layers.4.pending_keys has dtype int32, expected float32, bfloat16 or"},
+           {{{"layers.0.pending_keys", f32, {1, 3, 4}}}, "tensor layers.0.pending_keys has no place in this model"},
+       }) {
+    write(pending);
+    EXPECT_NE(test::message_of<FormatError>([&] { session.load_state(path); }).find(fragment), std::string::npos)
+        << fragment << "\n"
+        << test::message_of<FormatError>([&] { session.load_state(path); });
+    EXPECT_EQ(bytes(session), before);
+  }
+  for (const auto& pending : {good, of_length(8, 8), of_length(1, 1), of_length(0, 0), without({0, 1, 2, 3})}) {
+    write(pending);
+    session.load_state(path);
+    EXPECT_EQ(session.num_tokens()[0], 8);
+  }
+  EXPECT_EQ(bytes(session), before);  // none at last
 }
 
 TEST_P(SessionTest, StateMovesBetweenDtypes) {

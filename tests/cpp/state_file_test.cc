@@ -105,8 +105,11 @@ TEST_F(StateFiles, RefusesForeignAndOtherFiles) {
   EXPECT_THROW_WITH(
       StateFile::open(path_, "fedcba9876543210"), StateError,
       "found the state of the model \"0123456789abcdef\", expected that of the model \"fedcba9876543210\"");
-  write_raw({{"format_version", "2"}});
-  EXPECT_THROW_WITH(open(), StateError, "format_version: found \"2\", expected \"1\"");
+  for (const char* version : {"0", "3", "", "2.0", "01"}) {
+    write_raw({{"format_version", version}});
+    EXPECT_THROW_WITH(open(), StateError,
+                      std::string("format_version: found \"") + version + "\", expected \"1\" or \"2\"");
+  }
   write_raw({{"format", "pt"}});
   EXPECT_THROW_WITH(open(), FormatError, "format: found \"pt\", expected \"based-state\"");
   for (const char* key : {"format", "format_version", "fingerprint", "num_tokens", "checksum"}) {
@@ -116,6 +119,28 @@ TEST_F(StateFiles, RefusesForeignAndOtherFiles) {
   write_raw({{"extra", "1"}});
   EXPECT_THROW_WITH(open(), FormatError, "unknown keys");
   EXPECT_THROW(StateFile::open(folder_ / "none", kFingerprint), IoError);
+}
+
+TEST_F(StateFiles, ReadsTheFirstVersionWhichHasNoPendingTokens) {
+  write_raw({});
+  EXPECT_EQ(open().file->metadata().at("format_version"), "2");
+  write_raw({{"format_version", "1"}});
+  EXPECT_EQ(open().states.size(), 2u);
+  for (const char* name : {"pending_keys", "pending_values"}) {
+    auto with_pending = states();
+    with_pending[1].tensors.push_back({std::string("layers.10.") + name, floats({3, 1, 2})});
+    write_state_file(path_, kFingerprint, with_pending);
+    EXPECT_EQ(open().states[1].tensors.size(), 5u);
+    const auto file = SafetensorsFile::open(path_);
+    auto metadata = file->metadata();
+    metadata["format_version"] = "1";
+    std::vector<TensorToWrite> tensors;
+    for (const auto& [tensor_name, tensor] : file->tensors()) tensors.push_back({tensor_name, tensor});
+    write_safetensors(path_, tensors, metadata);
+    EXPECT_THROW_WITH(open(), FormatError,
+                      std::string("found the tensor \"sequences.1.layers.10.") + name +
+                          "\", expected none such in format_version \"1\"");
+  }
 }
 
 TEST_F(StateFiles, RefusesBadTokenCounts) {

@@ -20,6 +20,7 @@ namespace based::cpu {
 namespace {
 
 using backend::NamedTensor;
+using backend::NamedView;
 using backend::StatePool;
 
 CpuBackend make_cpu() { return {std::make_shared<ThreadPool>(2), choose_isa()}; }
@@ -77,9 +78,9 @@ std::vector<float> advance(CpuBackend& cpu, StatePool& states, int slot, std::in
   return outputs;
 }
 
-std::vector<TensorView> views(const std::vector<NamedTensor>& tensors) {
-  std::vector<TensorView> out;
-  for (const NamedTensor& t : tensors) out.push_back(t.tensor.view());
+std::vector<NamedView> views(const std::vector<NamedTensor>& tensors) {
+  std::vector<NamedView> out;
+  for (const NamedTensor& t : tensors) out.push_back({t.name, t.tensor.view()});
   return out;
 }
 
@@ -191,8 +192,8 @@ TEST(States, ImportTakesMisalignedDataAndConvertsRings) {
   advance(cpu, *narrow, 0, 0, 30);
   const auto saved = cpu.export_state(*narrow, 0, 30);
   std::vector<std::vector<std::byte>> shifted;
-  std::vector<TensorView> tensors = views(saved);
-  for (TensorView& view : tensors) {
+  std::vector<NamedView> tensors = views(saved);
+  for (auto& [name, view] : tensors) {
     shifted.emplace_back(view.nbytes() + 1);
     std::memcpy(shifted.back().data() + 1, view.data, view.nbytes());
     view.data = shifted.back().data() + 1;
@@ -205,6 +206,72 @@ TEST(States, ImportTakesMisalignedDataAndConvertsRings) {
   const auto back = cpu.make_states(model(), DType::bfloat16, 1);
   cpu.import_state(*back, 0, 30, views(widened));
   expect_equal(cpu.export_state(*back, 0, 30), saved);
+}
+
+// A device that leaves tokens out of its sums: Σ over the first 25, and k, v of the rest beside it.
+TEST(States, ImportAddsPendingTokens) {
+  CpuBackend cpu = make_cpu();
+  const std::int64_t H = kLinear.num_heads, f = kLinear.feature_dim, dv = kLinear.head_dim;
+  for (const DType dtype : {DType::float32, DType::bfloat16, DType::float16}) {
+    for (const std::int64_t n : {1, 2, 7, 12}) {
+      SCOPED_TRACE(std::string(name_of(dtype)) + ", " + std::to_string(n));
+      const auto states = cpu.make_states(model(), DType::float32, 1),
+                 other = cpu.make_states(model(), DType::float32, 1);
+      advance(cpu, *states, 0, 0, 25);
+      auto saved = cpu.export_state(*states, 0, 25);
+      std::vector<std::vector<float>> parts;  // k, v
+      for (const std::int64_t width : {f, dv}) {
+        std::vector<float>& x = parts.emplace_back();
+        for (std::int64_t t = 25; t < 25 + n; ++t) {
+          const auto qkv = random_floats(H * (2 * f + dv), static_cast<std::uint64_t>(t));
+          const auto from = qkv.begin() + (width == f ? H * f : 2 * H * f);
+          x.insert(x.end(), from, from + H * width);
+        }
+        // As `dtype` has them: 0.375 · {−2 … 2} is exact in all.
+        if (dtype != DType::float32)
+          for (float& e : x) e = 0.375f * std::clamp(std::round(e), -2.0f, 2.0f);
+      }
+      std::vector<double> expected(saved[1].tensor.data_as<float>(),
+                                   saved[1].tensor.data_as<float>() + saved[1].tensor.size());
+      for (std::int64_t row = 0; row < n * H; ++row) {
+        const float *k = parts[0].data() + row * f, *v = parts[1].data() + row * dv;
+        std::vector<double> phi{1};
+        for (std::int64_t i = 0; i < f; ++i) phi.push_back(k[i] / std::pow(5, 0.25));
+        for (std::int64_t i = 0; i < f; ++i)
+          for (std::int64_t j = i; j < f; ++j) phi.push_back(k[i] * k[j] / std::sqrt(i == j ? 10.0 : 5.0));
+        for (std::int64_t p = 0; p < 21; ++p)
+          for (std::int64_t c = 0; c <= dv; ++c)
+            expected[static_cast<std::size_t>((row % H * 21 + p) * (dv + 1) + c)] +=
+                phi[static_cast<std::size_t>(p)] * (c < dv ? v[c] : 1);
+      }
+      auto tensors = views(saved);
+      std::vector<Tensor> pending;
+      for (std::size_t part = 0; part < 2; ++part) {
+        const std::vector<std::int64_t> shape{n, H, part == 0 ? f : dv};
+        pending.push_back(Tensor::empty(dtype, shape));
+        for (std::size_t i = 0; i < parts[part].size(); ++i) {
+          const float x = parts[part][i];
+          if (dtype == DType::float32) {
+            pending[part].data_as<float>()[i] = x;
+          } else if (dtype == DType::bfloat16) {
+            pending[part].data_as<std::uint16_t>()[i] = bf16_from_float(x);
+          } else {  // of 0, 0.375, 0.75
+            const std::uint16_t magnitude = x == 0 ? 0 : std::abs(x) == 0.375f ? 0x3600 : 0x3a00;
+            pending[part].data_as<std::uint16_t>()[i] = static_cast<std::uint16_t>(magnitude | (x < 0 ? 0x8000 : 0));
+          }
+        }
+        tensors.insert(tensors.begin() + 2 + static_cast<std::ptrdiff_t>(part),
+                       {std::string("layers.1.pending_") + (part == 0 ? "keys" : "values"), pending[part].view()});
+      }
+      cpu.import_state(*other, 0, 25 + n, tensors);
+      const auto moved = cpu.export_state(*other, 0, 25);
+      ASSERT_EQ(moved.size(), saved.size());  // nothing is pending here
+      for (std::size_t i = 0; i < expected.size(); ++i)
+        ASSERT_NEAR(moved[1].tensor.data_as<float>()[i], expected[i], 4e-5) << i;
+      EXPECT_EQ(std::memcmp(moved[0].tensor.data(), saved[0].tensor.data(), saved[0].tensor.nbytes()), 0);
+      EXPECT_EQ(std::memcmp(moved[4].tensor.data(), saved[4].tensor.data(), saved[4].tensor.nbytes()), 0);
+    }
+  }
 }
 
 TEST(States, CopyAndReset) {

@@ -149,6 +149,89 @@ TEST_P(CudaSmall, StatesAreSavedForkedAndRolledBackBitForBit) {
   EXPECT_EQ(host_floats(loaded.step(next)), want);
 }
 
+// A linear layer adds tokens to its sums kPendingTokens at a time. At every number of those that wait:
+TEST_P(CudaSmall, PendingTokensAreSavedForkedAndRolledBackBitForBit) {
+  const auto model = cuda();
+  const TemporaryFolder dir;
+  for (std::uint32_t pending = 0; pending <= 9; ++pending) {
+    SCOPED_TRACE(pending);
+    Session session(model, 2);
+    session.prefill(Prompts{random_tokens(70, 1, vocab()), random_tokens(3, 2, vocab())});
+    for (std::uint32_t t = 0; t < pending; ++t) session.step(random_tokens(2, 20 + t, vocab()));
+    session.save_state(dir.path() / "state");
+    const auto fork = session.fork();
+    const auto checkpoint = session.checkpoint();
+    // By steps across the end of the window, by a prompt, and by a prompt of one sequence and a step of the other.
+    const auto go_on = [&](Session& which) {
+      std::vector<float> all;
+      const auto add = [&](const Tensor& logits) {
+        const auto x = host_floats(logits);
+        all.insert(all.end(), x.begin(), x.end());
+      };
+      for (std::uint32_t t = 0; t < 9; ++t) add(which.step(random_tokens(2, 50 + t, vocab())));
+      add(which.prefill(Prompts{random_tokens(5, 3, vocab()), random_tokens(66, 4, vocab())}));
+      for (std::uint32_t t = 0; t < 3; ++t) add(which.step(random_tokens(2, 60 + t, vocab())));
+      add(which.prefill(Prompts{random_tokens(1, 5, vocab()), random_tokens(20, 6, vocab())}));
+      add(which.step(random_tokens(2, 70, vocab())));
+      return all;
+    };
+    const auto want = go_on(session);
+    session.save_state(dir.path() / "end");
+    const auto same = [&](Session& which) {
+      EXPECT_EQ(go_on(which), want);
+      which.save_state(dir.path() / "other_end");
+      EXPECT_EQ(read_bytes(dir.path() / "other_end"), read_bytes(dir.path() / "end"));
+    };
+    same(*fork);
+    session.rollback(*checkpoint);
+    same(session);
+    Session loaded(model, 2);
+    loaded.step(random_tokens(2, 80, vocab()));  // to be forgotten
+    loaded.load_state(dir.path() / "state");
+    loaded.save_state(dir.path() / "again");
+    EXPECT_EQ(read_bytes(dir.path() / "state"), read_bytes(dir.path() / "again"));
+    same(loaded);
+    session.rollback(*checkpoint);
+    session.copy(0, 1);  // a sequence's tokens go with it
+    const std::vector<std::int32_t> twice{3, 3};
+    const auto logits = host_floats(session.step(twice));
+    const auto half = static_cast<std::ptrdiff_t>(logits.size() / 2);
+    EXPECT_EQ(std::vector<float>(logits.begin(), logits.begin() + half),
+              std::vector<float>(logits.begin() + half, logits.end()));
+  }
+}
+
+// Sequences of one batch that have stepped and waited differently; each as if alone, and as if fed at once.
+TEST_P(CudaSmall, PendingTokensOfNeighboursDiffer) {
+  const auto model = cuda();
+  constexpr int kSequences = 9;
+  std::vector<std::vector<std::int32_t>> tokens;
+  Prompts prompts;
+  for (std::uint32_t b = 0; b < kSequences; ++b) {
+    tokens.push_back(random_tokens(60, b, vocab()));
+    prompts.push_back({tokens[b].begin(), tokens[b].begin() + 2 + b});
+  }
+  Session session(model, kSequences);
+  session.prefill(prompts);
+  const auto seen = [&](int b) { return static_cast<std::size_t>(session.num_tokens()[static_cast<std::size_t>(b)]); };
+  const auto cols = static_cast<std::ptrdiff_t>(host_floats(model->forward(tokens[0])).size() / 60);
+  std::vector<float> found, want;
+  for (int round = 0; round < 20; ++round) {
+    std::vector<int> some;
+    std::vector<std::int32_t> next;
+    for (int b = 0; b < kSequences; ++b)
+      if (round % (1 + b % 4) == 0) some.push_back(b), next.push_back(tokens[static_cast<std::size_t>(b)][seen(b)]);
+    const auto logits = host_floats(session.step(next, some));
+    found.insert(found.end(), logits.begin(), logits.end());
+    for (const int b : some) {
+      const auto& all = tokens[static_cast<std::size_t>(b)];
+      const auto whole = host_floats(model->forward({all.data(), seen(b)}));
+      want.insert(want.end(), whole.end() - cols, whole.end());
+    }
+  }
+  EXPECT_LE(relative_error(found, want), tolerance(GetParam().dtype));
+}
+
 std::vector<std::vector<std::int32_t>> generate(const std::shared_ptr<const Model>& model,
                                                 const std::vector<GenerationRequest>& requests, int max_batch_size) {
   std::vector<std::vector<std::int32_t>> out;
@@ -229,6 +312,29 @@ TEST_F(CudaTest, StatesMoveBetweenDevices) {
   b.save_state(dir.path() / "back");
   EXPECT_EQ(read_bytes(dir.path() / "state"), read_bytes(dir.path() / "back"));
   EXPECT_LE(relative_error(host_floats(b.step(next)), host_floats(a.step(next))), 2e-5);
+}
+
+TEST_F(CudaTest, PendingTokensMoveBetweenDevices) {
+  const auto cpu = Model::random(fast_config(), 11), cuda = Model::random(fast_config(), 11, on(kCuda));
+  const TemporaryFolder dir;
+  for (std::uint32_t pending = 0; pending < 8; ++pending) {
+    SCOPED_TRACE(pending);
+    Session a(cuda, 1), b(cpu, 1), c(cuda, 1);
+    a.prefill(Prompts{random_tokens(40, 1, 500)});
+    for (std::uint32_t t = 0; t < pending; ++t) a.step(random_tokens(1, 20 + t, 500));
+    a.save_state(dir.path() / "cuda");
+    b.load_state(dir.path() / "cuda");
+    b.save_state(dir.path() / "cpu");
+    c.load_state(dir.path() / "cpu");
+    c.save_state(dir.path() / "back");
+    EXPECT_EQ(read_bytes(dir.path() / "back"), read_bytes(dir.path() / "cpu"));
+    for (std::uint32_t t = 0; t < 10; ++t) {
+      const auto next = random_tokens(1, 50 + t, 500);
+      const auto want = host_floats(a.step(next));
+      EXPECT_LE(relative_error(host_floats(b.step(next)), want), 2e-5);
+      EXPECT_LE(relative_error(host_floats(c.step(next)), want), 2e-5);
+    }
+  }
 }
 
 TEST_F(CudaTest, SessionsOfManyThreadsAndModelsAreIndependent) {

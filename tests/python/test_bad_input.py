@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reference.checkpoints import RandomModel, golden_like
-from tests.reference.files import read_safetensors, write_safetensors
+from tests.reference.files import read_safetensors, write_safetensors, write_state
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 PROMPT = [1, 2, 3, 4, 5, 6, 7]
@@ -469,35 +469,6 @@ def test_weights_that_are_not_numbers(directory):
 # ---- state files -----------------------------------------------------------------------------------------------------
 
 
-def fnv1a(data: bytes) -> str:
-    value = 0xCBF29CE484222325
-    for byte in data:
-        value = (value ^ byte) * 0x100000001B3 % (1 << 64)
-    return f"{value:016x}"
-
-
-def write_state(path: Path, states: list[tuple[int, dict[str, tuple[str, np.ndarray]]]], **metadata: str) -> None:
-    """A state file from scratch (docs/state-format.md), with a true checksum unless `metadata` says otherwise."""
-    codes = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32"}
-    header: dict[str, Any] = {}
-    data = hashed = b""
-    for b, (num_tokens, tensors) in enumerate(states):
-        hashed += f"{num_tokens};".encode()
-        for name, (dtype, bits) in tensors.items():
-            shape, raw = list(bits.shape), bits.tobytes()
-            header[f"sequences.{b}.{name}"] = {
-                "dtype": codes[dtype],
-                "shape": shape,
-                "data_offsets": [len(data), len(data) + len(raw)],
-            }
-            data += raw
-            hashed += f"{name};{dtype};({', '.join(map(str, shape))});".encode() + raw
-    counts = ",".join(str(num_tokens) for num_tokens, _ in states)
-    known = {"format": "based-state", "format_version": "1", "num_tokens": counts, "checksum": fnv1a(hashed)}
-    text = json.dumps({"__metadata__": known | metadata} | header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-
-
 @pytest.fixture
 def saved(session, small, tmp_path):
     """(path, states): the session's state in a file, and as write_state() takes it."""
@@ -559,7 +530,7 @@ def test_keys_and_values_in_float16(small, saved):
     ("change", "metadata", "error", "fragment"),
     [
         (None, {"format": "pt"}, based.FormatError, 'format: found "pt", expected "based-state"'),
-        (None, {"format_version": "2"}, based.StateError, 'format_version: found "2", expected "1"'),
+        (None, {"format_version": "3"}, based.StateError, 'format_version: found "3", expected "1" or "2"'),
         (None, {"fingerprint": "0" * 16}, based.StateError, 'the state of the model "0000000000000000", expected'),
         (None, {"checksum": "0" * 16}, based.FormatError, "damaged file"),
         (None, {"extra": "x"}, based.FormatError, "unknown keys in the metadata"),
@@ -602,6 +573,49 @@ def test_foreign_and_damaged_states(session, small, saved, change, metadata, err
         change(states)
     write_state(path, states, **({"fingerprint": small.fingerprint} | metadata))
     assert_state_refused(session, path, fragment, error)
+
+
+def pending(n: int, *, f: int = 4, dtype: str = "float32", of: str = "both") -> Callable[[list[Any]], None]:
+    """n pending tokens for the second sequence."""
+
+    def change(states: list[Any]) -> None:
+        for name, width in (("keys", f), ("values", 4)):
+            if of in ("both", name):
+                states[1][1][f"layers.1.pending_{name}"] = zeros(n, 2, width, dtype=dtype)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "version", "fragment"),
+    [
+        (pending(2), "1", 'sequences.1.layers.1.pending_keys", expected none such in format_version "1"'),
+        (pending(2, of="keys"), "2", "tensor layers.1.pending_values is missing"),
+        (pending(2, of="values"), "2", "tensor layers.1.pending_keys is missing"),
+        (pending(4), "2", "layers.1.pending_keys has 4 tokens, expected at most 3, the number seen"),
+        (pending(2, f=3), "2", "layers.1.pending_keys has shape (2, 2, 3), expected (2, 2, 4)"),
+        (pending(2, dtype="int32"), "2", "has dtype int32, expected float32, bfloat16 or float16"),
+    ],
+)
+def test_pending_tokens_that_cannot_be(session, small, saved, change, version, fragment):
+    path, states = saved
+    change(states)
+    write_state(path, states, fingerprint=small.fingerprint, format_version=version)
+    assert_state_refused(session, path, fragment, based.FormatError)
+
+
+def test_states_of_both_versions(small, saved):
+    path, states = saved
+    write_state(path, states, fingerprint=small.fingerprint, format_version="1")
+    other = small.session(2)
+    other.load_state(path)
+    other.save_state(path)
+    content = path.read_bytes()
+    assert json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["format_version"] == "2"
+    for name, (dtype, found) in read_safetensors(path).items():
+        _, b, rest = name.split(".", 2)
+        assert dtype == states[int(b)][1][rest][0]
+        np.testing.assert_array_equal(found, states[int(b)][1][rest][1], err_msg=name)
 
 
 def test_files_that_are_no_states(session, pristine, tmp_path):

@@ -175,6 +175,24 @@ def test_step_bytes() -> None:
     assert bench.step_nbytes(model, 1, 100) == bench.step_nbytes(model, 1, 65536)
 
 
+def test_step_bytes_on_a_gpu() -> None:
+    """Sums are written by one step in W, 0 … W - 1 tokens are read beside them; convolutions keep bfloat16."""
+    tiny = sizes.named_config("tiny")
+    model = SimpleNamespace(config=tiny, device="cuda:0", dtype="bfloat16", weight_nbytes=1000)
+    one, two = (bench.step_nbytes(model, batch, 100) for batch in (1, 2))
+    w = sizes.PENDING_TOKENS
+    sums, token = 2 * 4 * 153 * 33 * 4, 2 * 4 * (16 + 32) * 2  # two layers of four heads
+    steps = [sums + n * token + (sums if n == w - 1 else token) for n in range(w)]
+    conv, row = 4 * 2 * 256 * 2, 2 * 128 * 2
+    assert two - one == pytest.approx(sum(steps) / w + 2 * conv + 9 * row + row)
+    assert one == pytest.approx(1000 + two - one)
+
+
+def test_pending_tokens_are_those_of_the_kernels() -> None:
+    header = Path(__file__).parents[2] / "cuda" / "kernels.h"
+    assert f"constexpr int kPendingTokens = {sizes.PENDING_TOKENS};" in header.read_text()
+
+
 def test_load_time(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "based.cli", "bench", "--device", "cpu", "-m", str(GOLDEN / "based-tiny")]
     options = ["-p", "4", "-n", "0", "-r", "1", "--no-bandwidth", "-o", "jsonl"]

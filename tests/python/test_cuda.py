@@ -20,6 +20,7 @@ from based import SamplingParams, sizes
 
 from tests.reference.checkpoints import RandomModel, Seeded, random_model
 from tests.reference.compare import max_abs, rel_l2
+from tests.reference.files import read_safetensors, round_to, write_state
 from tests.reference.model import Model as Reference
 
 pytestmark = pytest.mark.gpu
@@ -136,7 +137,10 @@ def test_random_architectures(tmp_path, seed):
 
 
 @HALF_OR_SINGLE
-@pytest.mark.parametrize("cuts", [[1], [63, 64], [64, 129], [1, 2, 3, 299], list(range(1, 40))])
+@pytest.mark.parametrize(
+    "cuts",
+    [[1], [63, 64], [64, 129], [1, 2, 3, 299], list(range(1, 40)), [90, *range(91, 96), 110, *range(111, 130), 131]],
+)
 def test_decode_equals_prefill(load, dtype, cuts):
     model = load(dtype=dtype)
     tokens = tokens_of(model, 300)
@@ -187,6 +191,97 @@ def test_save_load_fork_and_rollback_change_no_bit(load, tmp_path, dtype):
     np.testing.assert_array_equal(logits[0], logits[1])
     session.reset()
     assert session.num_tokens == [0, 0, 0]
+
+
+@HALF_OR_SINGLE
+@pytest.mark.parametrize("pending", range(sizes.PENDING_TOKENS))
+def test_pending_tokens_change_no_bit(load, tmp_path, dtype, pending):
+    """A linear layer adds tokens to its sums a few at a time: cut at every number of those that wait."""
+    model = load(dtype=dtype)
+    session = model.session(2)
+    session.prefill([tokens_of(model, n, n) for n in (30, 5)])
+    for i in range(pending):
+        session.step([i, i + 1])
+    session.save_state(tmp_path / "state")
+    for name, (kept, values) in read_safetensors(tmp_path / "state").items():
+        if "pending" in name:
+            assert (kept, len(values)) == (dtype, pending)
+    linear = sum(isinstance(mixer, based.LinearAttentionConfig) for mixer in model.config.layers)
+    found = sum("pending_keys" in name for name in read_safetensors(tmp_path / "state"))
+    assert found == (2 * linear if pending else 0)
+    loaded = model.session(2)
+    loaded.load_state(tmp_path / "state")
+    same = [session, loaded, session.fork()]
+    marks = [which.checkpoint() for which in same]
+
+    def go_on(which: based.Session, steps: int) -> list[np.ndarray]:
+        prompts = [tokens_of(model, n, n) for n in (7, 70)]
+        first = [np.asarray(which.step([i, i])) for i in range(steps)]
+        return [*first, np.asarray(which.prefill(prompts)), *(np.asarray(which.step([i, 9])) for i in range(11))]
+
+    for steps in (0, 3, 10):
+        expected = go_on(session, steps)
+        session.rollback(marks[0])
+        for which, mark in zip(same, marks, strict=True):
+            for a, b in zip(go_on(which, steps), expected, strict=True):
+                np.testing.assert_array_equal(a, b)
+            which.rollback(mark)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 20])
+@pytest.mark.parametrize(("saved", "dtype"), [("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_pending_tokens_of_another_device(load, tmp_path, count, saved, dtype):
+    """More of them than this one leaves, or of another dtype: added to the sums as the CPU does."""
+    cpu, gpu = load(device="cpu"), load(dtype=dtype)
+    source, expected, found = cpu.session(), cpu.session(), gpu.session()
+    source.prefill(tokens_of(cpu, 60))
+    source.save_state(tmp_path / "state")
+    tensors = {name.split(".", 2)[2]: tensor for name, tensor in read_safetensors(tmp_path / "state").items()}
+    normal = np.random.default_rng(count).normal
+    for i, mixer in enumerate(cpu.config.layers):
+        if isinstance(mixer, based.LinearAttentionConfig):
+            for name, width in (("keys", mixer.feature_dim), ("values", mixer.head_dim)):
+                values = round_to(normal(size=(count, mixer.num_heads, width)), saved)
+                tensors[f"layers.{i}.pending_{name}"] = saved, values
+    write_state(tmp_path / "state", [(60, tensors)], fingerprint=cpu.fingerprint, format_version="2")
+    for session in (expected, found):
+        session.load_state(tmp_path / "state")
+    logits = [[np.asarray(session.step([i]))[0] for i in range(12)] for session in (found, expected)]
+    CHECKS[dtype](*logits)
+    assert (dtype == saved and count < sizes.PENDING_TOKENS) == saved_again(gpu, tmp_path / "state")
+
+
+def saved_again(model: based.Model, path: Path) -> bool:
+    """Whether a state that is loaded and saved keeps its pending tokens; what need not be rounded is as it was."""
+    session = model.session()
+    session.load_state(path)
+    before = read_safetensors(path)
+    session.save_state(path)
+    after = read_safetensors(path)
+    for name, (dtype, values) in after.items():
+        exact = "pending" in name or (model.dtype == "float32" and "taylor" not in name)
+        if exact and dtype == before[name][0]:
+            np.testing.assert_array_equal(values, before[name][1])
+    return any("pending" in name for name in after)
+
+
+@HALF_OR_SINGLE
+@pytest.mark.parametrize("pending", range(sizes.PENDING_TOKENS))
+def test_pending_tokens_move_to_the_cpu_and_back(load, tmp_path, dtype, pending):
+    cpu, gpu = load(device="cpu"), load(dtype=dtype)
+    tokens = tokens_of(cpu, 220, pending)
+    session, on_cpu, back = gpu.session(), cpu.session(), gpu.session()
+    session.prefill(tokens[:100])
+    for token in tokens[100 : 100 + pending]:
+        session.step([token])
+    session.save_state(tmp_path / "state")
+    on_cpu.load_state(tmp_path / "state")
+    on_cpu.save_state(tmp_path / "state")
+    assert not any("pending" in name for name in read_safetensors(tmp_path / "state"))
+    back.load_state(tmp_path / "state")
+    expected = cpu.forward(tokens)[100 + pending :]
+    for which in (session, on_cpu, back):
+        CHECKS[dtype]([np.asarray(which.step([token]))[0] for token in tokens[100 + pending :]], expected)
 
 
 @HALF_OR_SINGLE

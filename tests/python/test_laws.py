@@ -23,8 +23,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from tests.reference.checkpoints import RandomModel
 from tests.reference.checkpoints import models as random_models
 from tests.reference.compare import rel_l2
-from tests.reference.files import read_safetensors, round_to, to_float64
-from tests.reference.model import Model
+from tests.reference.files import read_safetensors, round_to, to_float64, write_state
+from tests.reference.model import Model, taylor_features
 
 FLOAT32 = 2e-5  # rel-L2 of logits and states in float32; the worst of 2,500 random architectures was 9e-6
 GOLDEN = Path(__file__).parent.parent / "golden" / "based-tiny"
@@ -220,6 +220,53 @@ def test_states_move_between_dtypes(data, random):
                     if target is half and name.endswith(("keys", "values")):
                         values = to_float64(round_to(values, "bfloat16"), "bfloat16")
                     np.testing.assert_array_equal(after[name], values, err_msg=name)
+
+
+@settings(max_examples=40)
+@given(
+    data=st.data(),
+    random=random_models(),
+    count=st.integers(1, 12),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+)
+def test_pending_tokens_of_another_device_are_added(data, random, count, dtype):
+    """As a GPU saves them: k and v of the last tokens beside the sums. Here they are in the sums once loaded."""
+    schedule = data.draw(schedules(random))
+    session, _ = schedule.run(load(random, dtype="float32"))
+    linear = {i: layer for i, layer in enumerate(random.config["layers"]) if layer["mixer"] == "linear_attention"}
+    normal = np.random.default_rng(data.draw(st.integers(0, 1 << 16))).normal
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "state"
+        session.save_state(path)
+        before = saved_state(session)
+        content = path.read_bytes()
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        states = [(seen, {}) for seen, _ in before]
+        for name, tensor in read_safetensors(path).items():
+            _, b, rest = name.split(".", 2)
+            states[int(b)][1][rest] = tensor
+        added: dict[tuple[int, int], np.ndarray] = {}
+        for b, (seen, tensors) in enumerate(states):
+            n = min(count, seen)
+            for i, layer in linear.items():
+                k, v = (
+                    (dtype, round_to(normal(size=(n, layer["num_heads"], layer[width])), dtype))
+                    for width in ("feature_dim", "head_dim")
+                )
+                tensors |= {f"layers.{i}.pending_keys": k, f"layers.{i}.pending_values": v}
+                values = to_float64(v[1], dtype)
+                ones = np.concatenate([values, np.ones_like(values[..., :1])], axis=-1)
+                added[b, i] = np.einsum("nhp,nhd->hpd", taylor_features(to_float64(k[1], dtype)), ones)
+        write_state(path, states, fingerprint=metadata["fingerprint"], format_version="2")
+        session.load_state(path)
+    for b, ((seen, old), (now_seen, new)) in enumerate(zip(before, saved_state(session), strict=True)):
+        assert (now_seen, new.keys()) == (seen, old.keys())
+        for name, values in new.items():
+            layer = int(name.split(".")[1])
+            if name.endswith("taylor"):
+                assert close(values, old[name] + added[b, layer], FLOAT32), name
+            else:
+                np.testing.assert_array_equal(values, old[name], err_msg=name)
 
 
 # ---- any sequence of operations --------------------------------------------------------------------------------------

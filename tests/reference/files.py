@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,36 @@ def write_model(directory: Path, config: Mapping[str, Any], tensors: Mapping[str
     write_safetensors(
         directory / "model.safetensors", {name: (dtype, round_to(values, dtype)) for name, values in tensors.items()}
     )
+
+
+def fnv1a(data: bytes) -> str:
+    value = 0xCBF29CE484222325
+    for byte in data:
+        value = (value ^ byte) * 0x100000001B3 % (1 << 64)
+    return f"{value:016x}"
+
+
+def _natural(name: str) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def write_state(path: Path, states: Sequence[tuple[int, Mapping[str, tuple[str, Array]]]], **metadata: str) -> None:
+    """A state file from scratch (docs/state-format.md), with a true checksum unless `metadata` says otherwise."""
+    codes = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32"}
+    header: dict[str, Any] = {}
+    data = hashed = b""
+    for b, (num_tokens, tensors) in enumerate(states):
+        hashed += f"{num_tokens};".encode()
+        for name, (dtype, bits) in sorted(tensors.items(), key=lambda item: _natural(item[0])):
+            shape, raw = list(bits.shape), bits.tobytes()
+            header[f"sequences.{b}.{name}"] = {
+                "dtype": codes[dtype],
+                "shape": shape,
+                "data_offsets": [len(data), len(data) + len(raw)],
+            }
+            data += raw
+            hashed += f"{name};{dtype};({', '.join(map(str, shape))});".encode() + raw
+    counts = ",".join(str(num_tokens) for num_tokens, _ in states)
+    known = {"format": "based-state", "format_version": "1", "num_tokens": counts, "checksum": fnv1a(hashed)}
+    text = json.dumps({"__metadata__": known | metadata} | header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)

@@ -72,7 +72,7 @@ class CpuBackend final : public backend::Backend {
   std::vector<backend::NamedTensor> export_state(const backend::StatePool& states, int slot,
                                                  std::int64_t num_tokens) override;
   void import_state(backend::StatePool& states, int slot, std::int64_t num_tokens,
-                    std::span<const TensorView> tensors) override;
+                    std::span<const backend::NamedView> tensors) override;
 
  private:
   std::shared_ptr<ThreadPool> pool_;

@@ -74,6 +74,13 @@ float read_element(const std::byte* data, std::int64_t index, DType dtype) {
   return value;
 }
 
+std::vector<float> to_floats(const TensorView& tensor) {
+  std::vector<float> x(static_cast<std::size_t>(tensor.size()));
+  for (std::int64_t i = 0; i < tensor.size(); ++i)
+    x[static_cast<std::size_t>(i)] = read_element(tensor.data, i, tensor.dtype);
+  return x;
+}
+
 // Rounded to nearest even; a ring of the CPU is float32 or bfloat16.
 void write_element(std::byte* data, std::int64_t index, DType dtype, float value) {
   if (dtype == DType::bfloat16) {
@@ -199,27 +206,27 @@ std::vector<backend::NamedTensor> CpuBackend::export_state(const backend::StateP
 }
 
 void CpuBackend::import_state(backend::StatePool& states, int slot, std::int64_t num_tokens,
-                              std::span<const TensorView> tensors) {
+                              std::span<const backend::NamedView> tensors) {
   const CpuStatePool& pool = pool_of(states);
   reset_state(states, slot);
   auto tensor = tensors.begin();
   for (std::size_t i = 0; i < pool.layers().size(); ++i) {
     const int layer = static_cast<int>(i);
     if (std::holds_alternative<GatedConvConfig>(pool.layers()[i])) {
-      const TensorView& saved = *tensor++;
+      const TensorView& saved = (tensor++)->view;
       if (saved.nbytes() > 0) std::memcpy(pool.layer<std::byte>(slot, layer), saved.data, saved.nbytes());
     } else if (const auto* linear = std::get_if<LinearAttentionConfig>(&pool.layers()[i])) {
-      const std::byte* saved = (*tensor++).data;
-      const auto row_nbytes = static_cast<std::size_t>(linear->head_dim) * sizeof(float);
+      std::vector<float> saved = to_floats((tensor++)->view);
+      if (const auto pending = backend::take_pending(tensor, tensors.end()))
+        backend::fold_pending(*linear, saved, to_floats(pending->keys), to_floats(pending->values));
       for_each_feature(*linear, pool.layer<float>(slot, layer), [&](std::int64_t row, float* s, float* z) {
-        const std::byte* from = saved + row * static_cast<std::int64_t>(sizeof(float));
-        std::memcpy(s, from, row_nbytes);
-        std::memcpy(z, from + row_nbytes, sizeof(float));
+        std::copy_n(saved.data() + row, linear->head_dim, s);
+        *z = saved[static_cast<std::size_t>(row + linear->head_dim)];
       });
     } else {
       const auto& window = std::get<SlidingWindowConfig>(pool.layers()[i]);
-      const TensorView& keys = *tensor++;
-      const TensorView& values = *tensor++;
+      const TensorView& keys = (tensor++)->view;
+      const TensorView& values = (tensor++)->view;
       auto* ring = pool.layer<std::byte>(slot, layer);
       const DType dtype = pool.ring_dtype();
       for_each_in_ring(window, num_tokens, [&](std::int64_t saved, std::int64_t key, std::int64_t value) {

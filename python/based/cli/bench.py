@@ -313,11 +313,10 @@ class Bench:
         return Result(test, session.batch_size, depth, self.model.num_threads, len(seconds), mean, sd, seconds=seconds)
 
 
-def step_nbytes(model: "_core.Model", batch: int, num_tokens: int) -> int:
-    """Bytes that a decode step must move; `num_tokens`: of each sequence, after it.
+def step_nbytes(model: "_core.Model", batch: int, num_tokens: int) -> float:
+    """Bytes that a decode step moves, on average; `num_tokens`: of each sequence, after it.
 
-    Weights are read once. State is read, and what changes of it written: sums and inputs of convolutions whole, one row
-    of a window.
+    Weights are read once. State is read, and what changes of it written: see sizes.mixer_step_nbytes.
     """
     from based import sizes
 
@@ -325,8 +324,9 @@ def step_nbytes(model: "_core.Model", batch: int, num_tokens: int) -> int:
     weights = model.weight_nbytes
     if not config.tie_embeddings:  # a lookup reads a row of it
         weights -= config.padded_vocab_size * config.hidden_size * sizes.ITEM_SIZE[model.dtype]
-    written = sum(sizes.mixer_nbytes(mixer, model.dtype, 1) for mixer in config.layers)  # a window's: one row
-    return weights + batch * (sizes.state_nbytes(config, model.dtype, num_tokens) + written)
+    on_gpu = model.device != "cpu"
+    state = sum(sizes.mixer_step_nbytes(mixer, model.dtype, num_tokens, on_gpu=on_gpu) for mixer in config.layers)
+    return weights + batch * state
 
 
 def prefill_operations(config: "_core.ModelConfig", num_tokens: int) -> int:
