@@ -21,7 +21,8 @@ struct LoadedStates {
 };
 
 /// A new pool filled from a file that must hold `batch_size` sequences of this model, every tensor with the name, dtype
-/// and shape that the config, its token count and its number of pending tokens give. Throws IoError, FormatError, StateError.
+/// and shape that the config, its token count and its number of pending tokens give. Throws IoError, FormatError,
+/// StateError.
 LoadedStates load_states(const std::filesystem::path& path, const Model& model, backend::Backend& backend,
                          int batch_size);
 
