@@ -1,5 +1,6 @@
 """The command line as a user meets it: through a process of its own, on the golden model."""
 
+import contextlib
 import json
 import os
 import pty
@@ -8,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -425,10 +426,22 @@ def test_a_session_of_another_model_is_refused(model_directory: Path, tmp_path: 
 # ---- generate: pipes and interrupts ----------------------------------------------------------------------------------
 
 
-def start(*args: object) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [*COMMAND, *map(str, args)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+@contextlib.contextmanager
+def start(*args: object) -> Iterator[subprocess.Popen[bytes]]:
+    """The command, under way, and killed in the end."""
+    # Tests that a shell runs in the background ignore interrupts, and what they start would, too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [*COMMAND, *map(str, args)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_text_streams_and_a_closed_pipe_ends_it_quietly(model_directory: Path) -> None:
