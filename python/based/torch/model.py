@@ -159,7 +159,7 @@ class BasedForCausalLM(nn.Module):
         self, name: str, tokens: torch.Tensor, dtypes: tuple[torch.dtype, ...], ignored: int | None = None
     ) -> None:
         if not isinstance(tokens, torch.Tensor) or tokens.dtype not in dtypes:
-            found = tokens.dtype if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+            found = str(tokens.dtype) if isinstance(tokens, torch.Tensor) else type(tokens).__name__
             raise TypeError(f"{name} is {found}, expected a tensor of {' or '.join(map(str, dtypes))}")
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise ValueError(f"{name} has shape {tuple(tokens.shape)}, expected (B, T), both ≥ 1")
@@ -171,8 +171,9 @@ class BasedForCausalLM(nn.Module):
             if ignored is not None:
                 foreign &= tokens != ignored
             if foreign.any():
-                found = int(tokens[foreign][0])
-                raise ValueError(f"{name} holds {found}, expected tokens in [0, {self.config.vocab_size})")
+                raise ValueError(
+                    f"{name} holds {int(tokens[foreign][0])}, expected tokens in [0, {self.config.vocab_size})"
+                )
 
     # ---- model directories ---------------------------------------------------------------------------------------
 
@@ -350,7 +351,7 @@ class _SlidingWindow(nn.Module):
         h, h_kv = config.num_heads, config.num_kv_heads
         self.heads = [h, h_kv, h_kv]
         self.window, self.scale = config.window, config.scale
-        self.rotary = {
+        self.rotary: dict[str, Any] = {
             "rotary_dim": config.rotary_dim,
             "base": config.rotary_base,
             "interleaved": config.rotary_interleaved,

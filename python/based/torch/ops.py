@@ -6,6 +6,7 @@ raises TypeError or ValueError with what was found and what is expected, and has
 second ones raises RuntimeError.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -22,6 +23,19 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT = 8  # elements: matrix units want rows of 16-bit numbers to start at multiples of 16 bytes
 _MIN_BLOCK = 64  # queries of a block of window attention: fewer are too small a product
 _KERNEL_FEATURE_DIMS = (8, 16, 24)  # of the GPU kernel that runs on tensor cores; others are slower than chunks here
+
+
+def _once_differentiable(backward: Any) -> Any:
+    """PyTorch's once_differentiable, which lets a second derivative be taken for zero where dy is a constant."""
+    once = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, dy: torch.Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not dy.requires_grad:
+            dy = dy.detach().requires_grad_()
+        return once(ctx, dy)
+
+    return checked
 
 
 # ---- Taylor linear attention -----------------------------------------------------------------------------------------
@@ -55,7 +69,7 @@ def taylor_linear_attention(
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected ≥ 1")
     q, k, v = _as_autocast(q, k, v)
-    return _TaylorLinearAttention.apply(q, k, v, eps, chunk_size)  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
+    return _TaylorLinearAttention.apply(q, k, v, eps, chunk_size)
 
 
 class _TaylorLinearAttention(torch.autograd.Function):
@@ -70,7 +84,7 @@ class _TaylorLinearAttention(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
         q, k, v, y = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
@@ -105,7 +119,7 @@ class _Chunks:
         self.states = (increments.cumsum(2) * self.pairs.weight).to(self.dtype)
 
     def forward(self, eps: float) -> torch.Tensor:
-        """y (B, T, H, D)."""
+        """The operation's result, (B, T, H, D)."""
         sums = _product(self.p.to(self.dtype), self.v)
         sums[:, :, 1:] += _product(self.phi_q, self.states)
         d = self.head_dim
@@ -186,7 +200,7 @@ def _accumulation_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b with float32 sums and result, float64 of float64."""
+    """The product of matrices with float32 sums and result, float64 of float64."""
     if a.dtype != torch.bfloat16:
         return a @ b
     if not a.is_cuda:  # products of bfloat16 numbers are exact in float32
@@ -199,7 +213,7 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @torch.library.custom_op("based::taylor_linear_attention", mutates_args=(), device_types="cuda")
 def _taylor_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
     q, k, v = (x.detach().contiguous() for x in (q, k, v))
-    return kernels.taylor_linear_attention(q, k, v, eps=eps)  # type: ignore[no-any-return, unused-ignore]
+    return kernels.taylor_linear_attention(q, k, v, eps=eps)
 
 
 @_taylor_kernel.register_fake
@@ -258,7 +272,7 @@ def sliding_window_attention(
     position = torch.arange(2 * size, device=q.device)
     age = position[size:, None] - position  # of a block's queries, to its keys and those of the block before
     mask = (age >= 0) & (age < window)
-    first = _attend(*(x[:, :size] for x in (q, k, v)), mask[:, size:], scale)
+    first = _attend(q[:, :size], k[:, :size], v[:, :size], mask[:, size:], scale)
     if t == size:
         return first
     num_blocks = -(-t // size)
@@ -272,9 +286,7 @@ def sliding_window_attention(
     return torch.cat([first, others[:, : t - size]], 1)
 
 
-def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
-) -> torch.Tensor:
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """softmax(scale · q kᵀ) v over the keys where `mask` is true; None: over those up to the query's own."""
     group = q.shape[2] // k.shape[2]
     if group > 1:
@@ -345,7 +357,7 @@ def gated_short_conv(u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     (u,) = _as_autocast(u)
     if weight.dtype not in (u.dtype, _accumulation_dtype(u)):
         raise TypeError(f"weight is {_name(weight)}, expected {_name(u)}")
-    return _GatedShortConv.apply(u, weight)  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
+    return _GatedShortConv.apply(u, weight)
 
 
 class _GatedShortConv(torch.autograd.Function):
@@ -358,7 +370,7 @@ class _GatedShortConv(torch.autograd.Function):
         return (functional.silu(_causal_conv(u1, w)) * u2).to(u.dtype)
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         u, weight = ctx.saved_tensors
         u1, u2, w = _widened(u, weight)
@@ -368,7 +380,7 @@ class _GatedShortConv(torch.autograd.Function):
         silu = conv * sigmoid
         dconv = dy * u2 * (sigmoid + silu * (1 - sigmoid))
         after = functional.pad(dconv, (0, 0, 0, taps - 1))
-        du1 = sum(w[:, j] * after[:, taps - 1 - j : taps - 1 - j + t] for j in range(taps))
+        du1 = _correlate(after, w.flip(1), t)
         before = functional.pad(u1, (0, 0, taps - 1, 0))
         dw = torch.stack([(dconv * before[:, j : j + t]).sum((0, 1)) for j in range(taps)], -1)
         return torch.cat([du1, dy * silu], -1).to(u.dtype), dw.to(weight.dtype)
@@ -380,10 +392,16 @@ def _widened(u: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch
     return u1, u2, weight.to(dtype)
 
 
-def _causal_conv(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    taps = w.shape[1]
-    padded = functional.pad(x, (0, 0, taps - 1, 0))
-    return sum(w[:, j] * padded[:, j : j + x.shape[1]] for j in range(taps))
+def _causal_conv(u1: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return _correlate(functional.pad(u1, (0, 0, w.shape[1] - 1, 0)), w, u1.shape[1])
+
+
+def _correlate(x: torch.Tensor, w: torch.Tensor, t: int) -> torch.Tensor:
+    """Σ_j w[:, j] · x[:, j : j + t], (B, t, e)."""
+    y = w[:, 0] * x[:, :t]
+    for j in range(1, w.shape[1]):
+        y = torch.addcmul(y, w[:, j], x[:, j : j + t])
+    return y
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
