@@ -137,11 +137,14 @@ def test_rotary_embedding(rotary_dim, base, interleaved):
 
 
 OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[[int, str], Tensors]]] = {
-    "taylor": (lambda q, k, v: ops.taylor_linear_attention(q, k, v, chunk_size=64), lambda t, x: taylor_inputs(t, 16, 8, x)),
+    "taylor": (
+        lambda q, k, v: ops.taylor_linear_attention(q, k, v, chunk_size=64),
+        lambda t, x: taylor_inputs(t, 16, 8, x),
+    ),
     "window": (window(17), lambda t, x: window_inputs(t, 4, 2, 8, x)),
     "conv": (ops.gated_short_conv, lambda t, x: conv_inputs(t, 8, 3, x)),
     "rotary": (lambda x: ops.rotary_embedding(x, rotary_dim=4), lambda t, x: (random(2, t, 2, 6, dtype=x),)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -323,30 +326,70 @@ X = torch.zeros(2, 10, 3, 8)
 @pytest.mark.parametrize(
     ("call", "exception", "message"),
     [
-        (lambda: ops.taylor_linear_attention(X, X[:, :-1], X), ValueError, "k has shape (2, 9, 3, 8), expected (2, 10, 3, 8)"),
-        (lambda: ops.taylor_linear_attention(X, X, X[:, :, :2]), ValueError, "v has shape (2, 10, 2, 8), expected (2, 10, 3, D)"),
+        (
+            lambda: ops.taylor_linear_attention(X, X[:, :-1], X),
+            ValueError,
+            "k has shape (2, 9, 3, 8), expected (2, 10, 3, 8)",
+        ),
+        (
+            lambda: ops.taylor_linear_attention(X, X, X[:, :, :2]),
+            ValueError,
+            "v has shape (2, 10, 2, 8), expected (2, 10, 3, D)",
+        ),
         (lambda: ops.taylor_linear_attention(X[0], X, X), ValueError, "q has shape (10, 3, 8), expected (B, T, H, f)"),
-        (lambda: ops.taylor_linear_attention(X[:, :0], X[:, :0], X[:, :0]), ValueError, "q has shape (2, 0, 3, 8), expected extents ≥ 1"),
+        (
+            lambda: ops.taylor_linear_attention(X[:, :0], X[:, :0], X[:, :0]),
+            ValueError,
+            "q has shape (2, 0, 3, 8), expected extents ≥ 1",
+        ),
         (lambda: ops.taylor_linear_attention(X, X.half(), X), TypeError, "k is float16, expected float32, which q is"),
-        (lambda: ops.taylor_linear_attention(X.long(), X, X), TypeError, "q is int64, expected float64, float32, bfloat16 or float16"),
+        (
+            lambda: ops.taylor_linear_attention(X.long(), X, X),
+            TypeError,
+            "q is int64, expected float64, float32, bfloat16 or float16",
+        ),
         (lambda: ops.taylor_linear_attention(X.numpy(), X, X), TypeError, "q is a ndarray, expected a torch.Tensor"),
         (lambda: ops.taylor_linear_attention(X, X.to("meta"), X), ValueError, "k is on meta, expected cpu, where q is"),
-        (lambda: ops.taylor_linear_attention(X, X, X, eps=-1.0), ValueError, "eps is -1.0, expected a finite number ≥ 0"),
+        (
+            lambda: ops.taylor_linear_attention(X, X, X, eps=-1.0),
+            ValueError,
+            "eps is -1.0, expected a finite number ≥ 0",
+        ),
         (lambda: ops.taylor_linear_attention(X, X, X, eps=float("nan")), ValueError, "eps is nan"),
         (lambda: ops.taylor_linear_attention(X, X, X, chunk_size=0), ValueError, "chunk_size is 0, expected ≥ 1"),
-        (lambda: ops.sliding_window_attention(X, X[:, :, :2], X[:, :, :2], window=1), ValueError, "k has 2 heads, expected a divisor of the 3 heads of q"),
-        (lambda: ops.sliding_window_attention(X, X[..., :4], X, window=1), ValueError, "k has shape (2, 10, 3, 4), expected (2, 10, H_kv, 8)"),
+        (
+            lambda: ops.sliding_window_attention(X, X[:, :, :2], X[:, :, :2], window=1),
+            ValueError,
+            "k has 2 heads, expected a divisor of the 3 heads of q",
+        ),
+        (
+            lambda: ops.sliding_window_attention(X, X[..., :4], X, window=1),
+            ValueError,
+            "k has shape (2, 10, 3, 4), expected (2, 10, H_kv, 8)",
+        ),
         (lambda: ops.sliding_window_attention(X, X, X, window=0), ValueError, "window is 0, expected ≥ 1"),
-        (lambda: ops.sliding_window_attention(X, X, X, window=1, scale=0.0), ValueError, "scale is 0.0, expected a finite number > 0"),
+        (
+            lambda: ops.sliding_window_attention(X, X, X, window=1, scale=0.0),
+            ValueError,
+            "scale is 0.0, expected a finite number > 0",
+        ),
         (lambda: ops.rotary_embedding(X[..., :7], rotary_dim=7), ValueError, "rotary_dim is 7, expected 0 to 6"),
         (lambda: ops.rotary_embedding(X, rotary_dim=-1), ValueError, "rotary_dim is -1, expected 0 to 8"),
-        (lambda: ops.rotary_embedding(X, rotary_dim=2, base=0.0), ValueError, "base is 0.0, expected a finite number > 0"),
+        (
+            lambda: ops.rotary_embedding(X, rotary_dim=2, base=0.0),
+            ValueError,
+            "base is 0.0, expected a finite number > 0",
+        ),
         (lambda: ops.gated_short_conv(X, X[0, 0]), ValueError, "u has shape (2, 10, 3, 8), expected (B, T, 2e)"),
-        (lambda: ops.gated_short_conv(X[0, :, :, :7], X[0, 0]), ValueError, "u has shape (10, 3, 7), expected (B, T, 2e)"),
+        (
+            lambda: ops.gated_short_conv(X[0, :, :, :7], X[0, 0]),
+            ValueError,
+            "u has shape (10, 3, 7), expected (B, T, 2e)",
+        ),
         (lambda: ops.gated_short_conv(X[0], X[0, 0]), ValueError, "weight has shape (3, 8), expected (4, K)"),
         (lambda: ops.gated_short_conv(X[0], X[0, :4, 0].half()), TypeError, "weight is float16, expected float32"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(call, exception, message):
     with pytest.raises(exception) as caught:
         call()
