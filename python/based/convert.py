@@ -61,8 +61,8 @@ def convert(
     config = _read_json(config_path)
     if isinstance(config, dict) and config.get("format") == "based":
         raise FormatError(f"{config_path}: already in the format of based, expected a published checkpoint")
-    tokenizer_path = _find_tokenizer(source, tokenizer)
-    weights_path, stored = _open_weights(source)
+    tokenizer_path = find_tokenizer(source, tokenizer)
+    weights_path, stored = open_weights(source)
     names = normalise_names(list(stored), str(weights_path))
     tensors = {short: stored[name] for short, name in names.items()}
     shapes = {name: tensor.bits.shape for name, tensor in tensors.items()}
@@ -76,13 +76,13 @@ def convert(
                     f"{weights_path}: {name}: found dtype {tensors[name].dtype}, expected one of {', '.join(_DTYPES)}"
                 )
 
-    with _atomic_directory(source, target, overwrite) as directory:
+    with atomic_directory(source, target, overwrite) as directory:
         _write_weights(directory, recipes, tensors, dtype, str(weights_path))
         if tokenizer_path is not None:
             shutil.copyfile(tokenizer_path, directory / "tokenizer.json")
-            _sync(directory / "tokenizer.json")
+            sync(directory / "tokenizer.json")
         (directory / "config.json").write_text(text, encoding="utf-8")
-        _sync(directory / "config.json")
+        sync(directory / "config.json")
 
 
 def is_published(directory: StrPath) -> bool:
@@ -120,7 +120,7 @@ def _read_json(path: Path) -> object:
         raise FormatError(f"{path}: not valid JSON: {error}") from error
 
 
-def _open_weights(directory: Path) -> tuple[Path, Tensors]:
+def open_weights(directory: Path) -> tuple[Path, Tensors]:
     """The file that names the weights, and every tensor in it or in its shards."""
     for name in _WEIGHT_FILES:
         path = directory / name
@@ -161,7 +161,8 @@ def _read_shards(index_path: Path) -> Tensors:
     return tensors
 
 
-def _find_tokenizer(source: Path, tokenizer: StrPath | None) -> Path | None:
+def find_tokenizer(source: Path, tokenizer: StrPath | None) -> Path | None:
+    """The tokenizer.json that is asked for, by default the one in `source`, if it has one."""
     if tokenizer is None:
         path = source / "tokenizer.json"
         return path if path.exists() else None
@@ -237,8 +238,11 @@ def _count_infinite(bits: np.ndarray[Any, Any], dtype: str) -> int:
 
 
 @contextmanager
-def _atomic_directory(source: Path, target: Path, overwrite: bool) -> Iterator[Path]:
-    """A new directory beside `target`, which takes its place when the block ends well, and is removed otherwise."""
+def atomic_directory(source: Path | None, target: Path, overwrite: bool) -> Iterator[Path]:
+    """A new directory beside `target`, which takes its place when the block ends well, and is removed otherwise.
+
+    `source` is what it is made from, if that is a directory: it is not replaced.
+    """
     target = Path(os.path.realpath(target))
     if target.exists():
         if not target.is_dir():
@@ -248,7 +252,7 @@ def _atomic_directory(source: Path, target: Path, overwrite: bool) -> Iterator[P
             raise FileExistsError(errno.EEXIST, "expected a new or empty directory, found a full one", str(target))
         if found - _OUTPUTS:  # nothing that conversion did not write is ever deleted
             raise FileExistsError(errno.EEXIST, f"not a model directory: holds {min(found - _OUTPUTS)!r}", str(target))
-        if target.samefile(source):
+        if source is not None and target.samefile(source):
             raise FileExistsError(errno.EEXIST, "source and destination are the same", str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     stem = target.parent / f".{target.name}.{secrets.token_hex(4)}"
@@ -256,7 +260,7 @@ def _atomic_directory(source: Path, target: Path, overwrite: bool) -> Iterator[P
     new.mkdir()
     try:
         yield new
-        _sync(new)
+        sync(new)
         if overwrite and target.exists():
             target.rename(old)
         try:
@@ -268,12 +272,12 @@ def _atomic_directory(source: Path, target: Path, overwrite: bool) -> Iterator[P
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    _sync(target.parent)
+    sync(target.parent)
     if old.exists():
         shutil.rmtree(old)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Puts a file, or a directory's entries, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from based import ops
 
-from tests.reference.model import taylor_features
-
 torch = pytest.importorskip("torch")
+
+from tests.reference.torch_mixers import conv_reference, state_reference, taylor_reference, window_reference
 
 gpu = pytest.mark.gpu
 LENGTHS = [1, 63, 64, 65, 1000]
@@ -27,39 +27,6 @@ def assert_close(found: Any, expected: Any, dtype: str) -> None:
     assert found.shape == expected.shape
     error = (found.double() - expected.double()).norm() / expected.double().norm()
     assert error <= TOLERANCE[dtype], float(error)
-
-
-def taylor_reference(q: Any, k: Any, v: Any, eps: float = 1e-12) -> Any:
-    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
-    s = q @ k.mT * q.shape[-1] ** -0.5
-    p = (1 + s + s * s / 2).tril()
-    return (p @ v / (p.sum(-1, keepdim=True) + eps)).transpose(1, 2)
-
-
-def state_reference(k: Any, v: Any) -> Any:
-    features = torch.from_numpy(taylor_features(k.double().cpu().numpy())).to(v.device)
-    ones = torch.cat([v.double(), torch.ones_like(v[..., :1]).double()], -1)
-    return torch.einsum("bthf,bthd->bhfd", features, ones)
-
-
-def window_reference(q: Any, k: Any, v: Any, window: int, scale: float) -> Any:
-    repeats = q.shape[2] // k.shape[2]
-    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
-    k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
-    age = torch.arange(q.shape[2], device=q.device)
-    age = age[:, None] - age
-    scores = (q @ k.mT * scale).masked_fill((age < 0) | (age >= window), -torch.inf)
-    return (scores.softmax(-1) @ v).transpose(1, 2)
-
-
-def conv_reference(u: Any, weight: Any, before: Any = None) -> tuple[Any, Any]:
-    e, taps = weight.shape
-    u1, u2 = u.double().chunk(2, dim=-1)
-    if before is None:
-        before = u1.new_zeros(len(u), taps - 1, e)
-    padded = torch.cat([before.double(), u1], 1)
-    conv = sum(weight[:, j].double() * padded[:, j : j + u.shape[1]] for j in range(taps))
-    return torch.nn.functional.silu(conv) * u2, padded[:, padded.shape[1] - (taps - 1) :]
 
 
 # ---- against float64 -------------------------------------------------------------------------------------------------

@@ -1,0 +1,406 @@
+"""A BASED language model as a PyTorch module, with the parameters of a model directory under their own names."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from based import _core
+from based._core import (
+    Activation,
+    FormatError,
+    GatedConvConfig,
+    LinearAttentionConfig,
+    MlpConfig,
+    ModelConfig,
+    NormKind,
+    SlidingWindowConfig,
+)
+from based._loading import model_directory
+from based.convert import StrPath, atomic_directory, find_tokenizer, open_weights, sync
+from based.torch import ops
+
+_FILE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = (torch.float64, *_FILE_DTYPES.values())
+_ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    Activation.identity: lambda x: x,
+    Activation.silu: functional.silu,
+    Activation.gelu: functional.gelu,
+    Activation.gelu_tanh: lambda x: functional.gelu(x, approximate="tanh"),
+    Activation.sigmoid: torch.sigmoid,
+    Activation.relu: functional.relu,
+    Activation.relu_squared: lambda x: functional.relu(x).square(),
+}
+# Tokens whose logits memory holds at a time when there are labels: 0.4 GB of 50,257 float32 columns.
+_LOSS_TOKENS = 2048
+_IGNORED_LABEL = -100
+_ONTO_RESIDUAL = ("mixer.out_proj.weight", "mlp.fc2.weight")
+
+
+class BasedForCausalLM(nn.Module):
+    """The model that `based.Model` runs, for training.
+
+    Equations, parameter names and shapes are those of docs/model-format.md, and the logits are those of `based.Model`
+    up to rounding. The residual stream is float32 (float64 of float64 parameters); under autocast products run in its
+    dtype, and the norms and the residual stream stay float32.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        special_initializer: bool = False,
+        activation_checkpointing: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """A model with random weights: see reset_parameters.
+
+        Args:
+            config: Its shape, as `based.Model.config`, `ModelConfig.from_json` or `based.sizes.named_config` give it.
+            special_initializer: The standard deviation of the weights is √(2 / 5d) instead of 0.02.
+            activation_checkpointing: Keep only the residual stream between layers for the backward pass, which runs
+                each layer forward again. May be changed at any time.
+            device: Of the parameters; None for PyTorch's default.
+            dtype: Of the parameters: torch.float32, bfloat16, float16 or float64.
+
+        Raises:
+            TypeError: `config` is no ModelConfig, or `dtype` none of these.
+        """
+        super().__init__()
+        if not isinstance(config, ModelConfig):
+            raise TypeError(f"config is a {type(config).__name__}, expected a based.ModelConfig")
+        if dtype not in _DTYPES:
+            raise TypeError(f"dtype is {dtype}, expected torch.float32, bfloat16, float16 or float64")
+        self.config = config
+        self.special_initializer = special_initializer
+        self.activation_checkpointing = activation_checkpointing
+        self.tokenizer_json: bytes | None = None
+        """The tokenizer.json of the directory that load() read; save() writes it."""
+
+        # Without memory first: every weight is drawn once, and from one place.
+        factory: dict[str, Any] = {"device": "meta", "dtype": dtype}
+        rows, d = config.padded_vocab_size, config.hidden_size
+        self.embedding = nn.Embedding(rows, d, **factory)
+        self.layers = nn.ModuleList(_Layer(config, mixer, factory) for mixer in config.layers)
+        self.final_norm = _Norm(config, factory)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(d, rows, bias=False, **factory)
+        self.to_empty(device=torch.get_default_device() if device is None else device)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the weights as the authors do, from PyTorch's generator.
+
+        Normal with standard deviation σ = 0.02, or √(2 / 5d) with special_initializer; σ / √(2L) for the two matrices
+        of each of the L layers whose products are added to the residual stream. Convolutions as torch.nn.Conv1d, norms
+        ones, biases zeros.
+        """
+        std = math.sqrt(2 / (5 * self.config.hidden_size)) if self.special_initializer else 0.02
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                nn.init.constant_(parameter, 1 if name.endswith("weight") else 0)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif name.endswith("conv.weight"):
+                bound = parameter.shape[1] ** -0.5  # 1/√K: each output has K inputs
+                nn.init.uniform_(parameter, -bound, bound)
+            else:
+                onto_residual = name.endswith(_ONTO_RESIDUAL)
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * len(self.layers)) if onto_residual else std)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of every position; with labels, their loss instead.
+
+        Args:
+            input_ids: Tokens (B, T), int64 or int32, in [0, vocab_size): checked on the CPU, where that waits for
+                nothing.
+            labels: (B, T) int64: what input_ids says, or -100 where a token shall not count. The logits at position t
+                are scored against the label at t + 1, so T ≥ 2.
+
+        Returns:
+            Logits (B, T, padded_vocab_size), float32 (float64 of float64 parameters); columns from vocab_size on are no
+            tokens. With labels, a scalar of this dtype: the mean over all labels that count of −log softmax, which is
+            over the vocab_size tokens as in `based.Model.score`; NaN when none counts. Logits are made of 2,048 tokens
+            at a time, and again in the backward pass: memory never holds all of them.
+
+        Raises:
+            TypeError, ValueError: Another dtype, shape or device; a token that is none.
+        """
+        self._check_tokens("input_ids", input_ids, (torch.int64, torch.int32))
+        if labels is None:
+            return self._logits(self._hidden(input_ids))
+        self._check_tokens("labels", labels, (torch.int64,), ignored=_IGNORED_LABEL)
+        if labels.shape != input_ids.shape or labels.shape[1] < 2:
+            expected = f"that of input_ids, {tuple(input_ids.shape)}, with T ≥ 2"
+            raise ValueError(f"labels has shape {tuple(labels.shape)}, expected {expected}")
+        hidden, targets = self._hidden(input_ids)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        blocks = zip(hidden.split(_LOSS_TOKENS), targets.split(_LOSS_TOKENS), strict=True)
+        losses = [_recomputed(self._summed_loss, *block) for block in blocks]
+        return torch.stack(losses).sum() / (targets != _IGNORED_LABEL).sum()
+
+    def _hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """final_norm(r), (B, T, d)."""
+        r = self.embedding(input_ids)
+        r = r.to(torch.promote_types(r.dtype, torch.float32))
+        for layer in self.layers:
+            r = _recomputed(layer, r) if self.activation_checkpointing else layer(r)
+        return self.final_norm(r)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        head = self.embedding if self.lm_head is None else self.lm_head
+        logits = functional.linear(hidden, head.weight)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _summed_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """−Σ log softmax of hidden (N, d) at targets (N)."""
+        logits = self._logits(hidden)[:, : self.config.vocab_size]
+        return functional.cross_entropy(logits, targets, ignore_index=_IGNORED_LABEL, reduction="sum")
+
+    def _check_tokens(
+        self, name: str, tokens: torch.Tensor, dtypes: tuple[torch.dtype, ...], ignored: int | None = None
+    ) -> None:
+        if not isinstance(tokens, torch.Tensor) or tokens.dtype not in dtypes:
+            found = str(tokens.dtype) if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+            raise TypeError(f"{name} is {found}, expected a tensor of {' or '.join(map(str, dtypes))}")
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            raise ValueError(f"{name} has shape {tuple(tokens.shape)}, expected (B, T), both ≥ 1")
+        device = self.embedding.weight.device
+        if tokens.device != device:
+            raise ValueError(f"{name} is on {tokens.device}, expected {device}, where the model is")
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+            foreign = (tokens < 0) | (tokens >= self.config.vocab_size)
+            if ignored is not None:
+                foreign &= tokens != ignored
+            if foreign.any():
+                raise ValueError(
+                    f"{name} holds {int(tokens[foreign][0])}, expected tokens in [0, {self.config.vocab_size})"
+                )
+
+    # ---- model directories ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(
+        cls,
+        path_or_id: StrPath,
+        *,
+        revision: str | None = None,
+        activation_checkpointing: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "BasedForCausalLM":
+        """The model of a directory in our format or as published, or of the hub: what `based.load` takes.
+
+        Args:
+            path_or_id: See `based.load`.
+            revision: See `based.load`.
+            activation_checkpointing: See the constructor; so device.
+            device: Of the parameters.
+            dtype: Of the parameters, whatever the file's.
+
+        Raises:
+            FileNotFoundError, OSError, FormatError, ValueError: As `based.load`.
+            TypeError: As the constructor.
+        """
+        directory = model_directory(path_or_id, revision)
+        config_path = directory / "config.json"
+        config = ModelConfig.from_json(config_path.read_text(encoding="utf-8"), str(config_path))
+        model = cls(config, activation_checkpointing=activation_checkpointing, device="meta", dtype=dtype)
+        path, stored = open_weights(directory)
+        if extra := sorted(stored.keys() - model.state_dict().keys()):
+            raise FormatError(f"{path}: tensors that the config has no place for: {', '.join(extra[:5])}")
+        if device is None:
+            device = torch.get_default_device()
+        state = {}
+        for name, parameter in model.named_parameters():
+            shape = tuple(parameter.shape)
+            if name not in stored:
+                raise FormatError(f"{path}: tensor {name} {shape} is missing")
+            tensor = stored[name]
+            if tensor.bits.shape != shape:
+                raise FormatError(f"{path}: tensor {name} has shape {tensor.bits.shape}, the config makes it {shape}")
+            if tensor.dtype not in _FILE_DTYPES:
+                raise FormatError(f"{path}: tensor {name} has dtype {tensor.dtype}, expected {', '.join(_FILE_DTYPES)}")
+            bits = torch.from_numpy(np.array(tensor.bits))  # a copy: the file may be replaced by save()
+            state[name] = bits.view(_FILE_DTYPES[tensor.dtype]).to(device, dtype)
+        model.load_state_dict(state, assign=True)
+        tokenizer = find_tokenizer(directory, None)
+        model.tokenizer_json = None if tokenizer is None else tokenizer.read_bytes()
+        return model
+
+    @torch.no_grad()
+    def save(
+        self,
+        path: StrPath,
+        *,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        tokenizer: StrPath | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Writes a model directory, which `based.load` reads; it appears whole or not at all.
+
+        Args:
+            path: Must not exist, or be an empty directory; with `overwrite` it may be a model directory, which is
+                replaced.
+            dtype: Of the weights in the file; None for that of the parameters, which must be one of these.
+            tokenizer: A tokenizer.json, or a directory that holds one; by default that of the directory which load()
+                read.
+            overwrite: See path.
+
+        Raises:
+            ValueError: `dtype` is none of these, or too narrow for a weight.
+            OSError: FileNotFoundError, FileExistsError, a full disk.
+        """
+        dtype_name = str(self.embedding.weight.dtype).removeprefix("torch.") if dtype is None else dtype
+        if dtype_name not in _FILE_DTYPES:
+            raise ValueError(f"dtype is {dtype_name!r}, expected one of {', '.join(_FILE_DTYPES)}")
+        text = self.tokenizer_json
+        if tokenizer is not None:
+            found = find_tokenizer(Path(tokenizer), tokenizer)
+            text = None if found is None else found.read_bytes()
+        tensors = []
+        for name, parameter in self.named_parameters():
+            tensor = parameter.to("cpu", _FILE_DTYPES[dtype_name]).contiguous()
+            if tensor.isinf().sum() > parameter.isinf().sum():
+                raise ValueError(f"{name} holds values beyond the range of {dtype_name}, expected a wider dtype")
+            bits = tensor.view(torch.uint16) if dtype_name == "bfloat16" else tensor
+            tensors.append((name, bits.numpy(), dtype_name))
+        with atomic_directory(None, Path(path), overwrite) as directory:
+            _core.write_safetensors(directory / "model.safetensors", tensors, {"format": "based"})
+            files = {"config.json": self.config.to_json().encode(), "tokenizer.json": text}
+            for file, content in files.items():
+                if content is not None:
+                    (directory / file).write_bytes(content)
+                    sync(directory / file)
+
+    def extra_repr(self) -> str:
+        """What print() shows beside the submodules."""
+        return f"{self.config.num_parameters / 1e6:,.1f} M parameters"
+
+
+def _recomputed(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """function(*inputs), of which only the inputs are kept for the backward pass."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
+
+
+class _Layer(nn.Module):
+    """r += mixer(norm1(r)); r += mlp(norm2(r))."""
+
+    def __init__(self, config: ModelConfig, mixer: Any, factory: dict[str, Any]) -> None:
+        super().__init__()
+        self.norm1 = _Norm(config, factory)
+        self.mixer = _MIXERS[type(mixer)](mixer, config.hidden_size, factory)
+        self.norm2 = _Norm(config, factory)
+        self.mlp = _Mlp(config.mlp, config.hidden_size, factory)
+
+    def forward(self, r: torch.Tensor) -> torch.Tensor:
+        r = r + self.mixer(self.norm1(r))
+        return r + self.mlp(self.norm2(r))
+
+
+class _Norm(nn.Module):
+    """RMSNorm or LayerNorm of the residual stream, in its dtype; the result has the weights'."""
+
+    def __init__(self, config: ModelConfig, factory: dict[str, Any]) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, **factory))
+        layer_norm = config.norm == NormKind.layer_norm
+        self.bias = nn.Parameter(torch.empty(config.hidden_size, **factory)) if layer_norm else None
+
+    def forward(self, r: torch.Tensor) -> torch.Tensor:
+        weight, shape = self.weight.to(r.dtype), self.weight.shape
+        if self.bias is None:
+            y = functional.rms_norm(r, shape, weight, self.eps)
+        else:
+            y = functional.layer_norm(r, shape, weight, self.bias.to(r.dtype), self.eps)
+        return y.to(self.weight.dtype)
+
+
+class _GatedConv(nn.Module):
+    def __init__(self, config: GatedConvConfig, d: int, factory: dict[str, Any]) -> None:
+        super().__init__()
+        e = config.inner_size
+        self.in_proj = nn.Linear(d, 2 * e, bias=config.bias, **factory)
+        self.conv = _GatedShortConv(e, config.kernel_size, factory)
+        self.out_proj = nn.Linear(e, d, bias=config.bias, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out_proj(self.conv(self.in_proj(x)))
+
+
+class _GatedShortConv(nn.Module):
+    def __init__(self, e: int, kernel_size: int, factory: dict[str, Any]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(e, kernel_size, **factory))
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        return ops.gated_short_conv(u, self.weight)
+
+
+class _LinearAttention(nn.Module):
+    def __init__(self, config: LinearAttentionConfig, d: int, factory: dict[str, Any]) -> None:
+        super().__init__()
+        self.num_heads, self.eps = config.num_heads, config.eps
+        self.proj_q = nn.Linear(d, config.num_heads * config.feature_dim, bias=False, **factory)
+        self.proj_k = nn.Linear(d, config.num_heads * config.feature_dim, bias=False, **factory)
+        self.proj_v = nn.Linear(d, config.num_heads * config.head_dim, bias=False, **factory)
+        self.out_proj = nn.Linear(config.num_heads * config.head_dim, d, bias=False, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.proj_q, self.proj_k, self.proj_v))
+        return self.out_proj(ops.taylor_linear_attention(q, k, v, self.eps).flatten(2))
+
+
+class _SlidingWindow(nn.Module):
+    def __init__(self, config: SlidingWindowConfig, d: int, factory: dict[str, Any]) -> None:
+        super().__init__()
+        h, h_kv = config.num_heads, config.num_kv_heads
+        self.heads = [h, h_kv, h_kv]
+        self.window, self.scale = config.window, config.scale
+        self.rotary: dict[str, Any] = {
+            "rotary_dim": config.rotary_dim,
+            "base": config.rotary_base,
+            "interleaved": config.rotary_interleaved,
+        }
+        self.qkv_proj = nn.Linear(d, (h + 2 * h_kv) * config.head_dim, bias=config.qkv_bias, **factory)
+        self.out_proj = nn.Linear(h * config.head_dim, d, bias=config.out_bias, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv_proj(x).unflatten(-1, (sum(self.heads), -1)).split(self.heads, dim=2)
+        q, k = ops.rotary_embedding(q, **self.rotary), ops.rotary_embedding(k, **self.rotary)
+        y = ops.sliding_window_attention(q, k, v, window=self.window, scale=self.scale)
+        return self.out_proj(y.flatten(2))
+
+
+_MIXERS: dict[type, Callable[[Any, int, dict[str, Any]], nn.Module]] = {
+    GatedConvConfig: _GatedConv,
+    LinearAttentionConfig: _LinearAttention,
+    SlidingWindowConfig: _SlidingWindow,
+}
+
+
+class _Mlp(nn.Module):
+    """W₂(h[:m] ⊙ act(h[m:])) with h = W₁x + b₁ when gated, otherwise W₂ act(W₁x + b₁)."""
+
+    def __init__(self, config: MlpConfig, d: int, factory: dict[str, Any]) -> None:
+        super().__init__()
+        self.gated, self.activation = config.gated, _ACTIVATIONS[config.activation]
+        rows = config.inner_size * (2 if config.gated else 1)
+        self.fc1 = nn.Linear(d, rows, bias=config.fc1_bias, **factory)
+        self.fc2 = nn.Linear(config.inner_size, d, bias=config.fc2_bias, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.fc1(x)
+        if self.gated:
+            value, gate = h.chunk(2, dim=-1)
+            return self.fc2(value * self.activation(gate))
+        return self.fc2(self.activation(h))

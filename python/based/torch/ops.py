@@ -1,0 +1,442 @@
+"""The mixers as differentiable PyTorch operations, whose memory is linear in the number of tokens T.
+
+Inputs are float64, float32, bfloat16 or float16 tensors on any device. Sums of 16-bit numbers are kept in float32.
+Under autocast, inputs other than float64 are cast to autocast's dtype, as those of matrix products are. Every function
+raises TypeError or ValueError with what was found and what is expected. The backward passes of taylor_linear_attention
+and gated_short_conv cannot be differentiated: they raise RuntimeError when they are to be.
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from based import _core
+from based import ops as kernels
+
+__all__ = ["gated_short_conv", "rotary_embedding", "sliding_window_attention", "taylor_linear_attention"]
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_ALIGNMENT = 8  # elements: matrix units want rows of 16-bit numbers to start at multiples of 16 bytes
+_MIN_BLOCK = 64  # queries of a block of window attention: fewer are too small a product
+_KERNEL_FEATURE_DIMS = (8, 16, 24)  # of the GPU kernel that runs on tensor cores; others are slower than chunks here
+
+
+def _once_differentiable(backward: Any) -> Any:
+    """PyTorch's once_differentiable, which by itself takes second derivatives for zero where dy is a constant."""
+    once = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, dy: torch.Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not dy.requires_grad:
+            dy = dy.detach().requires_grad_()
+        return once(ctx, dy)
+
+    return checked
+
+
+# ---- Taylor linear attention -----------------------------------------------------------------------------------------
+
+
+def taylor_linear_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = 1e-12, chunk_size: int = 128
+) -> torch.Tensor:
+    """y_t = Σ_{j≤t} p(q_t·k_j/√f) v_j / (Σ_{j≤t} p(q_t·k_j/√f) + eps) with p(s) = 1 + s + s²/2, causal.
+
+    The linear attention of BASED (arXiv:2402.18668). Quadratic inside chunks, and across them through
+    the sums Σ φ(k) [v | 1]ᵀ of all tokens before, with φ the symmetric half of the second-order feature map. Saves its
+    inputs and its result; the backward pass makes the rest again. On a GPU the forward pass of bfloat16 inputs with f =
+    8, 16 or 24 and D a multiple of 8 is the kernel of `based.ops`, if this build has it; `chunk_size` is then that of
+    the backward pass alone.
+
+    Args:
+        q: Queries (B, T, H, f).
+        k: Keys (B, T, H, f).
+        v: Values (B, T, H, D).
+        eps: Added to the denominator, ≥ 0.
+        chunk_size: Tokens of a chunk. The result does not depend on it but for rounding. Scores take B·H·T·chunk_size
+            numbers, states B·H·T/chunk_size · (f + 1)(f + 2)/2 · (D + 1).
+
+    Returns:
+        (B, T, H, D), of the inputs' dtype.
+    """
+    _check_tensors(("q", q, "BTHf"), ("k", k, "BTHf"), ("v", v, "BTHD"))
+    if not (eps >= 0 and math.isfinite(eps)):
+        raise ValueError(f"eps is {eps}, expected a finite number ≥ 0")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}, expected ≥ 1")
+    q, k, v = _as_autocast(q, k, v)
+    return _TaylorLinearAttention.apply(q, k, v, eps, chunk_size)
+
+
+class _TaylorLinearAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float, chunk_size: int
+    ) -> torch.Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            y = _taylor_kernel(q, k, v, eps) if _has_kernel(q, v) else _Chunks(q, k, v, chunk_size).forward(eps)
+        ctx.save_for_backward(q, k, v, y)
+        ctx.eps, ctx.chunk_size = eps, chunk_size
+        return y
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
+        q, k, v, y = ctx.saved_tensors
+        with torch.autocast(q.device.type, enabled=False):
+            return *_Chunks(q, k, v, ctx.chunk_size).backward(y, dy, ctx.eps), None, None
+
+
+class _Chunks:
+    """One call's tokens in N chunks of C, and the products that the forward and the backward pass share.
+
+    With c = 1/√f and x₀ = 1, φ(x) = (x_i x_j) for 0 ≤ i ≤ j ≤ f gives 1 + s + s²/2 = φ(q)·W φ(k) for s = c q·k, where W
+    is diagonal: 1 for i = j = 0, c for i = 0 < j, c² for 0 < i < j, c²/2 for 0 < i = j. V = [v | 1 | 0]: the
+    denominator is one more column. The numerators and denominators of chunk n are
+    tril(p(Q Kᵀ)) V + φ(Q) S_n, with S_n = W Σ φ(K)ᵀ V over the chunks before n. The first chunk has nothing before it,
+    the last one nothing after: S stands for chunks 1 … N − 1.
+    """
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk_size: int) -> None:
+        self.num_tokens, f, self.head_dim = q.shape[1], q.shape[3], v.shape[3]
+        self.scale = f**-0.5
+        # float16 cannot hold sums over many tokens, of which the states consist.
+        self.dtype = torch.float32 if q.dtype == torch.float16 else q.dtype
+        self.result_dtype = q.dtype
+        self.chunk = min(chunk_size, self.num_tokens)
+        self.pairs = _Pairs(f, q.device, _accumulation_dtype(q))
+        self.q, self.k = self._split(q), self._split(k)
+        ones = functional.pad(v, (0, 1), value=1)
+        self.v = self._split(functional.pad(ones, (0, -ones.shape[-1] % _ALIGNMENT)))
+        self.s = _product(self.q, self.k.mT) * self.scale
+        self.p = torch.tril(1 + self.s + self.s * self.s / 2)  # (B, H, N, C, C)
+        self.phi_q, self.phi_k = self.pairs.features(self.q[:, :, 1:]), self.pairs.features(self.k[:, :, :-1])
+        increments = _product(self.phi_k.mT, self.v[:, :, :-1])  # (B, H, N − 1, F, E)
+        self.states = (increments.cumsum(2) * self.pairs.weight).to(self.dtype)
+
+    def forward(self, eps: float) -> torch.Tensor:
+        """The operation's result, (B, T, H, D)."""
+        sums = _product(self.p.to(self.dtype), self.v)
+        sums[:, :, 1:] += _product(self.phi_q, self.states)
+        d = self.head_dim
+        return self._join(sums[..., :d] / (sums[..., d : d + 1] + eps))
+
+    def backward(
+        self, y: torch.Tensor, dy: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of q, k and v."""
+        d = self.head_dim
+        denominator = self.p.sum(-1, keepdim=True)
+        denominator[:, :, 1:] += _product(self.phi_q, self.states[..., d : d + 1])
+        # y = a/b: da = dy/b, db = −(dy·y)/b
+        dy = self._split(dy).to(denominator.dtype) / (denominator + eps)
+        db = -(dy * self._split(y)).sum(-1, keepdim=True)
+        da = functional.pad(torch.cat([dy, db], -1), (0, self.v.shape[-1] - d - 1)).to(self.dtype)
+
+        dp = _product(da, self.v.mT)
+        ds = torch.tril((1 + self.s) * dp * self.scale).to(self.dtype)
+        dq, dk = _product(ds, self.k), _product(ds.mT, self.q)
+        dv = _product(self.p.to(self.dtype).mT, da)
+
+        dphi_q = _product(da[:, :, 1:], self.states.mT)
+        d_increments = _product(self.phi_q.mT, da[:, :, 1:])  # of S, of chunks 1 … N − 1
+        later = (d_increments.flip(2).cumsum(2).flip(2) * self.pairs.weight).to(self.dtype)
+        dphi_k = _product(self.v[:, :, :-1], later.mT)
+        dv[:, :, :-1] += _product(self.phi_k, later)
+        dq[:, :, 1:] += self.pairs.features_backward(self.q[:, :, 1:], dphi_q)
+        dk[:, :, :-1] += self.pairs.features_backward(self.k[:, :, :-1], dphi_k)
+        return self._join(dq), self._join(dk), self._join(dv[..., :d])
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, H, n) → (B, H, N, C, n), zeros after the end."""
+        num_chunks = -(-self.num_tokens // self.chunk)
+        x = functional.pad(x, (0, 0, 0, 0, 0, num_chunks * self.chunk - self.num_tokens))
+        return x.unflatten(1, (num_chunks, self.chunk)).permute(0, 3, 1, 2, 4).to(self.dtype).contiguous()
+
+    def _join(self, x: torch.Tensor) -> torch.Tensor:
+        """What _split made of a (B, T, H, n), as that."""
+        x = x.permute(0, 2, 3, 1, 4).flatten(1, 2)
+        return x[:, : self.num_tokens].to(self.result_dtype).contiguous()
+
+
+class _Pairs:
+    """The feature map φ(x) = (x_i x_j) for 0 ≤ i ≤ j ≤ f with x₀ = 1, zeros up to an aligned number F of features."""
+
+    def __init__(self, f: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.feature_dim = f
+        i, j = torch.triu_indices(f + 1, f + 1, device=device)
+        c = torch.full((f + 1,), f**-0.5, dtype=dtype, device=device)
+        c[0] = 1
+        weight = c[i] * c[j] * torch.where((i == j) & (i > 0), 0.5, 1.0)
+        padding = (0, -len(i) % _ALIGNMENT)
+        self.weight = functional.pad(weight, padding)[:, None]
+        """The diagonal of W, (F, 1)."""
+        self._i, self._j = (functional.pad(index, padding, value=f + 1) for index in (i, j))
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, f) → (…, F)."""
+        x = self._extended(x)
+        return x[..., self._i] * x[..., self._j]
+
+    def features_backward(self, x: torch.Tensor, dphi: torch.Tensor) -> torch.Tensor:
+        """The gradient of x, (…, f), in dphi's dtype."""
+        x = self._extended(x).to(dphi.dtype)
+        dims = torch.arange(1, self.feature_dim + 1, device=x.device)
+        # A product with ones and zeros sums in one order; index_add_ would not on a GPU.
+        to_i, to_j = ((index[:, None] == dims).to(dphi.dtype) for index in (self._i, self._j))
+        return (dphi * x[..., self._j]) @ to_i + (dphi * x[..., self._i]) @ to_j
+
+    def _extended(self, x: torch.Tensor) -> torch.Tensor:
+        """[1, x, 0]."""
+        return functional.pad(functional.pad(x, (1, 0), value=1), (0, 1))
+
+
+def _accumulation_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The product of matrices with float32 sums and result, float64 of float64."""
+    if a.dtype != torch.bfloat16:
+        return a @ b
+    if not a.is_cuda:  # products of bfloat16 numbers are exact in float32
+        return a.float() @ b.float()
+    batch = a.shape[:-2]
+    product = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
+    return product.unflatten(0, batch)
+
+
+@torch.library.custom_op("based::taylor_linear_attention", mutates_args=(), device_types="cuda")
+def _taylor_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
+    q, k, v = (x.detach().contiguous() for x in (q, k, v))
+    return kernels.taylor_linear_attention(q, k, v, eps=eps)
+
+
+@_taylor_kernel.register_fake
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+def _has_kernel(q: torch.Tensor, v: torch.Tensor) -> bool:
+    return (
+        q.is_cuda
+        and q.dtype == torch.bfloat16
+        and q.shape[3] in _KERNEL_FEATURE_DIMS
+        and v.shape[3] % 8 == 0
+        and _BUILT_FOR_CUDA
+    )
+
+
+_BUILT_FOR_CUDA = _core.build_info()["cuda"] is not None
+
+
+# ---- sliding-window attention ----------------------------------------------------------------------------------------
+
+
+def sliding_window_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int, scale: float | None = None
+) -> torch.Tensor:
+    """Causal softmax attention of each query over the last `window` keys, its own included. No rotary embedding.
+
+    In blocks of max(window − 1, 64) queries, each of which sees its own block of keys and the one before: scores take
+    B·H·T·2·block numbers at most, where PyTorch's attention keeps them at all.
+
+    Args:
+        q: Queries (B, T, H, D).
+        k: Keys (B, T, H_kv, D); H_kv divides H, query head h reads key head ⌊h · H_kv / H⌋.
+        v: Values (B, T, H_kv, D).
+        window: Number of keys, ≥ 1.
+        scale: Of q·k before the softmax, > 0; None for D^(-1/2).
+
+    Returns:
+        (B, T, H, D), of the inputs' dtype.
+    """
+    _check_tensors(("q", q, "BTHD"), ("k", k, "BTKD"), ("v", v, "BTKD"), names={"K": "H_kv"})
+    (_, t, h, d), h_kv = q.shape, k.shape[2]
+    if h % h_kv != 0:
+        raise ValueError(f"k has {h_kv} heads, expected a divisor of the {h} heads of q")
+    if window < 1:
+        raise ValueError(f"window is {window}, expected ≥ 1")
+    scale = d**-0.5 if scale is None else scale
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale is {scale}, expected a finite number > 0")
+    q, k, v = _as_autocast(q, k, v)
+    if window >= t:
+        return _attend(q, k, v, None, scale)
+
+    size = min(max(window - 1, _MIN_BLOCK), t)
+    position = torch.arange(2 * size, device=q.device)
+    age = position[size:, None] - position  # of a block's queries, to its keys and those of the block before
+    mask = (age >= 0) & (age < window)
+    first = _attend(q[:, :size], k[:, :size], v[:, :size], mask[:, size:], scale)
+    if t == size:
+        return first
+    num_blocks = -(-t // size)
+    blocks = [
+        functional.pad(x, (0, 0, 0, 0, 0, num_blocks * size - t)).unflatten(1, (num_blocks, size)) for x in (q, k, v)
+    ]
+    own = [x[:, 1:].flatten(0, 1) for x in blocks]  # (B · (blocks − 1), size, heads, D)
+    before = [x[:, :-1].flatten(0, 1) for x in blocks[1:]]
+    keys, values = (torch.cat(pair, 1) for pair in zip(before, own[1:], strict=True))
+    others = _attend(own[0], keys, values, mask, scale).unflatten(0, (-1, num_blocks - 1)).flatten(1, 2)
+    return torch.cat([first, others[:, : t - size]], 1)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """softmax(scale · q kᵀ) v over the keys where `mask` is true; None: over those up to the query's own."""
+    group = q.shape[2] // k.shape[2]
+    if group > 1:
+        k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return y.transpose(1, 2)
+
+
+def rotary_embedding(
+    x: torch.Tensor, *, rotary_dim: int, base: float = 10000.0, interleaved: bool = False
+) -> torch.Tensor:
+    """Turns pairs of the first rotary_dim dimensions of each head by angles that grow with the position (RoFormer).
+
+    (a, b) → (a cos θ − b sin θ, a sin θ + b cos θ), where pair i < n = ⌈rotary_dim / 2⌉ is (x[i], x[i + n]), or (x[2i],
+    x[2i + 1]) when interleaved, and θ = position · base^(−2i / rotary_dim).
+
+    Args:
+        x: Queries or keys (B, T, H, D), from position 0 on.
+        rotary_dim: Dimensions that turn; 0 for none. 2n ≤ D.
+        base: Of the angles, > 0.
+        interleaved: Which numbers make a pair.
+
+    Returns:
+        (B, T, H, D), of x's dtype.
+    """
+    _check_tensors(("x", x, "BTHD"))
+    t, d = x.shape[1], x.shape[3]
+    n = -(-rotary_dim // 2)
+    if rotary_dim < 0 or 2 * n > d:
+        raise ValueError(f"rotary_dim is {rotary_dim}, expected 0 to {d // 2 * 2}")
+    if not (base > 0 and math.isfinite(base)):
+        raise ValueError(f"base is {base}, expected a finite number > 0")
+    if n == 0:
+        return x
+    dtype = _accumulation_dtype(x)
+    exponents = torch.arange(n, dtype=torch.float64, device=x.device) * (-2 / rotary_dim)
+    angles = torch.arange(t, device=x.device)[:, None] * base**exponents  # float64: positions may be large
+    cos, sin = angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]  # (T, 1, n)
+    a, b = x[..., : 2 * n].to(dtype).unflatten(-1, (n, 2) if interleaved else (2, n)).unbind(-1 if interleaved else -2)
+    turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1 if interleaved else -2).flatten(-2)
+    return torch.cat([turned.to(x.dtype), x[..., 2 * n :]], -1)
+
+
+# ---- gated short convolution -----------------------------------------------------------------------------------------
+
+
+def gated_short_conv(u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """SiLU(conv(u₁)) ⊙ u₂ for u = [u₁|u₂], conv depthwise and causal: Σ_j weight[:, j] · u₁[t − K + 1 + j].
+
+    Saves its inputs alone; the backward pass makes the convolution again.
+
+    Args:
+        u: (B, T, 2e).
+        weight: (e, K), of u's dtype, or float32 for 16-bit u; the last tap is the present token's.
+
+    Returns:
+        (B, T, e), of u's dtype.
+    """
+    _check_tensors(("u", u, "BT2"), names={"2": "2e"})
+    if u.shape[2] % 2 != 0:
+        raise ValueError(f"u has shape {tuple(u.shape)}, expected (B, T, 2e)")
+    _check_tensors(("weight", weight, "eK"))
+    if weight.shape[0] * 2 != u.shape[2]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected ({u.shape[2] // 2}, K)")
+    if weight.device != u.device:
+        raise ValueError(f"weight is on {weight.device}, expected {u.device}")
+    (u,) = _as_autocast(u)
+    if weight.dtype not in (u.dtype, _accumulation_dtype(u)):
+        raise TypeError(f"weight is {_name(weight)}, expected {_name(u)}")
+    return _GatedShortConv.apply(u, weight)
+
+
+class _GatedShortConv(torch.autograd.Function):
+    # K shifted sums instead of a convolution of PyTorch's: K is small, and they accumulate in float32.
+
+    @staticmethod
+    def forward(ctx: Any, u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(u, weight)
+        u1, u2, w = _widened(u, weight)
+        return (functional.silu(_causal_conv(u1, w)) * u2).to(u.dtype)
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        u, weight = ctx.saved_tensors
+        u1, u2, w = _widened(u, weight)
+        t, taps = u1.shape[1], w.shape[1]
+        conv = _causal_conv(u1, w)
+        sigmoid = torch.sigmoid(conv)
+        silu = conv * sigmoid
+        dconv = dy * u2 * (sigmoid + silu * (1 - sigmoid))
+        after = functional.pad(dconv, (0, 0, 0, taps - 1))
+        du1 = _correlate(after, w.flip(1), t)
+        before = functional.pad(u1, (0, 0, taps - 1, 0))
+        dw = torch.stack([(dconv * before[:, j : j + t]).sum((0, 1)) for j in range(taps)], -1)
+        return torch.cat([du1, dy * silu], -1).to(u.dtype), dw.to(weight.dtype)
+
+
+def _widened(u: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dtype = _accumulation_dtype(u)
+    u1, u2 = u.to(dtype).chunk(2, -1)
+    return u1, u2, weight.to(dtype)
+
+
+def _causal_conv(u1: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return _correlate(functional.pad(u1, (0, 0, w.shape[1] - 1, 0)), w, u1.shape[1])
+
+
+def _correlate(x: torch.Tensor, w: torch.Tensor, t: int) -> torch.Tensor:
+    """Σ_j w[:, j] · x[:, j : j + t], (B, t, e)."""
+    y = w[:, 0] * x[:, :t]
+    for j in range(1, w.shape[1]):
+        y = torch.addcmul(y, w[:, j], x[:, j : j + t])
+    return y
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _check_tensors(*arguments: tuple[str, torch.Tensor, str], names: dict[str, str] | None = None) -> None:
+    """Of (name, tensor, one letter per axis): equal letters are equal extents, and all share dtype and device."""
+    first_name, first, _ = arguments[0]
+    extents: dict[str, int] = {}
+    for name, tensor, axes in arguments:
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{name} is {_name(tensor)}, expected float64, float32, bfloat16 or float16")
+        words = [(names or {}).get(axis, axis) for axis in axes]
+        expected = ", ".join(str(extents.get(axis, word)) for axis, word in zip(axes, words, strict=True))
+        found = tuple(tensor.shape)
+        if len(found) != len(axes) or any(extents.setdefault(a, n) != n for a, n in zip(axes, found, strict=True)):
+            raise ValueError(f"{name} has shape {found}, expected ({expected})")
+        if 0 in found:
+            raise ValueError(f"{name} has shape {found}, expected extents ≥ 1")
+        if tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {first.device}, where {first_name} is")
+        if tensor.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
+            raise TypeError(f"{name} is {_name(tensor)}, expected {_name(first)}, which {first_name} is")
+
+
+def _name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors, in autocast's dtype where it is on."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)

@@ -1,0 +1,510 @@
+"""based.torch.BasedForCausalLM: the runtime's model, whatever the architecture, with gradients."""
+
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import based
+import numpy as np
+import pytest
+from based import sizes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+torch.set_num_threads(1)  # tensors are small here, and a thread that waits for its turn stops all
+
+from based.torch import BasedForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.reference.checkpoints import RandomModel, Seeded, model_shapes, random_model
+from tests.reference.checkpoints import models as random_models
+from tests.reference.compare import max_abs, rel_l2
+from tests.reference.files import read_safetensors, round_to, write_safetensors
+from tests.reference.model import Model
+from tests.reference.torch_bf16 import forward_bf16
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+FLOAT32 = 2e-5  # rel-L2 of logits (golden/README.md)
+FLOAT64 = 1e-13
+FACTOR = 2.0  # of the error of a plain bfloat16 evaluation
+LENGTHS = st.integers(1, 40) | st.integers(120, 300)  # of one chunk and one block of the mixers, and of several
+
+
+@contextlib.contextmanager
+def directory_of(model: RandomModel) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        model.write(Path(folder) / "model")
+        yield Path(folder) / "model"
+
+
+def draw_tokens(config: Any, *shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, config["vocab_size"], shape)
+
+
+def tiny(num_layers: int, **changes: Any) -> based.ModelConfig:
+    """The first layers of the size "tiny": convolution, Taylor attention, window, convolutions."""
+    config = json.loads(sizes.named_config("tiny").to_json())
+    return based.ModelConfig.from_json(json.dumps(config | changes | {"layers": config["layers"][:num_layers]}))
+
+
+def logits_of(model: BasedForCausalLM, tokens: np.ndarray) -> np.ndarray:
+    """(B, T, padded_vocab_size)."""
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens)).double().numpy()
+
+
+def runtime_logits(directory: Path, tokens: np.ndarray, dtype: str = "float32") -> np.ndarray:
+    model = based.load(directory, dtype=dtype)
+    return np.stack([model.forward(row, include_padding=True) for row in tokens])
+
+
+# ---- the same model as the runtime's ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=80)
+@given(random=random_models(), length=LENGTHS, seed=st.integers(0, 1 << 16))
+def test_any_architecture_gives_the_runtimes_logits(random, length, seed):
+    tokens = draw_tokens(random.config, 2, length, seed=seed)
+    with directory_of(random) as directory:
+        logits = logits_of(BasedForCausalLM.load(directory), tokens)
+        assert rel_l2(logits, runtime_logits(directory, tokens)) <= FLOAT32
+        exact = np.stack([Model(random.config, random.tensors()).forward(row).logits for row in tokens])
+        assert rel_l2(logits, exact) <= FLOAT32
+        assert rel_l2(logits_of(BasedForCausalLM.load(directory, dtype=torch.float64), tokens), exact) <= FLOAT64
+
+
+@pytest.mark.parametrize("case", ["based-tiny", "based-tiny-bf16"])
+def test_golden_logits(golden, case):
+    expected = golden(case)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = logits_of(BasedForCausalLM.load(GOLDEN / case, dtype=dtype), expected["input_ids"])
+        if dtype == torch.float32:
+            assert rel_l2(found, expected["logits"]) <= FLOAT32
+            assert max_abs(found, expected["logits"]) <= 5e-4
+        else:
+            assert rel_l2(found, expected["logits"]) <= 4e-2
+            assert np.quantile(np.abs(found - expected["logits"]), 0.999) <= 0.4
+            assert (found.argmax(-1) == expected["logits"].argmax(-1)).mean() >= 0.9
+
+
+@settings(max_examples=40)
+@given(
+    random=random_models(dtypes=("float32", "bfloat16")).filter(
+        lambda model: model.config["hidden_size"] >= 8 and model.config["padded_vocab_size"] >= 8
+    ),
+    length=st.integers(32, 150),
+    seed=st.integers(0, 1 << 16),
+)
+def test_bfloat16_is_as_good_as_a_plain_evaluation(random, length, seed):
+    """With bfloat16 parameters, and with float32 ones under autocast."""
+    tokens = draw_tokens(random.config, 1, length, seed=seed)
+    tensors = random.tensors()
+    exact = Model(random.config, tensors).forward(tokens[0]).logits
+    allowed = FACTOR * rel_l2(forward_bf16(random.config, tensors, tokens[0]), exact)
+    with directory_of(random) as directory:
+        assert rel_l2(logits_of(BasedForCausalLM.load(directory, dtype=torch.bfloat16), tokens)[0], exact) <= allowed
+        with torch.autocast("cpu", torch.bfloat16):
+            assert rel_l2(logits_of(BasedForCausalLM.load(directory), tokens)[0], exact) <= allowed
+
+
+def test_results_have_single_precision_at_least(tmp_path):
+    random_model(Seeded(0)).write(tmp_path)
+    tokens = torch.zeros(1, 3, dtype=torch.int64)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        model = BasedForCausalLM.load(tmp_path, dtype=dtype)
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        expected = torch.promote_types(dtype, torch.float32)
+        assert model(tokens).dtype == model(tokens, labels=tokens).dtype == expected
+        seen = []
+        model.final_norm.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].dtype))
+        model(tokens)
+        assert seen == [expected]  # the residual stream
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25)
+@given(random=random_models(max_layers=3), length=st.integers(2, 20) | st.just(140), seed=st.integers(0, 1 << 16))
+def test_gradients_are_those_of_the_loss(random, length, seed):
+    """Along a random direction of each parameter, by central differences."""
+    with directory_of(random) as directory:
+        model = BasedForCausalLM.load(directory, dtype=torch.float64)
+    tokens = torch.from_numpy(draw_tokens(random.config, 2, length, seed=seed))
+    model(tokens, labels=tokens).backward()
+    generator, step, found, expected = torch.Generator().manual_seed(seed), 1e-5, [], []
+    for parameter in model.parameters():
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        direction /= direction.norm()
+        found.append(float((parameter.grad * direction).sum()))
+        losses = []
+        with torch.no_grad():
+            for sign in (1, -2):
+                parameter += sign * step * direction
+                losses.append(float(model(tokens, labels=tokens)))
+            parameter += step * direction
+        expected.append((losses[0] - losses[1]) / (2 * step))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def saved_nbytes(model: BasedForCausalLM, tokens: Any) -> tuple[int, Any, dict[str, Any]]:
+    """Bytes saved for the backward pass besides the parameters, the loss, and the gradients."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(x: Any) -> Any:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = model(tokens, labels=tokens)
+    loss.backward()
+    nbytes = sum(size for pointer, size in saved.items() if pointer not in parameters)
+    return nbytes, loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_activation_checkpointing():
+    model = BasedForCausalLM(sizes.named_config("tiny"))
+    tokens = torch.from_numpy(draw_tokens({"vocab_size": 258}, 2, 100))
+    kept, loss, gradients = saved_nbytes(model, tokens)
+    model.activation_checkpointing = True
+    kept_less, same_loss, same_gradients = saved_nbytes(model, tokens)
+    assert torch.equal(loss, same_loss)
+    assert gradients.keys() == same_gradients.keys()
+    assert all(torch.equal(gradients[name], same_gradients[name]) for name in gradients)
+    assert kept_less < kept / 4
+    without = BasedForCausalLM.load(GOLDEN / "based-tiny", activation_checkpointing=True)
+    assert without.activation_checkpointing
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiles_in_one_graph(autocast):
+    model = BasedForCausalLM(tiny(3))
+    tokens = torch.from_numpy(draw_tokens({"vocab_size": 258}, 1, 150))
+
+    def loss(ids: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return model(ids, labels=ids)
+
+    torch._dynamo.reset()
+    results = []
+    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        value = function(tokens)
+        value.backward()
+        results.append([value.detach(), *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_it_learns():
+    torch.manual_seed(0)
+    model = BasedForCausalLM(tiny(3))
+    tokens = torch.from_numpy(draw_tokens({"vocab_size": 258}, 2, 40))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        loss = model(tokens, labels=tokens)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert abs(losses[0] - math.log(258)) < 0.3
+    assert losses[-1] < 0.5
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(random=random_models(), length=st.integers(2, 60), seed=st.integers(0, 1 << 16))
+def test_the_loss_is_the_runtimes_score(random, length, seed):
+    tokens = draw_tokens(random.config, 2, length, seed=seed)
+    with directory_of(random) as directory:
+        runtime, model = based.load(directory, dtype="float32"), BasedForCausalLM.load(directory)
+    scores = np.stack([runtime.score(row) for row in tokens])
+    ids = torch.from_numpy(tokens)
+    loss = float(model(ids, labels=ids).detach())
+    scale = np.abs(logits_of(model, tokens)).max()
+    assert loss == pytest.approx(-scores.mean(), abs=2 * FLOAT32 * scale + 1e-6)
+
+    labels = ids.clone()
+    labels[:, 0] = -100  # has no logits: counts in no case
+    assert float(model(ids, labels=labels).detach()) == loss
+    labels[0, 1:] = -100
+    found = float(model(ids, labels=labels).detach())
+    assert found == pytest.approx(-scores[1].mean(), abs=2 * FLOAT32 * scale + 1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [
+            x for x in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(x, torch.Tensor)
+        ]
+        self.numel = max([self.numel, *(x.numel() for x in tensors)])
+        return result
+
+
+def test_the_loss_of_many_tokens_never_holds_all_logits():
+    model = BasedForCausalLM(tiny(1, vocab_size=2000, padded_vocab_size=2000), dtype=torch.float64)
+    tokens = torch.from_numpy(draw_tokens({"vocab_size": 2000}, 2, 2501))
+    with Largest() as largest:
+        loss = model(tokens, labels=tokens)
+        loss.backward()
+    assert largest.numel <= 2048 * 2000 < tokens.numel() * 2000 / 2
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    expected = torch.nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for a, b in zip(gradients, model.parameters(), strict=True):
+        assert (a - b.grad).norm() <= 1e-12 * b.grad.norm()
+
+
+# ---- model directories -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(random=random_models())
+def test_save_and_load(random):
+    tokens = draw_tokens(random.config, 1, 20)
+    with directory_of(random) as directory:
+        model = BasedForCausalLM.load(directory)
+        model.save(directory.parent / "saved")
+        again = BasedForCausalLM.load(directory.parent / "saved")
+        found = runtime_logits(directory.parent / "saved", tokens)
+        np.testing.assert_array_equal(found, runtime_logits(directory, tokens))
+        stored = read_safetensors(directory.parent / "saved" / "model.safetensors")
+    assert again.config == model.config
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert shapes == model_shapes(random.config) == {name: bits.shape for name, (_, bits) in stored.items()}
+    assert {dtype for dtype, _ in stored.values()} == {"float32"}
+    assert model.state_dict().keys() == again.state_dict().keys()
+    for name, values in model.state_dict().items():
+        assert torch.equal(values, again.state_dict()[name])
+    for name, values in random.tensors().items():
+        np.testing.assert_array_equal(model.state_dict()[name].double().numpy(), values)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype_of_the_file(tmp_path, dtype):
+    model = BasedForCausalLM(sizes.named_config("tiny"))
+    model.save(tmp_path / "asked", dtype=dtype)
+    model.to(getattr(torch, dtype)).save(tmp_path / "own")
+    assert (tmp_path / "asked/model.safetensors").read_bytes() == (tmp_path / "own/model.safetensors").read_bytes()
+    stored = read_safetensors(tmp_path / "own/model.safetensors")
+    assert {stored_dtype for stored_dtype, _ in stored.values()} == {dtype}
+    if dtype != "float16":
+        assert based.load(tmp_path / "own", dtype="auto").dtype == dtype
+    again = BasedForCausalLM.load(tmp_path / "own", dtype=getattr(torch, dtype))
+    for name, values in model.state_dict().items():
+        assert torch.equal(values, again.state_dict()[name])
+
+
+def test_the_tokenizer_comes_along(tmp_path):
+    original = (GOLDEN / "based-tiny" / "tokenizer.json").read_bytes()
+    model = BasedForCausalLM.load(GOLDEN / "based-tiny")
+    model.save(tmp_path / "a")
+    assert (tmp_path / "a/tokenizer.json").read_bytes() == original
+    assert based.load(tmp_path / "a").generate("The bee", based.SamplingParams(max_tokens=2))[0].prompt_token_ids
+    fresh = BasedForCausalLM(model.config)
+    fresh.save(tmp_path / "b")
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {"config.json", "model.safetensors"}
+    for number, tokenizer in enumerate((tmp_path / "a", tmp_path / "a/tokenizer.json")):
+        fresh.save(tmp_path / f"c{number}", tokenizer=tokenizer)
+        assert (tmp_path / f"c{number}/tokenizer.json").read_bytes() == original
+
+
+def test_save_replaces_only_what_it_may(tmp_path):
+    model = BasedForCausalLM.load(GOLDEN / "based-tiny")
+    model.save(tmp_path / "model")
+    with pytest.raises(FileExistsError, match="found a full one"):
+        model.save(tmp_path / "model")
+    again = BasedForCausalLM.load(tmp_path / "model")
+    with torch.no_grad():
+        again.embedding.weight.zero_()
+    again.save(tmp_path / "model", overwrite=True)  # the directory that it comes from
+    assert not BasedForCausalLM.load(tmp_path / "model").embedding.weight.any()
+    (tmp_path / "model" / "thesis.tex").touch()
+    with pytest.raises(FileExistsError, match="thesis"):
+        model.save(tmp_path / "model", overwrite=True)
+
+
+def test_what_cannot_be_saved(tmp_path):
+    model = BasedForCausalLM(sizes.named_config("tiny"))
+    with pytest.raises(ValueError, match="dtype is 'int8', expected one of float32, bfloat16, float16"):
+        model.save(tmp_path / "a", dtype="int8")
+    with pytest.raises(ValueError, match="dtype is 'float64'"):
+        model.double().save(tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match="no tokenizer"):
+        model.float().save(tmp_path / "a", tokenizer=tmp_path)
+    with torch.no_grad():
+        model.layers[1].mlp.fc2.weight[0, 0] = 1e6
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.fc2\.weight holds values beyond the range of float16"):
+        model.save(tmp_path / "a", dtype="float16")
+    assert not list(tmp_path.iterdir())
+
+
+def spoil(tensors: dict[str, Any], config: dict[str, Any], what: str) -> None:
+    if what == "missing":
+        del tensors["final_norm.weight"]
+    elif what == "extra":
+        tensors["layers.9.what"] = ("float32", np.zeros(3, np.float32))
+    elif what == "shape":
+        tensors["final_norm.weight"] = ("float32", np.zeros(3, np.float32))
+    elif what == "dtype":
+        tensors["final_norm.weight"] = ("int64", np.zeros(config["hidden_size"], np.int64))
+    else:
+        config["surprise"] = 1
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("missing", r"model\.safetensors: tensor final_norm\.weight \(\d+,\) is missing"),
+        ("extra", r"model\.safetensors: tensors that the config has no place for: layers\.9\.what"),
+        ("shape", r"tensor final_norm\.weight has shape \(3,\), the config makes it"),
+        ("dtype", r"tensor final_norm\.weight has dtype int64, expected float32, bfloat16, float16"),
+        ("key", "surprise"),
+    ],
+)
+def test_bad_directories(tmp_path, what, message):
+    random = random_model(Seeded(3))
+    random.write(tmp_path)
+    tensors = {name: ("float32", round_to(values, "float32")) for name, values in random.tensors().items()}
+    config = dict(random.config)
+    spoil(tensors, config, what)
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(based.FormatError, match=message):
+        BasedForCausalLM.load(tmp_path)
+    with pytest.raises(based.FormatError):
+        based.load(tmp_path)
+
+
+def test_no_such_directory(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        BasedForCausalLM.load(tmp_path / "nothing")
+
+
+# ---- initialisation --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_initialisation(special):
+    config = sizes.named_config("60m")
+    torch.manual_seed(0)
+    model = BasedForCausalLM(config, special_initializer=special)
+    std = math.sqrt(2 / (5 * config.hidden_size)) if special else 0.02
+    assert std != 0.02 or not special
+    kinds = set()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach()
+        if "norm" in name:
+            kinds.add("norm")
+            assert (values == 1).all()
+        elif name.endswith("bias"):
+            kinds.add("bias")
+            assert not values.any()
+        elif name.endswith("conv.weight"):  # uniform on ±1/√3
+            kinds.add("conv")
+            assert 0.99 * 3**-0.5 < values.abs().max() <= 3**-0.5
+            assert float(values.std()) == pytest.approx(1 / 3, rel=0.05)
+        else:
+            onto_residual = name.endswith(("out_proj.weight", "fc2.weight"))
+            kinds.add("residual" if onto_residual else "matrix")
+            expected = std / math.sqrt(2 * 12) if onto_residual else std
+            assert float(values.std()) == pytest.approx(expected, rel=0.03)
+            assert abs(float(values.mean())) < 0.03 * expected
+            assert (values.abs() > 2.5 * expected).double().mean() == pytest.approx(0.0124, rel=0.2)  # normal
+    assert kinds == {"norm", "bias", "conv", "residual", "matrix"}
+
+
+def test_initialisation_follows_the_seed():
+    config = sizes.named_config("tiny")
+    models = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        models.append(BasedForCausalLM(config))
+    weights = [model.layers[2].mixer.qkv_proj.weight for model in models]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    with torch.device("meta"):
+        assert BasedForCausalLM(config).embedding.weight.is_meta
+
+
+def test_layer_norm_and_untied_head():
+    for seed in range(40):
+        config = random_model(Seeded(seed)).config
+        model = BasedForCausalLM(based.ModelConfig.from_json(json.dumps(config)))
+        biases = [p for name, p in model.named_parameters() if "norm" in name and name.endswith("bias")]
+        assert bool(biases) == (config["norm"]["type"] == "layer_norm")
+        assert all(not bias.any() for bias in biases)
+        assert ("lm_head.weight" in model.state_dict()) == (not config["tie_embeddings"])
+        assert sum(p.numel() for p in model.parameters()) == model.config.num_parameters
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels", "exception", "message"),
+    [
+        ([[1, 2]], None, TypeError, "input_ids is list, expected a tensor of torch.int64 or torch.int32"),
+        (torch.zeros(1, 2), None, TypeError, "input_ids is torch.float32, expected"),
+        (torch.tensor([1, 2]), None, ValueError, "input_ids has shape (2,), expected (B, T), both ≥ 1"),
+        (torch.zeros(2, 0, dtype=torch.int64), None, ValueError, "input_ids has shape (2, 0), expected"),
+        (torch.tensor([[1, 258]]), None, ValueError, "input_ids holds 258, expected tokens in [0, 258)"),
+        (torch.tensor([[-100, 1]]), None, ValueError, "input_ids holds -100, expected tokens in [0, 258)"),
+        (torch.zeros(1, 2, dtype=torch.int64, device="meta"), None, ValueError, "input_ids is on meta, expected cpu"),
+        (
+            torch.tensor([[1, 2]]),
+            torch.tensor([[1]]),
+            ValueError,
+            "labels has shape (1, 1), expected that of input_ids",
+        ),
+        (torch.tensor([[1]]), torch.tensor([[1]]), ValueError, "with T ≥ 2"),
+        (torch.tensor([[1, 2]]), torch.tensor([[1, 260]]), ValueError, "labels holds 260, expected tokens in [0, 258)"),
+        (torch.tensor([[1, 2]]), torch.tensor([[1.0, 2.0]]), TypeError, "labels is torch.float32, expected"),
+    ],
+)
+def test_bad_input(ids, labels, exception, message):
+    model = BasedForCausalLM.load(GOLDEN / "based-tiny")
+    with pytest.raises(exception) as caught:
+        model(ids, labels=labels)
+    assert message in str(caught.value)
+
+
+def test_bad_construction():
+    with pytest.raises(TypeError, match=r"config is a dict, expected a based\.ModelConfig"):
+        BasedForCausalLM({"hidden_size": 8})
+    with pytest.raises(TypeError, match=r"dtype is torch\.int8, expected"):
+        BasedForCausalLM(sizes.named_config("tiny"), dtype=torch.int8)
+
+
+def test_without_torch():
+    """`import based` needs none; based.torch says which command installs it."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import based\n"
+        "try: import based.torch\n"
+        "except ImportError as error: print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert result.returncode == 0, result.stderr
+    assert 'pip install "based[train]"' in result.stdout

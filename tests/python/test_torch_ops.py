@@ -1,0 +1,453 @@
+"""based.torch.ops against the definitions in float64, forward and backward."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+torch.set_num_threads(1)  # tensors are small here, and a thread that waits for its turn stops all
+
+from based.torch import ops
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.reference.model import rotate
+from tests.reference.torch_mixers import conv_reference, taylor_reference, window_reference
+
+# torch.compile makes an autograd.Function to trace one, and warns of it.
+compiles = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+TOLERANCE = {"float64": 1e-13, "float32": 2e-6}  # rel-L2
+FACTOR = 2.0  # of the error of a plain 16-bit evaluation
+Tensors = tuple[Any, ...]
+
+
+def random(*shape: int, dtype: str = "float64", seed: int = 0, device: str = "cpu") -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, getattr(torch, dtype))
+    return x.requires_grad_()
+
+
+def error(found: Any, expected: Any) -> float:
+    assert found.shape == expected.shape
+    return float(((found.double() - expected).norm() / expected.norm()).detach())
+
+
+def with_gradients(function: Callable[..., Any], inputs: Tensors, dy: Any) -> Tensors:
+    """The result and the gradient of each input."""
+    y = function(*inputs)
+    return (y.detach(), *torch.autograd.grad(y, inputs, dy.to(y.dtype)))
+
+
+def double(inputs: Tensors) -> Tensors:
+    return tuple(x.detach().double().requires_grad_() for x in inputs)
+
+
+def taylor_inputs(t: int, f: int, d: int, dtype: str = "float64", device: str = "cpu") -> Tensors:
+    shapes = [(2, t, 3, f), (2, t, 3, f), (2, t, 3, d)]
+    return tuple(random(*shape, dtype=dtype, seed=seed, device=device) for seed, shape in enumerate(shapes))
+
+
+def window_inputs(t: int, h: int, h_kv: int, d: int, dtype: str = "float64", device: str = "cpu") -> Tensors:
+    shapes = [(2, t, h, d), (2, t, h_kv, d), (2, t, h_kv, d)]
+    return tuple(random(*shape, dtype=dtype, seed=seed, device=device) for seed, shape in enumerate(shapes))
+
+
+def conv_inputs(t: int, e: int, taps: int, dtype: str = "float64") -> Tensors:
+    return random(2, t, 2 * e, dtype=dtype), random(e, taps, dtype=dtype, seed=1)
+
+
+def window(size: int, **options: Any) -> Callable[..., Any]:
+    return lambda q, k, v: ops.sliding_window_attention(q, k, v, window=size, **options)
+
+
+# ---- against float64 -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("t", "chunk_size"), [(1, 128), (2, 1), (37, 8), (64, 16), (130, 64), (50, 128), (300, 128)])
+@pytest.mark.parametrize(("f", "d", "eps"), [(16, 12, 1e-12), (1, 1, 0.0), (5, 7, 1e-3)])
+def test_taylor_linear_attention(dtype, t, chunk_size, f, d, eps):
+    inputs, dy = taylor_inputs(t, f, d, dtype), random(2, t, 3, d, seed=3).detach()
+    found = with_gradients(lambda q, k, v: ops.taylor_linear_attention(q, k, v, eps, chunk_size), inputs, dy)
+    expected = with_gradients(lambda q, k, v: taylor_reference(q, k, v, eps), double(inputs), dy)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == getattr(torch, dtype)
+        if t == 1:  # y is v: the gradients of q and k are zero, but for eps
+            assert (a - b).abs().max() <= TOLERANCE[dtype] * 10
+        else:
+            assert error(a, b) <= TOLERANCE[dtype]
+
+
+def test_the_result_does_not_depend_on_the_chunk_size():
+    inputs, dy = taylor_inputs(100, 4, 6), random(2, 100, 3, 6, seed=3).detach()
+    results = [
+        with_gradients(lambda q, k, v, c=chunk_size: ops.taylor_linear_attention(q, k, v, chunk_size=c), inputs, dy)
+        for chunk_size in (1, 7, 50, 99, 100, 1000)
+    ]
+    for result in results[1:]:
+        for a, b in zip(result, results[0], strict=True):
+            assert error(a, b) <= TOLERANCE["float64"]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("h", "h_kv"), [(2, 2), (6, 2)])
+# Blocks of 64 tokens for windows up to 65, of window − 1 for larger ones.
+@pytest.mark.parametrize(
+    ("t", "size"), [(1, 1), (9, 1), (9, 30), (64, 9), (65, 9), (64, 64), (64, 63), (128, 65), (300, 65), (301, 101)]
+)
+def test_sliding_window_attention(dtype, h, h_kv, t, size):
+    inputs, dy = window_inputs(t, h, h_kv, 5, dtype), random(2, t, h, 5, seed=3).detach()
+    for scale in (None, 0.3):
+        found = with_gradients(window(size, scale=scale), inputs, dy)
+        expected = with_gradients(
+            lambda q, k, v, s=scale: window_reference(q, k, v, size, s or 5**-0.5), double(inputs), dy
+        )
+        for a, b in zip(found, expected, strict=True):
+            assert a.dtype == getattr(torch, dtype)
+            if size == 1 or t == 1:  # softmax of one key: no gradient of q and k
+                assert (a - b).abs().max() <= TOLERANCE[dtype] * 10
+            else:
+                assert error(a, b) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("t", "e", "taps"), [(1, 3, 1), (10, 8, 3), (40, 5, 4), (3, 2, 7)])
+def test_gated_short_conv(dtype, t, e, taps):
+    inputs, dy = conv_inputs(t, e, taps, dtype), random(2, t, e, seed=3).detach()
+    found = with_gradients(ops.gated_short_conv, inputs, dy)
+    expected = with_gradients(lambda u, w: conv_reference(u, w)[0], double(inputs), dy)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == getattr(torch, dtype)
+        assert error(a, b) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("rotary_dim", "base"), [(8, 10000.0), (0, 10000.0), (3, 100.0), (6, 1e6), (7, 500.0)])
+def test_rotary_embedding(rotary_dim, base, interleaved):
+    options = {"rotary_dim": rotary_dim, "rotary_base": base, "rotary_interleaved": interleaved}
+    x = random(1, 500, 2, 8)
+    expected = torch.from_numpy(rotate(x.detach().numpy()[0], np.arange(500), options))[None]
+    for dtype, tolerance in (("float64", 1e-14), ("float32", 1e-7), ("bfloat16", 3e-3)):
+        found = ops.rotary_embedding(
+            x.to(getattr(torch, dtype)), rotary_dim=rotary_dim, base=base, interleaved=interleaved
+        )
+        assert found.dtype == getattr(torch, dtype)
+        assert error(found, expected) <= tolerance
+
+
+OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[[int, str], Tensors]]] = {
+    "taylor": (
+        lambda q, k, v: ops.taylor_linear_attention(q, k, v, chunk_size=64),
+        lambda t, x: taylor_inputs(t, 16, 8, x),
+    ),
+    "window": (window(17), lambda t, x: window_inputs(t, 4, 2, 8, x)),
+    "conv": (ops.gated_short_conv, lambda t, x: conv_inputs(t, 8, 3, x)),
+    "rotary": (lambda x: ops.rotary_embedding(x, rotary_dim=4), lambda t, x: (random(2, t, 2, 6, dtype=x),)),
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs"),
+    [
+        (lambda q, k, v: ops.taylor_linear_attention(q, k, v, 1e-12, 3), [(1, 8, 2, 3), (1, 8, 2, 3), (1, 8, 2, 2)]),
+        (lambda q, k, v: ops.taylor_linear_attention(q, k, v, 0.5, 8), [(2, 5, 1, 2), (2, 5, 1, 2), (2, 5, 1, 1)]),
+        (window(3), [(1, 66, 2, 1), (1, 66, 1, 1), (1, 66, 1, 1)]),
+        (ops.gated_short_conv, [(2, 6, 4), (2, 3)]),
+        (lambda x: ops.rotary_embedding(x, rotary_dim=3, interleaved=True), [(1, 4, 2, 5)]),
+    ],
+)
+def test_gradcheck(function, inputs):
+    assert torch.autograd.gradcheck(function, [random(*shape, seed=i) for i, shape in enumerate(inputs)])
+
+
+# ---- 16 bits ---------------------------------------------------------------------------------------------------------
+
+
+def plain_taylor(q: Any, k: Any, v: Any) -> Any:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    s = q @ k.mT * q.shape[-1] ** -0.5
+    p = (1 + s + s * s / 2).tril()
+    return (p @ v / (p.sum(-1, keepdim=True) + 1e-12)).transpose(1, 2)
+
+
+def plain_window(q: Any, k: Any, v: Any) -> Any:
+    q, k, v = (x.transpose(1, 2).repeat_interleave(4 // x.shape[2], dim=1) for x in (q, k, v))
+    age = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill((age < 0) | (age >= 17), -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def plain_conv(u: Any, weight: Any) -> Any:
+    u1, u2 = u.chunk(2, -1)
+    padded = torch.nn.functional.pad(u1.mT, (weight.shape[1] - 1, 0))
+    conv = torch.nn.functional.conv1d(padded, weight[:, None], groups=len(weight)).mT
+    return torch.nn.functional.silu(conv) * u2
+
+
+PLAIN = {"taylor": plain_taylor, "window": plain_window, "conv": plain_conv}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_error_of_16_bits(name, dtype):
+    """At most twice that of the plain evaluation in the same dtype, of the result and of every gradient."""
+    function, make = OPERATIONS[name]
+    inputs = make(400, dtype)
+    plain = with_gradients(PLAIN[name], inputs, dy := random(*function(*inputs).shape, dtype=dtype, seed=3).detach())
+    found = with_gradients(function, inputs, dy)
+    exact = with_gradients(function, double(inputs), dy)
+    for a, b, c in zip(found, plain, exact, strict=True):
+        assert a.dtype == getattr(torch, dtype)
+        assert 0 < error(a, c) <= FACTOR * error(b, c)
+
+
+def test_sums_of_bfloat16_are_float32():
+    """Sums of 16,384 tokens, 16 at a time: in bfloat16 4,096 + 16 is 4,096."""
+    t = 16384
+    q = torch.zeros(1, t, 1, 1, dtype=torch.bfloat16, requires_grad=True)
+    v = (torch.arange(t) < t // 2).to(torch.bfloat16).view(1, t, 1, 1).requires_grad_()
+    y = ops.taylor_linear_attention(q, q, v, chunk_size=16)
+    mean = v.detach().double().cumsum(1) / torch.arange(1, t + 1).view(1, t, 1, 1)
+    assert error(y, mean) <= 3e-3
+    (dv,) = torch.autograd.grad(y, v, torch.ones_like(y))
+    after = (1 / torch.arange(1, t + 1, dtype=torch.float64)).flip(0).cumsum(0).flip(0)  # Σ_{s ≥ t} 1/s
+    assert error(dv, after.view(1, t, 1, 1)) <= 3e-3
+
+
+def test_states_beyond_the_range_of_float16():
+    """Σ v over 3,000 tokens of 100 each is 300,000."""
+    q = torch.zeros(1, 3000, 1, 2, dtype=torch.float16, requires_grad=True)
+    v = torch.full((1, 3000, 1, 1), 100, dtype=torch.float16, requires_grad=True)
+    y = ops.taylor_linear_attention(q, q, v)
+    assert torch.equal(y, torch.full_like(y, 100))
+    (dv,) = torch.autograd.grad(y.sum(), v)
+    assert dv.isfinite().all()
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+def memory(name: str, t: int) -> tuple[int, int]:
+    """Bytes that are saved for the backward pass, each storage once; elements of the largest tensor of both passes."""
+    function, make = OPERATIONS[name]
+    inputs = make(t, "float32")
+    saved: dict[int, int] = {}
+
+    def pack(x: Any) -> Any:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with Largest() as largest:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            y = function(*inputs)
+        y.sum().backward()
+    return sum(saved.values()), largest.numel
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_memory_is_linear_in_the_number_of_tokens(name):
+    (saved, largest), (saved_of_twice, largest_of_twice) = memory(name, 2048), memory(name, 4096)
+    assert 0 < saved <= saved_of_twice <= 2.1 * saved
+    assert 0 < largest <= largest_of_twice <= 2.1 * largest
+    batch_and_heads = {"taylor": 6, "window": 8, "conv": 2, "rotary": 4}[name]
+    assert largest_of_twice < batch_and_heads * 4096 * 4096 / 8
+
+
+def test_what_is_saved_is_inputs_and_result():
+    inputs_and_result = {"taylor": 2 * 3 * (16 + 16 + 8 + 8) * 2048, "conv": 2 * 2048 * 16 + 8 * 3}
+    for name, numel in inputs_and_result.items():
+        assert memory(name, 2048)[0] == 4 * numel
+
+
+# ---- autocast, torch.compile -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_autocast(name):
+    """As the same call on inputs in autocast's dtype; whether backward() runs under it does not matter."""
+    function, make = OPERATIONS[name]
+    inputs, halves = make(100, "float32"), make(100, "bfloat16")
+    with torch.autocast("cpu", torch.bfloat16):
+        y = function(*inputs)
+    expected = function(*halves)
+    if name in ("taylor", "window"):
+        assert torch.equal(y, expected)
+    dy = random(*y.shape, dtype="float32", seed=9).detach().to(y.dtype)
+    outside = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(y, inputs, dy)
+    for a, b in zip(outside, inside, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
+def test_autocast_takes_mixed_inputs():
+    q, k, v = taylor_inputs(20, 4, 4, "float32")
+    with pytest.raises(TypeError, match="v is bfloat16, expected float32, which q is"):
+        ops.taylor_linear_attention(q, k, v.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.taylor_linear_attention(q, k, v.bfloat16()).dtype == torch.bfloat16
+        u, weight = conv_inputs(5, 4, 3, "float32")
+        assert ops.gated_short_conv(u.bfloat16(), weight).dtype == torch.bfloat16
+
+
+@compiles
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_compiles_in_one_graph(name, backend):
+    function, make = OPERATIONS[name]
+    inputs = make(100, "float32")
+    dy = random(*function(*inputs).shape, dtype="float32", seed=9).detach()
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    for a, b in zip(with_gradients(compiled, inputs, dy), with_gradients(function, inputs, dy), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["taylor", "conv"])
+@pytest.mark.parametrize("constant", [True, False])
+def test_second_derivatives_are_refused(name, constant):
+    """Also where the gradient of the result is a constant: that of the inputs is none."""
+    function, make = OPERATIONS[name]
+    inputs = make(5, "float64")
+    y = function(*inputs)
+    loss = y.sum() if constant else y.square().sum()
+    gradients = torch.autograd.grad(loss, inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        (gradients[0].sum() + inputs[0].sum()).backward()
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+X = torch.zeros(2, 10, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("call", "exception", "message"),
+    [
+        (
+            lambda: ops.taylor_linear_attention(X, X[:, :-1], X),
+            ValueError,
+            "k has shape (2, 9, 3, 8), expected (2, 10, 3, 8)",
+        ),
+        (
+            lambda: ops.taylor_linear_attention(X, X, X[:, :, :2]),
+            ValueError,
+            "v has shape (2, 10, 2, 8), expected (2, 10, 3, D)",
+        ),
+        (lambda: ops.taylor_linear_attention(X[0], X, X), ValueError, "q has shape (10, 3, 8), expected (B, T, H, f)"),
+        (
+            lambda: ops.taylor_linear_attention(X[:, :0], X[:, :0], X[:, :0]),
+            ValueError,
+            "q has shape (2, 0, 3, 8), expected extents ≥ 1",
+        ),
+        (lambda: ops.taylor_linear_attention(X, X.half(), X), TypeError, "k is float16, expected float32, which q is"),
+        (
+            lambda: ops.taylor_linear_attention(X.long(), X, X),
+            TypeError,
+            "q is int64, expected float64, float32, bfloat16 or float16",
+        ),
+        (lambda: ops.taylor_linear_attention(X.numpy(), X, X), TypeError, "q is a ndarray, expected a torch.Tensor"),
+        (lambda: ops.taylor_linear_attention(X, X.to("meta"), X), ValueError, "k is on meta, expected cpu, where q is"),
+        (
+            lambda: ops.taylor_linear_attention(X, X, X, eps=-1.0),
+            ValueError,
+            "eps is -1.0, expected a finite number ≥ 0",
+        ),
+        (lambda: ops.taylor_linear_attention(X, X, X, eps=float("nan")), ValueError, "eps is nan"),
+        (lambda: ops.taylor_linear_attention(X, X, X, chunk_size=0), ValueError, "chunk_size is 0, expected ≥ 1"),
+        (
+            lambda: ops.sliding_window_attention(X, X[:, :, :2], X[:, :, :2], window=1),
+            ValueError,
+            "k has 2 heads, expected a divisor of the 3 heads of q",
+        ),
+        (
+            lambda: ops.sliding_window_attention(X, X[..., :4], X, window=1),
+            ValueError,
+            "k has shape (2, 10, 3, 4), expected (2, 10, H_kv, 8)",
+        ),
+        (lambda: ops.sliding_window_attention(X, X, X, window=0), ValueError, "window is 0, expected ≥ 1"),
+        (
+            lambda: ops.sliding_window_attention(X, X, X, window=1, scale=0.0),
+            ValueError,
+            "scale is 0.0, expected a finite number > 0",
+        ),
+        (lambda: ops.rotary_embedding(X[..., :7], rotary_dim=7), ValueError, "rotary_dim is 7, expected 0 to 6"),
+        (lambda: ops.rotary_embedding(X, rotary_dim=-1), ValueError, "rotary_dim is -1, expected 0 to 8"),
+        (
+            lambda: ops.rotary_embedding(X, rotary_dim=2, base=0.0),
+            ValueError,
+            "base is 0.0, expected a finite number > 0",
+        ),
+        (lambda: ops.gated_short_conv(X, X[0, 0]), ValueError, "u has shape (2, 10, 3, 8), expected (B, T, 2e)"),
+        (
+            lambda: ops.gated_short_conv(X[0, :, :, :7], X[0, 0]),
+            ValueError,
+            "u has shape (10, 3, 7), expected (B, T, 2e)",
+        ),
+        (lambda: ops.gated_short_conv(X[0], X[0, 0]), ValueError, "weight has shape (3, 8), expected (4, K)"),
+        (lambda: ops.gated_short_conv(X[0], X[0, :4, 0].half()), TypeError, "weight is float16, expected float32"),
+    ],
+)
+def test_bad_input(call, exception, message):
+    with pytest.raises(exception) as caught:
+        call()
+    assert message in str(caught.value)
+
+
+# ---- GPUs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("t", "f", "d"), [(1, 16, 64), (100, 16, 64), (1000, 8, 40), (700, 5, 7)])
+def test_taylor_linear_attention_on_a_gpu(dtype, t, f, d):
+    """The forward pass of bfloat16 is the kernel where there is one; the backward pass never."""
+    inputs = taylor_inputs(t, f, d, dtype, "cuda")
+    dy = random(2, t, 3, d, seed=3, dtype=dtype, device="cuda").detach()
+    found = with_gradients(ops.taylor_linear_attention, inputs, dy)
+    expected = with_gradients(taylor_reference, double(inputs), dy)
+    for a, b in zip(found, expected, strict=True):
+        if t == 1:
+            assert (a - b).abs().max() <= 1e-2
+        else:
+            assert error(a, b) <= {"float32": 2e-5, "bfloat16": 1.5e-2}[dtype]
+
+
+@pytest.mark.gpu
+@compiles
+@pytest.mark.parametrize("f", [16, 5])
+def test_compiles_on_a_gpu(f):
+    inputs = taylor_inputs(300, f, 32, "bfloat16", "cuda")
+    dy = random(2, 300, 3, 32, seed=3, dtype="bfloat16", device="cuda").detach()
+    compiled = torch.compile(ops.taylor_linear_attention, backend="aot_eager", fullgraph=True)
+    found, expected = (with_gradients(x, inputs, dy) for x in (compiled, ops.taylor_linear_attention))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("t", [50, 128, 129, 1000])
+def test_sliding_window_attention_on_a_gpu(dtype, t):
+    inputs = window_inputs(t, 4, 2, 64, dtype, "cuda")
+    dy = random(2, t, 4, 64, seed=3, dtype=dtype, device="cuda").detach()
+    found = with_gradients(window(129), inputs, dy)
+    expected = with_gradients(lambda q, k, v: window_reference(q, k, v, 129, 1 / 8), double(inputs), dy)
+    for a, b in zip(found, expected, strict=True):
+        assert error(a, b) <= {"float32": 2e-5, "bfloat16": 1.5e-2}[dtype]
