@@ -390,7 +390,7 @@ def _parse(cls: type[T], tree: Any, where: str) -> T:
 
 
 def _convert(kind: Any, value: Any, where: str, domain: Any) -> Any:
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
         if value is None:
             return None
         kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
@@ -427,7 +427,10 @@ def _convert(kind: Any, value: Any, where: str, domain: Any) -> Any:
 def _show(value: Any) -> str:
     if value is None:
         return "nothing"
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except ValueError:  # aliases can make a list its own item
+        text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
 
@@ -468,4 +471,5 @@ def _default(item: "dataclasses.Field[Any]") -> str:
         return "required"
     if item.default is None or item.default == ():
         return ""
-    return f"`{str(item.default).lower()}`" if isinstance(item.default, bool) else f"`{item.default}`"
+    text = str(item.default).lower() if isinstance(item.default, bool) else str(item.default)
+    return "`" + text.replace("|", "\\|") + "`"

@@ -1,5 +1,6 @@
 """Documents packed into streams of tokens, once per run, and the windows of them that a step learns from."""
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -159,26 +160,37 @@ class _Packer:
         self._dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
 
     def run(self) -> None:
+        with contextlib.ExitStack() as files:
+            self._run(files)
+
+    def _run(self, files: contextlib.ExitStack) -> None:
+        def new_writer(name: str) -> _Writer:
+            return files.enter_context(_Writer(self._folder / f"{name}.bin", self._dtype, self._end))
+
         fraction = self._config.data.validation_fraction
         weighted = self._config.data.train[0].weight is not None
         train: list[_Writer] = []
-        validation = self._writer("validation")
-        for where, (source, files) in self._sources.items():
-            if where.startswith("data.validation"):
+        validation = new_writer("validation") if fraction or self._config.data.validation else None
+        for where, (source, paths) in self._sources.items():
+            held_out = fraction
+            if validation is not None and where.startswith("data.validation"):
                 writer, held_out = validation, 0.0
+            elif weighted or not train:
+                writer = new_writer(f"train-{len(train)}")
+                train.append(writer)
             else:
-                if weighted or not train:
-                    train.append(self._writer(f"train-{len(train)}"))
-                writer, held_out = train[-1], fraction
-            before = writer.documents + validation.documents
-            for ids, text in self._documents(source, files):
+                writer = train[-1]
+            empty = True
+            for ids, text in self._documents(source, paths):
                 chosen = held_out and _place(ids.tobytes() if text is None else text) < held_out
-                (validation if chosen else writer).add(ids, None if text is None else len(text))
-            if writer.documents + validation.documents == before:
-                plural = f"{len(files)} files, all" if len(files) > 1 else f"{files[0]} is"
+                (validation if validation is not None and chosen else writer).add(
+                    ids, None if text is None else len(text)
+                )
+                empty = False
+            if empty:
+                plural = f"{len(paths)} files, all" if len(paths) > 1 else f"{paths[0]} is"
                 raise FormatError(f"{where}: no documents: {plural} empty")
-        wants = bool(fraction or self._config.data.validation)
-        if wants and validation.documents == 0:
+        if validation is not None and validation.documents == 0:
             found = f"{fraction:g} of {sum(w.documents for w in train)} documents is none"
             raise FormatError(f"data.validation_fraction: {found}, expected a larger one, or data.validation")
         for index, writer in enumerate(train):
@@ -188,18 +200,12 @@ class _Packer:
                 )
         meta = {
             "dtype": self._dtype,
-            "train": [asdict(writer.close()) for writer in train],
-            "validation": asdict(validation.close()) if wants else None,
+            "train": [asdict(writer.finish()) for writer in train],
+            "validation": asdict(validation.finish()) if validation is not None else None,
         }
-        if not wants:
-            validation.close()
-            (self._folder / "validation.bin").unlink()
         path = self._folder / "meta.json"
         path.write_text(json.dumps(meta, indent=1))
         sync(path)
-
-    def _writer(self, name: str) -> "_Writer":
-        return _Writer(self._folder / f"{name}.bin", self._dtype, self._end)
 
     def _documents(self, source: Source, files: list[Path]) -> Iterator[tuple[Ids, bytes | None]]:
         """Ids and text of every document that is not empty."""
@@ -238,7 +244,13 @@ class _Writer:
         self._tokens += len(ids) + 1
         self._nbytes = None if nbytes is None or self._nbytes is None else self._nbytes + nbytes
 
-    def close(self) -> Stream:
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def finish(self) -> Stream:
         self._file.close()
         sync(self._path)
         return Stream(self._path.name, self._tokens, self.documents, self._nbytes, self._hash.hexdigest())

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -303,8 +303,7 @@ class _Run:
         self.train_table = Table(self.output / "train.csv", TRAIN, self.step)
         self.validation_table = Table(self.output / "validation.csv", VALIDATION, self.step)
         self.board = Board(self.output / "tensorboard", self.step) if self.config.logging.tensorboard else None
-        chosen = self._chosen()
-        if chosen is not None and not (self.output / "model").exists():
+        if (chosen := self._chosen()) is not None:  # the run may have been killed before it did so
             self._export(chosen.tensors("model.safetensors"))
 
     def _update(self) -> None:
@@ -396,6 +395,8 @@ class _Run:
             if index < len(mine):
                 count = rows.shape[0] * (rows.shape[1] - 1)
                 sums += torch.tensor([float(loss) * count, count], dtype=torch.float64)
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # what only a backward pass does by itself
         total, count = self.world.sum(sums.to(self.world.device)).tolist()
         loss = total / count
         perplexity, bits = self._measures(loss)
