@@ -203,6 +203,19 @@ def test_error_of_16_bits(name, dtype):
         assert 0 < error(a, c) <= FACTOR * error(b, c)
 
 
+def test_sums_of_bfloat16_are_float32():
+    """Sums of 16,384 tokens, 16 at a time: in bfloat16 4,096 + 16 is 4,096."""
+    t = 16384
+    q = torch.zeros(1, t, 1, 1, dtype=torch.bfloat16, requires_grad=True)
+    v = (torch.arange(t) < t // 2).to(torch.bfloat16).view(1, t, 1, 1).requires_grad_()
+    y = ops.taylor_linear_attention(q, q, v, chunk_size=16)
+    mean = v.detach().double().cumsum(1) / torch.arange(1, t + 1).view(1, t, 1, 1)
+    assert error(y, mean) <= 3e-3
+    (dv,) = torch.autograd.grad(y, v, torch.ones_like(y))
+    after = (1 / torch.arange(1, t + 1, dtype=torch.float64)).flip(0).cumsum(0).flip(0)  # Σ_{s ≥ t} 1/s
+    assert error(dv, after.view(1, t, 1, 1)) <= 3e-3
+
+
 def test_states_beyond_the_range_of_float16():
     """Σ v over 3,000 tokens of 100 each is 300,000."""
     q = torch.zeros(1, 3000, 1, 2, dtype=torch.float16, requires_grad=True)

@@ -2,8 +2,8 @@
 
 Inputs are float64, float32, bfloat16 or float16 tensors on any device. Sums of 16-bit numbers are kept in float32.
 Under autocast, inputs other than float64 are cast to autocast's dtype, as those of matrix products are. Every function
-raises TypeError or ValueError with what was found and what is expected, and has first derivatives only: asking for
-second ones raises RuntimeError.
+raises TypeError or ValueError with what was found and what is expected. The backward passes of taylor_linear_attention
+and gated_short_conv cannot be differentiated: they raise RuntimeError when they are to be.
 """
 
 import functools
@@ -26,7 +26,7 @@ _KERNEL_FEATURE_DIMS = (8, 16, 24)  # of the GPU kernel that runs on tensor core
 
 
 def _once_differentiable(backward: Any) -> Any:
-    """PyTorch's once_differentiable, which lets a second derivative be taken for zero where dy is a constant."""
+    """PyTorch's once_differentiable, which by itself takes second derivatives for zero where dy is a constant."""
     once = once_differentiable(backward)
 
     @functools.wraps(backward)
@@ -46,7 +46,7 @@ def taylor_linear_attention(
 ) -> torch.Tensor:
     """y_t = Σ_{j≤t} p(q_t·k_j/√f) v_j / (Σ_{j≤t} p(q_t·k_j/√f) + eps) with p(s) = 1 + s + s²/2, causal.
 
-    The linear attention of BASED (arXiv:2402.18668, section 4.1). Quadratic inside chunks, and across them through
+    The linear attention of BASED (arXiv:2402.18668). Quadratic inside chunks, and across them through
     the sums Σ φ(k) [v | 1]ᵀ of all tokens before, with φ the symmetric half of the second-order feature map. Saves its
     inputs and its result; the backward pass makes the rest again. On a GPU the forward pass of bfloat16 inputs with f =
     8, 16 or 24 and D a multiple of 8 is the kernel of `based.ops`, if this build has it; `chunk_size` is then that of
