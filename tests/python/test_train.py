@@ -1,8 +1,10 @@
 """`based train`: configurations, packed documents, the loop, and runs that are killed, stopped, or go wrong."""
 
 import csv
+import dataclasses
 import errno
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -133,6 +135,7 @@ def stop_with(error: Exception) -> Callable[[], None]:
             "training.micro_batch_size=3",
             "training.batch_size: found 4, expected a multiple of 1 processes · micro_batch_size 3",
         ),
+        ("training.micro_batch_size=8", "training.batch_size: found 4, expected a multiple of 1 processes"),
         ("optimizer=fast", 'optimizer: found "fast", expected keys and values'),
         ("model.size=360m", "model: found size and layers, expected size, from, or a shape"),
         ("model={}", "model: found none of them, expected size, from, or a shape"),
@@ -478,6 +481,14 @@ def test_accumulation_is_the_large_batch(config: Path) -> None:
     np.testing.assert_allclose(np.float64(losses(whole)), np.float64(losses(parts)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_deterministic(config: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
+    seen = []
+    fail_at(monkeypatch, 0, lambda: seen.append(torch.are_deterministic_algorithms_enabled()))
+    run(config, f"training.deterministic={wanted}".lower(), "training.steps=2")
+    assert seen == [wanted] and not torch.are_deterministic_algorithms_enabled()
+
+
 def test_bfloat16_is_near(config: Path) -> None:
     run(config, output=config.parent / "a")
     run(config, "training.precision=bfloat16", output=config.parent / "b")
@@ -593,7 +604,7 @@ train(read_config(Path(config), output=Path(output)))
 @pytest.mark.parametrize("point", ["step", "checkpoint", "export"])
 def test_a_killed_run_goes_on_bit_for_bit(config: Path, point: str) -> None:
     whole, killed = config.parent / "whole", config.parent / "killed"
-    run(config, output=whole)
+    expected = run(config, output=whole)
     done = subprocess.run(
         [sys.executable, "-c", KILLED, point, str(config), str(killed)], capture_output=True, text=True
     )
@@ -601,28 +612,31 @@ def test_a_killed_run_goes_on_bit_for_bit(config: Path, point: str) -> None:
     names = {path.name for path in (killed / "checkpoints").glob("step-*")}
     assert names == {"step-000000003"} | ({"step-000000006"} if point == "export" else set())
     result = run(config, output=killed, must_resume=True)
-    assert result == run(config, output=whole, must_resume=True).__class__(
-        killed / "model", *[getattr(result, name) for name in Result.__slots__ if name != "model"]
-    )
+    assert dataclasses.replace(result, model=whole / "model") == expected
     assert_same_run(whole, killed)
     assert (whole / "model/model.safetensors").read_bytes() == (killed / "model/model.safetensors").read_bytes()
     assert not list((killed / "checkpoints").glob(".*")) and not list(killed.glob(".model*"))
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status", "step"), [(signal.SIGTERM, 143, 4), (signal.SIGINT, 130, 3)])
 def test_a_stopped_run_goes_on_bit_for_bit(
-    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, status: int
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    status: int,
+    step: int,
 ) -> None:
     whole, stopped = config.parent / "whole", config.parent / "stopped"
     run(config, output=whole)
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        fail_at(patch, 3, lambda: os.kill(os.getpid(), number))
+        fail_at(patch, step - 1, lambda: os.kill(os.getpid(), number))
         assert cli.main(["train", str(config), "-o", str(stopped)]) == status
     captured = capsys.readouterr()
     assert captured.out == ""
     name = signal.Signals(number).name
-    assert captured.err == f"based: stopped by {name} after step 4; the same command goes on from there\n"
+    assert captured.err == f"based: stopped by {name} after step {step}; the same command goes on from there\n"
     assert signal.getsignal(number) == before
     assert cli.main(["train", str(config), "-o", str(stopped), "--resume"]) == 0
     assert capsys.readouterr().out == f"{stopped / 'model'}\n"
@@ -692,16 +706,25 @@ def test_a_damaged_checkpoint_is_passed_over(config: Path) -> None:
         run(config)
 
 
-def test_the_last_and_the_best_are_kept(config: Path) -> None:
+def test_the_last_and_the_best_are_kept(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = config.parent / "run"
     run(config, "checkpoint.every=1", "checkpoint.keep=1")
     assert [s.state.step for s in checkpoint.all_saved(output / "checkpoints")] == [6]
-    state = checkpoint.State(7, {}, "", 99.0)
-    checkpoint.save(output / "checkpoints", state, {}, {}, sizes.named_config("tiny"), None)
-    checkpoint.prune(output / "checkpoints", 1)
-    assert [s.state.step for s in checkpoint.all_saved(output / "checkpoints")] == [6, 7]
-    best = checkpoint.best(output / "checkpoints")
-    assert best is not None and best.state.step == 6
+    better = itertools.count(1)
+    measure = loop._Run._validate
+
+    def pretend(self: Any) -> None:
+        """The second validation is the best one."""
+        measure(self)
+        self.losses[self.step] = abs(2 - next(better))
+
+    monkeypatch.setattr(loop._Run, "_validate", pretend)
+    result = run(config, "checkpoint.every=1", "checkpoint.keep=1", restart=True)
+    assert [s.state.step for s in checkpoint.all_saved(output / "checkpoints")] == [2, 6]
+    assert (result.model_step, result.step, result.validation_loss) == (2, 6, 0)
+    best = tensors(output / "checkpoints/step-000000002")
+    for name, weight in tensors(result.model).items():
+        assert (based._core.convert_dtype(best[name], "float32", "bfloat16") == weight).all()
 
 
 def test_another_configuration_is_refused(config: Path) -> None:

@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> None:
     try:
         result = training.train(config, restart=args.restart, must_resume=args.resume, meter=meter)
     except training.Stopped as stop:
-        print(f"based: {stop}", file=sys.stderr)
+        if training.is_first_process():
+            print(f"based: {stop}", file=sys.stderr)
         raise SystemExit(128 + stop.signal) from None
     if training.is_first_process():
         print(json.dumps(asdict(result), default=str, ensure_ascii=False) if args.json else result.model)

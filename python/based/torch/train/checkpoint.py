@@ -33,8 +33,6 @@ class State:
     """`Config.fixed()`."""
     data: str
     """`Dataset.content`."""
-    validation_loss: float | None
-    """Of these weights, if it was measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,19 +133,10 @@ def _read_state(path: Path) -> State:
         raise FormatError(f"{where}: {error}") from None
 
 
-def best(folder: Path) -> Saved | None:
-    """The checkpoint with the lowest validation loss, the earlier one of equals; None when none was measured."""
-    measured = [
-        (s.state.validation_loss, s.state.step, s) for s in all_saved(folder) if s.state.validation_loss is not None
-    ]
-    return min(measured, key=lambda entry: entry[:2])[2] if measured else None
-
-
-def prune(folder: Path, keep: int) -> None:
+def prune(folder: Path, keep: int, best: Path | None) -> None:
     """Removes all but the last `keep` and the best."""
-    saved, kept = all_saved(folder), best(folder)
-    for old in saved[:-keep]:
-        if kept is None or old.path != kept.path:
+    for old in all_saved(folder)[:-keep]:
+        if old.path != best:
             remove(old.path)
 
 

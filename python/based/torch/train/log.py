@@ -31,6 +31,8 @@ class Table:
         sync(new)
         os.replace(new, path)
         self._path = path
+        self.rows = kept
+        """Those that the file had."""
 
     def add(self, rows: Sequence[Sequence[float | None]]) -> None:
         """Appends rows, and puts them on the disk."""

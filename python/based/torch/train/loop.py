@@ -146,7 +146,7 @@ class _Run:
         self.checkpoints = output / "checkpoints"
         training = config.training
         self.rows = training.batch_size // world.size
-        self.micro = training.micro_batch_size or self.rows
+        self.micro = training.micro_batch_size or max(1, self.rows)
         if training.batch_size % (world.size * self.micro) != 0:
             expected = f"a multiple of {world.size} processes · micro_batch_size {self.micro}"
             raise FormatError(f"training.batch_size: found {training.batch_size}, expected {expected}")
@@ -259,25 +259,38 @@ class _Run:
         if self.world.first:
             self._prepare_output()
         steps, every = self.config.training.steps, self.config
+        if self.step and self._is_measured() and self.world.from_first(lambda: self.step not in self.losses):
+            self._validate()  # there was no time for it
+        if self.world.first and (chosen := self._chosen()) is not None:  # nor for this, it may be
+            self._export(chosen.tensors("model.safetensors"))
         self.clock.lap()
         with _Signals() as signals:
             while self.step < steps:
                 self._update()
                 stop = self.world.largest(signals.received) if self.step < steps else 0
-                scheduled = self.step % every.checkpoint.every == 0 or self.step == steps
-                measured = scheduled or self.step % every.validation.every == 0
+                scheduled, measured = self._is_scheduled(), self._is_measured()
                 if scheduled or measured or stop or self.step % every.logging.every == 0:
                     self._flush()
-                loss = self._validate() if measured and not stop and self.dataset.validation is not None else None
+                if measured and not stop:
+                    self._validate()
                 if scheduled or stop:
-                    self._save(loss)
+                    self._save()
                 if stop:
                     raise Stopped(stop, self.step)
-                if measured:
+                if scheduled or measured:
                     self.clock.lap()
         if self.world.first and self.board is not None:
             self.board.close()
         return self.world.from_first(self._result)
+
+    def _is_scheduled(self) -> bool:
+        """Whether this step has a checkpoint."""
+        return self.step % self.config.checkpoint.every == 0 or self.step == self.config.training.steps
+
+    def _is_measured(self) -> bool:
+        """Whether this step has a validation."""
+        due = self._is_scheduled() or self.step % self.config.validation.every == 0
+        return due and self.dataset.validation is not None
 
     def _describe(self) -> None:
         train, validation = self.dataset.train, self.dataset.validation
@@ -302,9 +315,8 @@ class _Run:
             shutil.rmtree(leftover)
         self.train_table = Table(self.output / "train.csv", TRAIN, self.step)
         self.validation_table = Table(self.output / "validation.csv", VALIDATION, self.step)
+        self.losses = {int(row[0]): float(row[1]) for row in self.validation_table.rows}
         self.board = Board(self.output / "tensorboard", self.step) if self.config.logging.tensorboard else None
-        if (chosen := self._chosen()) is not None:  # the run may have been killed before it did so
-            self._export(chosen.tensors("model.safetensors"))
 
     def _update(self) -> None:
         """One step: gradients of this process's windows, some at a time, and AdamW."""
@@ -377,7 +389,7 @@ class _Run:
                 raise FloatingPointError(f"step {step}: the loss is {loss}, the norm of its gradient {norm}; {kept}")
 
     @torch.no_grad()
-    def _validate(self) -> float:
+    def _validate(self) -> None:
         stream = self.dataset.validation
         assert stream is not None
         tokens, length = self.dataset.open(stream), self.config.data.sequence_length
@@ -404,12 +416,12 @@ class _Run:
             raise FloatingPointError(f"step {self.step}: the validation loss is {loss}")
         if self.world.first:
             self.validation_table.add([(self.step, loss, perplexity, bits)])
+            self.losses[self.step] = loss
             if self.board is not None:
                 values = dict(zip(VALIDATION[1:], (loss, perplexity, bits), strict=True))
                 self.board.add(self.step, {f"validation/{name}": value for name, value in values.items()})
             per_byte = f", {bits:.4f} bits per byte" if bits is not None else ""
             self.meter.note(f"step {self.step}: validation loss {loss:.4f}, perplexity {perplexity:.3f}{per_byte}")
-        return loss
 
     def _measures(self, loss: float) -> tuple[float, float | None]:
         """Perplexity per token, bits per byte of text."""
@@ -421,25 +433,26 @@ class _Run:
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
-    def _save(self, validation_loss: float | None) -> None:
+    def _save(self) -> None:
         weights, moments = self._tensors()
-        state = checkpoint.State(self.step, self.config.fixed(), self.dataset.content, validation_loss)
+        state = checkpoint.State(self.step, self.config.fixed(), self.dataset.content)
 
         def write() -> checkpoint.Saved:
             saved = checkpoint.save(self.checkpoints, state, weights, moments, self.shape, self.tokenizer)
             chosen = self._chosen()
             if chosen is not None and chosen.state.step == self.step:
                 self._export(weights)
-            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep)
+            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, chosen.path if chosen is not None else None)
             return saved
 
         self.saved = self.world.from_first(write)
 
     def _chosen(self) -> checkpoint.Saved | None:
-        """The checkpoint whose weights OUTPUT/model has."""
-        if self.dataset.validation is not None:
-            return checkpoint.best(self.checkpoints)
+        """The checkpoint whose weights OUTPUT/model has: the best that was measured, otherwise the last."""
         saved = checkpoint.all_saved(self.checkpoints)
+        measured = [s for s in saved if s.state.step in self.losses]
+        if measured:
+            return min(measured, key=lambda s: self.losses[s.state.step])
         return saved[-1] if saved else None
 
     def _tensors(self) -> tuple[checkpoint.Tensors, checkpoint.Tensors]:
@@ -464,7 +477,7 @@ class _Run:
     def _result(self) -> Result:
         chosen = self._chosen()
         assert chosen is not None
-        loss = chosen.state.validation_loss
+        loss = self.losses.get(chosen.state.step)
         perplexity, bits = (None, None) if loss is None else self._measures(loss)
         return Result(self.output / "model", chosen.state.step, self.step, loss, perplexity, bits)
 
