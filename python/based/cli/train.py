@@ -2,7 +2,7 @@
 
 Everything goes to the folder of the run (`output`): checkpoints, logs, and `model`, a model directory, whose path is
 written to stdout at the end. A run that was stopped or killed goes on from its last checkpoint when the same command is
-given again. Several GPUs: torchrun --nproc-per-node N -m based.cli train CONFIG.yaml. See docs/training.md.
+given again. For several GPUs, torchrun starts it. See docs/training.md.
 """
 
 import argparse
