@@ -114,7 +114,7 @@ for name in "${steps[@]}"; do
       step cpp_cuda nothing_skipped cpp "$TESTS" --gtest_filter="$CUDA_TESTS"
       step cpp_cpu cpp "$TESTS" --gtest_filter="-$CUDA_TESTS"
       step python "$PYTHON" -m pytest -q tests/python/test_cuda.py tests/python/test_ops.py \
-        tests/python/test_torch_ops.py tests/python/test_devices.py tests/python/test_golden.py
+        tests/python/test_torch_ops.py tests/python/test_train.py tests/python/test_devices.py tests/python/test_golden.py
       ;;
     sanitize)
       for tool in memcheck racecheck initcheck synccheck; do step "$tool" nothing_skipped sanitize "$tool"; done
