@@ -99,6 +99,76 @@ def _mixer_shapes(mixer: Mixer, d: int) -> tuple[tuple[int, int], tuple[int, int
             return (inner + 2 * mixer.num_kv_heads * mixer.head_dim, d), (d, inner)
 
 
+def recipe(
+    layers: str,
+    hidden_size: int,
+    num_heads: int,
+    inner_size: int,
+    *,
+    window: int = 0,
+    feature_dim: int = 16,
+    head_dim: int | None = None,
+    conv_size: int | None = None,
+    vocab_size: int,
+    end_token_id: int | None,
+) -> dict[str, Any]:
+    """The config.json of a model of the published recipe (docs/model-format.md). Nothing is checked.
+
+    Args:
+        layers: A letter each: c convolution, L linear attention, W sliding window.
+        hidden_size: Width of the residual stream.
+        num_heads: Of both attentions.
+        inner_size: Of the MLP.
+        window: Keys, a query's own included; of use where a layer is W.
+        feature_dim: Size of a head's queries and keys in linear attention.
+        head_dim: None for hidden_size / num_heads.
+        conv_size: Channels of a convolution; None for 2 · hidden_size.
+        vocab_size: Number of tokens.
+        end_token_id: The token that starts and ends a text, if there is one.
+    """
+    head_dim = hidden_size // num_heads if head_dim is None else head_dim
+    conv = {
+        "mixer": "gated_conv",
+        "inner_size": 2 * hidden_size if conv_size is None else conv_size,
+        "kernel_size": 3,
+        "bias": True,
+    }
+    taylor = {
+        "mixer": "linear_attention",
+        "num_heads": num_heads,
+        "feature_dim": feature_dim,
+        "head_dim": head_dim,
+        "eps": 1e-12,
+    }
+    attention = {
+        "mixer": "sliding_window",
+        "num_heads": num_heads,
+        "num_kv_heads": num_heads,
+        "head_dim": head_dim,
+        "window": window,
+        "scale": head_dim**-0.5,
+        "qkv_bias": False,
+        "out_bias": False,
+        "rotary_dim": head_dim,
+        "rotary_base": 10000.0,
+        "rotary_interleaved": False,
+    }
+    mixers: dict[str, dict[str, Any]] = {"c": conv, "L": taylor, "W": attention}
+    return {
+        "format": "based",
+        "format_version": 1,
+        "vocab_size": vocab_size,
+        "padded_vocab_size": -(-vocab_size // 8) * 8,
+        "hidden_size": hidden_size,
+        "norm": {"type": "rms_norm", "eps": 1e-5},
+        "mlp": {"gated": True, "activation": "silu", "inner_size": inner_size, "fc1_bias": False, "fc2_bias": False},
+        "tie_embeddings": True,
+        "bos_token_id": end_token_id,
+        "eos_token_id": end_token_id,
+        "layers": [mixers[letter] for letter in layers],
+    }
+
+
 def _based(
     hidden_size: int,
     num_layers: int,
@@ -110,43 +180,12 @@ def _based(
     window_size: int = 256,
     vocab_size: int = 50257,
 ) -> dict[str, Any]:
-    """The published recipe (docs/model-format.md): convolutions, but for the layers listed."""
-    head_dim = hidden_size // num_heads
-    conv = {"mixer": "gated_conv", "inner_size": 2 * hidden_size, "kernel_size": 3, "bias": True}
-    taylor = {
-        "mixer": "linear_attention",
-        "num_heads": num_heads,
-        "feature_dim": 16,
-        "head_dim": head_dim,
-        "eps": 1e-12,
-    }
-    attention = {
-        "mixer": "sliding_window",
-        "num_heads": num_heads,
-        "num_kv_heads": num_heads,
-        "head_dim": head_dim,
-        "window": window_size // 2 + 1,
-        "scale": head_dim**-0.5,
-        "qkv_bias": False,
-        "out_bias": False,
-        "rotary_dim": head_dim,
-        "rotary_base": 10000.0,
-        "rotary_interleaved": False,
-    }
+    """The recipe with convolutions but for the layers listed; the authors' window_size is not the number of keys."""
     linear, window = set(linear), set(window)
-    return {
-        "format": "based",
-        "format_version": 1,
-        "vocab_size": vocab_size,
-        "padded_vocab_size": -(-vocab_size // 8) * 8,
-        "hidden_size": hidden_size,
-        "norm": {"type": "rms_norm", "eps": 1e-5},
-        "mlp": {"gated": True, "activation": "silu", "inner_size": inner_size, "fc1_bias": False, "fc2_bias": False},
-        "tie_embeddings": True,
-        "bos_token_id": vocab_size - 1,
-        "eos_token_id": vocab_size - 1,
-        "layers": [taylor if i in linear else attention if i in window else conv for i in range(num_layers)],
-    }
+    layers = "".join("L" if i in linear else "W" if i in window else "c" for i in range(num_layers))
+    keys = window_size // 2 + 1
+    sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "inner_size": inner_size, "window": keys}
+    return recipe(layers, **sizes, vocab_size=vocab_size, end_token_id=vocab_size - 1)
 
 
 SIZES: dict[str, Callable[[], dict[str, Any]]] = {

@@ -1,7 +1,7 @@
-"""The command line: `based generate | convert | inspect | tokenize | bench`.
+"""The command line: `based generate | convert | inspect | tokenize | bench | train`.
 
 Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted,
-141 the reader of stdout went away.
+141 the reader of stdout went away, 143 terminated while training.
 """
 
 import argparse
@@ -19,6 +19,7 @@ COMMANDS = {
     "inspect": "show a model's shape, size, and bytes of state per sequence",
     "tokenize": "turn text into token ids, and back",
     "bench": "measure prefill and decoding speed",
+    "train": "train a model, or go on with it",
 }
 """Subcommand, which is the module of this package that has it, and its line of help."""
 

@@ -1,0 +1,154 @@
+"""Checkpoints: a folder each, which is there whole or not at all, and says so of itself by checksums."""
+
+import hashlib
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from based import _core
+from based._core import FormatError, ModelConfig
+from based.convert import atomic_directory, sync
+
+_VERSION = 1
+_NAME = re.compile(r"step-(\d{9})")
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Where a run stands, besides its tensors. Nothing in training draws random numbers but by the step's number."""
+
+    step: int
+    """Updates made."""
+    config: dict[str, Any]
+    """`Config.fixed()`."""
+    data: str
+    """`Dataset.content`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint on the disk."""
+
+    path: Path
+    state: State
+
+    def tensors(self, file: str) -> Tensors:
+        """Those of model.safetensors or optimizer.safetensors, float32."""
+        stored = _core.SafetensorsFile(self.path / file).tensors()
+        return {name: torch.from_numpy(np.array(bits)) for name, bits in stored.items()}
+
+
+def save(
+    folder: Path, state: State, weights: Tensors, optimizer: Tensors, config: ModelConfig, tokenizer: bytes | None
+) -> Saved:
+    """Writes a checkpoint, which is also a model directory. Raises OSError, and leaves nothing then."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{state.step:09d}"
+    with atomic_directory(None, path, overwrite=False) as new:
+        _write_tensors(new / "model.safetensors", weights)
+        _write_tensors(new / "optimizer.safetensors", optimizer)
+        _write(new / "config.json", config.to_json().encode())
+        if tokenizer is not None:
+            _write(new / "tokenizer.json", tokenizer)
+        _write(new / "training.json", json.dumps({"version": _VERSION, **asdict(state)}, indent=1).encode())
+        sums = {file.name: _sha256(file) for file in sorted(new.iterdir())}
+        _write(new / "sha256.json", json.dumps(sums, indent=1).encode())
+    return Saved(path, state)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    arrays = [(name, tensor.contiguous().numpy(), "float32") for name, tensor in tensors.items()]
+    _core.write_safetensors(path, arrays, {"format": "based"})
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    sync(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def all_saved(folder: Path) -> list[Saved]:
+    """The checkpoints of a folder, oldest first, without reading tensors; what cannot be read is left out."""
+    saved = []
+    for path in sorted(folder.glob("step-*")):
+        if _NAME.fullmatch(path.name):
+            try:
+                saved.append(Saved(path, _read_state(path)))
+            except (OSError, FormatError):
+                continue  # newest() speaks of it
+    return saved
+
+
+def newest(folder: Path) -> Saved | None:
+    """The last checkpoint that is what was written; None when there is none at all.
+
+    Damaged ones are passed over with a warning. Raises FormatError when all are damaged.
+    """
+    paths = [path for path in sorted(folder.glob("step-*"), reverse=True) if _NAME.fullmatch(path.name)]
+    for path in paths:
+        try:
+            _verify(path)
+            return Saved(path, _read_state(path))
+        except (OSError, FormatError) as error:
+            warnings.warn(f"this checkpoint is damaged and is passed over: {error}", RuntimeWarning, stacklevel=2)
+    if paths:
+        raise FormatError(f"{folder}: every checkpoint is damaged; --restart begins anew")
+    return None
+
+
+def _verify(path: Path) -> None:
+    where = path / "sha256.json"
+    try:
+        sums = dict(json.loads(where.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise FormatError(f"{where}: {error}") from None
+    for name, expected in sums.items():
+        if (found := _sha256(path / name)) != expected:
+            raise FormatError(f"{path / name}: its SHA-256 is {found[:16]}…, expected {str(expected)[:16]}…")
+
+
+def _read_state(path: Path) -> State:
+    where = path / "training.json"
+    try:
+        document = json.loads(where.read_bytes())
+        version = document.pop("version")
+        if version != _VERSION:
+            raise FormatError(f"{where}: version {version}, expected {_VERSION}")
+        return State(**document)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{where}: {error}") from None
+
+
+def prune(folder: Path, keep: int, best: Path | None) -> None:
+    """Removes all but the last `keep` and the best."""
+    for old in all_saved(folder)[:-keep]:
+        if old.path != best:
+            remove(old.path)
+
+
+def remove(path: Path) -> None:
+    """Removes a folder; it is gone before its files are, so that none is ever seen half."""
+    gone = path.with_name(f".{path.name}.old")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
+def clean(folder: Path) -> None:
+    """Removes what a killed process left beside the checkpoints."""
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover)

@@ -1,0 +1,519 @@
+"""The training loop: steps, validation, checkpoints, and taking up a run where it stopped."""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from based._core import FormatError, ModelConfig
+from based.torch.model import BasedForCausalLM
+from based.torch.train import checkpoint
+from based.torch.train.config import Config, Optimizer, model_config
+from based.torch.train.data import Dataset, Windows, pack, validation_windows
+from based.torch.train.log import TRAIN, VALIDATION, Board, Clock, Meter, Table, board_writer
+from based.torch.train.tokens import Encoder, make_encoder, model_source
+from based.torch.train.world import World
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run came to."""
+
+    model: Path
+    """A model directory: the weights with the lowest validation loss, or the last where there is no validation."""
+    model_step: int
+    step: int
+    validation_loss: float | None
+    """Of `model`, in nats per token."""
+    perplexity: float | None
+    bits_per_byte: float | None
+
+
+class Stopped(Exception):  # noqa: N818
+    """A signal ended the run, after a checkpoint."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(number).name} after step {step}; the same command goes on from there"
+        )
+        self.signal = number
+
+
+def train(config: Config, *, restart: bool = False, must_resume: bool = False, meter: Meter | None = None) -> Result:
+    """Trains a model, from the last checkpoint in the output folder if there is one.
+
+    Args:
+        config: See read_config.
+        restart: Remove what an earlier run left in the output folder, and begin anew.
+        must_resume: Fail when there is no checkpoint.
+        meter: Shows progress.
+
+    Raises:
+        Stopped: SIGINT or SIGTERM came; there is a checkpoint.
+        FormatError: Bad data; or the checkpoint belongs to another configuration or to other data.
+        FloatingPointError: A loss or a gradient is not finite. The last checkpoint is as it was; so with every failure.
+        UnsupportedError: This machine lacks the device.
+        OSError, MemoryError, ImportError: A file, a full disk; the device's memory; an extra is missing.
+    """
+    meter = meter or Meter(wanted=False)
+    if config.logging.tensorboard:
+        board_writer()
+    output = config.output_folder()
+    with (
+        contextlib.closing(meter),
+        _deterministic(config.training.deterministic),
+        World(config.training.device) as world,
+        _only_run(output, world),
+    ):
+        try:
+            return _Run(config, output, world, meter, restart=restart, must_resume=must_resume).run()
+        except torch.OutOfMemoryError as error:
+            advice = "lower training.micro_batch_size or set training.activation_checkpointing"
+            raise MemoryError(f"{world.device}: out of memory; {advice}: {error}") from error
+
+
+@contextlib.contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product runs on a GPU
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextlib.contextmanager
+def _only_run(output: Path, world: World) -> Iterator[None]:
+    if not world.first:
+        yield
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FormatError(f"{output}: another process is training there") from None
+        yield
+
+
+class _Signals:
+    """Which of SIGINT and SIGTERM came; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: object) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = self.received or number
+
+
+class _Run:
+    def __init__(
+        self, config: Config, output: Path, world: World, meter: Meter, *, restart: bool, must_resume: bool
+    ) -> None:
+        self.config, self.output, self.world, self.meter = config, output, world, meter
+        self.checkpoints = output / "checkpoints"
+        training = config.training
+        self.rows = training.batch_size // world.size
+        self.micro = training.micro_batch_size or max(1, self.rows)
+        if training.batch_size % (world.size * self.micro) != 0:
+            expected = f"a multiple of {world.size} processes · micro_batch_size {self.micro}"
+            raise FormatError(f"training.batch_size: found {training.batch_size}, expected {expected}")
+
+        encoder = make_encoder(config)
+        self.tokenizer = encoder.json if encoder is not None else None
+        model, shape = self._shape(encoder)
+        assert shape.eos_token_id is not None
+        end = shape.eos_token_id
+        self.dataset: Dataset = world.from_first(
+            lambda: pack(config, output / "data", encoder, shape.vocab_size, end, meter.note)
+        )
+        streams = [self.dataset.open(stream) for stream in self.dataset.train]
+        weights = [source.weight for source in config.data.train if source.weight is not None]
+        self.windows = Windows(streams, weights or None, config.data.sequence_length, training.seed)
+
+        if world.first and restart:
+            self._clear()
+        saved = world.from_first(lambda: checkpoint.newest(self.checkpoints))
+        if saved is None and must_resume:
+            raise FormatError(f"{self.checkpoints}: no checkpoint to resume from")
+        if saved is not None:
+            self._check_same(saved.state)
+            model = BasedForCausalLM(shape, device="meta")
+            model.load_state_dict(saved.tensors("model.safetensors"), assign=True)
+        elif model is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(training.seed)
+                model = BasedForCausalLM(
+                    shape, special_initializer=config.model.special_initializer, device="cpu"
+                )  # the same weights whatever the device
+        self.step = saved.state.step if saved is not None else 0
+        self.saved = saved
+        self.shape = shape
+        model.activation_checkpointing = training.activation_checkpointing
+        self.model = model.to(world.device)
+        self.module: Any = self._distribute()
+        self.optimizer = _make_optimizer(self.model, config.optimizer, world.device)
+        if saved is not None:
+            self._load_moments(saved.tensors("optimizer.safetensors"))
+        self.pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self.clock = Clock()
+
+    # ---- how it begins -----------------------------------------------------------------------------------------------
+
+    def _shape(self, encoder: Encoder | None) -> tuple[BasedForCausalLM | None, ModelConfig]:
+        """The model of model.from, if there is one, and the shape."""
+        if self.config.model.from_ is None:
+            numbers = (encoder.vocab_size, encoder.end_token_id) if encoder is not None else (None, None)
+            return None, model_config(self.config.model, *numbers)
+        source = model_source(self.config)
+        model = BasedForCausalLM.load(source, device="cpu")
+        shape = model.config
+        if encoder is None:
+            if shape.eos_token_id is None:
+                raise FormatError(f"{source}: its eos_token_id is null, expected the token that ends a document")
+        elif encoder.vocab_size > shape.vocab_size:
+            found = f"{encoder.vocab_size} tokens, expected at most {shape.vocab_size}, which {source} has"
+            raise FormatError(f"data.tokenizer: found {found}")
+        elif encoder.end_token_id != shape.eos_token_id:
+            document = json.loads(shape.to_json()) | {"eos_token_id": encoder.end_token_id}
+            shape = ModelConfig.from_json(json.dumps(document), str(source))
+        return model, shape
+
+    def _clear(self) -> None:
+        """Removes what an earlier run left, but for the packed documents."""
+        for saved in self.checkpoints.glob("step-*"):
+            checkpoint.remove(saved)
+        for name in ("checkpoints", "model", "tensorboard"):
+            shutil.rmtree(self.output / name, ignore_errors=True)
+        for name in ("train.csv", "validation.csv"):
+            (self.output / name).unlink(missing_ok=True)
+
+    def _check_same(self, state: checkpoint.State) -> None:
+        now = self.config.fixed()
+        missing = object()
+        differing = [k for k in {**state.config, **now} if state.config.get(k, missing) != now.get(k, missing)]
+        if differing:
+            shown = "; ".join(f"{k} was {state.config.get(k)}, is {now.get(k)}" for k in differing[:3])
+            more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+            advice = "Use another output, or --restart, which removes that run"
+            raise FormatError(f"{self.output} holds a run of another configuration: {shown}{more}. {advice}")
+        if state.data != self.dataset.content:
+            advice = "Restore the documents, use another output, or --restart, which removes that run"
+            raise FormatError(f"{self.output} holds a run on other data: data.train has changed since. {advice}")
+
+    def _distribute(self) -> Any:
+        if self.world.size == 1:
+            return self.model
+        if self.config.training.parallel == "fsdp":
+            mesh = init_device_mesh(self.world.device.type, (self.world.size,))
+            for layer in self.model.layers:
+                fully_shard(layer, mesh=mesh)
+            return fully_shard(self.model, mesh=mesh)
+        device_ids = [self.world.device] if self.world.device.type == "cuda" else None
+        return DistributedDataParallel(self.model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+    def _load_moments(self, tensors: checkpoint.Tensors) -> None:
+        fused = self.optimizer.defaults["fused"]
+        step = torch.tensor(float(self.step), device=self.world.device if fused else "cpu")
+        for name, parameter in self.model.named_parameters():
+            moments = {moment: _like(parameter, tensors[f"{moment}.{name}"]) for moment in _MOMENTS}
+            self.optimizer.state[parameter] = {"step": step.clone(), **moments}
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> Result:
+        """Trains to the end."""
+        self._describe()
+        if self.world.first:
+            self._prepare_output()
+        steps, every = self.config.training.steps, self.config
+        if self.step and self._is_measured() and self.world.from_first(lambda: self.step not in self.losses):
+            self._validate()  # there was no time for it
+        if self.world.first and (chosen := self._chosen()) is not None:  # nor for this, it may be
+            self._export(chosen.tensors("model.safetensors"))
+        self.clock.lap()
+        with _Signals() as signals:
+            while self.step < steps:
+                self._update()
+                stop = self.world.largest(signals.received) if self.step < steps else 0
+                scheduled, measured = self._is_scheduled(), self._is_measured()
+                if scheduled or measured or stop or self.step % every.logging.every == 0:
+                    self._flush()
+                if measured and not stop:
+                    self._validate()
+                if scheduled or stop:
+                    self._save()
+                if stop:
+                    raise Stopped(stop, self.step)
+                if scheduled or measured:
+                    self.clock.lap()
+        if self.world.first and self.board is not None:
+            self.board.close()
+        return self.world.from_first(self._result)
+
+    def _is_scheduled(self) -> bool:
+        """Whether this step has a checkpoint."""
+        return self.step % self.config.checkpoint.every == 0 or self.step == self.config.training.steps
+
+    def _is_measured(self) -> bool:
+        """Whether this step has a validation."""
+        due = self._is_scheduled() or self.step % self.config.validation.every == 0
+        return due and self.dataset.validation is not None
+
+    def _describe(self) -> None:
+        train, validation = self.dataset.train, self.dataset.validation
+        tokens, documents = sum(s.tokens for s in train), sum(s.documents for s in train)
+        parts = [f"{self.shape.num_parameters:,} parameters"]
+        parts.append(f"{tokens:,} tokens in {documents:,} documents")
+        if validation is not None:
+            parts.append(f"{validation.tokens:,} in {validation.documents:,} for validation")
+        parts.append(f"{self.world.size} × {self.world.device.type}")
+        if self.step:
+            parts.append(f"from step {self.step} on")
+        if self.world.first:
+            self.meter.note("; ".join(parts))
+
+    def _prepare_output(self) -> None:
+        """The logs up to the checkpoint; what lies behind it is gone."""
+        checkpoint.clean(self.checkpoints)
+        for path in self.checkpoints.glob("step-*"):  # damaged ones, which newest() passed over
+            if path.name > f"step-{self.step:09d}":
+                checkpoint.remove(path)
+        for leftover in self.output.glob(".model.*"):
+            shutil.rmtree(leftover)
+        self.train_table = Table(self.output / "train.csv", TRAIN, self.step)
+        self.validation_table = Table(self.output / "validation.csv", VALIDATION, self.step)
+        self.losses = {int(row[0]): float(row[1]) for row in self.validation_table.rows}
+        self.board = Board(self.output / "tensorboard", self.step) if self.config.logging.tensorboard else None
+
+    def _update(self) -> None:
+        """One step: gradients of this process's windows, some at a time, and AdamW."""
+        training, optimizer = self.config.training, self.config.optimizer
+        rate = learning_rate(optimizer, self.step, training.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        first = self.step * training.batch_size + self.world.rank * self.rows
+        parts = self._to_device(self.windows.batch(first, self.rows)).split(self.micro)
+        total = torch.zeros((), device=self.world.device)
+        for index, tokens in enumerate(parts):
+            with self._synchronised(index == len(parts) - 1):
+                with self._autocast():
+                    loss = self.module(tokens, labels=tokens) / len(parts)
+                loss.backward()
+            total += loss.detach()
+        limit = math.inf if optimizer.clip_norm is None else optimizer.clip_norm
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.pending.append((self.step, total, _full(norm)))
+
+    def _synchronised(self, last: bool) -> Any:
+        """Gradients are averaged over the processes once a step."""
+        if isinstance(self.module, DistributedDataParallel):
+            return contextlib.nullcontext() if last else self.module.no_sync()
+        if self.world.size > 1:
+            self.module.set_requires_gradient_sync(last)
+        return contextlib.nullcontext()
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.training.precision == "bfloat16"
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
+
+    def _to_device(self, windows: Any) -> torch.Tensor:
+        tokens = torch.from_numpy(windows)
+        return (
+            tokens.pin_memory().to(self.world.device, non_blocking=True) if self.world.device.type == "cuda" else tokens
+        )
+
+    def _flush(self) -> None:
+        """Waits for the steps since the last time, writes them down, and sees that they are finite."""
+        if not self.pending:
+            return
+        stacked = torch.stack([loss for _, loss, _ in self.pending])
+        losses: list[float] = (self.world.sum(stacked) / self.world.size).tolist()
+        norms: list[float] = torch.stack([norm for _, _, norm in self.pending]).tolist()
+        training = self.config.training
+        count = len(self.pending)
+        rate = count * training.batch_size * self.config.data.sequence_length / self.clock.lap()
+        rows = []
+        for (step, _, _), loss, norm in zip(self.pending, losses, norms, strict=True):
+            rows.append(
+                (step, loss, norm, learning_rate(self.config.optimizer, step - 1, training.steps), round(rate, 1))
+            )
+        self.pending.clear()
+        if self.world.first:
+            self.train_table.add(rows)
+            if self.board is not None:
+                for row in rows:
+                    self.board.add(row[0], {f"train/{name}": x for name, x in zip(TRAIN[1:], row[1:], strict=True)})
+            left = (training.steps - self.step) * training.batch_size * self.config.data.sequence_length / rate
+            self.meter.show(self.step, training.steps, losses[-1], rate, left)
+        for step, loss, norm, *_ in rows:
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                kept = (
+                    f"the checkpoint of step {self.saved.state.step} is intact" if self.saved else "no checkpoint yet"
+                )
+                raise FloatingPointError(f"step {step}: the loss is {loss}, the norm of its gradient {norm}; {kept}")
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        stream = self.dataset.validation
+        assert stream is not None
+        tokens, length = self.dataset.open(stream), self.config.data.sequence_length
+        windows = validation_windows(tokens, length, self.config.validation.tokens)
+        whole = [w for w in windows if w.stop - w.start == length]
+        batches = [whole[i : i + self.micro] for i in range(0, len(whole), self.micro)]
+        batches += [[w] for w in windows[len(whole) :]]
+        mine = batches[self.world.rank :: self.world.size]
+        idle = -(-len(batches) // self.world.size) - len(mine)  # shards want all processes at each forward pass
+        sums = torch.zeros(2, dtype=torch.float64)
+        for index, batch in enumerate(mine + batches[:1] * idle):
+            rows = self._to_device(_gather(tokens, batch))
+            with self._autocast():
+                loss = self.model(rows, labels=rows)
+            if index < len(mine):
+                count = rows.shape[0] * (rows.shape[1] - 1)
+                sums += torch.tensor([float(loss) * count, count], dtype=torch.float64)
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # what only a backward pass does by itself
+        total, count = self.world.sum(sums.to(self.world.device)).tolist()
+        loss = total / count
+        perplexity, bits = self._measures(loss)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {self.step}: the validation loss is {loss}")
+        if self.world.first:
+            self.validation_table.add([(self.step, loss, perplexity, bits)])
+            self.losses[self.step] = loss
+            if self.board is not None:
+                values = dict(zip(VALIDATION[1:], (loss, perplexity, bits), strict=True))
+                self.board.add(self.step, {f"validation/{name}": value for name, value in values.items()})
+            per_byte = f", {bits:.4f} bits per byte" if bits is not None else ""
+            self.meter.note(f"step {self.step}: validation loss {loss:.4f}, perplexity {perplexity:.3f}{per_byte}")
+
+    def _measures(self, loss: float) -> tuple[float, float | None]:
+        """Perplexity per token, bits per byte of text."""
+        stream = self.dataset.validation
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        if stream is None or not stream.nbytes:
+            return perplexity, None
+        return perplexity, loss / math.log(2) * stream.tokens / stream.nbytes
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        weights, moments = self._tensors()
+        state = checkpoint.State(self.step, self.config.fixed(), self.dataset.content)
+
+        def write() -> checkpoint.Saved:
+            saved = checkpoint.save(self.checkpoints, state, weights, moments, self.shape, self.tokenizer)
+            chosen = self._chosen()
+            if chosen is not None and chosen.state.step == self.step:
+                self._export(weights)
+            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, chosen.path if chosen is not None else None)
+            return saved
+
+        self.saved = self.world.from_first(write)
+
+    def _chosen(self) -> checkpoint.Saved | None:
+        """The checkpoint whose weights OUTPUT/model has: the best that was measured, otherwise the last."""
+        saved = checkpoint.all_saved(self.checkpoints)
+        measured = [s for s in saved if s.state.step in self.losses]
+        if measured:
+            return min(measured, key=lambda s: self.losses[s.state.step])
+        return saved[-1] if saved else None
+
+    def _tensors(self) -> tuple[checkpoint.Tensors, checkpoint.Tensors]:
+        """Weights and moments, whole, in the first process's memory."""
+        weights: checkpoint.Tensors = {}
+        moments: checkpoint.Tensors = {}
+        for name, parameter in self.model.named_parameters():
+            state = self.optimizer.state[parameter]
+            for key, tensor in ((None, parameter), *((moment, state[moment]) for moment in _MOMENTS)):
+                whole = _full(tensor.detach())
+                if self.world.first:
+                    target, full_name = (weights, name) if key is None else (moments, f"{key}.{name}")
+                    target[full_name] = whole.to("cpu", torch.float32)
+        return weights, moments
+
+    def _export(self, weights: checkpoint.Tensors) -> None:
+        model = BasedForCausalLM(self.shape, device="meta")
+        model.load_state_dict(weights, assign=True)
+        model.tokenizer_json = self.tokenizer
+        model.save(self.output / "model", dtype=self.config.checkpoint.dtype, overwrite=True)
+
+    def _result(self) -> Result:
+        chosen = self._chosen()
+        assert chosen is not None
+        loss = self.losses.get(chosen.state.step)
+        perplexity, bits = (None, None) if loss is None else self._measures(loss)
+        return Result(self.output / "model", chosen.state.step, self.step, loss, perplexity, bits)
+
+
+def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:
+    """Of the update that follows `step` others: a line up to the peak, then half a cosine down to the minimum."""
+    peak, low, warmup = optimizer.learning_rate, optimizer.min_learning_rate, optimizer.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return low + (peak - low) * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+
+
+def _make_optimizer(model: BasedForCausalLM, config: Optimizer, device: torch.device) -> torch.optim.AdamW:
+    """AdamW, which shrinks matrices and the embedding only: a convolution's weight is no matrix."""
+    named = list(model.named_parameters())
+    decays = [p for name, p in named if p.ndim == 2 and not name.endswith("conv.weight")]
+    others = [p for name, p in named if p.ndim != 2 or name.endswith("conv.weight")]
+    groups = [{"params": decays, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, config.learning_rate, betas, config.eps, fused=device.type == "cuda")
+
+
+def _gather(tokens: Any, windows: list[slice]) -> Any:
+    return np.stack([tokens[window] for window in windows]).astype(np.int64)
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be in shards: every process must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """A tensor where and as the parameter is."""
+    whole = whole.to(parameter.device)
+    return (
+        distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+        if isinstance(parameter, DTensor)
+        else whole
+    )

@@ -1,0 +1,105 @@
+"""From text to token ids while training: bytes, or a tokenizer.json."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from based._core import FormatError
+from based._loading import find_tokenizer
+from based._tokenizer import read_tokenizer
+from based.torch.train.config import Config
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Ids = np.ndarray[Any, Any]
+
+
+class Encoder:
+    """What the run's tokenizer makes of documents."""
+
+    vocab_size: int
+    end_token_id: int
+    json: bytes
+    """tokenizer.json, for the model directory."""
+
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        """Ids of each text, without an end token: one that the text spells out is letters like any other."""
+        raise NotImplementedError
+
+
+class ByteEncoder(Encoder):
+    """A token per byte of UTF-8, whose id is the byte; 256 ends a document."""
+
+    def __init__(self, end_token: str) -> None:
+        self.vocab_size, self.end_token_id = 257, 256
+        self.json = byte_tokenizer(end_token).to_str().encode()
+
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        """The bytes."""
+        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+
+class FileEncoder(Encoder):
+    """A tokenizer.json."""
+
+    def __init__(self, tokenizer: "Tokenizer", end_token: str, where: str) -> None:
+        end = tokenizer.token_to_id(end_token)
+        if end is None:
+            raise FormatError(f"data.end_token: {where} has no token {end_token!r}")
+        self.vocab_size, self.end_token_id = max(tokenizer.get_vocab().values()) + 1, end  # ids may have holes
+        self.json = tokenizer.to_str().encode()
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        """What the tokenizer says."""
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+
+def make_encoder(config: Config) -> Encoder | None:
+    """The run's tokenizer; None for sources of token ids. Raises OSError, FormatError."""
+    name, data = config.data.tokenizer, config.data
+    if name == "none":
+        return None
+    if name == "bytes":
+        return ByteEncoder(data.end_token)
+    if name is not None:
+        path = config.path(name)
+        return FileEncoder(
+            read_tokenizer(path / "tokenizer.json" if path.is_dir() else path), data.end_token, str(path)
+        )
+    source = model_source(config)
+    tokenizer = find_tokenizer(source).get()
+    if tokenizer is None:
+        raise FormatError(f"data.tokenizer: missing, and {source} has none: expected a tokenizer.json, or none")
+    return FileEncoder(tokenizer, data.end_token, str(source))
+
+
+def model_source(config: Config) -> Path | str:
+    """What model.from names: a directory if there is one, otherwise a name at the hub."""
+    assert config.model.from_ is not None
+    path = config.path(config.model.from_)
+    return path if path.exists() else config.model.from_
+
+
+def byte_tokenizer(end_token: str) -> "Tokenizer":
+    """A tokenizer of 256 bytes, whose ids they are, and an end token, 256."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    # The letters that stand for bytes in GPT-2's tokenizer: themselves where they can be seen, others from 256 on.
+    seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    letters, hidden = [], 256
+    for byte in range(256):
+        letters.append(chr(byte if byte in seen else hidden))
+        hidden += byte not in seen
+    tokenizer = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(end_token, special=True, normalized=False)])
+    return tokenizer
