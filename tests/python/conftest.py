@@ -1,6 +1,7 @@
 """What the Python tests share: golden cases, models, and a world without network and without the user's caches."""
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,10 @@ from hypothesis import settings
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
 os.environ["BASED_DEVICE"] = "cpu"  # what "auto" means to tests and their subprocesses: those of GPUs name them
+
+# A shell's background jobs ignore interrupts, and so would all that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import based
 

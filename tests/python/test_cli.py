@@ -429,15 +429,9 @@ def test_a_session_of_another_model_is_refused(model_directory: Path, tmp_path: 
 @contextlib.contextmanager
 def start(*args: object) -> Iterator[subprocess.Popen[bytes]]:
     """The command, under way, and killed in the end."""
-    # Tests that a shell runs in the background ignore interrupts, and what they start would, too.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        process = subprocess.Popen(
-            [*COMMAND, *map(str, args)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
-    with process:
+    with subprocess.Popen(
+        [*COMMAND, *map(str, args)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         try:
             yield process
         finally:

@@ -22,7 +22,7 @@ __all__ = ["gated_short_conv", "rotary_embedding", "sliding_window_attention", "
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT = 8  # elements: matrix units want rows of 16-bit numbers to start at multiples of 16 bytes
 _MIN_BLOCK = 64  # queries of a block of window attention: fewer are too small a product
-_KERNEL_FEATURE_DIMS = (8, 16, 24)  # of the GPU kernel that runs on tensor cores; others are slower than chunks here
+_KERNEL_FEATURE_DIMS = (8, 16, 24, 32)  # of the GPU kernels on tensor cores; others are slower than chunks here
 
 
 def _once_differentiable(backward: Any) -> Any:
@@ -49,8 +49,8 @@ def taylor_linear_attention(
     The linear attention of BASED (arXiv:2402.18668). Quadratic inside chunks, and across them through
     the sums Σ φ(k) [v | 1]ᵀ of all tokens before, with φ the symmetric half of the second-order feature map. Saves its
     inputs and its result; the backward pass makes the rest again. On a GPU the forward pass of bfloat16 inputs with f =
-    8, 16 or 24 and D a multiple of 8 is the kernel of `based.ops`, if this build has it; `chunk_size` is then that of
-    the backward pass alone.
+    8, 16, 24 or 32 and D a multiple of 8 is the kernel of `based.ops`, if this build has it; `chunk_size` is then that
+    of the backward pass alone.
 
     Args:
         q: Queries (B, T, H, f).
