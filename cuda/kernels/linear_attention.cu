@@ -10,11 +10,6 @@ namespace {
 
 std::size_t align_16(std::size_t bytes) { return (bytes + 15) / 16 * 16; }
 
-std::size_t state_bytes(const LinearAttentionConfig& config) {
-  return align_16(static_cast<std::size_t>(config.num_heads * config.num_features() * (config.head_dim + 1)) *
-                  sizeof(float));
-}
-
 // ---- one token per sequence ----------------------------------------------------------------------------------------
 
 RecurrentArguments recurrent_arguments(const LinearAttentionConfig& config, DType dtype, const DeviceBatch& batch,
@@ -175,7 +170,7 @@ int column_groups(const LinearAttentionConfig& config) {
 bool splits_time(const DeviceBatch& batch) { return batch.num_segments > batch.num_longs; }
 
 std::size_t segment_state_bytes(const LinearAttentionConfig& config, const DeviceBatch& batch) {
-  return splits_time(batch) ? static_cast<std::size_t>(batch.num_segments) * state_bytes(config) : 0;
+  return splits_time(batch) ? static_cast<std::size_t>(batch.num_segments) * linear_attention_state_bytes(config) : 0;
 }
 
 std::size_t chunked_scratch_bytes(const LinearAttentionConfig& config, const DeviceBatch& batch) {
@@ -203,7 +198,7 @@ ChunkedArguments chunked_arguments(const LinearAttentionConfig& config, const De
   a.batch = batch;
   a.qkv = qkv;
   a.state = state;
-  a.segment_states = {static_cast<std::byte*>(scratch), state_bytes(config)};
+  a.segment_states = {static_cast<std::byte*>(scratch), linear_attention_state_bytes(config)};
   a.out = static_cast<bf16*>(out);
   a.out_token = out_token;
   a.out_head = out_head;
@@ -229,7 +224,7 @@ void launch_segments(cudaStream_t stream, const LinearAttentionConfig& config, c
   const dim3 block(static_cast<unsigned>(threads));
   if (splits_time(batch)) {
     launch(stream, "linear_attention", increments, grid, block, shared_bytes, a);
-    const int quads = static_cast<int>(state_bytes(config) / 16);
+    const int quads = static_cast<int>(linear_attention_state_bytes(config) / 16);
     const unsigned blocks = blocks_for(quads, 256);
     launch(stream, "linear_attention", sum_segments_kernel, dim3(blocks * static_cast<unsigned>(batch.num_longs)),
            dim3(256), 0, batch, a.state, a.segment_states, quads, static_cast<int>(blocks));
@@ -247,7 +242,10 @@ void launch_chunked(cudaStream_t stream, const LinearAttentionConfig& config, co
 
 }  // namespace
 
-std::size_t linear_attention_state_bytes(const LinearAttentionConfig& config) { return state_bytes(config); }
+std::size_t linear_attention_state_bytes(const LinearAttentionConfig& config) {
+  return align_16(static_cast<std::size_t>(config.num_heads * config.num_features() * (config.head_dim + 1)) *
+                  sizeof(float));
+}
 
 PendingLayout::PendingLayout(const LinearAttentionConfig& config, DType dtype) {
   const auto tokens = static_cast<std::size_t>(config.num_heads * kPendingTokens) * size_of(dtype);

@@ -39,6 +39,29 @@ struct ChunkedArguments {
   float eps;
 };
 
+/// What a block works on.
+struct BlockSegment {
+  int column_group, head, segment_index;
+  Tile segment;
+  int slot;
+  bool is_first, is_last;  // of its sequence in this call
+};
+
+__device__ __forceinline__ BlockSegment block_segment(const ChunkedArguments& a) {
+  int index = static_cast<int>(blockIdx.x);
+  const int column_group = index % a.column_groups;
+  index /= a.column_groups;
+  const int head = index % a.num_heads, segment_index = index / a.num_heads;
+  const Tile segment = a.batch.segments[segment_index];
+  return {column_group,
+          head,
+          segment_index,
+          segment,
+          a.batch.slots[segment.sequence],
+          segment.first == a.batch.offsets[segment.sequence],
+          segment.first + segment.count == a.batch.offsets[segment.sequence + 1]};
+}
+
 constexpr int kChunkedWarps = 4;  // at most; 16 columns of v each
 constexpr int kColumnPitch = 16 * kChunkedWarps + 8;
 constexpr int kScorePitch = kTileTokens + 8;
@@ -359,14 +382,7 @@ __device__ __forceinline__ void run_chunked_part(const ChunkedArguments& a, unsi
     else
       wait_at<kTileBarrier>(num_threads);
   };
-  int index = static_cast<int>(blockIdx.x);
-  const int column_group = index % a.column_groups;
-  index /= a.column_groups;
-  const int head = index % a.num_heads, segment_index = index / a.num_heads;
-  const Tile segment = a.batch.segments[segment_index];
-  const int slot = a.batch.slots[segment.sequence];
-  const bool is_first = segment.first == a.batch.offsets[segment.sequence];
-  const bool is_last = segment.first + segment.count == a.batch.offsets[segment.sequence + 1];
+  const auto [column_group, head, segment_index, segment, slot, is_first, is_last] = block_segment(a);
   if (slot < 0 || (!kOutputs && is_last)) return;
 
   const int block_column = column_group * 16 * num_warps, column = block_column + 16 * warp;

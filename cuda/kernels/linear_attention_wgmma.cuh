@@ -348,14 +348,7 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 2) wgmma_kernel(ChunkedArgumen
   __syncthreads();
 
   const int tid = static_cast<int>(threadIdx.x) % kWarpgroup, lane = tid % 32, warp = tid / 32;
-  int index = static_cast<int>(blockIdx.x);
-  const int column_group = index % a.column_groups;
-  index /= a.column_groups;
-  const int head = index % a.num_heads, segment_index = index / a.num_heads;
-  const Tile segment = a.batch.segments[segment_index];
-  const int slot = a.batch.slots[segment.sequence];
-  const bool is_first = segment.first == a.batch.offsets[segment.sequence];
-  const bool is_last = segment.first + segment.count == a.batch.offsets[segment.sequence + 1];
+  const auto [column_group, head, segment_index, segment, slot, is_first, is_last] = block_segment(a);
   if (slot < 0 || (!kOutputs && is_last)) return;
   const int num_tiles = (segment.count + kTileTokens - 1) / kTileTokens;
   const int block_column = column_group * kWgmmaColumns;
