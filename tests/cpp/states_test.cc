@@ -94,6 +94,15 @@ void expect_equal(const std::vector<NamedTensor>& a, const std::vector<NamedTens
   }
 }
 
+// φ(k) of 5 dimensions, packed (docs/state-format.md).
+std::vector<double> features(const float* k) {
+  std::vector<double> phi{1};
+  for (int i = 0; i < 5; ++i) phi.push_back(k[i] / std::pow(5, 0.25));
+  for (int i = 0; i < 5; ++i)
+    for (int j = i; j < 5; ++j) phi.push_back(k[i] * k[j] / std::sqrt(i == j ? 10.0 : 5.0));
+  return phi;
+}
+
 TEST(States, SavedFormHasNamesShapesAndDtypes) {
   CpuBackend cpu = make_cpu();
   for (DType ring : {DType::float32, DType::bfloat16}) {
@@ -136,11 +145,7 @@ TEST(States, SavedFormHoldsWhatItSays) {
   for (std::int64_t t = 0; t < 25; ++t) {
     const auto qkv = random_floats(H * (2 * f + dv), static_cast<std::uint64_t>(t));
     for (std::int64_t h = 0; h < H; ++h) {
-      const float* k = qkv.data() + (H + h) * f;
-      std::vector<double> phi{1};
-      for (std::int64_t i = 0; i < f; ++i) phi.push_back(k[i] / std::pow(5, 0.25));
-      for (std::int64_t i = 0; i < f; ++i)
-        for (std::int64_t j = i; j < f; ++j) phi.push_back(k[i] * k[j] / std::sqrt(i == j ? 10.0 : 5.0));
+      const std::vector<double> phi = features(qkv.data() + (H + h) * f);
       for (std::int64_t p = 0; p < 21; ++p)
         for (std::int64_t c = 0; c <= dv; ++c)
           expected[static_cast<std::size_t>((h * 21 + p) * (dv + 1) + c)] +=
@@ -234,11 +239,8 @@ TEST(States, ImportAddsPendingTokens) {
       std::vector<double> expected(saved[1].tensor.data_as<float>(),
                                    saved[1].tensor.data_as<float>() + saved[1].tensor.size());
       for (std::int64_t row = 0; row < n * H; ++row) {
-        const float *k = parts[0].data() + row * f, *v = parts[1].data() + row * dv;
-        std::vector<double> phi{1};
-        for (std::int64_t i = 0; i < f; ++i) phi.push_back(k[i] / std::pow(5, 0.25));
-        for (std::int64_t i = 0; i < f; ++i)
-          for (std::int64_t j = i; j < f; ++j) phi.push_back(k[i] * k[j] / std::sqrt(i == j ? 10.0 : 5.0));
+        const float* v = parts[1].data() + row * dv;
+        const std::vector<double> phi = features(parts[0].data() + row * f);
         for (std::int64_t p = 0; p < 21; ++p)
           for (std::int64_t c = 0; c <= dv; ++c)
             expected[static_cast<std::size_t>((row % H * 21 + p) * (dv + 1) + c)] +=

@@ -258,7 +258,7 @@ class _Run:
         self._describe()
         if self.world.first:
             self._prepare_output()
-        steps, every = self.config.training.steps, self.config
+        steps, log_every = self.config.training.steps, self.config.logging.every
         if self.step and self._is_measured() and self.world.from_first(lambda: self.step not in self.losses):
             self._validate()  # there was no time for it
         if self.world.first and (chosen := self._chosen()) is not None:  # nor for this, it may be
@@ -269,7 +269,7 @@ class _Run:
                 self._update()
                 stop = self.world.largest(signals.received) if self.step < steps else 0
                 scheduled, measured = self._is_scheduled(), self._is_measured()
-                if scheduled or measured or stop or self.step % every.logging.every == 0:
+                if scheduled or measured or stop or self.step % log_every == 0:
                     self._flush()
                 if measured and not stop:
                     self._validate()

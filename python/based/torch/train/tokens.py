@@ -1,5 +1,6 @@
 """From text to token ids while training: bytes, or a tokenizer.json."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 Ids = np.ndarray[Any, Any]
 
 
-class Encoder:
+class Encoder(ABC):
     """What the run's tokenizer makes of documents."""
 
     vocab_size: int
@@ -25,9 +26,9 @@ class Encoder:
     json: bytes
     """tokenizer.json, for the model directory."""
 
+    @abstractmethod
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of each text, without an end token: one that the text spells out is letters like any other."""
-        raise NotImplementedError
 
 
 class ByteEncoder(Encoder):
