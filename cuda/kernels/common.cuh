@@ -189,6 +189,34 @@ __device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&r)[4], 
                : "memory");
 }
 
+// ---- mbarriers in shared memory ------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void init_barrier(std::uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void arrive(std::uint64_t* barrier) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(barrier))
+               : "memory");
+}
+/// Until the phase of this parity has ended.
+__device__ __forceinline__ void wait_for_phase(std::uint64_t* barrier, int parity) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define BASED_MBARRIER_WAIT "mbarrier.try_wait.parity.shared.b64"  // may suspend the thread
+#else
+#define BASED_MBARRIER_WAIT "mbarrier.test_wait.parity.shared.b64"
+#endif
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n" BASED_MBARRIER_WAIT
+      " done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+#undef BASED_MBARRIER_WAIT
+}
+
 // ---- asynchronous copies -------------------------------------------------------------------------------------------
 
 /// 16 bytes, global → shared; zeros instead when `valid` is false.

@@ -18,7 +18,7 @@
 //   part 0: blocks 0, 1   20 groups; Σk kᵀ, Σk and their share of D; (f = 24) mask(p(Q Kᵀ))
 //   part 1: block 2       22 groups; mask(p(Q Kᵀ)) V; adds to it what the others hand it of φ(cQ) S; outputs
 //   part 2: block 3       30 groups; mask(p(Q Kᵀ)) and its share of D
-// They hand over 16 rows × 16 columns at a time through shared memory, by barriers at which only part 1 waits, unless
+// They hand over 16 rows × 16 columns at a time through shared memory, by mbarriers at which only part 1 waits, unless
 // it is 2 behind. A block of 64 columns has 12 warps then, whose latencies cover each other's.
 
 #include "kernels/common.cuh"
@@ -91,6 +91,9 @@ struct ChunkedShared {
   bf16 scores[2][kTileTokens][kScorePitch];
   // 1 / (D + eps); where two parts make it, what each adds to D + eps
   float denominators[kChunkedParts<kBlocks> == 3 ? 2 : 1][2][kTileTokens];
+  // Between the warps of the parts that share 16 columns, of rows m % 2: they have been handed over, twice per tile;
+  // and taken, so that rows m + 2 of the tile may follow, once per tile. Every lane arrives for its own rows.
+  std::uint64_t handed[2][kChunkedWarps], free[2][kChunkedWarps];
 };
 
 /// φ(cQ) S of 16 rows × 16 columns, from a part to the one that finishes: a lane's 8 accumulators in two.
@@ -346,17 +349,9 @@ __device__ __forceinline__ void load_rows(Pair (&x)[kBlocks][2], const bf16 (*ro
   }
 }
 
-/// Barriers between parts, whose code differs. kTileBarrier: at the head of a tile. kHandedBarrier + m % 2: rows m have
-/// been handed over; kFreeBarrier + m % 2: and taken, so that rows m + 2 may follow.
-constexpr int kTileBarrier = 1, kHandedBarrier = 2, kFreeBarrier = 4;
-/// The numbers are immediates: a block that takes one from a register reserves all 16.
-template <int kBarrier>
-__device__ __forceinline__ void wait_at(int threads) {
-  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
-}
-template <int kBarrier>
-__device__ __forceinline__ void arrive_at(int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
+/// Waits for all threads of the block, which come from different places in the code: not the aligned bar.sync.
+__device__ __forceinline__ void wait_for_parts(int num_threads) {
+  asm volatile("barrier.sync 1, %0;" ::"r"(num_threads) : "memory");
 }
 
 /// Warp `warp` of the `num_warps` of a part.
@@ -380,7 +375,7 @@ __device__ __forceinline__ void run_chunked_part(const ChunkedArguments& a, unsi
     if constexpr (kParts == 1)
       __syncthreads();
     else
-      wait_at<kTileBarrier>(num_threads);
+      wait_for_parts(num_threads);
   };
   const auto [column_group, head, segment_index, segment, slot, is_first, is_last] = block_segment(a);
   if (slot < 0 || (!kOutputs && is_last)) return;
@@ -417,6 +412,12 @@ __device__ __forceinline__ void run_chunked_part(const ChunkedArguments& a, unsi
   };
   fetch_tile(0, 0);
   fetch_tile(1, 1);
+  if constexpr (kParts > 1) {
+    if (tid < 2 * kChunkedWarps) {
+      init_barrier(&shared.handed[tid % 2][tid / 2], 32 * (kParts - 1));
+      init_barrier(&shared.free[tid % 2][tid / 2], 32);
+    }
+  }
 
   const std::int64_t s_at = static_cast<std::int64_t>(head) * a.num_features * a.head_dim;
   const std::int64_t z_at = static_cast<std::int64_t>(a.num_heads) * a.num_features * a.head_dim +
@@ -597,26 +598,17 @@ __device__ __forceinline__ void run_chunked_part(const ChunkedArguments& a, unsi
                               kKeepRounded ? rounded[kKeepRounded ? i + 1 : 0][n] : round(i + 1, n));
         }
         if constexpr (!Part::kFinishes) {
-          if (m == 2)
-            wait_at<kFreeBarrier>(num_threads);
-          else if (m == 3)
-            wait_at<kFreeBarrier + 1>(num_threads);
+          if (m >= 2) wait_for_phase(&shared.free[m % 2][warp], tile % 2);
           HandedRows& place = handed(m, kPart == 0 ? 0 : kPart - 1);
 #pragma unroll
           for (int n = 0; n < 2; ++n)
             place[n][lane] = make_float4(o[0][n][0] + o[1][n][0], o[0][n][1] + o[1][n][1], o[0][n][2] + o[1][n][2],
                                          o[0][n][3] + o[1][n][3]);
-          if (m % 2 == 0)
-            arrive_at<kHandedBarrier>(num_threads);
-          else
-            arrive_at<kHandedBarrier + 1>(num_threads);
+          arrive(&shared.handed[m % 2][warp]);
           continue;
         }
         if constexpr (kParts > 1) {
-          if (m % 2 == 0)
-            wait_at<kHandedBarrier>(num_threads);
-          else
-            wait_at<kHandedBarrier + 1>(num_threads);
+          wait_for_phase(&shared.handed[m % 2][warp], m / 2);
 #pragma unroll
           for (int sender = 0; sender < kParts - 1; ++sender)
 #pragma unroll
@@ -624,10 +616,7 @@ __device__ __forceinline__ void run_chunked_part(const ChunkedArguments& a, unsi
               const float4 y = handed(m, sender)[n][lane];
               o[0][n][0] += y.x, o[0][n][1] += y.y, o[0][n][2] += y.z, o[0][n][3] += y.w;
             }
-          if (m == 0 && 32 < rows)
-            arrive_at<kFreeBarrier>(num_threads);
-          else if (m == 1 && 48 < rows)
-            arrive_at<kFreeBarrier + 1>(num_threads);
+          if (m < 2 && 16 * (m + 2) < rows) arrive(&shared.free[m % 2][warp]);
         }
         // Neighbouring lanes swap, so that each stores 4 columns in a row.
 #pragma unroll

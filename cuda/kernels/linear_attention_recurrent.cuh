@@ -342,17 +342,6 @@ __device__ __forceinline__ void load_bulk(void* shared, const void* global, unsi
                : "memory");
 }
 
-__device__ __forceinline__ void wait_for_phase_0(std::uint64_t* barrier) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n"
-      "@!done bra again;\n"
-      "}" ::"r"(shared_address(barrier))
-      : "memory");
-}
-
 /// What this thread wrote into shared memory is seen by bulk copies issued after it.
 __device__ __forceinline__ void fence_for_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -388,8 +377,7 @@ __global__ void __launch_bounds__(kBulkThreads, 3) decode_bulk_kernel(RecurrentA
   float* warp_sums = scores + kPending;
 
   if (lane == 0) {
-    for (int chunk = warp; chunk < num_chunks; chunk += kBulkWarps)
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barriers + chunk)) : "memory");
+    for (int chunk = warp; chunk < num_chunks; chunk += kBulkWarps) init_barrier(barriers + chunk, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     fence_for_bulk();
   }
@@ -506,7 +494,7 @@ __global__ void __launch_bounds__(kBulkThreads, 3) decode_bulk_kernel(RecurrentA
     for (int chunk = warp; chunk < num_chunks; chunk += kBulkWarps) {
       const int first_row = chunk * chunk_rows, rows = min(chunk_rows, num_features - first_row);
       float* chunk_tile = tile + first_row * head_dim;
-      wait_for_phase_0(barriers + chunk);
+      wait_for_phase(barriers + chunk, 0);
       for (int row = streams ? group : rows; row < rows; row += kRows * row_groups) {
         Columns<4> s[kRows];
 #pragma unroll
