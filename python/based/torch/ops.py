@@ -7,12 +7,14 @@ and gated_short_conv cannot be differentiated: they raise RuntimeError when they
 """
 
 import functools
+import importlib.util
 import math
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
 
 from based import _core
 from based import ops as kernels
@@ -22,6 +24,7 @@ __all__ = ["gated_short_conv", "rotary_embedding", "sliding_window_attention", "
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT = 8  # elements: matrix units want rows of 16-bit numbers to start at multiples of 16 bytes
 _MIN_BLOCK = 64  # queries of a block of window attention: fewer are too small a product
+_FLASH_HEAD_DIM = 256  # the largest of PyTorch's FlashAttention
 _KERNEL_FEATURE_DIMS = (8, 16, 24, 32)  # of the GPU kernels on tensor cores; others are slower than chunks here
 
 
@@ -88,6 +91,8 @@ class _TaylorLinearAttention(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
         q, k, v, y = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
+            if _HAS_TRITON and _has_kernel(q, v):
+                return *_taylor_backward_kernel(q, k, v, y, dy, ctx.eps), None, None
             return *_Chunks(q, k, v, ctx.chunk_size).backward(y, dy, ctx.eps), None, None
 
 
@@ -221,6 +226,23 @@ def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Te
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
+@torch.library.custom_op("based::taylor_linear_attention_backward", mutates_args=(), device_types="cuda")
+def _taylor_backward_kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, dy: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from based.torch.taylor_kernels import taylor_backward  # Triton comes with PyTorch for CUDA only
+
+    return taylor_backward(q, k, v, y, dy, eps)
+
+
+@_taylor_backward_kernel.register_fake
+def _(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, dy: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
+
+
 def _has_kernel(q: torch.Tensor, v: torch.Tensor) -> bool:
     return (
         q.is_cuda
@@ -232,6 +254,7 @@ def _has_kernel(q: torch.Tensor, v: torch.Tensor) -> bool:
 
 
 _BUILT_FOR_CUDA = _core.build_info()["cuda"] is not None
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 # ---- sliding-window attention ----------------------------------------------------------------------------------------
@@ -268,6 +291,9 @@ def sliding_window_attention(
     if window >= t:
         return _attend(q, k, v, None, scale)
 
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and d % 8 == 0 and d <= _FLASH_HEAD_DIM:
+        return _attend_window(q, k, v, window, scale)
+
     size = min(max(window - 1, _MIN_BLOCK), t)
     position = torch.arange(2 * size, device=q.device)
     age = position[size:, None] - position  # of a block's queries, to its keys and those of the block before
@@ -286,12 +312,25 @@ def sliding_window_attention(
     return torch.cat([first, others[:, : t - size]], 1)
 
 
+def _attend_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, scale: float) -> torch.Tensor:
+    """The same by FlashAttention, which leaves out the keys that no query of a block sees."""
+    b, t = q.shape[:2]
+    k, v = _as_many_heads(q, k, v)
+    starts = torch.arange(0, b * t + 1, t, dtype=torch.int32, device=q.device)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    y: torch.Tensor = varlen_attn(q, k, v, starts, starts, t, t, scale=scale, window_size=(window - 1, 0))
+    return y.unflatten(0, (b, t))
+
+
+def _as_many_heads(q: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Keys and values (B, T, H_kv, D), each head as often as queries read it."""
+    group = q.shape[2] // tensors[0].shape[2]
+    return [x.repeat_interleave(group, dim=2) if group > 1 else x for x in tensors]
+
+
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """softmax(scale · q kᵀ) v over the keys where `mask` is true; None: over those up to the query's own."""
-    group = q.shape[2] // k.shape[2]
-    if group > 1:
-        k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, *_as_many_heads(q, k, v)))
     y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     return y.transpose(1, 2)
 

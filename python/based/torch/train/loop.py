@@ -93,13 +93,16 @@ def train(config: Config, *, restart: bool = False, must_resume: bool = False, m
 @contextlib.contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     if wanted:
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product runs on a GPU
         torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 @contextlib.contextmanager
@@ -183,6 +186,9 @@ class _Run:
         self.shape = shape
         model.activation_checkpointing = training.activation_checkpointing
         self.model = model.to(world.device)
+        if world.device.type == "cuda" if training.compile is None else training.compile:
+            for layer in self.model.layers:
+                layer.compile(fullgraph=True, dynamic=False)  # layers of one kind share what is made for the first
         self.module: Any = self._distribute()
         self.optimizer = _make_optimizer(self.model, config.optimizer, world.device)
         if saved is not None:
@@ -402,7 +408,8 @@ class _Run:
         sums = torch.zeros(2, dtype=torch.float64)
         for index, batch in enumerate(mine + batches[:1] * idle):
             rows = self._to_device(_gather(tokens, batch))
-            with self._autocast():
+            # Other shapes, and no gradients: compiling for each takes longer than it saves.
+            with self._autocast(), torch.compiler.set_stance("force_eager"):
                 loss = self.model(rows, labels=rows)
             if index < len(mine):
                 count = rows.shape[0] * (rows.shape[1] - 1)
