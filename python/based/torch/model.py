@@ -370,8 +370,10 @@ class _SlidingWindow(nn.Module):
         self.out_proj = nn.Linear(h * config.head_dim, d, bias=config.out_bias, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv_proj(x).unflatten(-1, (sum(self.heads), -1)).split(self.heads, dim=2)
-        q, k = ops.rotary_embedding(q, **self.rotary), ops.rotary_embedding(k, **self.rotary)
+        qkv = self.qkv_proj(x).unflatten(-1, (sum(self.heads), -1))
+        v = qkv[:, :, -self.heads[2] :]
+        qk = ops.rotary_embedding(qkv[:, :, : -self.heads[2]], **self.rotary)
+        q, k = qk.split(self.heads[:2], dim=2)
         y = ops.sliding_window_attention(q, k, v, window=self.window, scale=self.scale)
         return self.out_proj(y.flatten(2))
 

@@ -362,12 +362,28 @@ def rotary_embedding(
     if n == 0:
         return x
     dtype = _accumulation_dtype(x)
-    exponents = torch.arange(n, dtype=torch.float64, device=x.device) * (-2 / rotary_dim)
-    angles = torch.arange(t, device=x.device)[:, None] * base**exponents  # float64: positions may be large
-    cos, sin = angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]  # (T, 1, n)
+    cos, sin = _rotary_tables(x.device, t, rotary_dim, base)
+    cos, sin = cos.to(dtype), sin.to(dtype)
     a, b = x[..., : 2 * n].to(dtype).unflatten(-1, (n, 2) if interleaved else (2, n)).unbind(-1 if interleaved else -2)
     turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1 if interleaved else -2).flatten(-2)
     return torch.cat([turned.to(x.dtype), x[..., 2 * n :]], -1)
+
+
+# torch.compile would make the sines in float64 again for each head and sequence that they turn.
+@torch.library.custom_op("based::rotary_tables", mutates_args=())
+def _rotary_tables(
+    device: torch.device, num_tokens: int, rotary_dim: int, base: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the angles, (T, 1, n) float64: positions may be large."""
+    exponents = torch.arange(-(-rotary_dim // 2), dtype=torch.float64, device=device) * (-2 / rotary_dim)
+    angles = torch.arange(num_tokens, device=device)[:, None, None] * base**exponents
+    return angles.cos(), angles.sin()
+
+
+@_rotary_tables.register_fake
+def _(device: torch.device, num_tokens: int, rotary_dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
+    cos, sin = torch.empty(2, num_tokens, 1, -(-rotary_dim // 2), dtype=torch.float64, device=device)
+    return cos, sin
 
 
 # ---- gated short convolution -----------------------------------------------------------------------------------------
