@@ -91,12 +91,23 @@ def _losses(
 def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Total + a·b with float32 sums, float64 of float64."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        if total is None:
-            return torch.mm(a, b, out_dtype=torch.float32)
-        return torch.addmm(total, a, b, out_dtype=torch.float32)
+        return _add_16_bit_product(total, a, b)
     wide = torch.promote_types(a.dtype, torch.float32)
     product = a.to(wide) @ b.to(wide)
     return product if total is None else total + product
+
+
+# torch.compile does not know out_dtype.
+@torch.library.custom_op("based::add_product", mutates_args=(), device_types="cuda")
+def _add_16_bit_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if total is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.addmm(total, a, b, out_dtype=torch.float32)
+
+
+@_add_16_bit_product.register_fake
+def _(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
 
 
 @torch.library.custom_op("based::cross_entropy_", mutates_args=("logits",), device_types="cuda")

@@ -125,8 +125,8 @@ class BasedForCausalLM(nn.Module):
         Returns:
             Logits (B, T, padded_vocab_size), float32 (float64 of float64 parameters); columns from vocab_size on are no
             tokens. With labels, a scalar of this dtype: the mean over all labels that count of −log softmax, which is
-            over the vocab_size tokens as in `based.Model.score`; NaN when none counts. Logits are made of some tokens at a
-            time, and their gradient at once: memory never holds all of them.
+            over the vocab_size tokens as in `based.Model.score`; NaN when none counts. Logits are made of some tokens
+            at a time, and their gradient at once: memory never holds all of them.
 
         Raises:
             TypeError, ValueError: Another dtype, shape or device; a token that is none.
@@ -397,6 +397,8 @@ class _Mlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.fc1(x)
+        if self.gated and self.activation is functional.silu:
+            return self.fc2(ops.swiglu(h))
         if self.gated:
             value, gate = h.chunk(2, dim=-1)
             return self.fc2(value * self.activation(gate))

@@ -19,12 +19,13 @@ from torch.nn.attention.varlen import varlen_attn
 from based import _core
 from based import ops as kernels
 
-__all__ = ["gated_short_conv", "rotary_embedding", "sliding_window_attention", "taylor_linear_attention"]
+__all__ = ["gated_short_conv", "rotary_embedding", "sliding_window_attention", "swiglu", "taylor_linear_attention"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT = 8  # elements: matrix units want rows of 16-bit numbers to start at multiples of 16 bytes
 _MIN_BLOCK = 64  # queries of a block of window attention: fewer are too small a product
 _FLASH_HEAD_DIM = 256  # the largest of PyTorch's FlashAttention
+_KERNEL_TAPS = 8  # a program makes the convolution that often, each of as many taps
 _KERNEL_FEATURE_DIMS = (8, 16, 24, 32)  # of the GPU kernels on tensor cores; others are slower than chunks here
 
 
@@ -91,7 +92,7 @@ class _TaylorLinearAttention(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
         q, k, v, y = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
-            if _HAS_TRITON and _has_kernel(q, v):
+            if _has_kernel(q, v) and _triton_takes(q, k, v, y, dy):
                 return *_taylor_backward_kernel(q, k, v, y, dy, ctx.eps), None, None
             return *_Chunks(q, k, v, ctx.chunk_size).backward(y, dy, ctx.eps), None, None
 
@@ -210,9 +211,19 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a @ b
     if not a.is_cuda:  # products of bfloat16 numbers are exact in float32
         return a.float() @ b.float()
-    batch = a.shape[:-2]
+    return _bfloat16_product(a, b)
+
+
+# torch.compile does not know torch.bmm's out_dtype.
+@torch.library.custom_op("based::bfloat16_product", mutates_args=(), device_types="cuda")
+def _bfloat16_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     product = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
-    return product.unflatten(0, batch)
+    return product.unflatten(0, a.shape[:-2])
+
+
+@_bfloat16_product.register_fake
+def _(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a.new_empty(*a.shape[:-1], b.shape[-1], dtype=torch.float32)
 
 
 @torch.library.custom_op("based::taylor_linear_attention", mutates_args=(), device_types="cuda")
@@ -230,7 +241,7 @@ def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Te
 def _taylor_backward_kernel(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, dy: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from based.torch.taylor_kernels import taylor_backward  # Triton comes with PyTorch for CUDA only
+    from based.torch.taylor_kernels import taylor_backward
 
     return taylor_backward(q, k, v, y, dy, eps)
 
@@ -244,6 +255,7 @@ def _(
 
 
 def _has_kernel(q: torch.Tensor, v: torch.Tensor) -> bool:
+    """Of the forward pass."""
     return (
         q.is_cuda
         and q.dtype == torch.bfloat16
@@ -251,6 +263,11 @@ def _has_kernel(q: torch.Tensor, v: torch.Tensor) -> bool:
         and v.shape[3] % 8 == 0
         and _BUILT_FOR_CUDA
     )
+
+
+def _triton_takes(*tensors: torch.Tensor) -> bool:
+    """Triton kernels count a sequence's numbers in 32 bits. Triton comes with PyTorch for CUDA."""
+    return _HAS_TRITON and all(x.is_cuda and x.stride(1) * x.shape[1] < 1 << 31 for x in tensors)
 
 
 _BUILT_FOR_CUDA = _core.build_info()["cuda"] is not None
@@ -421,6 +438,8 @@ class _GatedShortConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(u, weight)
+        if _has_conv_kernel(u, weight):
+            return _conv_kernel(u, weight)
         u1, u2, w = _widened(u, weight)
         return (functional.silu(_causal_conv(u1, w)) * u2).to(u.dtype)
 
@@ -428,6 +447,9 @@ class _GatedShortConv(torch.autograd.Function):
     @_once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         u, weight = ctx.saved_tensors
+        if _has_conv_kernel(u, weight):
+            du, dw = _conv_gradients_kernel(u, weight, dy)
+            return du, dw.to(weight.dtype)
         u1, u2, w = _widened(u, weight)
         t, taps = u1.shape[1], w.shape[1]
         conv = _causal_conv(u1, w)
@@ -439,6 +461,37 @@ class _GatedShortConv(torch.autograd.Function):
         before = functional.pad(u1, (0, 0, taps - 1, 0))
         dw = torch.stack([(dconv * before[:, j : j + t]).sum((0, 1)) for j in range(taps)], -1)
         return torch.cat([du1, dy * silu], -1).to(u.dtype), dw.to(weight.dtype)
+
+
+@torch.library.custom_op("based::gated_short_conv", mutates_args=(), device_types="cuda")
+def _conv_kernel(u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    from based.torch.gate_kernels import conv
+
+    return conv(u.contiguous(), weight.contiguous())
+
+
+@_conv_kernel.register_fake
+def _(u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return u.new_empty(u.shape[0], u.shape[1], u.shape[2] // 2)
+
+
+@torch.library.custom_op("based::gated_short_conv_backward", mutates_args=(), device_types="cuda")
+def _conv_gradients_kernel(
+    u: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from based.torch.gate_kernels import conv_gradients
+
+    return conv_gradients(u.contiguous(), weight.contiguous(), dy.contiguous())
+
+
+@_conv_gradients_kernel.register_fake
+def _(u: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    du = torch.empty_like(u, memory_format=torch.contiguous_format)
+    return du, torch.empty_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
+def _has_conv_kernel(u: torch.Tensor, weight: torch.Tensor) -> bool:
+    return u.dtype != torch.float64 and weight.shape[1] <= _KERNEL_TAPS and _triton_takes(u)
 
 
 def _widened(u: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -457,6 +510,72 @@ def _correlate(x: torch.Tensor, w: torch.Tensor, t: int) -> torch.Tensor:
     for j in range(1, w.shape[1]):
         y = torch.addcmul(y, w[:, j], x[:, j : j + t])
     return y
+
+
+# ---- gates -----------------------------------------------------------------------------------------------------------
+
+
+def swiglu(h: torch.Tensor) -> torch.Tensor:
+    """The product value ⊙ SiLU(gate) for h = [value|gate].
+
+    Saves h alone.
+
+    Args:
+        h: (B, T, 2m).
+
+    Returns:
+        (B, T, m), of h's dtype.
+    """
+    _check_tensors(("h", h, "BT2"), names={"2": "2m"})
+    if h.shape[2] % 2 != 0:
+        raise ValueError(f"h has shape {tuple(h.shape)}, expected (B, T, 2m)")
+    (h,) = _as_autocast(h)
+    return _Swiglu.apply(h)
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(h)
+        if h.dtype != torch.float64 and _triton_takes(h):
+            return _swiglu_kernel(h)
+        value, gate = h.to(_accumulation_dtype(h)).chunk(2, -1)
+        return (value * functional.silu(gate)).to(h.dtype)
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+        (h,) = ctx.saved_tensors
+        if h.dtype != torch.float64 and _triton_takes(h):
+            return _swiglu_gradient_kernel(h, dy)
+        value, gate = h.to(_accumulation_dtype(h)).chunk(2, -1)
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        return torch.cat([dy * silu, dy * value * (sigmoid + silu * (1 - sigmoid))], -1).to(h.dtype)
+
+
+@torch.library.custom_op("based::swiglu", mutates_args=(), device_types="cuda")
+def _swiglu_kernel(h: torch.Tensor) -> torch.Tensor:
+    from based.torch.gate_kernels import swiglu
+
+    return swiglu(h.contiguous())
+
+
+@_swiglu_kernel.register_fake
+def _(h: torch.Tensor) -> torch.Tensor:
+    return h.new_empty(h.shape[0], h.shape[1], h.shape[2] // 2)
+
+
+@torch.library.custom_op("based::swiglu_backward", mutates_args=(), device_types="cuda")
+def _swiglu_gradient_kernel(h: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+    from based.torch.gate_kernels import swiglu_gradient
+
+    return swiglu_gradient(h.contiguous(), dy.contiguous())
+
+
+@_swiglu_gradient_kernel.register_fake
+def _(h: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(h, memory_format=torch.contiguous_format)
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
