@@ -112,7 +112,7 @@ def _(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Ten
 
 @torch.library.custom_op("based::cross_entropy_", mutates_args=("logits",), device_types="cuda")
 def _cross_entropy_kernel(logits: torch.Tensor, targets: torch.Tensor, num_classes: int, wanted: bool) -> torch.Tensor:
-    from based.torch.loss_kernels import cross_entropy_  # Triton comes with PyTorch for CUDA only
+    from based.torch.kernels.loss import cross_entropy_
 
     return cross_entropy_(logits, targets, num_classes, wanted)
 

@@ -241,7 +241,7 @@ def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Te
 def _taylor_backward_kernel(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, dy: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from based.torch.taylor_kernels import taylor_backward
+    from based.torch.kernels.taylor import taylor_backward
 
     return taylor_backward(q, k, v, y, dy, eps)
 
@@ -335,8 +335,9 @@ def _attend_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: in
     k, v = _as_many_heads(q, k, v)
     starts = torch.arange(0, b * t + 1, t, dtype=torch.int32, device=q.device)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    y: torch.Tensor = varlen_attn(q, k, v, starts, starts, t, t, scale=scale, window_size=(window - 1, 0))
-    return y.unflatten(0, (b, t))
+    y: Any = varlen_attn(q, k, v, starts, starts, t, t, scale=scale, window_size=(window - 1, 0))
+    result: torch.Tensor = y.unflatten(0, (b, t))
+    return result
 
 
 def _as_many_heads(q: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -465,7 +466,7 @@ class _GatedShortConv(torch.autograd.Function):
 
 @torch.library.custom_op("based::gated_short_conv", mutates_args=(), device_types="cuda")
 def _conv_kernel(u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    from based.torch.gate_kernels import conv
+    from based.torch.kernels.gates import conv
 
     return conv(u.contiguous(), weight.contiguous())
 
@@ -479,7 +480,7 @@ def _(u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _conv_gradients_kernel(
     u: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from based.torch.gate_kernels import conv_gradients
+    from based.torch.kernels.gates import conv_gradients
 
     return conv_gradients(u.contiguous(), weight.contiguous(), dy.contiguous())
 
@@ -556,7 +557,7 @@ class _Swiglu(torch.autograd.Function):
 
 @torch.library.custom_op("based::swiglu", mutates_args=(), device_types="cuda")
 def _swiglu_kernel(h: torch.Tensor) -> torch.Tensor:
-    from based.torch.gate_kernels import swiglu
+    from based.torch.kernels.gates import swiglu
 
     return swiglu(h.contiguous())
 
@@ -568,7 +569,7 @@ def _(h: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("based::swiglu_backward", mutates_args=(), device_types="cuda")
 def _swiglu_gradient_kernel(h: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
-    from based.torch.gate_kernels import swiglu_gradient
+    from based.torch.kernels.gates import swiglu_gradient
 
     return swiglu_gradient(h.contiguous(), dy.contiguous())
 

@@ -5,11 +5,11 @@ With p(s) = 1 + s + s²/2, s = c q·k, c = 1/√f, b_t = Σ_{j≤t} p(s_tj) + ep
     dq_t = c/b_t Σ_{j≤t} (1 + s_tj) (dy_t·v_j + δ_t) k_j
     dk_j = c Σ_{t≥j} (1 + s_tj) (dy_t·v_j + δ_t)/b_t q_t        dv_j = Σ_{t≥j} p(s_tj)/b_t dy_t
 
-Inside a chunk of tokens these are sums over its pairs. All tokens before the chunk are in Σ v kᵀ and Σ k_j v kᵀ for each
-j, all tokens after it in the same sums of dy/b and q; and so for the column of ones, which the denominator is. A program
-of `_sums` owns four j, walks through the sequence, and leaves the sums before each chunk: one pass over the inputs, no
-sums of chunks in memory. The sums have all f² products, not only those with i ≤ j: whole rows k_j k are made in the
-registers that hold k.
+Inside a chunk of tokens these are sums over its pairs. All tokens before the chunk are in Σ v kᵀ and Σ k_j v kᵀ for
+each j, all tokens after it in the same sums of dy/b and q; and so for the column of ones, which the denominator is. A
+program of `_sums` owns four j, walks through the sequence, and leaves the sums before each chunk: one pass over the
+inputs, no sums of chunks in memory. The sums have all f² products, not only those with i ≤ j: whole rows k_j k are made
+in the registers that hold k.
 
 `_query_gradients` comes between the two passes of `_sums`: it makes b and δ. No sum is made by atomic additions: equal
 inputs give equal bits.
