@@ -60,7 +60,7 @@ def _sums(
         e = tl.zeros([D, F], tl.float32)
         for step in range(num_chunks):
             chunk = num_chunks - 1 - step if AFTER else step
-            out = sums_ptr + chunk.to(tl.int64) * ((f + 1) * size + d) + j * size + of_matrix
+            out = sums_ptr + tl.cast(chunk, tl.int64) * ((f + 1) * size + d) + j * size + of_matrix
             tl.store(out, a.to(tl.bfloat16), mask=inside)
             tl.store(out + size, b.to(tl.bfloat16), mask=inside)
             tl.store(out + 2 * size, c.to(tl.bfloat16), mask=inside)
@@ -87,10 +87,10 @@ def _sums(
         of_squares = i[:, None] * F + i[None, :]
         for step in range(num_chunks):
             chunk = num_chunks - 1 - step if AFTER else step
-            out = sums_ptr + chunk.to(tl.int64) * ((f + 1) * size + d) + f * size
+            out = sums_ptr + tl.cast(chunk, tl.int64) * ((f + 1) * size + d) + f * size
             tl.store(out + of_matrix, a.to(tl.bfloat16), mask=inside)
             tl.store(out + size + column[:, None] + 0 * i[None, :], b.to(tl.bfloat16), mask=inside & (i == 0)[None, :])
-            out_ones = ones_ptr + chunk.to(tl.int64) * ((F + 1) * F)
+            out_ones = ones_ptr + tl.cast(chunk, tl.int64) * ((F + 1) * F)
             tl.store(out_ones + of_squares, squares)
             tl.store(out_ones + F * F + i, tl.sum(linear, 0))
             for start in range(chunk * CHUNK, chunk * CHUNK + CHUNK, TILE):
