@@ -1,13 +1,15 @@
-"""The gated short convolution and the SiLU gate as Triton kernels: each input is read from memory once, in both passes.
+"""The gated short convolution and the SiLU gate as Triton kernels, which take little longer than memory.
 
-A program has TILE tokens of one sequence and BLOCK channels. What K taps read again comes from the cache.
+A program of the convolution has TILE tokens of one sequence and BLOCK channels. What K taps read again comes from the
+cache. The gradient of the convolution's result goes through memory: to make it again for each tap took three times as
+long.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-_TILE, _BLOCK = 64, 64
+_TILE, _BLOCK = 32, 64
 _ELEMENTS = 1024
 
 
@@ -36,50 +38,59 @@ def _conv(
 
 
 @triton.jit
-def _conv_gradients(
-    u_ptr, weight_ptr, dy_ptr, du_ptr, dw_ptr, num_tokens, channels, tiles, blocks, K: tl.constexpr,
+def _conv_gate_gradients(
+    u_ptr, weight_ptr, dy_ptr, du_ptr, dc_ptr, dw_ptr, num_tokens, channels, tiles, blocks, K: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """du, and dw of the tile's tokens.
-
-    dc = dy u₂ SiLU′(c), du₂ = dy SiLU(c), du₁[t] = Σ_s w_{K−1−s} dc[t + s], dw_j = Σ_t dc_t u₁[t − K + 1 + j].
-    """
+    """Stores du₂ = dy SiLU(c), dc = dy u₂ SiLU′(c), and the tile's part of dw_j = Σ_t dc_t u₁[t − K + 1 + j]."""
     tile = tl.program_id(0) // blocks
     sequence = (tile // tiles).to(tl.int64) * num_tokens
     token = (tile % tiles * TILE + tl.arange(0, TILE))[:, None]
     block = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     channel = block[None, :]
     inside = channel < channels
+    kept = inside & (token < num_tokens)
     u_ptr += sequence * 2 * channels + channel
     du_ptr += sequence * 2 * channels + channel
-    dy_ptr += sequence * channels + channel
-    weight_ptr += channel * K
-    part = tile.to(tl.int64) * K
+    at = sequence * channels + token * channels + channel
+    c = tl.zeros([TILE, BLOCK], tl.float32)
+    for j in tl.static_range(K):
+        t = token - (K - 1 - j)
+        u1 = tl.load(u_ptr + t * 2 * channels, mask=kept & (t >= 0), other=0.0)
+        c += tl.load(weight_ptr + channel * K + j, mask=inside, other=0.0).to(tl.float32) * u1.to(tl.float32)
+    dy = tl.load(dy_ptr + at, mask=kept, other=0.0).to(tl.float32)
+    u2 = tl.load(u_ptr + token * 2 * channels + channels, mask=kept, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(c)
+    silu = c * sigmoid
+    tl.store(du_ptr + token * 2 * channels + channels, (dy * silu).to(du_ptr.dtype.element_ty), mask=kept)
+    dc = dy * u2 * (sigmoid + silu * (1 - sigmoid))
+    tl.store(dc_ptr + at, dc.to(dc_ptr.dtype.element_ty), mask=kept)
+    for j in tl.static_range(K):
+        t = token - (K - 1 - j)
+        u1 = tl.load(u_ptr + t * 2 * channels, mask=kept & (t >= 0), other=0.0)
+        dw = tl.sum(dc * u1.to(tl.float32), 0)
+        tl.store(dw_ptr + (tile.to(tl.int64) * K + j) * channels + block, dw, mask=block < channels)
+
+
+@triton.jit
+def _conv_input_gradients(
+    dc_ptr, weight_ptr, du_ptr, num_tokens, channels, tiles, blocks, K: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Stores du₁[t] = Σ_s w_{K−1−s} dc[t + s]."""
+    tile = tl.program_id(0) // blocks
+    sequence = (tile // tiles).to(tl.int64) * num_tokens
+    token = (tile % tiles * TILE + tl.arange(0, TILE))[:, None]
+    channel = (tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = channel < channels
+    dc_ptr += sequence * channels + channel
     du1 = tl.zeros([TILE, BLOCK], tl.float32)
     for s in tl.static_range(K):
-        later = token + s
-        there = inside & (later < num_tokens)
-        c = tl.zeros([TILE, BLOCK], tl.float32)
-        for j in tl.static_range(K):
-            t = later - (K - 1 - j)
-            u1 = tl.load(u_ptr + t * 2 * channels, mask=inside & (t >= 0) & (t < num_tokens), other=0.0)
-            c += tl.load(weight_ptr + j, mask=inside, other=0.0).to(tl.float32) * u1.to(tl.float32)
-        dy = tl.load(dy_ptr + later * channels, mask=there, other=0.0).to(tl.float32)
-        u2 = tl.load(u_ptr + later * 2 * channels + channels, mask=there, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(c)
-        silu = c * sigmoid
-        dc = dy * u2 * (sigmoid + silu * (1 - sigmoid))
-        du1 += tl.load(weight_ptr + (K - 1 - s), mask=inside, other=0.0).to(tl.float32) * dc
-        if s == 0:
-            at = du_ptr + token * 2 * channels + channels
-            tl.store(at, (dy * silu).to(du_ptr.dtype.element_ty), mask=there)
-            for j in tl.static_range(K):
-                t = token - (K - 1 - j)
-                u1 = tl.load(u_ptr + t * 2 * channels, mask=inside & (t >= 0) & (t < num_tokens), other=0.0)
-                dw = tl.sum(dc * u1.to(tl.float32), 0)
-                tl.store(dw_ptr + (part + j) * channels + block, dw, mask=block < channels)
-    kept = inside & (token < num_tokens)
-    tl.store(du_ptr + token * 2 * channels, du1.to(du_ptr.dtype.element_ty), mask=kept)
+        dc = tl.load(dc_ptr + (token + s) * channels, mask=inside & (token + s < num_tokens), other=0.0)
+        w = tl.load(weight_ptr + channel * K + (K - 1 - s), mask=inside, other=0.0).to(tl.float32)
+        du1 += w * dc.to(tl.float32)
+    du_ptr += sequence * 2 * channels + token * 2 * channels + channel
+    tl.store(du_ptr, du1.to(du_ptr.dtype.element_ty), mask=inside & (token < num_tokens))
 
 
 def conv(u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -99,7 +110,10 @@ def conv_gradients(u: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor) -> t
     du = torch.empty_like(u)
     tiles, blocks = triton.cdiv(t, _TILE), triton.cdiv(e, _BLOCK)
     dw = u.new_empty(b * tiles, taps, e, dtype=torch.float32)
-    _conv_gradients[(b * tiles * blocks,)](u, weight, dy, du, dw, t, e, tiles, blocks, taps, _TILE, _BLOCK, num_warps=4)
+    dc = torch.empty_like(dy)
+    grid, shape = (b * tiles * blocks,), (t, e, tiles, blocks, taps, _TILE, _BLOCK)
+    _conv_gate_gradients[grid](u, weight, dy, du, dc, dw, *shape, num_warps=4)
+    _conv_input_gradients[grid](dc, weight, du, *shape, num_warps=4)
     return du, dw.sum(0).t().contiguous()
 
 
