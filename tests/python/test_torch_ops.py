@@ -15,9 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.reference.model import rotate
 from tests.reference.torch_mixers import conv_reference, taylor_reference, window_reference
 
-# torch.compile makes an autograd.Function to trace one, and warns of it.
-compiles = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-
 TOLERANCE = {"float64": 1e-13, "float32": 2e-6}  # rel-L2
 FACTOR = 2.0  # of the error of a plain 16-bit evaluation
 Tensors = tuple[Any, ...]
@@ -331,7 +328,6 @@ def test_autocast_takes_mixed_inputs():
         assert ops.gated_short_conv(u.bfloat16(), weight).dtype == torch.bfloat16
 
 
-@compiles
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_compiles_in_one_graph(name, backend):
@@ -342,6 +338,18 @@ def test_compiles_in_one_graph(name, backend):
     compiled = torch.compile(function, backend=backend, fullgraph=True)
     for a, b in zip(with_gradients(compiled, inputs, dy), with_gradients(function, inputs, dy), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_compiles_in_one_graph_for_all_lengths(name):
+    function, make = OPERATIONS[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="eager", fullgraph=True, dynamic=True)
+    for t in (150, 190):
+        inputs = make(t, "float32")
+        dy = random(*function(*inputs).shape, dtype="float32", seed=9).detach()
+        for a, b in zip(with_gradients(compiled, inputs, dy), with_gradients(function, inputs, dy), strict=True):
+            assert error(a, b.double()) <= TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize("name", ["taylor", "conv", "swiglu"])
@@ -507,10 +515,9 @@ def test_swiglu_on_a_gpu(dtype, m):
 
 
 @pytest.mark.gpu
-@compiles
 @pytest.mark.parametrize("f", [16, 5])
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_compiles_on_a_gpu(f):
+    torch._dynamo.reset()
     inputs = taylor_inputs(300, f, 32, "bfloat16", "cuda")
     dy = random(2, 300, 3, 32, seed=3, dtype="bfloat16", device="cuda").detach()
     compiled = torch.compile(ops.taylor_linear_attention, backend="aot_eager", fullgraph=True)

@@ -791,11 +791,7 @@ def test_a_missing_gpu(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "based: warning: training.device 'auto' is the CPU: PyTorch" in capsys.readouterr().err
 
 
-# torch.compile makes an autograd.Function to trace one, and looks at .grad of everything; its filters hide that only
-# where warnings are no errors.
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("compiled", ["true", "false"])
 def test_on_a_gpu_a_run_goes_on_bit_for_bit(config: Path, monkeypatch: pytest.MonkeyPatch, compiled: str) -> None:
     sets = ["training.device=cuda", "training.precision=bfloat16", "model.feature_dim=16", "data.sequence_length=65"]

@@ -68,7 +68,7 @@ def taylor_linear_attention(
         (B, T, H, D), of the inputs' dtype.
     """
     _check_tensors(("q", q, "BTHf"), ("k", k, "BTHf"), ("v", v, "BTHD"))
-    if not (eps >= 0 and math.isfinite(eps)):
+    if not 0 <= eps < math.inf:
         raise ValueError(f"eps is {eps}, expected a finite number ≥ 0")
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected ≥ 1")
@@ -302,7 +302,7 @@ def sliding_window_attention(
     if window < 1:
         raise ValueError(f"window is {window}, expected ≥ 1")
     scale = d**-0.5 if scale is None else scale
-    if not (scale > 0 and math.isfinite(scale)):
+    if not 0 < scale < math.inf:
         raise ValueError(f"scale is {scale}, expected a finite number > 0")
     q, k, v = _as_autocast(q, k, v)
     if window >= t:
@@ -375,7 +375,7 @@ def rotary_embedding(
     n = -(-rotary_dim // 2)
     if rotary_dim < 0 or 2 * n > d:
         raise ValueError(f"rotary_dim is {rotary_dim}, expected 0 to {d // 2 * 2}")
-    if not (base > 0 and math.isfinite(base)):
+    if not 0 < base < math.inf:
         raise ValueError(f"base is {base}, expected a finite number > 0")
     if n == 0:
         return x
@@ -591,10 +591,9 @@ def _check_tensors(*arguments: tuple[str, torch.Tensor, str], names: dict[str, s
             raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
         if tensor.dtype not in _DTYPES:
             raise TypeError(f"{name} is {_name(tensor)}, expected float64, float32, bfloat16 or float16")
-        words = [(names or {}).get(axis, axis) for axis in axes]
-        expected = ", ".join(str(extents.get(axis, word)) for axis, word in zip(axes, words, strict=True))
-        found = tuple(tensor.shape)
+        found, known = tuple(tensor.shape), dict(extents)
         if len(found) != len(axes) or any(extents.setdefault(a, n) != n for a, n in zip(axes, found, strict=True)):
+            expected = ", ".join(str(known.get(axis, (names or {}).get(axis, axis))) for axis in axes)
             raise ValueError(f"{name} has shape {found}, expected ({expected})")
         if 0 in found:
             raise ValueError(f"{name} has shape {found}, expected extents ≥ 1")
