@@ -2,7 +2,8 @@
 
   taylor   ops.taylor_linear_attention, bfloat16: errors against float64, times, memory; beside them
            flash-linear-attention's kernels where that package is installed
-  360m     steps of BasedForCausalLM of the published 360M shape, 2,048 tokens a window; and `based train` itself
+  360m     steps of BasedForCausalLM of the published 360M shape, 2,048 tokens a window, eager and with compiled layers;
+           and `based train` itself, with and without training.deterministic
   bytes    the same for configs/based-bytes.yaml
 
 Model FLOPs of a step, as in PaLM's MFU, nothing that is made twice: 6 for each weight of a matrix and token (the
@@ -175,24 +176,21 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
 
 
 class Steps:
-    """Whole steps of training, as `based train` takes them."""
+    """Whole steps of training, as `based train` takes them without training.deterministic."""
 
     def __init__(self, config: ModelConfig, windows: int, compiled: str) -> None:
         torch._dynamo.reset()
         self.model = BasedForCausalLM(config, device="cuda")
-        self.module: Any = self.model
         if compiled == "layers":
             for layer in self.model.layers:
                 layer.compile(fullgraph=True, dynamic=False)
-        elif compiled == "model":
-            self.module = torch.compile(self.model, fullgraph=True, dynamic=False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4, fused=True)
         self.tokens = torch.randint(config.vocab_size, (8, windows, LENGTH), device="cuda")
 
     def __call__(self, i: int) -> None:
         tokens = self.tokens[i % len(self.tokens)]
         with torch.autocast("cuda", torch.bfloat16):
-            loss = self.module(tokens, labels=tokens)
+            loss = self.model(tokens, labels=tokens)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -208,15 +206,11 @@ def measure_steps(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        try:
-            steps = Steps(config, windows, compiled)
-            steps(0)
-            torch.cuda.synchronize()
-            began = time.perf_counter() - start
-            ms = milliseconds(steps, 2.0)
-        except Exception as error:
-            print(f"{name} {compiled}: {type(error).__name__}: {str(error)[:600]}", flush=True)
-            continue
+        steps = Steps(config, windows, compiled)
+        steps(0)
+        torch.cuda.synchronize()
+        began = time.perf_counter() - start
+        ms = milliseconds(steps, 2.0)
         rate = windows * LENGTH / ms * 1e3
         mfu = rate * flops_per_token(config, LENGTH) / PEAK
         memory = torch.cuda.max_memory_allocated() / 1e9
@@ -244,8 +238,8 @@ def write_profile(steps: Steps, path: Path) -> None:
     total = sum(e.self_device_time_total for e in kernels)
     lines = [f"{total / count / 1e3:.2f} ms a step in kernels"]
     for e in kernels[:60]:
-        time = e.self_device_time_total
-        lines.append(f"{time / count / 1e3:8.3f} ms {time / total:6.1%} {e.count // count:5} × {e.key[:150]}")
+        spent = e.self_device_time_total
+        lines.append(f"{spent / count / 1e3:8.3f} ms {spent / total:6.1%} {e.count // count:5} × {e.key[:150]}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
 
@@ -304,12 +298,13 @@ def measure_model(
     measure_steps(name, config, windows, record, profiles, modes)
     torch._dynamo.reset()
     torch.cuda.empty_cache()
-    rate = trainer_rate(name, config.vocab_size, windows, sets)
-    ms = windows * LENGTH / rate * 1e3
-    print(f"{name}, {windows} × {LENGTH}, based train: {ms:.2f} ms a step, {rate:,.0f} tokens/s", flush=True)
-    record[name].append({"windows": windows, "mode": "based train", "ms": ms, "tokens_per_second": rate})
-    if name == "360m":
-        bars.at_least("360m: model-FLOPs utilisation of `based train`", rate * flops / PEAK * 100, 40, "%")
+    for deterministic in ("false", "true"):
+        rate = trainer_rate(name, config.vocab_size, windows, [*sets, f"training.deterministic={deterministic}"])
+        ms, mode = windows * LENGTH / rate * 1e3, f"based train, deterministic {deterministic}"
+        print(f"{name}, {windows} × {LENGTH}, {mode}: {ms:.2f} ms a step, {rate:,.0f} tokens/s", flush=True)
+        record[name].append({"windows": windows, "mode": mode, "ms": ms, "tokens_per_second": rate})
+        if name == "360m":
+            bars.at_least("360m: model-FLOPs utilisation of `based train`", rate * flops / PEAK * 100, 40, "%")
 
 
 def main() -> None:
@@ -317,7 +312,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=["taylor", "360m", "bytes"], help="may be given twice")
     parser.add_argument("--windows", type=int, default=16, help="of a step of the 360M shape (default 16)")
-    parser.add_argument("--mode", action="append", choices=["eager", "layers", "model"], help="of steps; all of them")
+    parser.add_argument("--mode", action="append", choices=["eager", "layers"], help="of steps; both by default")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--profiles", type=Path, metavar="FOLDER", help="write the kernels' times there")
     args = parser.parse_args()
@@ -331,7 +326,7 @@ def main() -> None:
         measure_taylor(bars, record)
     for name, windows in (("360m", args.windows), ("bytes", 64)):
         if name in wanted:
-            measure_model(name, bars, windows, record, args.profiles, args.mode or ["eager", "layers", "model"])
+            measure_model(name, bars, windows, record, args.profiles, args.mode or ["eager", "layers"])
     if args.json is not None:
         args.json.write_text(json.dumps(record, indent=2) + "\n")
     bars.end()
