@@ -53,8 +53,8 @@ def taylor_linear_attention(
     The linear attention of BASED (arXiv:2402.18668). Quadratic inside chunks, and across them through
     the sums Σ φ(k) [v | 1]ᵀ of all tokens before, with φ the symmetric half of the second-order feature map. Saves its
     inputs and its result; the backward pass makes the rest again. On a GPU the forward pass of bfloat16 inputs with f =
-    8, 16, 24 or 32 and D a multiple of 8 is the kernel of `based.ops`, if this build has it; `chunk_size` is then that
-    of the backward pass alone.
+    8, 16, 24 or 32 and D a multiple of 8 is the kernel of `based.ops`, if this build has it, and with Triton the
+    backward pass is kernels, too; `chunk_size` then changes nothing.
 
     Args:
         q: Queries (B, T, H, f).
@@ -282,8 +282,9 @@ def sliding_window_attention(
 ) -> torch.Tensor:
     """Causal softmax attention of each query over the last `window` keys, its own included. No rotary embedding.
 
-    In blocks of max(window − 1, 64) queries, each of which sees its own block of keys and the one before: scores take
-    B·H·T·2·block numbers at most, where PyTorch's attention keeps them at all.
+    On a GPU, of 16-bit inputs with D a multiple of 8 up to 256, PyTorch's FlashAttention. Otherwise in blocks of
+    max(window − 1, 64) queries, each of which sees its own block of keys and the one before: scores take B·H·T·2·block
+    numbers at most, where PyTorch's attention keeps them at all.
 
     Args:
         q: Queries (B, T, H, D).
