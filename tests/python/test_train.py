@@ -805,6 +805,22 @@ def test_on_a_gpu_a_run_goes_on_bit_for_bit(config: Path, monkeypatch: pytest.Mo
     assert_same_run(config.parent / "whole", config.parent / "again")
 
 
+def test_a_compiled_run_is_the_same_run(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a backend that takes the graphs as they are; Inductor rounds otherwise."""
+    run(config, output=config.parent / "whole")
+    compiled = []
+
+    def traced(function: Any, **options: Any) -> Any:
+        compiled.append(options)
+        return compile_(function, backend="aot_eager", **options)
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", traced)
+    run(config, "training.steps=6", "training.compile=true", output=config.parent / "again")
+    assert compiled == 3 * [{"fullgraph": True, "dynamic": False}]
+    assert_same_run(config.parent / "whole", config.parent / "again")
+
+
 def torchrun(config: Path, output: Path, *sets: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     flags = [word for setting in sets for word in ("--set", setting)]
