@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Builds, tests and measures on this machine's GPU:
 #
-#   tests/gpu.sh [build] [test] [kernels] [sanitize] [bench] [rivals]     (all of them by default)
+#   tests/gpu.sh [build] [test] [kernels] [sanitize] [bench] [training] [rivals]     (all of them by default)
 #
 #   build     the wheel for this GPU, installed into the running Python, and the C++ tests and benchmarks beside it
 #   test      C++ and Python tests of CUDA
 #   kernels   kernels by themselves against float64, then their times (tests/bench/*.cu)
 #   sanitize  compute-sanitizer (memcheck, racecheck, initcheck, synccheck) on small CUDA tests
 #   bench     tests/bench/gpu_speed.py: the figures that must hold
-#   rivals    tests/bench/rivals.py: what they are measured against; needs PyTorch
+#   training  tests/bench/training_speed.py: those of training, with flash-linear-attention's where it is installed
+#   rivals    tests/bench/rivals.py: what they are measured against; both need PyTorch
 #
 # Takes no package from the network: the build requirements of pyproject.toml and nvcc must be there. A step that fails
 # does not stop the next one; the exit status is 1 and the last lines name what failed.
@@ -18,7 +19,7 @@
 #   CUDAARCHS        GPU architectures to build for (this machine's)
 #   SANITIZE_FILTER  GoogleTest filter for compute-sanitizer (*Cuda*Small*)
 #   SANITIZE_TIMEOUT seconds for each of its tools (600)
-#   BENCH_ARGS, RIVALS_ARGS   arguments of the two scripts, e.g. "--only decode", "--quick"
+#   BENCH_ARGS, TRAINING_ARGS, RIVALS_ARGS   arguments of the scripts, e.g. "--only decode", "--quick"
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=$(realpath -m "${OUT:-build/gpu}")
@@ -31,11 +32,11 @@ PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 export PATH PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 
 steps=("$@")
-[ $# -gt 0 ] || steps=(build test kernels sanitize bench rivals)
+[ $# -gt 0 ] || steps=(build test kernels sanitize bench training rivals)
 for step in "${steps[@]}"; do
   case $step in
-    build | test | kernels | sanitize | bench | rivals) ;;
-    *) echo "tests/gpu.sh: $step is none of build, test, kernels, sanitize, bench, rivals" >&2; exit 2 ;;
+    build | test | kernels | sanitize | bench | training | rivals) ;;
+    *) echo "tests/gpu.sh: $step is none of build, test, kernels, sanitize, bench, training, rivals" >&2; exit 2 ;;
   esac
 done
 if ! card=$(nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv,noheader 2>&1 | head -1); then
@@ -115,7 +116,8 @@ for name in "${steps[@]}"; do
       step cpp_cuda nothing_skipped cpp "$TESTS" --gtest_filter="$CUDA_TESTS"
       step cpp_cpu cpp "$TESTS" --gtest_filter="-$CUDA_TESTS"
       step python "$PYTHON" -m pytest -q tests/python/test_cuda.py tests/python/test_ops.py \
-        tests/python/test_torch_ops.py tests/python/test_train.py tests/python/test_devices.py tests/python/test_golden.py
+        tests/python/test_torch_ops.py tests/python/test_torch_model.py tests/python/test_train.py \
+        tests/python/test_devices.py tests/python/test_golden.py
       ;;
     kernels)
       for program in bench_linear_attention bench_mixers bench_cuda_linear bench_sampling; do
@@ -129,6 +131,12 @@ for name in "${steps[@]}"; do
       # shellcheck disable=SC2086 # several arguments
       step bench "$PYTHON" tests/bench/gpu_speed.py --json "$OUT/bench.json" ${BENCH_ARGS:-}
       figures+=("$OUT/bench.log")
+      ;;
+    training)
+      # shellcheck disable=SC2086
+      step training "$PYTHON" tests/bench/training_speed.py --json "$OUT/training.json" --profiles "$OUT" \
+        ${TRAINING_ARGS:-}
+      figures+=("$OUT/training.log")
       ;;
     rivals)
       # shellcheck disable=SC2086

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)  # tensors are small here, and a thread that waits for its turn stops all
 
-from based.torch import BasedForCausalLM
+from based.torch import BasedForCausalLM, loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.reference.checkpoints import RandomModel, Seeded, model_shapes, random_model
@@ -186,14 +186,14 @@ def test_activation_checkpointing():
     assert without.activation_checkpointing
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("autocast", [False, True])
-def test_compiles_in_one_graph(autocast):
-    model = BasedForCausalLM(tiny(3))
-    tokens = torch.from_numpy(draw_tokens({"vocab_size": 258}, 1, 150))
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_compiles_in_one_graph(autocast, device):
+    model = BasedForCausalLM(tiny(3), device=device)
+    tokens = torch.from_numpy(draw_tokens({"vocab_size": 258}, 1, 150)).to(device)
 
     def loss(ids: Any) -> Any:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
             return model(ids, labels=ids)
 
     torch._dynamo.reset()
@@ -205,6 +205,51 @@ def test_compiles_in_one_graph(autocast):
         results.append([value.detach(), *(p.grad.clone() for p in model.parameters())])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_loss_on_a_gpu(dtype, monkeypatch):
+    """Of 1,000 tokens in blocks, some of which do not count, over 2,999 of 3,000 classes."""
+    monkeypatch.setattr(loss, "_BLOCK", 300 * 3000)
+    generator = torch.Generator().manual_seed(0)
+    make = {"generator": generator, "dtype": torch.float64}
+    shapes = [(1000, 32), (3000, 32)]
+    inputs = [torch.randn(shape, **make).to("cuda", getattr(torch, dtype)).requires_grad_() for shape in shapes]
+    targets = torch.randint(2999, (1000,), generator=generator)
+    targets[::7] = -100
+    targets = targets.to("cuda")
+    found = loss.linear_cross_entropy(*inputs, targets, 2999)
+    with torch.no_grad():
+        assert torch.equal(loss.linear_cross_entropy(*inputs, targets, 2999), found)
+    assert loss.linear_cross_entropy(*inputs, torch.full_like(targets, -100), 2999).isnan()
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    expected = torch.nn.functional.cross_entropy((doubles[0] @ doubles[1].t())[:, :2999], targets)
+    tolerance = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}[dtype]
+    assert abs(float(found.detach()) - float(expected.detach())) <= tolerance * float(expected.detach())
+    gradients = torch.autograd.grad(found, inputs), torch.autograd.grad(expected, doubles)
+    for a, b in zip(*gradients, strict=True):
+        assert a.dtype == getattr(torch, dtype)
+        assert (a.double() - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_logits_are_those_of_the_cpu():
+    """Under autocast at most FACTOR times as far from float64 as on a CPU."""
+    model = BasedForCausalLM(tiny(4))
+    tokens = torch.from_numpy(draw_tokens({"vocab_size": 258}, 2, 300))
+    exact = BasedForCausalLM(model.config, dtype=torch.float64)
+    exact.load_state_dict(model.state_dict())
+    errors = []
+    with torch.no_grad():
+        expected = exact(tokens)
+        for device in ("cpu", "cuda"):
+            with torch.autocast(device, torch.bfloat16):
+                found = model.to(device)(tokens.to(device)).cpu().double()
+            errors.append(float((found - expected).norm() / expected.norm()))
+        found = model(tokens.cuda()).cpu().double()
+    assert errors[1] <= FACTOR * errors[0]
+    assert (found - expected).norm() <= FLOAT32 * expected.norm()
 
 
 def test_it_learns():
@@ -260,18 +305,19 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_the_loss_of_many_tokens_never_holds_all_logits():
+def test_the_loss_of_many_tokens_never_holds_all_logits(monkeypatch):
+    monkeypatch.setattr(loss, "_BLOCK", 2048 * 2000)
     model = BasedForCausalLM(tiny(1, vocab_size=2000, padded_vocab_size=2000), dtype=torch.float64)
     tokens = torch.from_numpy(draw_tokens({"vocab_size": 2000}, 2, 2501))
     with Largest() as largest:
-        loss = model(tokens, labels=tokens)
-        loss.backward()
+        found = model(tokens, labels=tokens)
+        found.backward()
     assert largest.numel <= 2048 * 2000 < tokens.numel() * 2000 / 2
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     expected = torch.nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     expected.backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     for a, b in zip(gradients, model.parameters(), strict=True):
         assert (a - b.grad).norm() <= 1e-12 * b.grad.norm()
 

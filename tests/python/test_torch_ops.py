@@ -15,9 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.reference.model import rotate
 from tests.reference.torch_mixers import conv_reference, taylor_reference, window_reference
 
-# torch.compile makes an autograd.Function to trace one, and warns of it.
-compiles = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-
 TOLERANCE = {"float64": 1e-13, "float32": 2e-6}  # rel-L2
 FACTOR = 2.0  # of the error of a plain 16-bit evaluation
 Tensors = tuple[Any, ...]
@@ -54,8 +51,13 @@ def window_inputs(t: int, h: int, h_kv: int, d: int, dtype: str = "float64", dev
     return tuple(random(*shape, dtype=dtype, seed=seed, device=device) for seed, shape in enumerate(shapes))
 
 
-def conv_inputs(t: int, e: int, taps: int, dtype: str = "float64") -> Tensors:
-    return random(2, t, 2 * e, dtype=dtype), random(e, taps, dtype=dtype, seed=1)
+def conv_inputs(t: int, e: int, taps: int, dtype: str = "float64", device: str = "cpu") -> Tensors:
+    return random(2, t, 2 * e, dtype=dtype, device=device), random(e, taps, dtype=dtype, seed=1, device=device)
+
+
+def swiglu_reference(h: Any) -> Any:
+    value, gate = h.double().chunk(2, -1)
+    return value * torch.nn.functional.silu(gate)
 
 
 def window(size: int, **options: Any) -> Callable[..., Any]:
@@ -123,6 +125,15 @@ def test_gated_short_conv(dtype, t, e, taps):
         assert error(a, b) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_swiglu(dtype):
+    inputs, dy = (random(2, 5, 14, dtype=dtype),), random(2, 5, 7, seed=3).detach()
+    found, expected = with_gradients(ops.swiglu, inputs, dy), with_gradients(swiglu_reference, double(inputs), dy)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == getattr(torch, dtype)
+        assert error(a, b) <= TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("rotary_dim", "base"), [(8, 10000.0), (0, 10000.0), (3, 100.0), (6, 1e6), (7, 500.0)])
 def test_rotary_embedding(rotary_dim, base, interleaved):
@@ -145,6 +156,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[[int, str], Tensors]]] 
     "window": (window(17), lambda t, x: window_inputs(t, 4, 2, 8, x)),
     "conv": (ops.gated_short_conv, lambda t, x: conv_inputs(t, 8, 3, x)),
     "rotary": (lambda x: ops.rotary_embedding(x, rotary_dim=4), lambda t, x: (random(2, t, 2, 6, dtype=x),)),
+    "swiglu": (ops.swiglu, lambda t, x: (random(2, t, 12, dtype=x),)),
 }
 
 
@@ -156,6 +168,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[[int, str], Tensors]]] 
         (window(3), [(1, 66, 2, 1), (1, 66, 1, 1), (1, 66, 1, 1)]),
         (ops.gated_short_conv, [(2, 6, 4), (2, 3)]),
         (lambda x: ops.rotary_embedding(x, rotary_dim=3, interleaved=True), [(1, 4, 2, 5)]),
+        (ops.swiglu, [(2, 3, 8)]),
     ],
 )
 def test_gradcheck(function, inputs):
@@ -186,7 +199,12 @@ def plain_conv(u: Any, weight: Any) -> Any:
     return torch.nn.functional.silu(conv) * u2
 
 
-PLAIN = {"taylor": plain_taylor, "window": plain_window, "conv": plain_conv}
+def plain_swiglu(h: Any) -> Any:
+    value, gate = h.chunk(2, -1)
+    return value * torch.nn.functional.silu(gate)
+
+
+PLAIN = {"taylor": plain_taylor, "window": plain_window, "conv": plain_conv, "swiglu": plain_swiglu}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -264,12 +282,16 @@ def test_memory_is_linear_in_the_number_of_tokens(name):
     (saved, largest), (saved_of_twice, largest_of_twice) = memory(name, 2048), memory(name, 4096)
     assert 0 < saved <= saved_of_twice <= 2.1 * saved
     assert 0 < largest <= largest_of_twice <= 2.1 * largest
-    batch_and_heads = {"taylor": 6, "window": 8, "conv": 2, "rotary": 4}[name]
+    batch_and_heads = {"taylor": 6, "window": 8, "conv": 2, "rotary": 4, "swiglu": 2}[name]
     assert largest_of_twice < batch_and_heads * 4096 * 4096 / 8
 
 
 def test_what_is_saved_is_inputs_and_result():
-    inputs_and_result = {"taylor": 2 * 3 * (16 + 16 + 8 + 8) * 2048, "conv": 2 * 2048 * 16 + 8 * 3}
+    inputs_and_result = {
+        "taylor": 2 * 3 * (16 + 16 + 8 + 8) * 2048,
+        "conv": 2 * 2048 * 16 + 8 * 3,
+        "swiglu": 2 * 2048 * 12,
+    }
     for name, numel in inputs_and_result.items():
         assert memory(name, 2048)[0] == 4 * numel
 
@@ -306,7 +328,6 @@ def test_autocast_takes_mixed_inputs():
         assert ops.gated_short_conv(u.bfloat16(), weight).dtype == torch.bfloat16
 
 
-@compiles
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_compiles_in_one_graph(name, backend):
@@ -319,7 +340,19 @@ def test_compiles_in_one_graph(name, backend):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["taylor", "conv"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_compiles_in_one_graph_for_all_lengths(name):
+    function, make = OPERATIONS[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="eager", fullgraph=True, dynamic=True)
+    for t in (150, 190):
+        inputs = make(t, "float32")
+        dy = random(*function(*inputs).shape, dtype="float32", seed=9).detach()
+        for a, b in zip(with_gradients(compiled, inputs, dy), with_gradients(function, inputs, dy), strict=True):
+            assert error(a, b.double()) <= TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("name", ["taylor", "conv", "swiglu"])
 @pytest.mark.parametrize("constant", [True, False])
 def test_second_derivatives_are_refused(name, constant):
     """Also where the gradient of the result is a constant: that of the inputs is none."""
@@ -401,6 +434,7 @@ X = torch.zeros(2, 10, 3, 8)
             "u has shape (10, 3, 7), expected (B, T, 2e)",
         ),
         (lambda: ops.gated_short_conv(X[0], X[0, 0]), ValueError, "weight has shape (3, 8), expected (4, K)"),
+        (lambda: ops.swiglu(X[0, :, :, :7]), ValueError, "h has shape (10, 3, 7), expected (B, T, 2m)"),
         (lambda: ops.gated_short_conv(X[0], X[0, :4, 0].half()), TypeError, "weight is float16, expected float32"),
     ],
 )
@@ -413,11 +447,17 @@ def test_bad_input(call, exception, message):
 # ---- GPUs ------------------------------------------------------------------------------------------------------------
 
 
+GPU_TOLERANCE = {"float32": 2e-5, "bfloat16": 6e-3, "float16": 1e-3}  # of one rounding: 1.7e-3 and 2e-4
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("t", "f", "d"), [(1, 16, 64), (100, 16, 64), (1000, 8, 40), (700, 5, 7)])
+# Chunks of the kernels have 256 tokens, tiles 64; f = 5 and D = 7 have none.
+@pytest.mark.parametrize(
+    ("t", "f", "d"),
+    [(1, 16, 64), (100, 16, 64), (256, 16, 64), (257, 32, 128), (1000, 8, 40), (600, 24, 112), (700, 5, 7)],
+)
 def test_taylor_linear_attention_on_a_gpu(dtype, t, f, d):
-    """The forward pass of bfloat16 is the kernel where there is one; the backward pass never."""
     inputs = taylor_inputs(t, f, d, dtype, "cuda")
     dy = random(2, t, 3, d, seed=3, dtype=dtype, device="cuda").detach()
     found = with_gradients(ops.taylor_linear_attention, inputs, dy)
@@ -426,13 +466,58 @@ def test_taylor_linear_attention_on_a_gpu(dtype, t, f, d):
         if t == 1:
             assert (a - b).abs().max() <= 1e-2
         else:
-            assert error(a, b) <= {"float32": 2e-5, "bfloat16": 1.5e-2}[dtype]
+            assert error(a, b) <= GPU_TOLERANCE[dtype]
+    again = with_gradients(ops.taylor_linear_attention, inputs, dy)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
 @pytest.mark.gpu
-@compiles
+def test_taylor_linear_attention_on_a_gpu_of_parts_of_one_tensor():
+    """q, k, v and dy with strides of their own."""
+    t, f, d = 300, 16, 64
+    qkv = random(2, t, 3, 2 * f + d, dtype="bfloat16", device="cuda")
+    whole = random(2, 3, t, d, seed=3, dtype="bfloat16", device="cuda").detach()
+
+    def attend(x: Any) -> Any:
+        return ops.taylor_linear_attention(*x.split([f, f, d], -1)).transpose(1, 2)
+
+    def reference(x: Any) -> Any:
+        return taylor_reference(*x.split([f, f, d], -1)).transpose(1, 2)
+
+    found = with_gradients(attend, (qkv,), whole)
+    expected = with_gradients(reference, double((qkv,)), whole)
+    for a, b in zip(found, expected, strict=True):
+        assert error(a, b) <= GPU_TOLERANCE["bfloat16"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("t", "e", "taps"), [(1, 8, 3), (130, 200, 3), (200, 64, 1), (65, 24, 8), (20, 8, 9)])
+def test_gated_short_conv_on_a_gpu(dtype, t, e, taps):
+    inputs = conv_inputs(t, e, taps, dtype, "cuda")
+    dy = random(2, t, e, seed=3, dtype=dtype, device="cuda").detach()
+    found = with_gradients(ops.gated_short_conv, inputs, dy)
+    expected = with_gradients(lambda u, w: conv_reference(u, w)[0], double(inputs), dy)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == getattr(torch, dtype)
+        assert error(a, b) <= GPU_TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("m", [7, 1024, 1500])
+def test_swiglu_on_a_gpu(dtype, m):
+    inputs = (random(2, 5, 2 * m, dtype=dtype, device="cuda"),)
+    dy = random(2, 5, m, seed=3, dtype=dtype, device="cuda").detach()
+    found, expected = with_gradients(ops.swiglu, inputs, dy), with_gradients(swiglu_reference, double(inputs), dy)
+    for a, b in zip(found, expected, strict=True):
+        assert error(a, b) <= GPU_TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("f", [16, 5])
 def test_compiles_on_a_gpu(f):
+    torch._dynamo.reset()
     inputs = taylor_inputs(300, f, 32, "bfloat16", "cuda")
     dy = random(2, 300, 3, 32, seed=3, dtype="bfloat16", device="cuda").detach()
     compiled = torch.compile(ops.taylor_linear_attention, backend="aot_eager", fullgraph=True)
@@ -450,4 +535,4 @@ def test_sliding_window_attention_on_a_gpu(dtype, t):
     found = with_gradients(window(129), inputs, dy)
     expected = with_gradients(lambda q, k, v: window_reference(q, k, v, 129, 1 / 8), double(inputs), dy)
     for a, b in zip(found, expected, strict=True):
-        assert error(a, b) <= {"float32": 2e-5, "bfloat16": 1.5e-2}[dtype]
+        assert error(a, b) <= GPU_TOLERANCE[dtype]

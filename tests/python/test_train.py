@@ -792,14 +792,32 @@ def test_a_missing_gpu(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_run_goes_on_bit_for_bit(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiled", ["true", "false"])
+def test_on_a_gpu_a_run_goes_on_bit_for_bit(config: Path, monkeypatch: pytest.MonkeyPatch, compiled: str) -> None:
     sets = ["training.device=cuda", "training.precision=bfloat16", "model.feature_dim=16", "data.sequence_length=65"]
+    sets.append(f"training.compile={compiled}")
     run(config, *sets, output=config.parent / "whole")
     with monkeypatch.context() as patch:
         fail_at(patch, 4, stop_with(Broken()))
         with pytest.raises(Broken):
             run(config, *sets, output=config.parent / "again")
     run(config, *sets, output=config.parent / "again", must_resume=True)
+    assert_same_run(config.parent / "whole", config.parent / "again")
+
+
+def test_a_compiled_run_is_the_same_run(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a backend that takes the graphs as they are; Inductor rounds otherwise."""
+    run(config, output=config.parent / "whole")
+    compiled = []
+
+    def traced(function: Any, **options: Any) -> Any:
+        compiled.append(options)
+        return compile_(function, backend="aot_eager", **options)
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", traced)
+    run(config, "training.steps=6", "training.compile=true", output=config.parent / "again")
+    assert compiled == 3 * [{"fullgraph": True, "dynamic": False}]
     assert_same_run(config.parent / "whole", config.parent / "again")
 
 

@@ -25,6 +25,7 @@ from based._core import (
 from based._loading import model_directory
 from based.convert import StrPath, atomic_directory, find_tokenizer, open_weights, sync
 from based.torch import ops
+from based.torch.loss import IGNORED, linear_cross_entropy
 
 _FILE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DTYPES = (torch.float64, *_FILE_DTYPES.values())
@@ -37,9 +38,6 @@ _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     Activation.relu: functional.relu,
     Activation.relu_squared: lambda x: functional.relu(x).square(),
 }
-# Tokens whose logits memory holds at a time when there are labels: 0.4 GB of 50,257 float32 columns.
-_LOSS_TOKENS = 2048
-_IGNORED_LABEL = -100
 _ONTO_RESIDUAL = ("mixer.out_proj.weight", "mlp.fc2.weight")
 
 
@@ -127,8 +125,8 @@ class BasedForCausalLM(nn.Module):
         Returns:
             Logits (B, T, padded_vocab_size), float32 (float64 of float64 parameters); columns from vocab_size on are no
             tokens. With labels, a scalar of this dtype: the mean over all labels that count of −log softmax, which is
-            over the vocab_size tokens as in `based.Model.score`; NaN when none counts. Logits are made of 2,048 tokens
-            at a time, and again in the backward pass: memory never holds all of them.
+            over the vocab_size tokens as in `based.Model.score`; NaN when none counts. Logits are made of some tokens
+            at a time, and their gradient at once: memory never holds all of them.
 
         Raises:
             TypeError, ValueError: Another dtype, shape or device; a token that is none.
@@ -136,14 +134,13 @@ class BasedForCausalLM(nn.Module):
         self._check_tokens("input_ids", input_ids, (torch.int64, torch.int32))
         if labels is None:
             return self._logits(self._hidden(input_ids))
-        self._check_tokens("labels", labels, (torch.int64,), ignored=_IGNORED_LABEL)
+        self._check_tokens("labels", labels, (torch.int64,), ignored=IGNORED)
         if labels.shape != input_ids.shape or labels.shape[1] < 2:
             expected = f"that of input_ids, {tuple(input_ids.shape)}, with T ≥ 2"
             raise ValueError(f"labels has shape {tuple(labels.shape)}, expected {expected}")
-        hidden, targets = self._hidden(input_ids)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        blocks = zip(hidden.split(_LOSS_TOKENS), targets.split(_LOSS_TOKENS), strict=True)
-        losses = [_recomputed(self._summed_loss, *block) for block in blocks]
-        return torch.stack(losses).sum() / (targets != _IGNORED_LABEL).sum()
+        targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        hidden = self._hidden(input_ids).flatten(0, 1)
+        return linear_cross_entropy(hidden, self._head.weight, targets.flatten(), self.config.vocab_size)
 
     def _hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
         """final_norm(r), (B, T, d)."""
@@ -153,15 +150,13 @@ class BasedForCausalLM(nn.Module):
             r = _recomputed(layer, r) if self.activation_checkpointing else layer(r)
         return self.final_norm(r)
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        head = self.embedding if self.lm_head is None else self.lm_head
-        logits = functional.linear(hidden, head.weight)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    @property
+    def _head(self) -> nn.Embedding | nn.Linear:
+        return self.embedding if self.lm_head is None else self.lm_head
 
-    def _summed_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """−Σ log softmax of hidden (N, d) at targets (N)."""
-        logits = self._logits(hidden)[:, : self.config.vocab_size]
-        return functional.cross_entropy(logits, targets, ignore_index=_IGNORED_LABEL, reduction="sum")
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = functional.linear(hidden, self._head.weight)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _check_tokens(
         self, name: str, tokens: torch.Tensor, dtypes: tuple[torch.dtype, ...], ignored: int | None = None
@@ -375,8 +370,10 @@ class _SlidingWindow(nn.Module):
         self.out_proj = nn.Linear(h * config.head_dim, d, bias=config.out_bias, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv_proj(x).unflatten(-1, (sum(self.heads), -1)).split(self.heads, dim=2)
-        q, k = ops.rotary_embedding(q, **self.rotary), ops.rotary_embedding(k, **self.rotary)
+        qkv = self.qkv_proj(x).unflatten(-1, (sum(self.heads), -1))
+        v = qkv[:, :, -self.heads[2] :]
+        qk = ops.rotary_embedding(qkv[:, :, : -self.heads[2]], **self.rotary)
+        q, k = qk.split(self.heads[:2], dim=2)
         y = ops.sliding_window_attention(q, k, v, window=self.window, scale=self.scale)
         return self.out_proj(y.flatten(2))
 
@@ -400,6 +397,8 @@ class _Mlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.fc1(x)
+        if self.gated and self.activation is functional.silu:
+            return self.fc2(ops.swiglu(h))
         if self.gated:
             value, gate = h.chunk(2, dim=-1)
             return self.fc2(value * self.activation(gate))

@@ -7,21 +7,25 @@ and gated_short_conv cannot be differentiated: they raise RuntimeError when they
 """
 
 import functools
+import importlib.util
 import math
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
 
 from based import _core
 from based import ops as kernels
 
-__all__ = ["gated_short_conv", "rotary_embedding", "sliding_window_attention", "taylor_linear_attention"]
+__all__ = ["gated_short_conv", "rotary_embedding", "sliding_window_attention", "swiglu", "taylor_linear_attention"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT = 8  # elements: matrix units want rows of 16-bit numbers to start at multiples of 16 bytes
 _MIN_BLOCK = 64  # queries of a block of window attention: fewer are too small a product
+_FLASH_HEAD_DIM = 256  # the largest of PyTorch's FlashAttention
+_KERNEL_TAPS = 8  # a program makes the convolution that often, each of as many taps
 _KERNEL_FEATURE_DIMS = (8, 16, 24, 32)  # of the GPU kernels on tensor cores; others are slower than chunks here
 
 
@@ -49,8 +53,8 @@ def taylor_linear_attention(
     The linear attention of BASED (arXiv:2402.18668). Quadratic inside chunks, and across them through
     the sums Σ φ(k) [v | 1]ᵀ of all tokens before, with φ the symmetric half of the second-order feature map. Saves its
     inputs and its result; the backward pass makes the rest again. On a GPU the forward pass of bfloat16 inputs with f =
-    8, 16, 24 or 32 and D a multiple of 8 is the kernel of `based.ops`, if this build has it; `chunk_size` is then that
-    of the backward pass alone.
+    8, 16, 24 or 32 and D a multiple of 8 is the kernel of `based.ops`, if this build has it, and with Triton the
+    backward pass is kernels, too; `chunk_size` then changes nothing.
 
     Args:
         q: Queries (B, T, H, f).
@@ -64,7 +68,7 @@ def taylor_linear_attention(
         (B, T, H, D), of the inputs' dtype.
     """
     _check_tensors(("q", q, "BTHf"), ("k", k, "BTHf"), ("v", v, "BTHD"))
-    if not (eps >= 0 and math.isfinite(eps)):
+    if not 0 <= eps < math.inf:
         raise ValueError(f"eps is {eps}, expected a finite number ≥ 0")
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected ≥ 1")
@@ -88,6 +92,8 @@ class _TaylorLinearAttention(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
         q, k, v, y = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
+            if _has_kernel(q, v) and _triton_takes(q, k, v, y, dy):
+                return *_taylor_backward_kernel(q, k, v, y, dy, ctx.eps), None, None
             return *_Chunks(q, k, v, ctx.chunk_size).backward(y, dy, ctx.eps), None, None
 
 
@@ -205,9 +211,19 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a @ b
     if not a.is_cuda:  # products of bfloat16 numbers are exact in float32
         return a.float() @ b.float()
-    batch = a.shape[:-2]
+    return _bfloat16_product(a, b)
+
+
+# torch.compile does not know torch.bmm's out_dtype.
+@torch.library.custom_op("based::bfloat16_product", mutates_args=(), device_types="cuda")
+def _bfloat16_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     product = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
-    return product.unflatten(0, batch)
+    return product.unflatten(0, a.shape[:-2])
+
+
+@_bfloat16_product.register_fake
+def _(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a.new_empty(*a.shape[:-1], b.shape[-1], dtype=torch.float32)
 
 
 @torch.library.custom_op("based::taylor_linear_attention", mutates_args=(), device_types="cuda")
@@ -221,7 +237,25 @@ def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Te
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
+@torch.library.custom_op("based::taylor_linear_attention_backward", mutates_args=(), device_types="cuda")
+def _taylor_backward_kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, dy: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from based.torch.kernels.taylor import taylor_backward
+
+    return taylor_backward(q, k, v, y, dy, eps)
+
+
+@_taylor_backward_kernel.register_fake
+def _(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, dy: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
+
+
 def _has_kernel(q: torch.Tensor, v: torch.Tensor) -> bool:
+    """Of the forward pass."""
     return (
         q.is_cuda
         and q.dtype == torch.bfloat16
@@ -231,7 +265,13 @@ def _has_kernel(q: torch.Tensor, v: torch.Tensor) -> bool:
     )
 
 
+def _triton_takes(*tensors: torch.Tensor) -> bool:
+    """Triton kernels count a sequence's numbers in 32 bits. Triton comes with PyTorch for CUDA."""
+    return _HAS_TRITON and all(x.is_cuda and x.stride(1) * x.shape[1] < 1 << 31 for x in tensors)
+
+
 _BUILT_FOR_CUDA = _core.build_info()["cuda"] is not None
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 # ---- sliding-window attention ----------------------------------------------------------------------------------------
@@ -242,8 +282,9 @@ def sliding_window_attention(
 ) -> torch.Tensor:
     """Causal softmax attention of each query over the last `window` keys, its own included. No rotary embedding.
 
-    In blocks of max(window − 1, 64) queries, each of which sees its own block of keys and the one before: scores take
-    B·H·T·2·block numbers at most, where PyTorch's attention keeps them at all.
+    On a GPU, of 16-bit inputs with D a multiple of 8 up to 256, PyTorch's FlashAttention. Otherwise in blocks of
+    max(window − 1, 64) queries, each of which sees its own block of keys and the one before: scores take B·H·T·2·block
+    numbers at most, where PyTorch's attention keeps them at all.
 
     Args:
         q: Queries (B, T, H, D).
@@ -262,11 +303,14 @@ def sliding_window_attention(
     if window < 1:
         raise ValueError(f"window is {window}, expected ≥ 1")
     scale = d**-0.5 if scale is None else scale
-    if not (scale > 0 and math.isfinite(scale)):
+    if not 0 < scale < math.inf:
         raise ValueError(f"scale is {scale}, expected a finite number > 0")
     q, k, v = _as_autocast(q, k, v)
     if window >= t:
         return _attend(q, k, v, None, scale)
+
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and d % 8 == 0 and d <= _FLASH_HEAD_DIM:
+        return _attend_window(q, k, v, window, scale)
 
     size = min(max(window - 1, _MIN_BLOCK), t)
     position = torch.arange(2 * size, device=q.device)
@@ -286,12 +330,26 @@ def sliding_window_attention(
     return torch.cat([first, others[:, : t - size]], 1)
 
 
+def _attend_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, scale: float) -> torch.Tensor:
+    """The same by FlashAttention, which leaves out the keys that no query of a block sees."""
+    b, t = q.shape[:2]
+    k, v = _as_many_heads(q, k, v)
+    starts = torch.arange(0, b * t + 1, t, dtype=torch.int32, device=q.device)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    y: Any = varlen_attn(q, k, v, starts, starts, t, t, scale=scale, window_size=(window - 1, 0))
+    result: torch.Tensor = y.unflatten(0, (b, t))
+    return result
+
+
+def _as_many_heads(q: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Keys and values (B, T, H_kv, D), each head as often as queries read it."""
+    group = q.shape[2] // tensors[0].shape[2]
+    return [x.repeat_interleave(group, dim=2) if group > 1 else x for x in tensors]
+
+
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """softmax(scale · q kᵀ) v over the keys where `mask` is true; None: over those up to the query's own."""
-    group = q.shape[2] // k.shape[2]
-    if group > 1:
-        k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, *_as_many_heads(q, k, v)))
     y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     return y.transpose(1, 2)
 
@@ -318,17 +376,33 @@ def rotary_embedding(
     n = -(-rotary_dim // 2)
     if rotary_dim < 0 or 2 * n > d:
         raise ValueError(f"rotary_dim is {rotary_dim}, expected 0 to {d // 2 * 2}")
-    if not (base > 0 and math.isfinite(base)):
+    if not 0 < base < math.inf:
         raise ValueError(f"base is {base}, expected a finite number > 0")
     if n == 0:
         return x
     dtype = _accumulation_dtype(x)
-    exponents = torch.arange(n, dtype=torch.float64, device=x.device) * (-2 / rotary_dim)
-    angles = torch.arange(t, device=x.device)[:, None] * base**exponents  # float64: positions may be large
-    cos, sin = angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]  # (T, 1, n)
+    cos, sin = _rotary_tables(x.device, t, rotary_dim, base)
+    cos, sin = cos.to(dtype), sin.to(dtype)
     a, b = x[..., : 2 * n].to(dtype).unflatten(-1, (n, 2) if interleaved else (2, n)).unbind(-1 if interleaved else -2)
     turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1 if interleaved else -2).flatten(-2)
     return torch.cat([turned.to(x.dtype), x[..., 2 * n :]], -1)
+
+
+# torch.compile would make the sines in float64 again for each head and sequence that they turn.
+@torch.library.custom_op("based::rotary_tables", mutates_args=())
+def _rotary_tables(
+    device: torch.device, num_tokens: int, rotary_dim: int, base: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the angles, (T, 1, n) float64: positions may be large."""
+    exponents = torch.arange(-(-rotary_dim // 2), dtype=torch.float64, device=device) * (-2 / rotary_dim)
+    angles = torch.arange(num_tokens, device=device)[:, None, None] * base**exponents
+    return angles.cos(), angles.sin()
+
+
+@_rotary_tables.register_fake
+def _(device: torch.device, num_tokens: int, rotary_dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
+    cos, sin = torch.empty(2, num_tokens, 1, -(-rotary_dim // 2), dtype=torch.float64, device=device)
+    return cos, sin
 
 
 # ---- gated short convolution -----------------------------------------------------------------------------------------
@@ -366,6 +440,8 @@ class _GatedShortConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(u, weight)
+        if _has_conv_kernel(u, weight):
+            return _conv_kernel(u, weight)
         u1, u2, w = _widened(u, weight)
         return (functional.silu(_causal_conv(u1, w)) * u2).to(u.dtype)
 
@@ -373,6 +449,9 @@ class _GatedShortConv(torch.autograd.Function):
     @_once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         u, weight = ctx.saved_tensors
+        if _has_conv_kernel(u, weight):
+            du, dw = _conv_gradients_kernel(u, weight, dy)
+            return du, dw.to(weight.dtype)
         u1, u2, w = _widened(u, weight)
         t, taps = u1.shape[1], w.shape[1]
         conv = _causal_conv(u1, w)
@@ -384,6 +463,37 @@ class _GatedShortConv(torch.autograd.Function):
         before = functional.pad(u1, (0, 0, taps - 1, 0))
         dw = torch.stack([(dconv * before[:, j : j + t]).sum((0, 1)) for j in range(taps)], -1)
         return torch.cat([du1, dy * silu], -1).to(u.dtype), dw.to(weight.dtype)
+
+
+@torch.library.custom_op("based::gated_short_conv", mutates_args=(), device_types="cuda")
+def _conv_kernel(u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    from based.torch.kernels.gates import conv
+
+    return conv(u.contiguous(), weight.contiguous())
+
+
+@_conv_kernel.register_fake
+def _(u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return u.new_empty(u.shape[0], u.shape[1], u.shape[2] // 2)
+
+
+@torch.library.custom_op("based::gated_short_conv_backward", mutates_args=(), device_types="cuda")
+def _conv_gradients_kernel(
+    u: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from based.torch.kernels.gates import conv_gradients
+
+    return conv_gradients(u.contiguous(), weight.contiguous(), dy.contiguous())
+
+
+@_conv_gradients_kernel.register_fake
+def _(u: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    du = torch.empty_like(u, memory_format=torch.contiguous_format)
+    return du, torch.empty_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
+def _has_conv_kernel(u: torch.Tensor, weight: torch.Tensor) -> bool:
+    return u.dtype != torch.float64 and weight.shape[1] <= _KERNEL_TAPS and _triton_takes(u)
 
 
 def _widened(u: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -404,6 +514,72 @@ def _correlate(x: torch.Tensor, w: torch.Tensor, t: int) -> torch.Tensor:
     return y
 
 
+# ---- gates -----------------------------------------------------------------------------------------------------------
+
+
+def swiglu(h: torch.Tensor) -> torch.Tensor:
+    """The product value ⊙ SiLU(gate) for h = [value|gate].
+
+    Saves h alone.
+
+    Args:
+        h: (B, T, 2m).
+
+    Returns:
+        (B, T, m), of h's dtype.
+    """
+    _check_tensors(("h", h, "BT2"), names={"2": "2m"})
+    if h.shape[2] % 2 != 0:
+        raise ValueError(f"h has shape {tuple(h.shape)}, expected (B, T, 2m)")
+    (h,) = _as_autocast(h)
+    return _Swiglu.apply(h)
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(h)
+        if h.dtype != torch.float64 and _triton_takes(h):
+            return _swiglu_kernel(h)
+        value, gate = h.to(_accumulation_dtype(h)).chunk(2, -1)
+        return (value * functional.silu(gate)).to(h.dtype)
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+        (h,) = ctx.saved_tensors
+        if h.dtype != torch.float64 and _triton_takes(h):
+            return _swiglu_gradient_kernel(h, dy)
+        value, gate = h.to(_accumulation_dtype(h)).chunk(2, -1)
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        return torch.cat([dy * silu, dy * value * (sigmoid + silu * (1 - sigmoid))], -1).to(h.dtype)
+
+
+@torch.library.custom_op("based::swiglu", mutates_args=(), device_types="cuda")
+def _swiglu_kernel(h: torch.Tensor) -> torch.Tensor:
+    from based.torch.kernels.gates import swiglu
+
+    return swiglu(h.contiguous())
+
+
+@_swiglu_kernel.register_fake
+def _(h: torch.Tensor) -> torch.Tensor:
+    return h.new_empty(h.shape[0], h.shape[1], h.shape[2] // 2)
+
+
+@torch.library.custom_op("based::swiglu_backward", mutates_args=(), device_types="cuda")
+def _swiglu_gradient_kernel(h: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+    from based.torch.kernels.gates import swiglu_gradient
+
+    return swiglu_gradient(h.contiguous(), dy.contiguous())
+
+
+@_swiglu_gradient_kernel.register_fake
+def _(h: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(h, memory_format=torch.contiguous_format)
+
+
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
@@ -416,10 +592,9 @@ def _check_tensors(*arguments: tuple[str, torch.Tensor, str], names: dict[str, s
             raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
         if tensor.dtype not in _DTYPES:
             raise TypeError(f"{name} is {_name(tensor)}, expected float64, float32, bfloat16 or float16")
-        words = [(names or {}).get(axis, axis) for axis in axes]
-        expected = ", ".join(str(extents.get(axis, word)) for axis, word in zip(axes, words, strict=True))
-        found = tuple(tensor.shape)
+        found, known = tuple(tensor.shape), dict(extents)
         if len(found) != len(axes) or any(extents.setdefault(a, n) != n for a, n in zip(axes, found, strict=True)):
+            expected = ", ".join(str(known.get(axis, (names or {}).get(axis, axis))) for axis in axes)
             raise ValueError(f"{name} has shape {found}, expected ({expected})")
         if 0 in found:
             raise ValueError(f"{name} has shape {found}, expected extents ≥ 1")

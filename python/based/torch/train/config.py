@@ -128,6 +128,11 @@ class Training:
         "with several processes: weights on each device, or in shards over all", "ddp", fixed=False
     )
     deterministic: bool = _key("the same bits in each run on the same device", True, fixed=False)
+    compile: bool | None = _key(
+        "layers by torch.compile: other roundings, and the first step waits for it; by default on a GPU",
+        None,
+        fixed=False,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,9 @@ def train(config: Config, *, restart: bool = False, must_resume: bool = False, m
         _only_run(output, world),
     ):
         try:
-            return _Run(config, output, world, meter, restart=restart, must_resume=must_resume).run()
+            run = _Run(config, output, world, meter, restart=restart, must_resume=must_resume)
+            with run.gatherer:
+                return run.run()
         except torch.OutOfMemoryError as error:
             advice = "lower training.micro_batch_size or set training.activation_checkpointing"
             raise MemoryError(f"{world.device}: out of memory; {advice}: {error}") from error
@@ -93,13 +96,17 @@ def train(config: Config, *, restart: bool = False, must_resume: bool = False, m
 @contextlib.contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
     if wanted:
+        memory.fill_uninitialized_memory = False  # nothing here reads such memory
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product runs on a GPU
         torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = filled
 
 
 @contextlib.contextmanager
@@ -183,12 +190,17 @@ class _Run:
         self.shape = shape
         model.activation_checkpointing = training.activation_checkpointing
         self.model = model.to(world.device)
+        if world.device.type == "cuda" if training.compile is None else training.compile:
+            for layer in self.model.layers:
+                layer.compile(fullgraph=True, dynamic=False)  # layers of one kind share what is made for the first
         self.module: Any = self._distribute()
         self.optimizer = _make_optimizer(self.model, config.optimizer, world.device)
         if saved is not None:
             self._load_moments(saved.tensors("optimizer.safetensors"))
         self.pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         self.clock = Clock()
+        self.gatherer = ThreadPoolExecutor(1, "based-train-windows")
+        self.gathered: Future[torch.Tensor] | None = None
 
     # ---- how it begins -----------------------------------------------------------------------------------------------
 
@@ -324,8 +336,7 @@ class _Run:
         rate = learning_rate(optimizer, self.step, training.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        first = self.step * training.batch_size + self.world.rank * self.rows
-        parts = self._to_device(self.windows.batch(first, self.rows)).split(self.micro)
+        parts = self._next_windows().split(self.micro)
         total = torch.zeros((), device=self.world.device)
         for index, tokens in enumerate(parts):
             with self._synchronised(index == len(parts) - 1):
@@ -352,11 +363,28 @@ class _Run:
         enabled = self.config.training.precision == "bfloat16"
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
 
+    def _next_windows(self) -> torch.Tensor:
+        """This process's windows of the step under way; those of the next one are gathered while it runs."""
+        windows = self.gathered.result() if self.gathered is not None else self._gather_windows(self.step)
+        after = self.step + 1
+        is_last = after == self.config.training.steps
+        self.gathered = None if is_last else self.gatherer.submit(self._gather_windows, after)
+        return windows.to(self.world.device, non_blocking=True)
+
+    def _gather_windows(self, step: int) -> torch.Tensor:
+        first = step * self.config.training.batch_size + self.world.rank * self.rows
+        return self._pinned(self.windows.batch(first, self.rows))
+
     def _to_device(self, windows: Any) -> torch.Tensor:
+        return self._pinned(windows).to(self.world.device, non_blocking=True)
+
+    def _pinned(self, windows: Any) -> torch.Tensor:
+        """In memory from which a GPU copies by itself."""
         tokens = torch.from_numpy(windows)
-        return (
-            tokens.pin_memory().to(self.world.device, non_blocking=True) if self.world.device.type == "cuda" else tokens
-        )
+        if self.world.device.type != "cuda":
+            return tokens
+        with torch.cuda.device(self.world.device):  # threads have a device of their own
+            return tokens.pin_memory()
 
     def _flush(self) -> None:
         """Waits for the steps since the last time, writes them down, and sees that they are finite."""
@@ -402,7 +430,8 @@ class _Run:
         sums = torch.zeros(2, dtype=torch.float64)
         for index, batch in enumerate(mine + batches[:1] * idle):
             rows = self._to_device(_gather(tokens, batch))
-            with self._autocast():
+            # Other shapes, and no gradients: compiling for each takes longer than it saves.
+            with self._autocast(), torch.compiler.set_stance("force_eager"):
                 loss = self.model(rows, labels=rows)
             if index < len(mine):
                 count = rows.shape[0] * (rows.shape[1] - 1)
