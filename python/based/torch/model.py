@@ -292,18 +292,18 @@ def _recomputed(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) ->
 
 
 class _Layer(nn.Module):
-    """r += mixer(norm1(r)); r += mlp(norm2(r))."""
+    """r += mixer(norm1(r)); r += mlp(norm2(r)), where the model has MLPs."""
 
     def __init__(self, config: ModelConfig, mixer: Any, factory: dict[str, Any]) -> None:
         super().__init__()
         self.norm1 = _Norm(config, factory)
         self.mixer = _MIXERS[type(mixer)](mixer, config.hidden_size, factory)
-        self.norm2 = _Norm(config, factory)
-        self.mlp = _Mlp(config.mlp, config.hidden_size, factory)
+        self.norm2 = None if config.mlp is None else _Norm(config, factory)
+        self.mlp = None if config.mlp is None else _Mlp(config.mlp, config.hidden_size, factory)
 
     def forward(self, r: torch.Tensor) -> torch.Tensor:
         r = r + self.mixer(self.norm1(r))
-        return r + self.mlp(self.norm2(r))
+        return r if self.mlp is None or self.norm2 is None else r + self.mlp(self.norm2(r))
 
 
 class _Norm(nn.Module):
