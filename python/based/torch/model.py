@@ -135,32 +135,38 @@ class BasedForCausalLM(nn.Module):
         """
         self._check_tokens("input_ids", input_ids, (torch.int64, torch.int32))
         if labels is None:
-            return self._logits(self._hidden(input_ids))
+            return self.logits(self.hidden(input_ids))
         self._check_tokens("labels", labels, (torch.int64,), ignored=_IGNORED_LABEL)
         if labels.shape != input_ids.shape or labels.shape[1] < 2:
             expected = f"that of input_ids, {tuple(input_ids.shape)}, with T ≥ 2"
             raise ValueError(f"labels has shape {tuple(labels.shape)}, expected {expected}")
-        hidden, targets = self._hidden(input_ids)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        hidden, targets = self.hidden(input_ids)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         blocks = zip(hidden.split(_LOSS_TOKENS), targets.split(_LOSS_TOKENS), strict=True)
         losses = [_recomputed(self._summed_loss, *block) for block in blocks]
         return torch.stack(losses).sum() / (targets != _IGNORED_LABEL).sum()
 
-    def _hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """final_norm(r), (B, T, d)."""
+    def hidden(self, input_ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """final_norm(r) of tokens (B, T), which are not checked: (B, T, d), of the parameters' dtype.
+
+        positions: (B, N) int64 in [0, T): those of them alone, (B, N, d).
+        """
         r = self.embedding(input_ids)
         r = r.to(torch.promote_types(r.dtype, torch.float32))
         for layer in self.layers:
             r = _recomputed(layer, r) if self.activation_checkpointing else layer(r)
+        if positions is not None:
+            r = r.gather(1, positions[..., None].expand(-1, -1, r.shape[-1]))
         return self.final_norm(r)
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The head's product with hidden states (…, d): (…, padded_vocab_size), as forward returns it."""
         head = self.embedding if self.lm_head is None else self.lm_head
         logits = functional.linear(hidden, head.weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _summed_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """−Σ log softmax of hidden (N, d) at targets (N)."""
-        logits = self._logits(hidden)[:, : self.config.vocab_size]
+        logits = self.logits(hidden)[:, : self.config.vocab_size]
         return functional.cross_entropy(logits, targets, ignore_index=_IGNORED_LABEL, reduction="sum")
 
     def _check_tokens(
