@@ -522,13 +522,39 @@ def test_a_learning_rate_that_diverges_is_not_chosen(tmp_path):
     assert measure_frontier(nothing, tmp_path / "nothing", device="cpu") == []
 
 
-def test_a_process_that_fails_is_heard(tmp_path):
+def test_a_file_in_the_place_of_a_folder(tmp_path):
     sweep = Sweep.quick(families=("based",))
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "based-d32-f8-lr0.01").write_text("no folder")
     with pytest.raises(OSError, match=r"based-d32-f8-lr0\.01") as failure:
         measure_frontier(sweep, tmp_path, device="cpu")
     assert "No" in str(failure.value) or "Not" in str(failure.value)
+
+
+def test_a_process_that_fails_says_why(tmp_path):
+    sweep = Sweep.quick(families=("based",))
+    folder = tmp_path / "runs" / "based-d32-f8-lr0.01"
+    folder.mkdir(parents=True)
+    (folder / "state.safetensors").write_text("nothing")
+    with pytest.raises(RuntimeError, match=r"cpu: FormatError: .*state\.safetensors") as failure:
+        measure_frontier(sweep, tmp_path, device="cpu")
+    assert "Traceback" in failure.value.__notes__[0]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_sweep_learns_and_goes_on(tmp_path):
+    """Steps are recorded, and several models train at once."""
+    sweep = Sweep.quick(epochs=30, learning_rates=(3e-3, 1e-2))
+    parts = 0
+    while True:
+        try:
+            rows = measure_frontier(sweep, tmp_path, device="cuda:0", parallel=4, time_limit=15, save_every=1)
+            break
+        except Paused:
+            parts += 1
+            assert parts < 20
+    attention = next(row for row in rows if row.family == "attention")
+    assert attention.accuracy > 0.5
 
 
 def test_a_process_that_dies_is_noticed(tmp_path, monkeypatch):
