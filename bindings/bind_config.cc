@@ -67,7 +67,7 @@ void bind_config(py::module_& m) {
       .def_readonly("hidden_size", &ModelConfig::hidden_size)
       .def_readonly("norm", &ModelConfig::norm)
       .def_readonly("norm_eps", &ModelConfig::norm_eps)
-      .def_readonly("mlp", &ModelConfig::mlp)
+      .def_readonly("mlp", &ModelConfig::mlp, "Of every layer; None: a layer is its mixer alone.")
       .def_readonly("tie_embeddings", &ModelConfig::tie_embeddings)
       .def_readonly("bos_token_id", &ModelConfig::bos_token_id)
       .def_readonly("eos_token_id", &ModelConfig::eos_token_id)

@@ -169,6 +169,13 @@ std::string json_object(std::initializer_list<std::string> members) {
   return concat("{", text, "}");
 }
 
+std::string json(const std::optional<MlpConfig>& c) {
+  if (!c) return "null";
+  return json_object({member("gated", c->gated), member("activation", name_in(kActivations, c->activation)),
+                      member("inner_size", c->inner_size), member("fc1_bias", c->fc1_bias),
+                      member("fc2_bias", c->fc2_bias)});
+}
+
 std::string json_mixer(const GatedConvConfig& c) {
   return json_object({member("mixer", mixer_name(c)), member("inner_size", c.inner_size),
                       member("kernel_size", c.kernel_size), member("bias", c.bias)});
@@ -187,7 +194,7 @@ std::string json_mixer(const SlidingWindowConfig& c) {
                       member("rotary_base", c.rotary_base), member("rotary_interleaved", c.rotary_interleaved)});
 }
 
-// Elements of a mixer's tensors, for hidden size d.
+// Elements of a mixer's or an MLP's tensors, for hidden size d.
 
 std::int64_t mixer_parameters(const GatedConvConfig& c, std::int64_t d) {
   const std::int64_t e = c.inner_size;
@@ -201,6 +208,10 @@ std::int64_t mixer_parameters(const LinearAttentionConfig& c, std::int64_t d) {
 std::int64_t mixer_parameters(const SlidingWindowConfig& c, std::int64_t d) {
   const std::int64_t qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim;
   return qkv * d + c.num_heads * c.head_dim * d + (c.qkv_bias ? qkv : 0) + (c.out_bias ? d : 0);
+}
+
+std::int64_t mlp_parameters(const MlpConfig& c, std::int64_t d) {
+  return c.fc1_rows() * d + d * c.inner_size + (c.fc1_bias ? c.fc1_rows() : 0) + (c.fc2_bias ? d : 0);
 }
 
 }  // namespace
@@ -233,13 +244,14 @@ ModelConfig ModelConfig::from_json(std::string_view text, const std::string& whe
     config.norm_eps = norm.number("eps");
     norm.finish();
   }
-  {
-    JsonObject mlp(object.get("mlp", "an object"), where, "mlp");
-    config.mlp = {.gated = mlp.boolean("gated"),
-                  .activation = read_name(mlp, "activation", kActivations),
-                  .inner_size = mlp.integer("inner_size"),
-                  .fc1_bias = mlp.boolean("fc1_bias"),
-                  .fc2_bias = mlp.boolean("fc2_bias")};
+  if (const Json& value = object.get("mlp", "an object or null"); !value.is_null()) {
+    if (!value.as_object()) object.fail("mlp", value.describe(), "an object or null");
+    JsonObject mlp(value, where, "mlp");
+    config.mlp = MlpConfig{.gated = mlp.boolean("gated"),
+                           .activation = read_name(mlp, "activation", kActivations),
+                           .inner_size = mlp.integer("inner_size"),
+                           .fc1_bias = mlp.boolean("fc1_bias"),
+                           .fc2_bias = mlp.boolean("fc2_bias")};
     mlp.finish();
   }
   config.tie_embeddings = object.boolean("tie_embeddings");
@@ -267,10 +279,7 @@ std::string ModelConfig::to_json() const {
       member("padded_vocab_size", padded_vocab_size),
       member("hidden_size", hidden_size),
       concat("\"norm\": ", json_object({member("type", name_in(kNorms, norm)), member("eps", norm_eps)})),
-      concat("\"mlp\": ",
-             json_object({member("gated", mlp.gated), member("activation", name_in(kActivations, mlp.activation)),
-                          member("inner_size", mlp.inner_size), member("fc1_bias", mlp.fc1_bias),
-                          member("fc2_bias", mlp.fc2_bias)})),
+      concat("\"mlp\": ", json(mlp)),
       member("tie_embeddings", tie_embeddings),
       member("bos_token_id", bos_token_id),
       member("eos_token_id", eos_token_id),
@@ -288,8 +297,10 @@ void ModelConfig::validate(const std::string& where) const {
   check.range("hidden_size", hidden_size, 1, kMaxSize);
   check.elements("embedding.weight", padded_vocab_size, hidden_size);
   check.positive("norm.eps", norm_eps);
-  check.range("mlp.inner_size", mlp.inner_size, 1, kMaxSize);
-  check.elements("mlp.fc1.weight", (mlp.gated ? 2 : 1) * mlp.inner_size, hidden_size);
+  if (mlp) {
+    check.range("mlp.inner_size", mlp->inner_size, 1, kMaxSize);
+    check.elements("mlp.fc1.weight", mlp->fc1_rows(), hidden_size);
+  }
   validate_token("bos_token_id", bos_token_id, vocab_size, check);
   validate_token("eos_token_id", eos_token_id, vocab_size, check);
   if (layers.empty() || layers.size() > static_cast<std::size_t>(kMaxLayers)) {
@@ -303,13 +314,11 @@ void ModelConfig::validate(const std::string& where) const {
 
 std::int64_t ModelConfig::num_parameters() const {
   const std::int64_t d = hidden_size;
-  const std::int64_t fc1_rows = (mlp.gated ? 2 : 1) * mlp.inner_size;
   const std::int64_t norm_size = norm == NormKind::layer_norm ? 2 * d : d;
-  const std::int64_t mlp_size =
-      fc1_rows * d + d * mlp.inner_size + (mlp.fc1_bias ? fc1_rows : 0) + (mlp.fc2_bias ? d : 0);
+  const std::int64_t mlp_size = mlp ? norm_size + mlp_parameters(*mlp, d) : 0;
   std::int64_t total = (tie_embeddings ? 1 : 2) * padded_vocab_size * d + norm_size;
   for (const MixerConfig& layer : layers) {
-    total += 2 * norm_size + mlp_size;
+    total += norm_size + mlp_size;
     total += std::visit([&](const auto& mixer) { return mixer_parameters(mixer, d); }, layer);
   }
   return total;

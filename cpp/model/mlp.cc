@@ -3,8 +3,8 @@
 namespace based {
 
 Mlp::Mlp(const MlpConfig& config, std::int64_t hidden_size, WeightLoader& loader, const std::string& prefix)
-    : fc1_(loader.linear({{prefix + "fc1", (config.gated ? 2 : 1) * config.inner_size}}, hidden_size, config.fc1_bias,
-                         config.activation, config.gated)),
+    : fc1_(loader.linear({{prefix + "fc1", config.fc1_rows()}}, hidden_size, config.fc1_bias, config.activation,
+                         config.gated)),
       fc2_(loader.linear({{prefix + "fc2", hidden_size}}, config.inner_size, config.fc2_bias)) {}
 
 void Mlp::forward(backend::Backend& backend, const Activations& a, const backend::Matrix& out) const {

@@ -47,10 +47,13 @@ Transformer::Transformer(const ModelConfig& config, WeightLoader& loader)
     Layer layer;
     layer.norm1 = load_norm(loader, prefix + "norm1");
     layer.mixer = make_mixer(config.layers[i], d, loader, prefix + "mixer.");
-    layer.norm2 = load_norm(loader, prefix + "norm2");
-    layer.mlp = std::make_unique<Mlp>(config.mlp, d, loader, prefix + "mlp.");
     wide_features_ = std::max(wide_features_, layer.mixer->wide_features());
-    inner_features_ = std::max({inner_features_, layer.mixer->inner_features(), layer.mlp->inner_features()});
+    inner_features_ = std::max(inner_features_, layer.mixer->inner_features());
+    if (config.mlp) {
+      layer.norm2 = load_norm(loader, prefix + "norm2");
+      layer.mlp = std::make_unique<Mlp>(*config.mlp, d, loader, prefix + "mlp.");
+      inner_features_ = std::max(inner_features_, layer.mlp->inner_features());
+    }
     layers_.push_back(std::move(layer));
   }
   final_norm_ = load_norm(loader, "final_norm");
@@ -69,8 +72,11 @@ std::size_t Transformer::nbytes() const {
   const auto add = [&total](const Norm& n) { total += n.weight.nbytes + n.bias.nbytes; };
   for (const Layer& layer : layers_) {
     add(layer.norm1);
-    add(layer.norm2);
-    total += layer.mixer->nbytes() + layer.mlp->nbytes();
+    total += layer.mixer->nbytes();
+    if (layer.mlp) {
+      add(layer.norm2);
+      total += layer.mlp->nbytes();
+    }
   }
   add(final_norm_);
   return total;
@@ -120,8 +126,10 @@ backend::Matrix Transformer::hidden(backend::Backend& backend, const backend::Ra
       trace->mixer_out.push_back(add_traced(backend, a.r, mix));
     else
       mix(a.r);
-    norm(backend, layer.norm2, a.r, {}, a.x);
-    layer.mlp->forward(backend, a, a.r);
+    if (layer.mlp) {
+      norm(backend, layer.norm2, a.r, {}, a.x);
+      layer.mlp->forward(backend, a, a.r);
+    }
     if (trace) trace->block_out.push_back(download(backend, a.r));
   }
   if (trace) {

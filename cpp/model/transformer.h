@@ -20,8 +20,8 @@ struct Workspace : backend::Identified {
   backend::Buffer r, x, wide, inner;
 };
 
-/// The forward pass, for every device (MODEL.md's r = E[token]; r += mixer(norm1 r); r += mlp(norm2 r); head(ln_f r)).
-/// Immutable weights: may be used by many threads, each with a backend, states and workspace of its own.
+/// The forward pass, for every device (MODEL.md's r = E[token]; r += mixer(norm1 r); r += mlp(norm2 r), if any;
+/// head(ln_f r)). Immutable weights: may be used by many threads, each with a backend, states and workspace of its own.
 class Transformer {
  public:
   Transformer(const ModelConfig& config, WeightLoader& loader);
@@ -55,9 +55,10 @@ class Transformer {
     backend::Buffer weight, bias;  // (d) float32; bias null for RMSNorm
   };
   struct Layer {
-    Norm norm1, norm2;
+    Norm norm1;
     std::unique_ptr<Mixer> mixer;
-    std::unique_ptr<Mlp> mlp;
+    Norm norm2;                // empty without an MLP
+    std::unique_ptr<Mlp> mlp;  // null where the config has none
   };
   Norm load_norm(WeightLoader& loader, const std::string& name) const;
   void norm(backend::Backend& backend, const Norm& norm, const backend::Matrix& r, std::span<const std::int32_t> rows,

@@ -233,8 +233,10 @@ class ModelConfig:
     def layers(self) -> list[GatedConvConfig | LinearAttentionConfig | SlidingWindowConfig]:
         ...
     @property
-    def mlp(self) -> MlpConfig:
-        ...
+    def mlp(self) -> MlpConfig | None:
+        """
+        Of every layer; None: a layer is its mixer alone.
+        """
     @property
     def norm(self) -> NormKind:
         ...

@@ -83,8 +83,9 @@ def kv_cache_nbytes(config: ModelConfig, dtype: str, num_tokens: int) -> int:
 def gemm_shapes(config: ModelConfig) -> list[tuple[int, int]]:
     """(out_features, in_features) of every matrix that each token is multiplied by, in order; without the head."""
     d = config.hidden_size
-    mlp = [((2 if config.mlp.gated else 1) * config.mlp.inner_size, d), (d, config.mlp.inner_size)]
-    return [shape for mixer in config.layers for shape in (*_mixer_shapes(mixer, d), *mlp)]
+    mlp = config.mlp
+    products = [] if mlp is None else [((2 if mlp.gated else 1) * mlp.inner_size, d), (d, mlp.inner_size)]
+    return [shape for mixer in config.layers for shape in (*_mixer_shapes(mixer, d), *products)]
 
 
 def _mixer_shapes(mixer: Mixer, d: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -72,9 +72,11 @@ TEST(Config, WritesTheCanonicalText) {
   std::get<LinearAttentionConfig>(c.layers[1]).eps = 0;
   for (const Activation activation : {Activation::identity, Activation::silu, Activation::gelu, Activation::gelu_tanh,
                                       Activation::sigmoid, Activation::relu, Activation::relu_squared}) {
-    c.mlp.activation = activation;
+    c.mlp->activation = activation;
     EXPECT_EQ(parse(c.to_json()), c);
   }
+  c.mlp = std::nullopt;
+  EXPECT_EQ(parse(c.to_json()), c);
   c.norm_eps = std::numeric_limits<double>::infinity();
   EXPECT_THROW_WITH(c.to_json(), FormatError, "norm.eps: found inf");
 }
@@ -96,6 +98,8 @@ TEST(Config, CountsParameters) {
   EXPECT_EQ(c.num_parameters(), plain + embedding + 7 * d);
   c.mlp = {false, Activation::gelu, m, true, true};
   EXPECT_EQ(c.num_parameters(), plain + embedding + 7 * d + 3 * (m + d - m * d));
+  c.mlp = std::nullopt;
+  EXPECT_EQ(c.num_parameters(), 2 * embedding + 4 * 2 * d + conv + linear + window);
   auto& attention = std::get<SlidingWindowConfig>(c.layers[2]);
   const std::int64_t before = c.num_parameters();
   attention.num_kv_heads = 2;
@@ -211,7 +215,7 @@ TEST(Config, RefusesValuesOutsideTheirDomain) {
     refused([&](auto& c) { c.vocab_size = bad; }, "vocab_size: found " + std::to_string(bad));
     refused([&](auto& c) { c.padded_vocab_size = bad; }, "padded_vocab_size: found");
     refused([&](auto& c) { c.hidden_size = bad; }, "hidden_size: found");
-    refused([&](auto& c) { c.mlp.inner_size = bad; }, "mlp.inner_size: found");
+    refused([&](auto& c) { c.mlp->inner_size = bad; }, "mlp.inner_size: found");
     refused([&](auto& c) { conv(c).inner_size = bad; }, "layers[0].inner_size: found");
     refused([&](auto& c) { conv(c).kernel_size = bad; }, "layers[0].kernel_size: found");
     refused([&](auto& c) { linear(c).num_heads = bad; }, "layers[1].num_heads: found");
@@ -258,10 +262,11 @@ TEST(Config, RefusesMatricesAndStatesWhoseSizeCouldOverflow) {
   };
   const std::int64_t big = 1 << 24;
   refused([&](auto& c) { c.hidden_size = c.padded_vocab_size = big; }, "embedding.weight: found (16777216, 16777216)");
-  refused([&](auto& c) { c.hidden_size = c.mlp.inner_size = big; }, "mlp.fc1.weight: found");
+  refused([&](auto& c) { c.hidden_size = c.mlp->inner_size = big; }, "mlp.fc1.weight: found");
   refused([&](auto& c) { c.layers[0] = GatedConvConfig{big, 1 << 16, false}; }, "layers[0].conv.weight: found");
-  refused([&](auto& c) { c.layers[0] = GatedConvConfig{big, 3, false}, c.hidden_size = 1 << 20, c.mlp.inner_size = 1; },
-          "layers[0].in_proj.weight: found");
+  refused(
+      [&](auto& c) { c.layers[0] = GatedConvConfig{big, 3, false}, c.hidden_size = 1 << 20, c.mlp->inner_size = 1; },
+      "layers[0].in_proj.weight: found");
   refused([&](auto& c) { c.layers[1] = LinearAttentionConfig{1 << 16, 4096, 1 << 16, 0}; }, "layers[1].state: found");
   refused([&](auto& c) { c.layers[1] = LinearAttentionConfig{1 << 16, 1, 1 << 16, 0}, c.hidden_size = 1 << 20; },
           "layers[1].proj_v.weight: found");

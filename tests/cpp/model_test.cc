@@ -38,6 +38,30 @@ TEST(Model, CountsParametersAsTheWeightFileDoes) {
   EXPECT_EQ(Model::load(dir.path())->num_parameters(), total);
 }
 
+TEST(Model, LayersMayHaveNoMlp) {
+  ModelConfig config = tiny_config();
+  config.mlp.reset();
+  const TemporaryFolder dir;
+  write_model(dir.path(), config, 7);
+  std::int64_t total = 0;
+  const auto files = io::WeightFiles::open(dir.path());
+  for (const auto& [name, tensor] : files.tensors()) {
+    total += tensor.size();
+    EXPECT_TRUE(name.find("norm2") == std::string::npos && name.find("mlp") == std::string::npos) << name;
+  }
+  const auto model = Model::load(dir.path());
+  EXPECT_EQ(model->config(), config);
+  EXPECT_EQ(model->num_parameters(), total);
+  // Then a block adds what its mixer gives, and nothing else.
+  const LayerTrace trace = model->trace(random_tokens(20, 1));
+  auto r = floats(trace.embed);
+  for (std::size_t i = 0; i < config.layers.size(); ++i) {
+    const auto added = floats(trace.mixer_out[i]);
+    for (std::size_t j = 0; j < r.size(); ++j) r[j] += added[j];
+    EXPECT_EQ(floats(trace.block_out[i]), r) << "layer " << i;
+  }
+}
+
 TEST(Model, UntiedHeadIsUsed) {
   ModelConfig config = tiny_config();
   config.tie_embeddings = false;

@@ -44,6 +44,12 @@ ModelConfig fast_config() {
   return config;
 }
 
+ModelConfig no_mlp_config() {
+  ModelConfig config = fast_config();
+  config.mlp.reset();
+  return config;
+}
+
 // Of float32 arithmetic, and of 16-bit activations through five layers of a few dozen numbers each.
 double tolerance(DType dtype) { return dtype == DType::float32 ? 2e-5 : dtype == DType::float16 ? 1e-2 : 6e-2; }
 
@@ -71,7 +77,9 @@ INSTANTIATE_TEST_SUITE_P(Models, CudaSmall,
                                            Case{"OddSizesFloat16", test::tiny_config, DType::float16},
                                            Case{"FastSizesFloat32", fast_config, DType::float32},
                                            Case{"FastSizesBfloat16", fast_config, DType::bfloat16},
-                                           Case{"FastSizesFloat16", fast_config, DType::float16}),
+                                           Case{"FastSizesFloat16", fast_config, DType::float16},
+                                           Case{"NoMlpFloat32", no_mlp_config, DType::float32},
+                                           Case{"NoMlpBfloat16", no_mlp_config, DType::bfloat16}),
                          [](const auto& param) { return std::string(param.param.name); });
 
 TEST_P(CudaSmall, EveryLayerMatchesTheCpu) {

@@ -561,6 +561,21 @@ def test_inspect(model: based.Model, model_directory: Path) -> None:
     assert "128" in text
 
 
+def test_inspect_a_model_without_mlp(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    config = json.loads(sizes.named_config("tiny").to_json()) | {"mlp": None}
+    model = based.Model.random(based.ModelConfig.from_json(json.dumps(config)), device="cpu")
+    assert model.config.mlp is None
+    (tmp_path / "config.json").write_text(model.config.to_json())
+    save_file({"embedding.weight": np.zeros((264, 128), np.float32)}, tmp_path / "model.safetensors")
+    facts = json.loads(ok("inspect", tmp_path, "--json"))
+    assert facts["config"]["mlp"] is None
+    # a norm of 128 and an MLP of 3 · 128 · 256 less in each of 7 layers
+    assert facts["num_parameters"] == model.num_parameters == 1286528 - 7 * (128 + 3 * 128 * 256)
+    assert "  mlp         none" in ok("inspect", tmp_path)
+
+
 def test_the_saved_state_has_the_size_that_inspect_tells(model: based.Model, tmp_path: Path) -> None:
     session = model.session()
     session.prefill([list(range(40))])

@@ -38,7 +38,8 @@ class _Forward:
         for i, layer in enumerate(self.config["layers"]):
             y = getattr(self, f"_{layer['mixer']}")(self._norm(r, f"layers.{i}.norm1"), layer, i)
             r = r + self._linear(y, f"layers.{i}.mixer.out_proj")
-            r = r + self._mlp(self._norm(r, f"layers.{i}.norm2"), f"layers.{i}.mlp")
+            if self.config["mlp"] is not None:
+                r = r + self._mlp(self._norm(r, f"layers.{i}.norm2"), f"layers.{i}.mlp")
         head = self.w["embedding.weight" if self.config["tie_embeddings"] else "lm_head.weight"]
         self.state.num_tokens = len(tokens)
         return bf16(self._norm(r, "final_norm") @ head.T), self.state

@@ -109,6 +109,8 @@ def model_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             linear(f"{name}.qkv_proj", (h + 2 * h_kv) * head_dim, d, layer["qkv_bias"])
             linear(f"{name}.out_proj", d, h * head_dim, layer["out_bias"])
         norm(f"layers.{i}.norm1")
+        if mlp is None:
+            continue
         norm(f"layers.{i}.norm2")
         linear(f"layers.{i}.mlp.fc1", mlp["inner_size"] * (2 if mlp["gated"] else 1), d, mlp["fc1_bias"])
         linear(f"layers.{i}.mlp.fc2", d, mlp["inner_size"], mlp["fc2_bias"])
@@ -171,7 +173,7 @@ def _random_mixer(choose: Choose) -> Config:
 def random_model_config(choose: Choose, max_layers: int = 4) -> Config:
     """Any config that our format allows, small."""
     vocab_size = choose.integer(2, 70)
-    return {
+    config = {
         "format": "based",
         "format_version": 1,
         "vocab_size": vocab_size,
@@ -190,6 +192,7 @@ def random_model_config(choose: Choose, max_layers: int = 4) -> Config:
         "eos_token_id": choose.one_of([None, vocab_size - 1]),
         "layers": [_random_mixer(choose) for _ in range(choose.integer(1, max_layers))],
     }
+    return config if choose.integer(0, 4) else config | {"mlp": None}
 
 
 @dataclass(frozen=True)

@@ -122,8 +122,12 @@ class Model:
         scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + norm["eps"])
         return scaled * self.tensors[f"{name}.weight"] + self.tensors[f"{name}.bias"]
 
-    def _mlp(self, x: Array, layer: int) -> Array:
+    def _add_mlp(self, r: Array, layer: int) -> Array:
+        """r + mlp(norm2(r)); r where the model has no MLP."""
         mlp = self.config["mlp"]
+        if mlp is None:
+            return r
+        x = self._norm(r, f"layers.{layer}.norm2")
         act = ACTIVATIONS[mlp["activation"]]
         h = self._linear(x, f"layers.{layer}.mlp.fc1")
         if mlp["gated"]:
@@ -131,7 +135,7 @@ class Model:
             h = value * act(gate)
         else:
             h = act(h)
-        return self._linear(h, f"layers.{layer}.mlp.fc2")
+        return r + self._linear(h, f"layers.{layer}.mlp.fc2")
 
     def _head(self, x: Array) -> Array:
         name = "embedding.weight" if self.config["tie_embeddings"] else "lm_head.weight"
@@ -159,7 +163,7 @@ class Model:
             mix = getattr(self, f"_{mixer['mixer']}")
             mixed = self._linear(mix(self._norm(r, f"layers.{layer}.norm1"), layer), f"layers.{layer}.mixer.out_proj")
             r = r + mixed
-            r = r + self._mlp(self._norm(r, f"layers.{layer}.norm2"), layer)
+            r = self._add_mlp(r, layer)
             mixer_out.append(mixed)
             block_out.append(r)
         final_norm = self._norm(r, "final_norm")
@@ -212,7 +216,7 @@ class Model:
             step = getattr(self, f"_{mixer['mixer']}_step")
             mixed = step(self._norm(r, f"layers.{layer}.norm1"), layer, state)
             r = r + self._linear(mixed, f"layers.{layer}.mixer.out_proj")
-            r = r + self._mlp(self._norm(r, f"layers.{layer}.norm2"), layer)
+            r = self._add_mlp(r, layer)
         state.num_tokens += 1
         return self._head(self._norm(r, "final_norm"))[0]
 

@@ -47,6 +47,8 @@ def forward_bf16(config: Mapping[str, Any], tensors: Mapping[str, Any], tokens: 
         name = f"layers.{i}"
         y = _MIXERS[layer["mixer"]](norm(r, f"{name}.norm1"), layer, f"{name}.mixer", w, linear)
         r = r + linear(y, f"{name}.mixer.out_proj").float()
+        if mlp is None:
+            continue
         h = linear(norm(r, f"{name}.norm2"), f"{name}.mlp.fc1")
         act = ACTIVATIONS[mlp["activation"]]
         if mlp["gated"]:

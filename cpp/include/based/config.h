@@ -63,6 +63,9 @@ struct MlpConfig {
   std::int64_t inner_size = 0;  // m
   bool fc1_bias = false;
   bool fc2_bias = false;
+
+  /// Numbers of h.
+  std::int64_t fc1_rows() const { return gated ? 2 * inner_size : inner_size; }
   friend bool operator==(const MlpConfig&, const MlpConfig&) = default;
 };
 
@@ -75,7 +78,7 @@ struct ModelConfig {
   std::int64_t hidden_size = 0;
   NormKind norm = NormKind::rms_norm;
   double norm_eps = 0;
-  MlpConfig mlp;
+  std::optional<MlpConfig> mlp;  // of every layer; none: a layer is its mixer alone, without norm2
   bool tie_embeddings = true;
   std::optional<std::int64_t> bos_token_id;
   std::optional<std::int64_t> eos_token_id;

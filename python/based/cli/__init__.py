@@ -1,7 +1,8 @@
-"""The command line: `based generate | convert | inspect | tokenize | bench | train`.
+"""The command line: `based generate | convert | inspect | tokenize | bench | train | recall`.
 
 Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted,
-141 the reader of stdout went away, 143 terminated while training.
+141 the reader of stdout went away, 143 terminated while training,
+75 `recall` reached its time limit.
 """
 
 import argparse
@@ -20,6 +21,7 @@ COMMANDS = {
     "tokenize": "turn text into token ids, and back",
     "bench": "measure prefill and decoding speed",
     "train": "train a model, or go on with it",
+    "recall": "measure recall over bytes of state: the recall frontier",
 }
 """Subcommand, which is the module of this package that has it, and its line of help."""
 

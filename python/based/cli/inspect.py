@@ -92,15 +92,13 @@ def _format(facts: dict[str, Any]) -> str:
     if "files" in facts:
         sizes = facts["files"].values()
         weights += f", {_common.nbytes(sum(sizes))} in {len(sizes)} file{'s' if len(sizes) > 1 else ''}"
-    biases = [f"{name} bias" for name in ("fc1", "fc2") if mlp[f"{name}_bias"]]
     lines = [
         facts["model"],
         f"  weights     {weights}",
         f"  vocabulary  {config['vocab_size']:,} tokens, {config['padded_vocab_size']:,} rows, "
         + ("tied to the head" if config["tie_embeddings"] else "with a head of its own"),
         f"  width       {config['hidden_size']}, {config['norm']['type']} (eps {config['norm']['eps']:g})",
-        f"  mlp         {'gated ' if mlp['gated'] else ''}{mlp['activation']} of {mlp['inner_size']}"
-        + "".join(f", {bias}" for bias in biases),
+        f"  mlp         {_mlp(mlp)}",
         f"  layers      {len(layers)}: {facts['pattern']}",
     ]
     for kind, letter in _LETTERS.items():
@@ -115,6 +113,13 @@ def _format(facts: dict[str, Any]) -> str:
         ratio = nbytes / state["total"]
         lines.append(f"    at {int(tokens):>7,} tokens{'':20}{_common.nbytes(nbytes):>10}   {ratio:,.1f} x")
     return "\n".join(lines)
+
+
+def _mlp(mlp: dict[str, Any] | None) -> str:
+    if mlp is None:
+        return "none"
+    biases = [f", {name} bias" for name in ("fc1", "fc2") if mlp[f"{name}_bias"]]
+    return f"{'gated ' if mlp['gated'] else ''}{mlp['activation']} of {mlp['inner_size']}{''.join(biases)}"
 
 
 def _shape(layer: dict[str, Any]) -> str:

@@ -133,28 +133,34 @@ class BasedForCausalLM(nn.Module):
         """
         self._check_tokens("input_ids", input_ids, (torch.int64, torch.int32))
         if labels is None:
-            return self._logits(self._hidden(input_ids))
+            return self.logits(self.hidden(input_ids))
         self._check_tokens("labels", labels, (torch.int64,), ignored=IGNORED)
         if labels.shape != input_ids.shape or labels.shape[1] < 2:
             expected = f"that of input_ids, {tuple(input_ids.shape)}, with T ≥ 2"
             raise ValueError(f"labels has shape {tuple(labels.shape)}, expected {expected}")
         targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        hidden = self._hidden(input_ids).flatten(0, 1)
+        hidden = self.hidden(input_ids).flatten(0, 1)
         return linear_cross_entropy(hidden, self._head.weight, targets.flatten(), self.config.vocab_size)
 
-    def _hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """final_norm(r), (B, T, d)."""
+    def hidden(self, input_ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """final_norm(r) of tokens (B, T), which are not checked: (B, T, d), of the parameters' dtype.
+
+        positions: (B, N) int64 in [0, T): those of them alone, (B, N, d).
+        """
         r = self.embedding(input_ids)
         r = r.to(torch.promote_types(r.dtype, torch.float32))
         for layer in self.layers:
             r = _recomputed(layer, r) if self.activation_checkpointing else layer(r)
+        if positions is not None:
+            r = r.gather(1, positions[..., None].expand(-1, -1, r.shape[-1]))
         return self.final_norm(r)
 
     @property
     def _head(self) -> nn.Embedding | nn.Linear:
         return self.embedding if self.lm_head is None else self.lm_head
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The head's product with hidden states (…, d): (…, padded_vocab_size), as forward returns it."""
         logits = functional.linear(hidden, self._head.weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -287,18 +293,18 @@ def _recomputed(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) ->
 
 
 class _Layer(nn.Module):
-    """r += mixer(norm1(r)); r += mlp(norm2(r))."""
+    """r += mixer(norm1(r)); r += mlp(norm2(r)), where the model has MLPs."""
 
     def __init__(self, config: ModelConfig, mixer: Any, factory: dict[str, Any]) -> None:
         super().__init__()
         self.norm1 = _Norm(config, factory)
         self.mixer = _MIXERS[type(mixer)](mixer, config.hidden_size, factory)
-        self.norm2 = _Norm(config, factory)
-        self.mlp = _Mlp(config.mlp, config.hidden_size, factory)
+        self.norm2 = None if config.mlp is None else _Norm(config, factory)
+        self.mlp = None if config.mlp is None else _Mlp(config.mlp, config.hidden_size, factory)
 
     def forward(self, r: torch.Tensor) -> torch.Tensor:
         r = r + self.mixer(self.norm1(r))
-        return r + self.mlp(self.norm2(r))
+        return r if self.mlp is None or self.norm2 is None else r + self.mlp(self.norm2(r))
 
 
 class _Norm(nn.Module):

@@ -175,9 +175,9 @@ class _Pairs:
     def __init__(self, f: int, device: torch.device, dtype: torch.dtype) -> None:
         self.feature_dim = f
         i, j = torch.triu_indices(f + 1, f + 1, device=device)
-        c = torch.full((f + 1,), f**-0.5, dtype=dtype, device=device)
-        c[0] = 1
-        weight = c[i] * c[j] * torch.where((i == j) & (i > 0), 0.5, 1.0)
+        # No number may come from the host's memory: a CUDA graph could not be recorded.
+        c = functional.pad(torch.full((f,), f**-0.5, dtype=dtype, device=device), (1, 0), value=1)
+        weight = c[i] * c[j] * (1 - 0.5 * ((i == j) & (i > 0)).to(dtype))
         padding = (0, -len(i) % _ALIGNMENT)
         self.weight = functional.pad(weight, padding)[:, None]
         """The diagonal of W, (F, 1)."""

@@ -1,13 +1,11 @@
 """The training loop: steps, validation, checkpoints, and taking up a run where it stopped."""
 
 import contextlib
-import fcntl
 import json
 import math
 import os
 import shutil
 import signal
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from based._core import FormatError, ModelConfig
+from based.torch._running import Signals, only_process
 from based.torch.model import BasedForCausalLM
 from based.torch.train import checkpoint
 from based.torch.train.config import Config, Optimizer, model_config
@@ -82,7 +81,7 @@ def train(config: Config, *, restart: bool = False, must_resume: bool = False, m
         contextlib.closing(meter),
         _deterministic(config.training.deterministic),
         World(config.training.device) as world,
-        _only_run(output, world),
+        only_process(output) if world.first else contextlib.nullcontext(),
     ):
         try:
             run = _Run(config, output, world, meter, restart=restart, must_resume=must_resume)
@@ -107,42 +106,6 @@ def _deterministic(wanted: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         memory.fill_uninitialized_memory = filled
-
-
-@contextlib.contextmanager
-def _only_run(output: Path, world: World) -> Iterator[None]:
-    if not world.first:
-        yield
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FormatError(f"{output}: another process is training there") from None
-        yield
-
-
-class _Signals:
-    """Which of SIGINT and SIGTERM came; a second SIGINT interrupts at once."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _: object) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = self.received or number
 
 
 class _Run:
@@ -276,7 +239,7 @@ class _Run:
         if self.world.first and (chosen := self._chosen()) is not None:  # nor for this, it may be
             self._export(chosen.tensors("model.safetensors"))
         self.clock.lap()
-        with _Signals() as signals:
+        with Signals() as signals:
             while self.step < steps:
                 self._update()
                 stop = self.world.largest(signals.received) if self.step < steps else 0

@@ -1,0 +1,97 @@
+"""Measure how much small models recall, over the bytes of state that they keep: the recall frontier.
+
+Trains small models of every kind on multi-query associative recall, on all GPUs, measures with the runtime what they
+recall, and writes results.csv, whose path goes to stdout, and results.json to the folder of the sweep. A sweep that was
+stopped or killed goes on when the same command is given again. See docs/recall.md.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from based.cli import UsageError, _common
+
+_TIME_IS_UP = 75
+_SWEEP = ("families", "widths", "feature_dims", "windows", "learning_rates", "epochs", "seed")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the folder of the sweep")
+    parser.add_argument("--quick", action="store_true", help="a small sweep that takes seconds on a CPU")
+    group = parser.add_argument_group("the sweep", "Lists are separated by commas; the defaults are docs/recall.md's.")
+    group.add_argument("--families", type=_list(str), metavar="LIST", help="based, attention, window")
+    group.add_argument("--widths", type=_list(int), metavar="LIST", help="hidden sizes; windows have the largest alone")
+    group.add_argument("--feature-dims", type=_list(int), metavar="LIST", help="of BASED")
+    group.add_argument("--windows", type=_list(int), metavar="LIST", help="keys of sliding windows")
+    group.add_argument("--learning-rates", type=_list(float), metavar="LIST", help="the best one counts")
+    group.add_argument("--epochs", type=_common.positive, metavar="N", help="of the training texts, at most")
+    group.add_argument("--seed", type=int, metavar="N", help="of texts, weights and order")
+    parser.add_argument("--device", default="auto", help="auto (all GPUs, or the CPU), cpu, cuda (all GPUs), cuda:N")
+    parser.add_argument(
+        "--parallel", type=_common.positive, metavar="N", help="models at once on a device (default: GPU 8, CPU 1)"
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=_common.positive,
+        metavar="SECONDS",
+        help=f"stop by then, with exit status {_TIME_IS_UP}; the same command goes on",
+    )
+    parser.add_argument(
+        "--save-every",
+        type=_common.positive,
+        default=60,
+        metavar="SECONDS",
+        help="how much of a run's training a kill may lose (default: 60)",
+    )
+    parser.add_argument("--restart", action="store_true", help="remove the sweep that the folder holds, and begin anew")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the frontier: .svg, .png or .pdf")
+    parser.add_argument("--json", action="store_true", help="the rows of results.json on stdout")
+    _common.add_statistics_argument(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command."""
+    from based.cli import _plot
+
+    if args.plot is not None:
+        _plot.check(args.plot)
+    recall: Any = importlib.import_module("based.torch.recall")
+    given = {key: getattr(args, key) for key in _SWEEP if getattr(args, key) is not None}
+    try:
+        sweep = recall.Sweep.quick(**given) if args.quick else recall.Sweep(**given)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    wanted = _common.wants_statistics(args)
+    try:
+        rows = recall.measure_frontier(
+            sweep,
+            args.output,
+            device=args.device,
+            parallel=args.parallel,
+            time_limit=args.time_limit,
+            save_every=args.save_every,
+            restart=args.restart,
+            note=(lambda text: print(text, file=sys.stderr, flush=True)) if wanted else (lambda text: None),
+        )
+    except recall.Paused as pause:
+        print(f"based: {pause}", file=sys.stderr)
+        raise SystemExit(_TIME_IS_UP if pause.signal is None else 128 + pause.signal) from None
+    if args.plot is not None:
+        recall.draw(args.plot, rows)
+    print(json.dumps([asdict(row) for row in rows]) if args.json else args.output / "results.csv")
+
+
+def _list(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    def parse(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of {kind.__name__} values") from None
+
+    return parse

@@ -1,0 +1,249 @@
+"""From a sweep to the frontier: trains what is not yet trained, measures what is not yet measured."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from based._core import FormatError
+from based.convert import sync
+from based.torch._running import Signals, only_process
+from based.torch.recall.families import FAMILIES, Candidate
+from based.torch.recall.measuring import accuracies
+from based.torch.recall.sweep import Run, Sweep
+from based.torch.recall.training import Result, read_result, write_json
+from based.torch.recall.workers import Workers, devices
+
+_PARALLEL = {"cuda": 8, "cpu": 1}
+_WAIT_SECONDS = 0.2
+_COLUMNS = (
+    "family",
+    "width",
+    "feature_dim",
+    "window",
+    "parameters",
+    "state_nbytes",
+    "learning_rate",
+    "epochs",
+    "accuracy",
+)
+
+
+class Paused(Exception):  # noqa: N818
+    """The time is up, or a signal came; what was done so far is kept."""
+
+    def __init__(self, number: int | None, trained: int, runs: int) -> None:
+        why = "the time limit" if number is None else signal.Signals(number).name
+        super().__init__(f"stopped by {why} with {trained} of {runs} runs done; the same command goes on")
+        self.signal = number
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A model, trained at the best of the learning rates, and its recall."""
+
+    model: str
+    family: str
+    width: int
+    size: int
+    """Feature size or window."""
+    parameters: int
+    state_nbytes: int
+    """Of a sequence that fills every window, in float32."""
+    learning_rate: float
+    """The one with the best accuracy on the validation texts."""
+    epochs: int
+    validation: dict[str, float | None]
+    """That accuracy, for each learning rate; None where the loss was not finite."""
+    accuracies: dict[str, float]
+    """By test setting, "length/pairs", as the runtime answered."""
+    accuracy: float
+    """Their mean."""
+    directory: str
+    """The model, in the output folder."""
+
+
+def measure_frontier(
+    sweep: Sweep,
+    output: Path,
+    *,
+    device: str = "auto",
+    parallel: int | None = None,
+    time_limit: float | None = None,
+    save_every: float = 60,
+    restart: bool = False,
+    note: Callable[[str], None] = lambda _: None,
+) -> list[Outcome]:
+    """Trains a sweep's models and measures their recall, from where an earlier call in this folder was stopped.
+
+    Writes, in `output`: results.csv and results.json, a row per model as soon as it has been measured; runs/, a folder
+    per model and learning rate, with a model directory where the row comes from.
+
+    Args:
+        sweep: Which models, and what they learn.
+        output: The folder.
+        device: "auto": all GPUs, or else the CPU; "cpu"; "cuda": all GPUs; "cuda:N".
+        parallel: Models trained at once on a device; None for 8 on a GPU and 1 on a CPU.
+        time_limit: Seconds until it stops by itself.
+        save_every: Seconds between the saved states of a run in training.
+        restart: Remove what an earlier call left, and begin anew.
+        note: Told of progress.
+
+    Raises:
+        Paused: SIGINT or SIGTERM came, or the time was up.
+        FormatError: The folder holds another sweep, or a damaged file; another process works there.
+        UnsupportedError, OSError, MemoryError, RuntimeError: No such device; a file; memory; a process died.
+    """
+    began = time.monotonic()
+    on = devices(device)
+    parallel = _PARALLEL[on[0].type] if parallel is None else parallel
+    with only_process(output), Signals() as signals:
+        frontier = _Frontier(sweep, output, restart=restart, note=note)
+
+        def check() -> None:
+            late = time_limit is not None and time.monotonic() - began >= time_limit
+            if signals.received or late:
+                raise Paused(signals.received or None, len(frontier.results), len(list(sweep.runs())))
+
+        frontier.describe(on, parallel)
+        todo = frontier.untrained()
+        if todo:
+            with Workers(sweep, todo, output / "runs", on, parallel, save_every) as workers:
+                while workers.running or frontier.untrained():
+                    check()
+                    if (run := workers.finished(_WAIT_SECONDS)) is not None:
+                        frontier.take(run)
+                    for candidate in frontier.unmeasured():
+                        frontier.measure(candidate, check)
+        for candidate in frontier.unmeasured():
+            frontier.measure(candidate, check)
+        return frontier.write()
+
+
+class _Frontier:
+    def __init__(self, sweep: Sweep, output: Path, *, restart: bool, note: Callable[[str], None]) -> None:
+        self.sweep, self.output, self.note = sweep, output, note
+        if restart:
+            for name in ("runs", "sweep.json", "results.json", "results.csv"):
+                path = output / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self._check_same()
+        self.results: dict[str, Result] = {}
+        for run in sweep.runs():
+            if (result := read_result(output / "runs" / run.name)) is not None:
+                self.results[run.name] = result
+        self.outcomes = self._read_outcomes()
+        self.tests = sweep.test_examples_of()
+
+    def _check_same(self) -> None:
+        path, now = self.output / "sweep.json", self.sweep.to_json()
+        if not path.exists():
+            write_json(path, now)
+            return
+        try:
+            before = dict(json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise FormatError(f"{path}: {error}") from None
+        differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        if differing:
+            shown = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in differing)
+            raise FormatError(f"{self.output} holds another sweep: {shown}. Use another folder, or --restart")
+
+    def _read_outcomes(self) -> dict[str, Outcome]:
+        path = self.output / "results.json"
+        try:
+            return {row["model"]: Outcome(**row) for row in json.loads(path.read_bytes())}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError, KeyError) as error:
+            raise FormatError(f"{path}: {error!r}") from None
+
+    def describe(self, on: list[Any], parallel: int) -> None:
+        """Tells what is to be done."""
+        runs, models = len(list(self.sweep.runs())), len(self.sweep.candidates())
+        done = f", {len(self.results)} of them done" if self.results else ""
+        where = f"{len(on)} × {on[0].type}, {parallel} at once on each"
+        self.note(f"{models} models, {runs} runs of up to {self.sweep.epochs} epochs{done}; {where}")
+
+    def untrained(self) -> list[Run]:
+        """Runs without a result."""
+        return [run for run in self.sweep.runs() if run.name not in self.results]
+
+    def take(self, run: Run) -> None:
+        """Reads the result of a run that has one now."""
+        result = read_result(self.output / "runs" / run.name)
+        assert result is not None
+        self.results[run.name] = result
+        accuracy = f"accuracy {result.accuracy:.4f}" if result.finite else "not finite"
+        count = f"{len(self.results)}/{len(list(self.sweep.runs()))}"
+        self.note(f"{count}  {run.name}: {accuracy} after {result.epochs} epochs, {result.seconds:.0f} s")
+
+    def unmeasured(self) -> list[Candidate]:
+        """Models of which every run has a result, and whose recall is not known."""
+        return [
+            candidate
+            for candidate in self.sweep.candidates()
+            if candidate.name not in self.outcomes
+            and all(run.name in self.results for run in self._runs(candidate))
+            and any(self.results[run.name].finite for run in self._runs(candidate))
+        ]
+
+    def _runs(self, candidate: Candidate) -> list[Run]:
+        return [Run(candidate, rate) for rate in self.sweep.learning_rates]
+
+    def measure(self, candidate: Candidate, check: Callable[[], None]) -> None:
+        """Asks the runtime, on the CPU while GPUs train, and forgets the weights of the other learning rates."""
+        runs = self._runs(candidate)
+        best = max(
+            (run for run in runs if self.results[run.name].finite), key=lambda run: self.results[run.name].accuracy
+        )
+        directory = Path("runs") / best.name / "model"
+        shares = accuracies(self.output / directory, self.tests, "cpu", check)
+        results = {run.learning_rate: self.results[run.name] for run in runs}
+        self.outcomes[candidate.name] = Outcome(
+            model=candidate.name,
+            family=candidate.family,
+            width=candidate.width,
+            size=candidate.size,
+            parameters=candidate.config.num_parameters,
+            state_nbytes=candidate.state_nbytes,
+            learning_rate=best.learning_rate,
+            epochs=self.results[best.name].epochs,
+            validation={f"{rate:g}": r.accuracy if r.finite else None for rate, r in results.items()},
+            accuracies={str(setting): share for setting, share in zip(self.sweep.test, shares, strict=True)},
+            accuracy=sum(shares) / len(shares),
+            directory=str(directory),
+        )
+        self.write()
+        for run in runs:
+            if run != best:
+                shutil.rmtree(self.output / "runs" / run.name / "model", ignore_errors=True)
+        recall = self.outcomes[candidate.name].accuracy
+        self.note(f"{candidate.name}: recall {recall:.4f} with {candidate.state_nbytes:,} bytes of state")
+
+    def write(self) -> list[Outcome]:
+        """Writes both tables; the rows, by family and state."""
+        order = list(FAMILIES)
+        rows = sorted(self.outcomes.values(), key=lambda row: (order.index(row.family), row.state_nbytes))
+        write_json(self.output / "results.json", [asdict(row) for row in rows])
+        path = self.output / "results.csv"
+        new = path.with_name(".results.csv.new")
+        with new.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*_COLUMNS, *map(str, self.sweep.test)], lineterminator="\n")
+            writer.writeheader()
+            for row in rows:
+                facts = asdict(row) | {FAMILIES[row.family].size: row.size} | row.accuracies
+                writer.writerow({key: _rounded(facts[key]) for key in writer.fieldnames if key in facts})
+        sync(new)
+        os.replace(new, path)
+        return rows
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 6) if isinstance(value, float) else value
