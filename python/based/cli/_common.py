@@ -113,6 +113,14 @@ def positive(text: str) -> int:
     return value
 
 
+def seconds(text: str) -> float:
+    """An argument that is a finite number > 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number > 0")
+    return value
+
+
 def nbytes(count: float) -> str:
     """Bytes for people: "13.2 MB", decimal units."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -38,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--time-limit",
-        type=_common.positive,
+        type=_common.seconds,
         metavar="SECONDS",
         help=f"stop by then, with exit status {_TIME_IS_UP}; the same command goes on",
     )
     parser.add_argument(
         "--save-every",
-        type=_common.positive,
+        type=_common.seconds,
         default=60,
         metavar="SECONDS",
         help="how much of a run's training a kill may lose (default: 60)",
