@@ -1,13 +1,13 @@
 r"""Documents that ask for what they said before: recall in context, as the bundled model learns it.
 
     # remember
-    kelo=4821
-    tuvan=0937
+    kelo=482
+    tuva=093
     # recall
-    tuvan=0937
-    kelo=4821
+    tuva=093
+    kelo=482
 
-Keys are made-up words, values four digits, both random, so that only the document itself has the answers.
+Keys are made-up words, values three digits, both random, so that only the document itself has the answers.
 `python -m based.pairs` writes such documents to train on; `accuracy` asks a model.
 """
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from based import Model, Session
 
 REMEMBER, RECALL = "# remember\n", "# recall\n"
-VALUE_DIGITS = 4
+VALUE_DIGITS = 3
 ANSWER_TOKENS = 2 * VALUE_DIGITS
 """More than a right answer has, and the newline after it."""
 MOST_PAIRS = 1000
 _CONSONANTS, _VOWELS = "bcdfghjklmnpqrstvwxz", "aeiou"
-_LONGEST = 64  # pairs of a training document
-_ROUNDS = 2  # how often a training document asks for each of its pairs
+_SHORTEST, _LONGEST = 1, 64  # pairs of a training document
+_ROUNDS = 3  # how often a training document asks for each of its pairs
 
 Pair = tuple[str, str]
 
@@ -44,8 +44,7 @@ def random_pairs(rng: random.Random, count: int) -> list[Pair]:
         raise ValueError(f"{count} pairs, expected 1 to {MOST_PAIRS}")
     pairs: dict[str, str] = {}
     while len(pairs) < count:
-        letters = (_CONSONANTS, _VOWELS, _CONSONANTS, _VOWELS, _CONSONANTS)
-        key = "".join(_choice(rng, kind) for kind in letters[: 4 + (rng.random() < 0.5)])
+        key = "".join(_choice(rng, letters) for letters in (_CONSONANTS, _VOWELS) * 2)
         pairs.setdefault(key, "".join(_choice(rng, "0123456789") for _ in range(VALUE_DIGITS)))
     return list(pairs.items())
 
@@ -63,11 +62,13 @@ def question(key: str) -> str:
 def documents(count: int, seed: int) -> Iterator[str]:
     """Training documents, the same for the same seed on every machine.
 
-    Of 1 to 64 pairs, small ones as often as large (uniform in the logarithm); each is asked for twice, in random order.
+    Of n = 1 to 64 pairs with a probability of about 1/n², so that each doubling of n has an equal share of the text: on
+    small ones a model learns how, on large ones how much. Each pair is asked for three times, in random order.
     """
     rng = random.Random(seed)
     for _ in range(count):
-        pairs = random_pairs(rng, round(_LONGEST ** rng.random()))
+        most, least = 1 / _SHORTEST, 1 / (_LONGEST + 1)
+        pairs = random_pairs(rng, int(1 / (most - rng.random() * (most - least))))
         asked = sorted(pairs * _ROUNDS, key=lambda _: rng.random())
         yield statement(pairs) + "".join(f"{question(key)}{value}\n" for key, value in asked)
 
