@@ -29,8 +29,8 @@ ANSWER_TOKENS = 2 * VALUE_DIGITS
 """More than a right answer has, and the newline after it."""
 MOST_PAIRS = 1000
 _CONSONANTS, _VOWELS = "bcdfghjklmnpqrstvwxz", "aeiou"
-_SHORTEST, _LONGEST = 1, 64  # pairs of a training document
-_ROUNDS = 3  # how often a training document asks for each of its pairs
+_LONGEST = 64  # pairs of a training document
+_ROUNDS = 5  # how often a training document asks for each of its pairs
 
 Pair = tuple[str, str]
 
@@ -62,13 +62,13 @@ def question(key: str) -> str:
 def documents(count: int, seed: int) -> Iterator[str]:
     """Training documents, the same for the same seed on every machine.
 
-    Of n = 1 to 64 pairs with a probability of about 1/n², so that each doubling of n has an equal share of the text: on
-    small ones a model learns how, on large ones how much. Each pair is asked for three times, in random order.
+    Of n = 1 to 64 pairs with a probability of about n^-1.5: on small ones a model learns how, on large ones how much.
+    Each pair is asked for five times, in random order.
     """
     rng = random.Random(seed)
     for _ in range(count):
-        most, least = 1 / _SHORTEST, 1 / (_LONGEST + 1)
-        pairs = random_pairs(rng, int(1 / (most - rng.random() * (most - least))))
+        fraction = rng.random() * (1 - (_LONGEST + 1) ** -0.5)  # of those with fewer pairs
+        pairs = random_pairs(rng, int((1 - fraction) ** -2))
         asked = sorted(pairs * _ROUNDS, key=lambda _: rng.random())
         yield statement(pairs) + "".join(f"{question(key)}{value}\n" for key, value in asked)
 
