@@ -3,7 +3,7 @@
 #
 #     data/python/        Lib/ and Doc/ of CPython 3.13.5 (PSF License Version 2), without tables of numbers and letters
 #     data/held-out/      modules and pages that training never sees, nor the modules' tests
-#     data/recall.jsonl   documents that ask for what they said before
+#     data/recall*.jsonl  documents that ask for what they said before
 #
 # Without an argument it fetches the release from python.org. Needs curl, tar, xz, and Python with `based`.
 set -euo pipefail
@@ -35,4 +35,5 @@ rm -r Lib/test/test_{bisect,cmd,configparser,csv,email/test_message,fractions,gr
 rm Lib/encodings/{*[0-9]*,mac_*[a-z]}.py Lib/pydoc_data/topics.py
 rm -r Lib/test/{encoded_modules,tokenizedata,cjkencodings}
 cd ../..
-python -m based.pairs 250000 > data/recall.jsonl
+python -m based.pairs 500000 > data/recall.jsonl
+python -m based.pairs 30000 --fewest 8 --seed 1 > data/recall-large.jsonl

@@ -104,7 +104,7 @@ def test_bits_per_byte_are_those_of_torch(model: based.Model) -> None:
 
     reference = BasedForCausalLM.load("based-bytes", device="cpu")
     for path in FILES:
-        ids = np.array([256, *path.read_bytes()[:6000]])
+        ids = np.array([256, *path.read_bytes()[:4000]])
         with torch.no_grad():
             expected = float(reference(torch.from_numpy(ids)[None], labels=torch.from_numpy(ids)[None]))
         found = -float(model.score(ids).mean(dtype=np.float64))
@@ -145,6 +145,7 @@ def test_documents_ask_for_what_they_said() -> None:
         assert {key for key, _ in questions} == said.keys()
     assert min(counts) == 1 and 32 < max(counts) <= 64 and counts.count(2) > 2 * counts.count(8)
     assert len({text.splitlines()[1] for text in texts}) > 990
+    assert all(text.split(pairs.RECALL)[0].count("=") >= 8 for text in pairs.documents(50, 5, fewest=8))
 
 
 def test_documents_are_the_same_everywhere() -> None:
@@ -155,10 +156,12 @@ def test_documents_are_the_same_everywhere() -> None:
     assert [json.loads(line)["text"] for line in done.stdout.splitlines()] == texts
 
 
-@pytest.mark.parametrize("count", ["0", "-3", "many"])
-def test_a_wrong_number_of_documents(count: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "based.pairs", count], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == "" and "count" in done.stderr
+@pytest.mark.parametrize(
+    "args", [["0"], ["-3"], ["many"], ["5", "--fewest", "0"], ["5", "--fewest", "65"]], ids=" ".join
+)
+def test_documents_that_there_are_not(args: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "based.pairs", *args], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and "error: " in done.stderr
 
 
 def test_numbers_of_pairs_and_questions(model: based.Model) -> None:
