@@ -84,7 +84,7 @@ def test_commands_without_a_model() -> None:
 
 
 def test_it_recalls_pairs_that_nobody_has_seen() -> None:
-    assert pairs.accuracy(based.load(), 32, 200, seed=20_000_001) >= 0.95
+    assert pairs.accuracy(based.load(), 32, 1024, seed=20_000_001) >= 0.95
 
 
 def test_it_reads_python() -> None:
@@ -104,7 +104,7 @@ def test_bits_per_byte_are_those_of_torch(model: based.Model) -> None:
 
     reference = BasedForCausalLM.load("based-bytes", device="cpu")
     for path in FILES:
-        ids = np.array([256, *path.read_bytes()[:4000]])
+        ids = np.array([256, *path.read_bytes()[:2500]])
         with torch.no_grad():
             expected = float(reference(torch.from_numpy(ids)[None], labels=torch.from_numpy(ids)[None]))
         found = -float(model.score(ids).mean(dtype=np.float64))
@@ -201,9 +201,9 @@ def test_demo() -> None:
     assert len(re.findall(r"^class Queue:", first, re.M)) == 3
     assert re.search(r"^ +16,384 +[\d,]+ +[\d.]+ kB +184\.5 MB$", first, re.M)
     assert "\x1b" not in first
-    without_speeds = [re.sub(r"[\d,]+ a second", "", ok("demo", *QUICK, "--seed", s, "class Stack")) for s in "12"]
-    assert re.sub(r"[\d,]+ a second", "", first).split("== What")[0] == without_speeds[0].split("== What")[0]
-    assert without_speeds[0].split("== What")[0] != without_speeds[1].split("== What")[0]
+    again = ok("demo", *QUICK, "--seed", "1", "class Stack")
+    before_costs = [re.sub(r"[\d,]+ a second", "", text).split("== What")[0] for text in (first, again)]
+    assert before_costs[0] == before_costs[1]
 
 
 def test_demo_of_another_model(tmp_path: Path) -> None:
