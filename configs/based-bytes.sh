@@ -36,4 +36,4 @@ rm Lib/encodings/{*[0-9]*,mac_*[a-z]}.py Lib/pydoc_data/topics.py
 rm -r Lib/test/{encoded_modules,tokenizedata,cjkencodings}
 cd ../..
 python -m based.pairs 500000 > data/recall.jsonl
-python -m based.pairs 30000 --fewest 8 --seed 1 > data/recall-large.jsonl
+head -n 150000 data/recall.jsonl > data/recall-anneal.jsonl

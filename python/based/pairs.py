@@ -29,7 +29,7 @@ ANSWER_TOKENS = 2 * VALUE_DIGITS
 """More than a right answer has, and the newline after it."""
 MOST_PAIRS = 1000
 _CONSONANTS, _VOWELS = "bcdfghjklmnpqrstvwxz", "aeiou"
-MOST_TRAINING_PAIRS = 64
+_SHORTEST, _LONGEST = 1, 64  # pairs of a training document
 _ROUNDS = 3  # how often a training document asks for each of its pairs
 
 Pair = tuple[str, str]
@@ -59,15 +59,15 @@ def question(key: str) -> str:
     return f"{key}="
 
 
-def documents(count: int, seed: int, fewest: int = 1) -> Iterator[str]:
+def documents(count: int, seed: int) -> Iterator[str]:
     """Training documents, the same for the same seed on every machine.
 
-    Of n = `fewest` to 64 pairs with a probability of about 1/n², so that each doubling of n has an equal share of the
-    text: on small ones a model learns how, on large ones how much. Each pair is asked for three times, in random order.
+    Of n = 1 to 64 pairs with a probability of about 1/n², so that each doubling of n has an equal share of the text: on
+    small ones a model learns how, on large ones how much. Each pair is asked for three times, in random order.
     """
     rng = random.Random(seed)
     for _ in range(count):
-        most, least = 1 / fewest, 1 / (MOST_TRAINING_PAIRS + 1)
+        most, least = 1 / _SHORTEST, 1 / (_LONGEST + 1)
         pairs = random_pairs(rng, int(1 / (most - rng.random() * (most - least))))
         asked = sorted(pairs * _ROUNDS, key=lambda _: rng.random())
         yield statement(pairs) + "".join(f"{question(key)}{value}\n" for key, value in asked)
@@ -117,14 +117,11 @@ def _main() -> None:
         prog="python -m based.pairs", description='Writes documents of key-value pairs, a line {"text": …} each.'
     )
     parser.add_argument("count", type=int, help="how many")
-    parser.add_argument("--fewest", type=int, default=1, metavar="N", help="pairs of a document (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="other seeds, other documents (default: 0)")
     args = parser.parse_args()
     if args.count < 1:
         parser.error(f"count: {args.count} is not ≥ 1")
-    if not 1 <= args.fewest <= MOST_TRAINING_PAIRS:
-        parser.error(f"--fewest: {args.fewest} is not in [1, {MOST_TRAINING_PAIRS}]")
-    for text in documents(args.count, args.seed, args.fewest):
+    for text in documents(args.count, args.seed):
         sys.stdout.write(json.dumps({"text": text}) + "\n")
 
 

@@ -145,7 +145,6 @@ def test_documents_ask_for_what_they_said() -> None:
         assert {key for key, _ in questions} == said.keys()
     assert min(counts) == 1 and 32 < max(counts) <= 64 and counts.count(2) > 2 * counts.count(8)
     assert len({text.splitlines()[1] for text in texts}) > 990
-    assert all(text.split(pairs.RECALL)[0].count("=") >= 8 for text in pairs.documents(50, 5, fewest=8))
 
 
 def test_documents_are_the_same_everywhere() -> None:
@@ -157,7 +156,7 @@ def test_documents_are_the_same_everywhere() -> None:
 
 
 @pytest.mark.parametrize(
-    "args", [["0"], ["-3"], ["many"], ["5", "--fewest", "0"], ["5", "--fewest", "65"]], ids=" ".join
+    "args", [["0"], ["-3"], ["many"]], ids=" ".join
 )
 def test_documents_that_there_are_not(args: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", "based.pairs", *args], capture_output=True, text=True)
