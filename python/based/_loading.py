@@ -14,13 +14,16 @@ from based import _core
 from based._model import Model, core_options
 from based._tokenizer import GPT2_VOCAB_SIZE, LazyTokenizer, fetch_gpt2_tokenizer, read_tokenizer
 
+BUNDLED = "based-bytes"
+"""The name of the model that comes with the package."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SAFETENSORS = ["config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json"]
 _PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
 def load(
-    path_or_id: str | os.PathLike[str],
+    path_or_id: str | os.PathLike[str] = BUNDLED,
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -35,6 +38,8 @@ def load(
 
     Args:
         path_or_id: A directory, in our format or as published; or a name "owner/name" at the hub. A directory wins.
+            By default "based-bytes", the small model that comes with the package; a directory of this name is
+            "./based-bytes".
         device: "cpu", "cuda" or "cuda:N"; "auto" is $BASED_DEVICE if that is set, otherwise the first GPU that can be
             used, otherwise the CPU, which a RuntimeWarning says once.
         dtype: Of the weights: "float32", "bfloat16", on a GPU also "float16". "auto" is the files' own when that has 16
@@ -80,6 +85,8 @@ class _Source:
 
 def _locate(path_or_id: str | os.PathLike[str], revision: str | None) -> _Source:
     path = Path(path_or_id)
+    if path_or_id == BUNDLED:
+        path = Path(__file__).parent / "models" / BUNDLED
     if path.is_dir():
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for models at the hub, but {str(path)!r} is a directory")

@@ -104,7 +104,6 @@ def test_help_of_the_program_imports_no_command() -> None:
     [
         ("required: COMMAND", []),
         ("invalid choice: 'dance'", ["dance"]),
-        ("required: -m/--model", ["generate", "x"]),
         ("unrecognized arguments: --nonsense", ["generate", "-m", "x", "--nonsense"]),
         ("unrecognized arguments: --temp", ["generate", "-m", "x", "--temp", "0"]),
         ("required: SRC, DST", ["convert"]),

@@ -205,6 +205,11 @@ def test_numbers_paths_and_settings(config: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_ready_configurations(path: Path) -> None:
     read = read_config(path, output=Path("x"))
+    assert read.training.batch_size % (read.training.micro_batch_size or 1) == 0
+    if read.model.from_ is not None:
+        before = read_config(path.parent / f"{Path(read.model.from_).parent.name}.yaml")
+        assert read.path(read.model.from_).resolve() == (before.output_folder() / "model").resolve()
+        return
     shape = loop.model_config(read.model, 257 if read.data.tokenizer == "bytes" else 50257, 256)
     if read.model.size is not None:
         assert shape.layers == sizes.named_config(read.model.size).layers
@@ -215,11 +220,11 @@ def test_ready_configurations(path: Path) -> None:
             "LinearAttentionConfig",
             "SlidingWindowConfig",
         }
-    assert read.training.batch_size % (read.training.micro_batch_size or 1) == 0
 
 
 def test_there_are_ready_configurations() -> None:
-    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == {"based-360m", "based-1.3b", "based-bytes"}
+    names = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    assert names == {"based-360m", "based-1.3b", "based-bytes", "based-bytes-anneal"}
 
 
 def test_the_document_shows_every_key() -> None:

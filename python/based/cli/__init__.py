@@ -1,4 +1,4 @@
-"""The command line: `based generate | convert | inspect | tokenize | bench | train | recall`.
+"""The command line: `based generate | demo | convert | inspect | tokenize | bench | train | recall`.
 
 Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted,
 141 the reader of stdout went away, 143 terminated while training,
@@ -16,6 +16,7 @@ from typing import Any
 
 COMMANDS = {
     "generate": "continue a prompt",
+    "demo": "a tour: completion, recall, saved and forked states, costs",
     "convert": "translate a published checkpoint into a model directory",
     "inspect": "show a model's shape, size, and bytes of state per sequence",
     "tokenize": "turn text into token ids, and back",

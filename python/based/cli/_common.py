@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +12,7 @@ from based.cli import UsageError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from based import Model
+    from based import Model, StreamChunk
 
 MODEL_HELP = "model directory, published checkpoint directory, or owner/name on the hub"
 REVISION_HELP = "branch, tag or commit on the hub"
@@ -18,7 +20,10 @@ REVISION_HELP = "branch, tag or commit on the hub"
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """--model, and where its tokenizer is."""
-    parser.add_argument("-m", "--model", required=True, metavar="PATH|ID", help=MODEL_HELP)
+    from based._loading import BUNDLED
+
+    help_text = f"{MODEL_HELP} (default: {BUNDLED}, which comes with the package)"
+    parser.add_argument("-m", "--model", default=BUNDLED, metavar="PATH|ID", help=help_text)
     parser.add_argument("--revision", metavar="REV", help=REVISION_HELP)
     parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json, or its directory (default: the model's)")
 
@@ -63,12 +68,7 @@ def read_text(args: argparse.Namespace, what: str) -> str:
     if args.text is not None and args.file is not None:
         raise UsageError(f"give the {what} as an argument or with --file, not both")
     if args.text is not None:
-        try:
-            text: str = args.text
-            text.encode()
-        except UnicodeEncodeError as error:  # bytes that the shell passed on as they were
-            raise ValueError(f"the {what} is not UTF-8: {error}") from error
-        return text
+        return check_text(args.text, what)
     if args.file is not None:
         data, where = args.file.read_bytes(), str(args.file)
     elif sys.stdin is None or sys.stdin.isatty():
@@ -76,10 +76,19 @@ def read_text(args: argparse.Namespace, what: str) -> str:
     else:
         data, where = sys.stdin.buffer.read(), "stdin"
     try:
-        text = data.decode()
+        text: str = data.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: byte {error.start} is not UTF-8 ({error.reason})") from error
     return text.removesuffix("\n").removesuffix("\r")
+
+
+def check_text(text: str, what: str) -> str:
+    """The argument itself. Raises ValueError when it is no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes that the shell passed on as they were
+        raise ValueError(f"the {what} is not UTF-8: {error}") from error
+    return text
 
 
 def parse_ids(text: str) -> list[int]:
@@ -103,6 +112,27 @@ def wants_statistics(args: argparse.Namespace) -> bool:
     """Whether to write statistics to stderr."""
     asked: bool | None = args.stats
     return sys.stderr.isatty() if asked is None else asked
+
+
+class Clock:
+    """Counts the tokens of a stream and times them. The first one comes out of the prefill."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self.first = self.last = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second after the first one; 0 when there was no other."""
+        return (self.num_tokens - 1) / (self.last - self.first) if self.last > self.first else 0.0
+
+    def watch(self, chunks: Iterable["StreamChunk"]) -> Iterator["StreamChunk"]:
+        """The chunks."""
+        for chunk in chunks:
+            self.last = time.perf_counter()
+            self.first = self.first or self.last
+            self.num_tokens += 1
+            yield chunk
 
 
 def positive(text: str) -> int:

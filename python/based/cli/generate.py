@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
 
     start = time.perf_counter()
     printer = _JsonPrinter(params, len(prompt)) if args.json else _TextPrinter(params.n, args.token_ids)
-    clock = _Clock()
+    clock = _common.Clock()
     printer.print_all(clock.watch(model.stream(prompt, params) if session is None else session.stream(prompt, params)))
     if session is not None:
         session.save_state(args.session)
@@ -134,26 +134,6 @@ def run(args: argparse.Namespace) -> None:
             f"{model.dtype}, {model.num_threads} threads, {model.kernel_isa}",
         ]
         print("; ".join(parts), file=sys.stderr)
-
-
-class _Clock:
-    """Counts the tokens of a stream and times them. The first one comes out of the prefill."""
-
-    def __init__(self) -> None:
-        self.num_tokens = 0
-        self.first = self.last = 0.0
-
-    @property
-    def rate(self) -> float:
-        """Tokens per second after the first one; 0 when there was no other."""
-        return (self.num_tokens - 1) / (self.last - self.first) if self.last > self.first else 0.0
-
-    def watch(self, chunks: Iterable["StreamChunk"]) -> Iterable["StreamChunk"]:
-        for chunk in chunks:
-            self.last = time.perf_counter()
-            self.first = self.first or self.last
-            self.num_tokens += 1
-            yield chunk
 
 
 class _TextPrinter:
