@@ -155,9 +155,7 @@ def test_documents_are_the_same_everywhere() -> None:
     assert [json.loads(line)["text"] for line in done.stdout.splitlines()] == texts
 
 
-@pytest.mark.parametrize(
-    "args", [["0"], ["-3"], ["many"]], ids=" ".join
-)
+@pytest.mark.parametrize("args", [["0"], ["-3"], ["many"]], ids=" ".join)
 def test_documents_that_there_are_not(args: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", "based.pairs", *args], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and "error: " in done.stderr
