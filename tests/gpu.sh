@@ -117,7 +117,7 @@ for name in "${steps[@]}"; do
       step cpp_cpu cpp "$TESTS" --gtest_filter="-$CUDA_TESTS"
       step python "$PYTHON" -m pytest -q tests/python/test_cuda.py tests/python/test_ops.py \
         tests/python/test_torch_ops.py tests/python/test_torch_model.py tests/python/test_train.py \
-        tests/python/test_devices.py tests/python/test_golden.py
+        tests/python/test_recall.py tests/python/test_devices.py tests/python/test_golden.py
       ;;
     kernels)
       for program in bench_linear_attention bench_mixers bench_cuda_linear bench_sampling; do

@@ -292,7 +292,7 @@ def measure_model(
     else:
         path = Path(__file__).parents[2] / "configs" / "based-bytes.yaml"
         config = model_config(read_config(path).model, 264, 256)
-        sets = ["model.vocab_size=264", "data.validation_fraction=0"]
+        sets = ["model.vocab_size=264", "data.validation=[]"]
     flops = flops_per_token(config, LENGTH)
     print(f"{name}: {flops / 1e9:.3f} GFLOP a token", flush=True)
     measure_steps(name, config, windows, record, profiles, modes)
