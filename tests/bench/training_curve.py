@@ -34,7 +34,7 @@ def main() -> None:
     axes.plot(list(bits), list(bits.values()), linewidth=1, label=f"training mixture, means of {width} steps")
     axes.plot(list(held_out), list(held_out.values()), "o-", markersize=3, label="held-out files")
     top = sorted(bits.values())[-1 - len(bits) // 50]
-    axes.set(xlabel="step", ylabel="bits per byte", ylim=(min(held_out.values()) * 0.9, top))
+    axes.set(xlabel="step", ylabel="bits per byte", ylim=(min(*bits.values(), *held_out.values()) * 0.95, top))
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
     figure.savefig(args.out.with_suffix(".svg"), metadata={"Date": None})
