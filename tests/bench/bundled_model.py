@@ -11,6 +11,7 @@
 import argparse
 import json
 import math
+import random
 from pathlib import Path
 
 import based
@@ -21,7 +22,7 @@ from based import pairs
 from based.torch import BasedForCausalLM
 
 PAIRS = (4, 8, 16, 32, 48, 64, 96, 128)
-GREEDY_PROMPTS = ("def fibonacci(", pairs.statement(pairs.random_pairs(pairs.random.Random(5), 8)))
+GREEDY_PROMPTS = ("def fibonacci(", pairs.statement(pairs.random_pairs(random.Random(5), 8)))
 PROMPTS = ("def fibonacci(", "import os\nimport sys\n\n", ":mod:`!", "class Stack:\n    def push(self, item):\n")
 
 

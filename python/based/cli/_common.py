@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from based._loading import BUNDLED
 from based.cli import UsageError
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ REVISION_HELP = "branch, tag or commit on the hub"
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """--model, and where its tokenizer is."""
-    from based._loading import BUNDLED
-
     help_text = f"{MODEL_HELP} (default: {BUNDLED}, which comes with the package)"
     parser.add_argument("-m", "--model", default=BUNDLED, metavar="PATH|ID", help=help_text)
     parser.add_argument("--revision", metavar="REV", help=REVISION_HELP)

@@ -1,14 +1,16 @@
-"""What long runs share: signals that end them in good order, and a folder that is one process's at a time."""
+"""What long runs share: signals that end them in good order, files replaced as a whole, a folder of one's own."""
 
 import contextlib
 import fcntl
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from based._core import FormatError
+from based.convert import sync
 
 
 @contextlib.contextmanager
@@ -21,6 +23,16 @@ def only_process(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise FormatError(f"{folder}: another process is training there") from None
         yield
+
+
+@contextlib.contextmanager
+def replaced_file(path: Path) -> Iterator[TextIO]:
+    """A file to write text to, UTF-8 with newlines as they are, which takes the place of `path` when it is complete."""
+    new = path.with_name(f".{path.name}.new")
+    with new.open("w", encoding="utf-8", newline="") as file:
+        yield file
+    sync(new)
+    os.replace(new, path)
 
 
 class Signals:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import signal
 import time
@@ -12,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from based._core import FormatError
-from based.convert import sync
-from based.torch._running import Signals, only_process
+from based.torch._running import Signals, only_process, replaced_file
 from based.torch.recall.families import FAMILIES, Candidate
 from based.torch.recall.measuring import accuracies
 from based.torch.recall.sweep import Run, Sweep
@@ -109,7 +107,7 @@ def measure_frontier(
         def check() -> None:
             late = time_limit is not None and time.monotonic() - began >= time_limit
             if signals.received or late:
-                raise Paused(signals.received or None, len(frontier.results), len(list(sweep.runs())))
+                raise Paused(signals.received or None, len(frontier.results), len(frontier.runs))
 
         frontier.describe(on, parallel)
         todo = frontier.untrained()
@@ -134,8 +132,9 @@ class _Frontier:
                 path = output / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self._check_same()
+        self.candidates, self.runs = sweep.candidates(), list(sweep.runs())
         self.results: dict[str, Result] = {}
-        for run in sweep.runs():
+        for run in self.runs:
             if (result := read_result(output / "runs" / run.name)) is not None:
                 self.results[run.name] = result
         self.outcomes = self._read_outcomes()
@@ -166,14 +165,14 @@ class _Frontier:
 
     def describe(self, on: list[Any], parallel: int) -> None:
         """Tells what is to be done."""
-        runs, models = len(list(self.sweep.runs())), len(self.sweep.candidates())
+        runs, models = len(self.runs), len(self.candidates)
         done = f", {len(self.results)} of them done" if self.results else ""
         where = f"{len(on)} × {on[0].type}, {parallel} at once on each"
         self.note(f"{models} models, {runs} runs of up to {self.sweep.epochs} epochs{done}; {where}")
 
     def untrained(self) -> list[Run]:
         """Runs without a result."""
-        return [run for run in self.sweep.runs() if run.name not in self.results]
+        return [run for run in self.runs if run.name not in self.results]
 
     def take(self, run: Run) -> None:
         """Reads the result of a run that has one now."""
@@ -181,14 +180,14 @@ class _Frontier:
         assert result is not None
         self.results[run.name] = result
         accuracy = f"accuracy {result.accuracy:.4f}" if result.finite else "not finite"
-        count = f"{len(self.results)}/{len(list(self.sweep.runs()))}"
+        count = f"{len(self.results)}/{len(self.runs)}"
         self.note(f"{count}  {run.name}: {accuracy} after {result.epochs} epochs, {result.seconds:.0f} s")
 
     def unmeasured(self) -> list[Candidate]:
         """Models of which every run has a result, and whose recall is not known."""
         return [
             candidate
-            for candidate in self.sweep.candidates()
+            for candidate in self.candidates
             if candidate.name not in self.outcomes
             and all(run.name in self.results for run in self._runs(candidate))
             and any(self.results[run.name].finite for run in self._runs(candidate))
@@ -232,16 +231,12 @@ class _Frontier:
         order = list(FAMILIES)
         rows = sorted(self.outcomes.values(), key=lambda row: (order.index(row.family), row.state_nbytes))
         write_json(self.output / "results.json", [asdict(row) for row in rows])
-        path = self.output / "results.csv"
-        new = path.with_name(".results.csv.new")
-        with new.open("w", newline="") as file:
+        with replaced_file(self.output / "results.csv") as file:
             writer = csv.DictWriter(file, [*_COLUMNS, *map(str, self.sweep.test)], lineterminator="\n")
             writer.writeheader()
             for row in rows:
                 facts = asdict(row) | {FAMILIES[row.family].size: row.size} | row.accuracies
                 writer.writerow({key: _rounded(facts[key]) for key in writer.fieldnames if key in facts})
-        sync(new)
-        os.replace(new, path)
         return rows
 
 

@@ -134,8 +134,9 @@ class Sweep:
 
     def runs(self) -> Iterator[Run]:
         """What is to be trained, in this order."""
+        candidates = self.candidates()
         for rate in self.learning_rates:
-            for candidate in self.candidates():
+            for candidate in candidates:
                 yield Run(candidate, rate)
 
     def training_examples(self) -> list[Examples]:

@@ -4,7 +4,6 @@ import functools
 import gc
 import json
 import math
-import os
 import shutil
 import time
 from collections import deque
@@ -19,7 +18,7 @@ from torch.nn import functional
 
 from based import _core
 from based._core import FormatError
-from based.convert import sync
+from based.torch._running import replaced_file
 from based.torch.model import BasedForCausalLM
 from based.torch.recall.data import Examples
 from based.torch.recall.sweep import Run, Sweep
@@ -107,10 +106,8 @@ def read_result(folder: Path) -> Result | None:
 
 def write_json(path: Path, document: Any) -> None:
     """The file appears whole or not at all."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync(new)
-    os.replace(new, path)
+    with replaced_file(path) as file:
+        file.write(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
 class Trainer:

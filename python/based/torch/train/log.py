@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from based.convert import sync
+from based.torch._running import replaced_file
 
 TRAIN = ("step", "loss", "gradient_norm", "learning_rate", "tokens_per_second")
 VALIDATION = ("step", "loss", "perplexity", "bits_per_byte")
@@ -25,11 +25,8 @@ class Table:
             for row in csv.reader(io.StringIO(path.read_text(errors="replace"), newline="")):
                 if len(row) == len(columns) and row[0].isdigit() and int(row[0]) <= last_step:
                     kept.append(row)
-        new = path.with_name(f".{path.name}.new")
-        with new.open("w", newline="") as file:
+        with replaced_file(path) as file:
             csv.writer(file, lineterminator="\n").writerows([columns, *kept])
-        sync(new)
-        os.replace(new, path)
         self._path = path
         self.rows = kept
         """Those that the file had."""
