@@ -323,6 +323,16 @@ def test_the_loss_of_many_tokens_never_holds_all_logits(monkeypatch):
         assert (a - b.grad).norm() <= 1e-12 * b.grad.norm()
 
 
+def test_second_derivatives_of_the_loss_are_refused():
+    """Its gradients are made in the forward pass: they would be taken for constants."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 4, dtype=torch.float64, generator=generator).requires_grad_() for n in (6, 5))
+    found = loss.linear_cross_entropy(hidden, weight, torch.arange(6) % 5, 5)
+    gradients = torch.autograd.grad(found, (hidden, weight), create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        (gradients[0].sum() + hidden.sum()).backward()
+
+
 # ---- model directories -----------------------------------------------------------------------------------------------
 
 

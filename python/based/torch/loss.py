@@ -1,14 +1,14 @@
 """Cross-entropy of a linear layer's outputs, which memory never holds all at once."""
 
-import importlib.util
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from based.torch._autograd import once_differentiable
+from based.torch.kernels import HAS_TRITON
 
 IGNORED = -100
 _BLOCK = 1 << 28  # logits in memory at a time
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def linear_cross_entropy(
@@ -17,7 +17,7 @@ def linear_cross_entropy(
     """The mean of −log softmax(weight · hidden)[target] over all targets that count.
 
     The gradients of hidden and weight are made in the forward pass, from one block of tokens' logits after the other:
-    so no logits are kept, and none are made twice.
+    so no logits are kept, and none are made twice. Second derivatives are refused with RuntimeError.
 
     Args:
         hidden: (N, d).
@@ -73,7 +73,7 @@ def _losses(
     logits: torch.Tensor, targets: torch.Tensor, num_classes: int, wanted: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """−log softmax at the targets, and its gradient in logits' dtype, which may take the memory of logits."""
-    if logits.is_cuda and logits.dtype == torch.bfloat16 and _HAS_TRITON:
+    if logits.is_cuda and logits.dtype == torch.bfloat16 and HAS_TRITON:
         losses = _cross_entropy_kernel(logits, targets, num_classes, wanted)
         return losses, logits
     counts = targets != IGNORED

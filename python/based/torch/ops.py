@@ -2,22 +2,21 @@
 
 Inputs are float64, float32, bfloat16 or float16 tensors on any device. Sums of 16-bit numbers are kept in float32.
 Under autocast, inputs other than float64 are cast to autocast's dtype, as those of matrix products are. Every function
-raises TypeError or ValueError with what was found and what is expected. The backward passes of taylor_linear_attention
-and gated_short_conv cannot be differentiated: they raise RuntimeError when they are to be.
+raises TypeError or ValueError with what was found and what is expected. The backward passes of taylor_linear_attention,
+gated_short_conv and swiglu cannot be differentiated: they raise RuntimeError when they are to be.
 """
 
-import functools
-import importlib.util
 import math
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
 from based import _core
 from based import ops as kernels
+from based.torch._autograd import once_differentiable
+from based.torch.kernels import HAS_TRITON
 
 __all__ = ["gated_short_conv", "rotary_embedding", "sliding_window_attention", "swiglu", "taylor_linear_attention"]
 
@@ -27,19 +26,6 @@ _MIN_BLOCK = 64  # queries of a block of window attention: fewer are too small a
 _FLASH_HEAD_DIM = 256  # the largest of PyTorch's FlashAttention
 _KERNEL_TAPS = 8  # a program makes the convolution that often, each of as many taps
 _KERNEL_FEATURE_DIMS = (8, 16, 24, 32)  # of the GPU kernels on tensor cores; others are slower than chunks here
-
-
-def _once_differentiable(backward: Any) -> Any:
-    """PyTorch's once_differentiable, which by itself takes second derivatives for zero where dy is a constant."""
-    once = once_differentiable(backward)
-
-    @functools.wraps(backward)
-    def checked(ctx: Any, dy: torch.Tensor) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not dy.requires_grad:
-            dy = dy.detach().requires_grad_()
-        return once(ctx, dy)
-
-    return checked
 
 
 # ---- Taylor linear attention -----------------------------------------------------------------------------------------
@@ -88,7 +74,7 @@ class _TaylorLinearAttention(torch.autograd.Function):
         return y
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
         q, k, v, y = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
@@ -267,11 +253,10 @@ def _has_kernel(q: torch.Tensor, v: torch.Tensor) -> bool:
 
 def _triton_takes(*tensors: torch.Tensor) -> bool:
     """Triton kernels count a sequence's numbers in 32 bits. Triton comes with PyTorch for CUDA."""
-    return _HAS_TRITON and all(x.is_cuda and x.stride(1) * x.shape[1] < 1 << 31 for x in tensors)
+    return HAS_TRITON and all(x.is_cuda and x.stride(1) * x.shape[1] < 1 << 31 for x in tensors)
 
 
 _BUILT_FOR_CUDA = _core.build_info()["cuda"] is not None
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 # ---- sliding-window attention ----------------------------------------------------------------------------------------
@@ -446,7 +431,7 @@ class _GatedShortConv(torch.autograd.Function):
         return (functional.silu(_causal_conv(u1, w)) * u2).to(u.dtype)
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         u, weight = ctx.saved_tensors
         if _has_conv_kernel(u, weight):
@@ -455,9 +440,8 @@ class _GatedShortConv(torch.autograd.Function):
         u1, u2, w = _widened(u, weight)
         t, taps = u1.shape[1], w.shape[1]
         conv = _causal_conv(u1, w)
-        sigmoid = torch.sigmoid(conv)
-        silu = conv * sigmoid
-        dconv = dy * u2 * (sigmoid + silu * (1 - sigmoid))
+        silu, slope = _silu(conv)
+        dconv = dy * u2 * slope
         after = functional.pad(dconv, (0, 0, 0, taps - 1))
         du1 = _correlate(after, w.flip(1), t)
         before = functional.pad(u1, (0, 0, taps - 1, 0))
@@ -545,15 +529,21 @@ class _Swiglu(torch.autograd.Function):
         return (value * functional.silu(gate)).to(h.dtype)
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
         (h,) = ctx.saved_tensors
         if h.dtype != torch.float64 and _triton_takes(h):
             return _swiglu_gradient_kernel(h, dy)
         value, gate = h.to(_accumulation_dtype(h)).chunk(2, -1)
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        return torch.cat([dy * silu, dy * value * (sigmoid + silu * (1 - sigmoid))], -1).to(h.dtype)
+        silu, slope = _silu(gate)
+        return torch.cat([dy * silu, dy * value * slope], -1).to(h.dtype)
+
+
+def _silu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """SiLU(x) and SiLU′(x)."""
+    sigmoid = torch.sigmoid(x)
+    silu = x * sigmoid
+    return silu, sigmoid + silu * (1 - sigmoid)
 
 
 @torch.library.custom_op("based::swiglu", mutates_args=(), device_types="cuda")
