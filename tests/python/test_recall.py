@@ -160,6 +160,7 @@ def test_the_default_is_the_authors_sweep():
         ({"vocab_size": 65}, "vocab_size is 65"),
         ({"test": (Setting(15, 2),)}, "setting 15/2: expected an even length"),
         ({"test": (Setting(16, 5),)}, "setting 16/5"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
         ({"train": ((Setting(16, 2), 31),)}, "31 training texts of 16/2, expected at least batch_size 32"),
     ],
 )
@@ -251,6 +252,25 @@ def test_the_rate_falls_along_half_a_cosine(tmp_path, monkeypatch):
         if t.step > step:
             rates.append(t._optimizer.param_groups[0]["lr"])
     np.testing.assert_allclose(rates, 1e-2 * (1 + np.cos(np.pi * np.arange(60) / 60)) / 2)
+
+
+def test_dropout_is_of_training_alone(tmp_path, monkeypatch):
+    """A step drops other numbers than the one before, and the same ones when it is taken again."""
+    seen: dict[bool, list[Any]] = {True: [], False: []}
+    monkeypatch.setattr(training, "_CHUNK", 1)
+    for folder in ("a", "b"):
+        t = trainer(tmp_path / folder, Sweep.quick(dropout=0.25))
+        t.model.layers[0].register_forward_pre_hook(lambda layer, r: seen[layer.training].append(r[0].detach()))
+        while not t.history:
+            t.advance()
+    kept = [r != 0 for r in seen[True]]
+    assert len(kept) == 2 * 30 and all(abs(float(k.float().mean()) - 0.75) < 0.02 for k in kept)
+    assert not torch.equal(kept[0][:, :16], kept[1][:, :16])
+    assert all(torch.equal(a, b) for a, b in zip(seen[True][:30], seen[True][30:], strict=True))
+    first = trainer(tmp_path / "c", Sweep.quick(dropout=0.25)).model.embedding.weight
+    scaled = torch.unique(first / 0.75)
+    assert torch.isin(seen[True][0][kept[0]], scaled).all()
+    assert seen[False] and all((r != 0).all() for r in seen[False])
 
 
 def test_attention_learns_to_recall_and_a_window_of_one_does_not(tmp_path):

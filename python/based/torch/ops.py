@@ -77,9 +77,9 @@ class _TaylorLinearAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
         q, k, v, y = ctx.saved_tensors
+        if _has_kernel(q, v) and _triton_takes(q, k, v, y, dy):
+            return *_taylor_backward_kernel(q, k, v, y, dy, ctx.eps), None, None
         with torch.autocast(q.device.type, enabled=False):
-            if _has_kernel(q, v) and _triton_takes(q, k, v, y, dy):
-                return *_taylor_backward_kernel(q, k, v, y, dy, ctx.eps), None, None
             return *_Chunks(q, k, v, ctx.chunk_size).backward(y, dy, ctx.eps), None, None
 
 
@@ -428,7 +428,7 @@ class _GatedShortConv(torch.autograd.Function):
         if _has_conv_kernel(u, weight):
             return _conv_kernel(u, weight)
         u1, u2, w = _widened(u, weight)
-        return (functional.silu(_causal_conv(u1, w)) * u2).to(u.dtype)
+        return _cast(functional.silu(_causal_conv(u1, w)) * u2, u.dtype)
 
     @staticmethod
     @once_differentiable
@@ -526,7 +526,7 @@ class _Swiglu(torch.autograd.Function):
         if h.dtype != torch.float64 and _triton_takes(h):
             return _swiglu_kernel(h)
         value, gate = h.to(_accumulation_dtype(h)).chunk(2, -1)
-        return (value * functional.silu(gate)).to(h.dtype)
+        return _cast(value * functional.silu(gate), h.dtype)
 
     @staticmethod
     @once_differentiable
@@ -592,6 +592,11 @@ def _check_tensors(*arguments: tuple[str, torch.Tensor, str], names: dict[str, s
             raise ValueError(f"{name} is on {tensor.device}, expected {first.device}, where {first_name} is")
         if tensor.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
             raise TypeError(f"{name} is {_name(tensor)}, expected {_name(first)}, which {first_name} is")
+
+
+def _cast(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """y.to(dtype) without its call where y is what it returns: compiled by PyTorch 2.11 the gradients would be zero."""
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 def _name(tensor: torch.Tensor) -> str:

@@ -128,8 +128,13 @@ class Trainer:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(sweep.seed)
-            self.model = BasedForCausalLM(run.candidate.config, device="cpu")  # the same weights whatever the device
+            # On the CPU: the same weights whatever the device. As large as the language models': from 0.02 recall takes
+            # many times as long to learn.
+            self.model = BasedForCausalLM(run.candidate.config, special_initializer=True, device="cpu")
         self.model.to(device)
+        self._random = torch.Generator(device)
+        if sweep.dropout > 0:
+            self.model.embedding.register_forward_hook(self._drop)
         on_gpu = device.type == "cuda"
         self._rate = torch.tensor(run.learning_rate, device=device) if on_gpu else run.learning_rate
         self._optimizer = torch.optim.AdamW(
@@ -198,10 +203,14 @@ class Trainer:
                     self._rate.fill_(rate)
                 else:
                     self._optimizer.param_groups[0]["lr"] = rate
+                seed = np.random.SeedSequence([self.sweep.seed, step]).generate_state(1, np.uint64)
+                self._random.manual_seed(int(seed[0] >> 1))
                 self._steps[self._order[step % per_epoch]]()
             self.step = stop
             if stop % per_epoch == 0:
+                self.model.eval()
                 self._right = [count_right(self.model, texts) for texts in self.corpus.validation]
+                self.model.train()
             if self._stream is not None:
                 self._events.append(self._stream.record_event())
         return True
@@ -217,6 +226,13 @@ class Trainer:
         self._order = rng.permutation(batches).tolist()
         for setting, cursor in enumerate(self._cursors):
             cursor.fill_(self._order[:done].count(setting) * self.sweep.batch_size)
+
+    def _drop(self, embedding: torch.nn.Module, _: Any, r: torch.Tensor) -> torch.Tensor:
+        """Dropout, in training. What is drawn follows from the seed and the step."""
+        if not embedding.training:
+            return r
+        kept = torch.rand(r.shape, generator=self._random, device=r.device) >= self.sweep.dropout
+        return r * kept / (1 - self.sweep.dropout)
 
     def _update(self, setting: int) -> None:
         """A step on the next batch of a setting."""
@@ -255,6 +271,7 @@ class Trainer:
                 self._cursors[setting].zero_()
                 update()
             graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(self._random)
             # Without torch.cuda.graph's synchronisation: other trainers' steps go on meanwhile.
             graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
