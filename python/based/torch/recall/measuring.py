@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch.utils.dlpack
 
 import based
 from based.torch.recall.data import Examples
@@ -17,8 +16,8 @@ def accuracies(
 ) -> list[float]:
     """Shares of right answers of a model directory, for each of `examples`.
 
-    The runtime reads each text from the start up to a query, and on from there to the next one. An answer is right when
-    of all tokens the value of the query's key has the largest logit. Computed in float32.
+    The runtime reads the pairs of each text at once, and then, as in generation, token by token. An answer is right
+    when of all tokens the value of the query's key has the largest logit. Computed in float32.
 
     Args:
         directory: A model.
@@ -33,14 +32,15 @@ def accuracies(
 def _accuracy(model: "based.Model", examples: Examples, interrupt: Callable[[], None]) -> float:
     right = 0
     for start in range(0, len(examples), _SEQUENCES):
-        rows = slice(start, start + _SEQUENCES)
-        tokens, answers = examples.tokens[rows].astype(np.int32), examples.answers[rows]
-        ends = examples.queries[rows].astype(np.int64) + 1
-        starts = np.concatenate([np.zeros((len(tokens), 1), np.int64), ends[:, :-1]], axis=1)
+        part = slice(start, start + _SEQUENCES)
+        tokens, queries = examples.tokens[part].astype(np.int32), examples.queries[part].astype(np.int64)
+        values = np.full(tokens.shape, -1)  # where a query is, its answer
+        np.put_along_axis(values, queries, examples.answers[part], axis=1)
         session = model.session(len(tokens))
-        for query in range(answers.shape[1]):
+        session.prefill(list(tokens[:, : queries.min()]))
+        for t in range(queries.min(), queries.max() + 1):
             interrupt()
-            pieces = [text[a:b] for text, a, b in zip(tokens, starts[:, query], ends[:, query], strict=True)]
-            logits = torch.utils.dlpack.from_dlpack(session.prefill(pieces))  # the same memory, wherever it is
-            right += int((logits.argmax(dim=1).cpu().numpy() == answers[:, query]).sum())
+            logits = np.asarray(session.step(tokens[:, t]))
+            rows = np.flatnonzero(values[:, t] >= 0)
+            right += int((logits[rows].argmax(axis=1) == values[rows, t]).sum())
     return right / examples.answers.size
