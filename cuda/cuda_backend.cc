@@ -76,6 +76,10 @@ CudaBackend::~CudaBackend() {
   }
 }
 
+std::unique_ptr<backend::Backend> CudaBackend::sibling() const {
+  return std::make_unique<CudaBackend>(device_, counters_);
+}
+
 std::string CudaBackend::kernel_isa() const {
   const UseDevice use(device_);
   return "sm_" + std::to_string(device_info().compute_capability);

@@ -28,8 +28,7 @@ class CudaBackend final : public backend::Backend, private SamplerHost {
   CudaBackend(const CudaBackend&) = delete;
   CudaBackend& operator=(const CudaBackend&) = delete;
 
-  const std::shared_ptr<backend::MemoryCounters>& counters() const { return counters_; }
-
+  std::unique_ptr<backend::Backend> sibling() const override;
   Device device() const override { return {Device::Type::cuda, device_}; }
   const backend::MemoryCounters& memory() const override { return *counters_; }
   int num_threads() const override { return 1; }

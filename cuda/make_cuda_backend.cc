@@ -14,7 +14,7 @@
 
 namespace based::cuda {
 
-std::unique_ptr<backend::Backend> make_cuda_backend(int index, const backend::Backend* share);
+std::unique_ptr<backend::Backend> make_cuda_backend(int index);
 std::vector<DeviceDescription> cuda_devices();
 std::string cuda_problem();
 void synchronize(int index);
@@ -94,9 +94,7 @@ void synchronize(int index) {
   synchronize_device("synchronize");
 }
 
-std::unique_ptr<backend::Backend> make_cuda_backend(int index, const backend::Backend* share) {
-  if (const auto* other = dynamic_cast<const CudaBackend*>(share))
-    return std::make_unique<CudaBackend>(index, other->counters());
+std::unique_ptr<backend::Backend> make_cuda_backend(int index) {
   const std::string where = "device cuda:" + std::to_string(index) + " is not available: ";
   std::string problem;
   const int count = count_devices(problem);

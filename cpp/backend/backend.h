@@ -176,6 +176,9 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
+  /// Another instance of the same device, threads, kernels, options and memory counters. Any thread may call it.
+  virtual std::unique_ptr<Backend> sibling() const = 0;
+
   virtual Device device() const = 0;
   virtual const MemoryCounters& memory() const = 0;
   virtual int num_threads() const = 0;
@@ -287,9 +290,9 @@ class Backend {
                             std::span<const NamedView> tensors) = 0;
 };
 
-/// The only way to a device. num_threads: CPU threads, 0 for the CPUs that this process may use; an instance given
-/// `share` uses its threads, its kernels and its memory counters. Throws UnsupportedError for a device that this build
-/// or machine does not have, and InvalidArgument for a number of threads < 0 or > 1024.
-std::unique_ptr<Backend> make_backend(Device device, int num_threads, const Backend* share = nullptr);
+/// The first instance for a device; Backend::sibling() makes others. num_threads: CPU threads, 0 for the CPUs that this
+/// process may use. Throws UnsupportedError for a device that this build or machine does not have, and InvalidArgument
+/// for a number of threads < 0 or > 1024.
+std::unique_ptr<Backend> make_backend(Device device, int num_threads);
 
 }  // namespace based::backend

@@ -9,7 +9,7 @@
 #ifdef BASED_CUDA
 // cuda/make_cuda_backend.cc
 namespace based::cuda {
-std::unique_ptr<backend::Backend> make_cuda_backend(int index, const backend::Backend* share);
+std::unique_ptr<backend::Backend> make_cuda_backend(int index);
 std::vector<DeviceDescription> cuda_devices();
 std::string cuda_problem();
 void synchronize(int index);
@@ -19,7 +19,7 @@ void add_library_path(std::string path);
 namespace based::cuda {
 namespace {
 constexpr const char* kNoCuda = "this build has no CUDA (it was made without a CUDA compiler)";
-std::unique_ptr<backend::Backend> make_cuda_backend(int, const backend::Backend*) { throw UnsupportedError(kNoCuda); }
+std::unique_ptr<backend::Backend> make_cuda_backend(int) { throw UnsupportedError(kNoCuda); }
 std::vector<DeviceDescription> cuda_devices() { return {}; }
 std::string cuda_problem() { return kNoCuda; }
 void synchronize(int) { throw UnsupportedError(kNoCuda); }
@@ -46,15 +46,13 @@ void add_cublas_path(const std::string& path) { cuda::add_library_path(path); }
 
 namespace backend {
 
-std::unique_ptr<Backend> make_backend(Device device, int num_threads, const Backend* share) {
+std::unique_ptr<Backend> make_backend(Device device, int num_threads) {
   if (num_threads < 0 || num_threads > 1024)
     throw InvalidArgument("num_threads is " + std::to_string(num_threads) +
                           ", expected 0 (the CPUs that this process may use) to 1024");
-  if (device.type == Device::Type::cuda) return cuda::make_cuda_backend(device.index, share);
+  if (device.type == Device::Type::cuda) return cuda::make_cuda_backend(device.index);
   if (device.index != 0)
     throw UnsupportedError("there is one CPU device, index 0: found index " + std::to_string(device.index));
-  if (const auto* other = dynamic_cast<const cpu::CpuBackend*>(share))
-    return std::make_unique<cpu::CpuBackend>(other->pool(), other->isa(), other->counters());
   auto pool = std::make_shared<cpu::ThreadPool>(num_threads == 0 ? cpu::available_cpus() : num_threads);
   return std::make_unique<cpu::CpuBackend>(std::move(pool), cpu::choose_isa());
 }

@@ -91,9 +91,7 @@ Model::Impl::Impl(const ModelConfig& config, std::unique_ptr<backend::Backend> d
   state_nbytes = backend->make_states(config, dtype, 1)->nbytes_per_slot();
 }
 
-std::unique_ptr<backend::Backend> Model::Impl::make_backend() const {
-  return backend::make_backend(backend->device(), backend->num_threads(), backend.get());
-}
+std::unique_ptr<backend::Backend> Model::Impl::make_backend() const { return backend->sibling(); }
 
 Model::Model(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Model::~Model() = default;

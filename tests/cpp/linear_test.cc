@@ -412,7 +412,10 @@ TEST(MakeBackend, ChecksItsArguments) {
   EXPECT_THROW(backend::make_backend(Device::parse("cuda:1"), 0), UnsupportedError);
   const auto first = backend::make_backend({}, 3);
   EXPECT_EQ(first->num_threads(), 3);
-  EXPECT_EQ(backend::make_backend({}, 0, first.get())->num_threads(), 3);
+  const auto second = first->sibling();
+  EXPECT_EQ(second->num_threads(), 3);
+  EXPECT_EQ(second->kernel_isa(), first->kernel_isa());
+  EXPECT_EQ(&second->memory(), &first->memory());
   EXPECT_EQ(backend::make_backend({}, 0)->num_threads(), available_cpus());
 }
 

@@ -52,6 +52,10 @@ std::shared_ptr<void> allocate_host(std::size_t nbytes) {
 CpuBackend::CpuBackend(std::shared_ptr<ThreadPool> pool, Isa isa, std::shared_ptr<backend::MemoryCounters> counters)
     : pool_(std::move(pool)), isa_(isa), counters_(std::move(counters)) {}
 
+std::unique_ptr<backend::Backend> CpuBackend::sibling() const {
+  return std::make_unique<CpuBackend>(pool_, isa_, counters_);
+}
+
 std::string CpuBackend::kernel_isa() const { return std::string(name_of(isa_)); }
 
 backend::Buffer CpuBackend::allocate(std::size_t nbytes, backend::MemoryKind kind) {

@@ -17,9 +17,8 @@ class CpuBackend final : public backend::Backend {
              std::shared_ptr<backend::MemoryCounters> counters = std::make_shared<backend::MemoryCounters>());
 
   const std::shared_ptr<ThreadPool>& pool() const { return pool_; }
-  Isa isa() const { return isa_; }
-  const std::shared_ptr<backend::MemoryCounters>& counters() const { return counters_; }
 
+  std::unique_ptr<backend::Backend> sibling() const override;
   Device device() const override { return {}; }
   const backend::MemoryCounters& memory() const override { return *counters_; }
   int num_threads() const override { return pool_->num_threads(); }
