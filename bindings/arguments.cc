@@ -115,12 +115,16 @@ void check_id(std::int64_t id, std::size_t index, std::int64_t vocab_size, const
   }
 }
 
-std::vector<std::int32_t> ids_of_array(const py::array& array, std::int64_t vocab_size, const std::string& name) {
+std::vector<std::int32_t> ids_of_array(const py::array& array, std::int64_t vocab_size, const std::string& name,
+                                       bool may_be_empty) {
   if (array.ndim() != 1) {
     throw py::value_error(name + ": token ids must be a 1-D array, not one of shape " +
                           std::string(py::str(array.attr("shape"))));
   }
-  if (array.size() == 0) throw py::value_error(name + " is empty: at least one token is needed");
+  if (array.size() == 0) {
+    if (may_be_empty) return {};
+    throw py::value_error(name + " is empty: at least one token is needed");
+  }
   const char kind = array.dtype().kind();
   if (kind != 'i' && kind != 'u') {
     throw py::type_error(name + ": token ids must be integers, not an array of " +
@@ -140,14 +144,16 @@ std::vector<std::int32_t> ids_of_array(const py::array& array, std::int64_t voca
 
 }  // namespace
 
-std::vector<std::int32_t> token_ids(py::handle ids, std::int64_t vocab_size, const std::string& name) {
-  if (py::isinstance<py::array>(ids)) return ids_of_array(py::reinterpret_borrow<py::array>(ids), vocab_size, name);
+std::vector<std::int32_t> token_ids(py::handle ids, std::int64_t vocab_size, const std::string& name,
+                                    bool may_be_empty) {
+  if (py::isinstance<py::array>(ids))
+    return ids_of_array(py::reinterpret_borrow<py::array>(ids), vocab_size, name, may_be_empty);
   if (!PySequence_Check(ids.ptr()) || is_text(ids)) {
     throw py::type_error(name + ": token ids must be a sequence of integers, not " + describe(ids));
   }
   const py::tuple items = py::reinterpret_steal<py::tuple>(PySequence_Tuple(ids.ptr()));
   if (!items) throw py::error_already_set();
-  if (items.empty()) throw py::value_error(name + " is empty: at least one token is needed");
+  if (items.empty() && !may_be_empty) throw py::value_error(name + " is empty: at least one token is needed");
   std::vector<std::int32_t> result(items.size());
   for (std::size_t i = 0; i < result.size(); ++i) {
     const std::int64_t id = [&] {  // the message is made only when it is needed: this loop reads whole books
@@ -164,13 +170,13 @@ std::vector<std::int32_t> token_ids(py::handle ids, std::int64_t vocab_size, con
   return result;
 }
 
-std::vector<std::vector<std::int32_t>> prompts(py::handle value, std::int64_t vocab_size) {
+std::vector<std::vector<std::int32_t>> prompts(py::handle value, std::int64_t vocab_size, bool may_be_empty) {
   if (!PySequence_Check(value.ptr()) || is_text(value)) {
     throw py::type_error("prompts must be a sequence of prompts, not " + describe(value));
   }
   std::vector<std::vector<std::int32_t>> result;
   for (py::handle prompt : value) {
-    result.push_back(token_ids(prompt, vocab_size, "prompt " + std::to_string(result.size())));
+    result.push_back(token_ids(prompt, vocab_size, "prompt " + std::to_string(result.size()), may_be_empty));
   }
   return result;
 }

@@ -50,8 +50,8 @@ class SharedGenerator {
 };
 
 std::vector<GenerationRequest> requests(const Prompts& prompt_ids, const std::vector<TextSamplingParams>& params,
-                                        std::int64_t vocab_size) {
-  auto tokens = prompts(prompt_ids, vocab_size);
+                                        std::int64_t vocab_size, bool may_be_empty) {
+  auto tokens = prompts(prompt_ids, vocab_size, may_be_empty);
   if (tokens.size() != params.size()) {
     throw py::value_error(std::to_string(tokens.size()) + " prompts, but " + std::to_string(params.size()) +
                           " SamplingParams");
@@ -68,6 +68,7 @@ void bind_generator(py::module_& m) {
       .value("none", FinishReason::none)
       .value("stop", FinishReason::stop)
       .value("length", FinishReason::length)
+      .value("error", FinishReason::error)
       .finalize();
   py::class_<TokenEvent>(m, "TokenEvent", "One new token of one sample of one request.")
       .def_readonly("request", &TokenEvent::request)
@@ -83,26 +84,28 @@ void bind_generator(py::module_& m) {
           },
           "(token, log-probability), likeliest first.")
       .def_readonly("finish", &TokenEvent::finish)
-      .def_readonly("stop_token", &TokenEvent::stop_token);
+      .def_readonly("stop_token", &TokenEvent::stop_token)
+      .def_readonly("error", &TokenEvent::error, "Why there is no token, when finish is error.");
 
   using NoGil = py::call_guard<py::gil_scoped_release>;
   py::class_<SharedGenerator>(m, "Generator", "Runs requests to their ends, one token per sequence and call.")
       .def(py::init([](const std::shared_ptr<Model>& model, const Prompts& prompt_ids,
                        const std::vector<TextSamplingParams>& params, const Arg<int>& max_batch_size) {
-             auto list = requests(prompt_ids, params, model->config().vocab_size);
+             auto list = requests(prompt_ids, params, model->config().vocab_size, false);
              const int batch = max_batch_size.get("max_batch_size");
              const py::gil_scoped_release nogil;
              return std::make_unique<SharedGenerator>(model, std::move(list), batch);
            }),
            py::arg("model"), py::arg("prompts"), py::arg("params"), py::arg("max_batch_size"),
            "On a session of its own, of at most `max_batch_size` sequences.")
-      .def(py::init([](Session& session, const Prompts& prompt_ids, const std::vector<TextSamplingParams>& params) {
-             auto list = requests(prompt_ids, params, session.model()->config().vocab_size);
-             const py::gil_scoped_release nogil;
-             return std::make_unique<SharedGenerator>(session, std::move(list));
-           }),
-           py::arg("session"), py::arg("prompts"), py::arg("params"), py::keep_alive<1, 2>(),
-           "On a session: request i continues sequence i; every n must be 1.")
+      .def(
+          py::init([](Session& session, const Prompts& prompt_ids, const std::vector<TextSamplingParams>& params) {
+            auto list = requests(prompt_ids, params, session.model()->config().vocab_size, true);
+            const py::gil_scoped_release nogil;
+            return std::make_unique<SharedGenerator>(session, std::move(list));
+          }),
+          py::arg("session"), py::arg("prompts"), py::arg("params"), py::keep_alive<1, 2>(),
+          "On a session: request i continues sequence i, from where it is when its prompt is empty; every n must be 1.")
       .def("done", &SharedGenerator::done)
       .def("next", &SharedGenerator::next, NoGil(),
            "Advances every running sequence by one token. Empty only when done().")

@@ -56,10 +56,12 @@ InterruptCheck interrupt_check(std::shared_ptr<const std::atomic<bool>> cancelle
 py::object as_numpy(const Array& array);
 
 /// Token ids from any sequence of integers or 1-D integer array. Raises TypeError on anything else (bool and float
-/// included), ValueError when empty or when an id is outside [0, vocab_size). `name` opens every message.
-std::vector<std::int32_t> token_ids(py::handle ids, std::int64_t vocab_size, const std::string& name);
+/// included), ValueError when empty (unless it may be) or when an id is outside [0, vocab_size). `name` opens every
+/// message.
+std::vector<std::int32_t> token_ids(py::handle ids, std::int64_t vocab_size, const std::string& name,
+                                    bool may_be_empty = false);
 
 /// The same for a sequence of prompts.
-std::vector<std::vector<std::int32_t>> prompts(py::handle value, std::int64_t vocab_size);
+std::vector<std::vector<std::int32_t>> prompts(py::handle value, std::int64_t vocab_size, bool may_be_empty = false);
 
 }  // namespace based::python

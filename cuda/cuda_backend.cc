@@ -121,6 +121,11 @@ void CudaBackend::synchronize() {
   weight_upload_.reset();
 }
 
+void CudaBackend::trim() noexcept {
+  recorded_.clear();
+  scratch_ = {};
+}
+
 // Scratch of one operation: the next one may use it too, for they run in order.
 void* CudaBackend::scratch(std::size_t nbytes) {
   if (nbytes > scratch_.nbytes) {
@@ -295,12 +300,7 @@ std::unique_ptr<backend::StatePool> CudaBackend::make_states(const ModelConfig& 
 }
 
 void CudaBackend::copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot) {
-  const CudaStatePool &source = pool_of(from), &target = pool_of(to);
-  const auto foreign = [&](const CudaStatePool& pool) { return &pool.stream() != stream_.get(); };
-  for (const CudaStatePool* pool : {&source, &target})
-    if (foreign(*pool)) pool->stream().synchronize("copy_state");
-  copy(target.slot(to_slot), source.slot(from_slot), source.nbytes_per_slot());
-  if (foreign(source) || foreign(target)) synchronize();
+  copy(pool_of(to).slot(to_slot), pool_of(from).slot(from_slot), from.nbytes_per_slot());
 }
 
 void CudaBackend::reset_state(backend::StatePool& states, int slot) {

@@ -43,6 +43,7 @@ class CudaBackend final : public backend::Backend, private SamplerHost {
   void copy_from_host(void* device, const void* host, std::size_t nbytes) override;
   void copy_to_host(void* host, const void* device, std::size_t nbytes) override;
   void synchronize() override;
+  void trim() noexcept override;
 
   void begin(const backend::RaggedBatch& batch) override;
   std::int64_t step_rows(std::int64_t num_sequences) const override;

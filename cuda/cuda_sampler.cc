@@ -65,7 +65,8 @@ backend::Buffer CudaSampler::upload(const void* values, std::size_t nbytes) {
 }
 
 void CudaSampler::assign(int row, const SamplingParams& params, std::uint64_t seed, std::uint32_t sequence,
-                         std::span<const std::int32_t> prompt, std::span<const std::int32_t> stop_ids) {
+                         std::span<const std::int32_t> prompt, std::span<const std::int32_t> stop_ids,
+                         std::span<const backend::SeenToken> seen) {
   if (row < 0 || static_cast<std::size_t>(row) >= rows_.size())
     throw InvalidArgument("sampler: row " + std::to_string(row) + " of " + std::to_string(rows_.size()));
   params.validate(vocab_size_);
@@ -93,9 +94,18 @@ void CudaSampler::assign(int row, const SamplingParams& params, std::uint64_t se
   fresh.stop = upload(stop.data(), stop.size() * sizeof(std::int32_t));
   if (penalises || !bias.empty() || !stop.empty()) fresh.changed_logits = kept(old.changed_logits);
   backend::Buffer tokens;
+  std::vector<std::uint32_t> seen_before;  // by token; empty: nothing was seen
   if (penalises) {
     fresh.seen = kept(old.seen);
-    tokens = upload(prompt.data(), prompt.size_bytes());
+    if (seen.empty()) {
+      tokens = upload(prompt.data(), prompt.size_bytes());
+    } else {
+      seen_before.resize(padded_nbytes / sizeof(float));
+      for (const auto& [token, in_prompt, num_outputs] : seen)
+        seen_before[static_cast<std::size_t>(token)] =
+            (in_prompt ? kInPrompt : 0) | static_cast<std::uint32_t>(num_outputs);
+      for (const std::int32_t token : prompt) seen_before[static_cast<std::size_t>(token)] |= kInPrompt;
+    }
   }
   fresh.num_top = static_cast<int>(std::min<std::int64_t>(params.logprobs.value_or(0), vocab_size_));
   fresh.top_logprobs = old.top_logprobs;
@@ -108,7 +118,9 @@ void CudaSampler::assign(int row, const SamplingParams& params, std::uint64_t se
   }
 
   // Nothing was changed so far that the row still uses.
-  if (penalises) {
+  if (!seen_before.empty()) {
+    host_.copy_from_host(fresh.seen.data.get(), seen_before.data(), padded_nbytes);
+  } else if (penalises) {
     check(cudaMemsetAsync(fresh.seen.data.get(), 0, padded_nbytes, host_.stream()), "assign");
     mark_prompt(host_.stream(), static_cast<const std::int32_t*>(tokens.data.get()),
                 static_cast<std::int64_t>(prompt.size()), static_cast<std::uint32_t*>(fresh.seen.data.get()));

@@ -133,10 +133,19 @@ std::optional<PendingTokens> take_pending(std::span<const NamedView>::iterator& 
 void fold_pending(const LinearAttentionConfig& config, std::span<float> taylor, std::span<const float> keys,
                   std::span<const float> values);
 
+/// What penalties know of a token that a sequence has seen.
+struct SeenToken {
+  std::int32_t token = 0;
+  bool in_prompt = false;
+  std::int32_t num_outputs = 0;  // how often it was sampled
+  friend bool operator==(const SeenToken&, const SeenToken&) = default;
+};
+
 struct SampledToken {
   std::int32_t token = 0;
   float logprob = 0;                       // log softmax of the raw logits, over the vocabulary
   std::vector<TokenLogprob> top_logprobs;  // params.logprobs likeliest, best first
+  std::string failure;                     // why this row has no token; empty when it has one
 };
 
 /// Chooses tokens on the device. Row i holds one sequence's params and the counts of the tokens it has seen.
@@ -146,9 +155,11 @@ class Sampler : public Identified {
  public:
   virtual ~Sampler() = default;
 
-  /// Starts a sequence in `row`. `stop_ids` cannot be sampled while fewer than params.min_tokens were.
+  /// Starts a sequence in `row`. Penalties count `seen` (each token once), what the sequence saw before, and `prompt`.
+  /// `stop_ids` cannot be sampled while fewer than params.min_tokens were. When it throws, the row is as before.
   virtual void assign(int row, const SamplingParams& params, std::uint64_t seed, std::uint32_t sequence,
-                      std::span<const std::int32_t> prompt, std::span<const std::int32_t> stop_ids) = 0;
+                      std::span<const std::int32_t> prompt, std::span<const std::int32_t> stop_ids,
+                      std::span<const SeenToken> seen = {}) = 0;
 
   /// Chooses one token for each sequence of the batch (begun before) from its row of logits (M, ≥ vocab_size) float32,
   /// and counts it as output. slots[b] is the sampler row; the chosen token stands behind the batch's.
@@ -202,6 +213,9 @@ class Backend {
   virtual void copy_from_host(void* device, const void* host, std::size_t nbytes) = 0;
   virtual void copy_to_host(void* host, const void* device, std::size_t nbytes) = 0;
   virtual void synchronize() = 0;
+
+  /// Gives back the memory that is only kept to be used again (scratch, recorded steps). Does not throw.
+  virtual void trim() noexcept = 0;
 
   // ---- steps -------------------------------------------------------------------------------------------------
 

@@ -18,15 +18,15 @@ class OneSequence {
  public:
   OneSequence(const Model::Impl& impl, std::int64_t chunk_tokens)
       : transformer_(impl.transformer),
-        backend_(impl.make_backend()),
-        states_(backend_->make_states(transformer_.config(), impl.dtype, 1)),
-        chunk_tokens_(chunk_tokens > 0 ? chunk_tokens : backend_->chunk_tokens()) {
+        lease_(impl.executors.lease()),
+        states_(backend().make_states(transformer_.config(), impl.dtype, 1)),
+        chunk_tokens_(chunk_tokens > 0 ? chunk_tokens : backend().chunk_tokens()) {
     const std::int64_t d = transformer_.config().hidden_size;
-    normed_ = backend_->allocate(static_cast<std::size_t>(chunk_tokens_ * d) * size_of(transformer_.activation_dtype()),
+    normed_ = backend().allocate(static_cast<std::size_t>(chunk_tokens_ * d) * size_of(transformer_.activation_dtype()),
                                  backend::MemoryKind::workspace);
   }
 
-  backend::Backend& backend() { return *backend_; }
+  backend::Backend& backend() { return lease_->backend(); }
   std::int64_t chunk_tokens() const { return chunk_tokens_; }
 
   // Feeds at most chunk_tokens() tokens; writes their logits (N, padded_vocab_size) float32.
@@ -38,22 +38,21 @@ class OneSequence {
     const std::int32_t slots[] = {0};
     const std::int64_t positions[] = {position_};
     const backend::RaggedBatch batch{tokens, offsets, slots, positions};
-    backend_->begin(batch);
-    const auto r = transformer_.hidden(*backend_, batch, *states_, workspace_, interrupt, trace);
+    backend().begin(batch);
+    const auto r = transformer_.hidden(backend(), batch, *states_, lease_->workspace(), interrupt, trace);
     if (interrupt) interrupt();
     const backend::Matrix x{normed_.data.get(), transformer_.activation_dtype(), n, config.hidden_size};
-    transformer_.final_norm(*backend_, r, {}, x);
-    transformer_.logits(*backend_, x, {logits, DType::float32, n, config.padded_vocab_size});
+    transformer_.final_norm(backend(), r, {}, x);
+    transformer_.logits(backend(), x, {logits, DType::float32, n, config.padded_vocab_size});
     position_ += n;
   }
 
  private:
   const Transformer& transformer_;
-  std::unique_ptr<backend::Backend> backend_;
+  Executors::Lease lease_;
   std::unique_ptr<backend::StatePool> states_;
   std::int64_t chunk_tokens_;
   backend::Buffer normed_;
-  Workspace workspace_;
   std::int64_t position_ = 0;
 };
 
@@ -82,16 +81,23 @@ void check_tokens(std::span<const std::int32_t> tokens, std::int64_t vocab_size,
                             " is outside [0, " + std::to_string(vocab_size) + ")");
 }
 
-Model::Impl::Impl(const ModelConfig& config, std::unique_ptr<backend::Backend> device, WeightSource& source, DType type)
-    : backend(std::move(device)), dtype(type), transformer([&] {
-        WeightLoader loader{*backend, source, dtype};
-        return Transformer(config, loader);
-      }()) {
-  backend->synchronize();
-  state_nbytes = backend->make_states(config, dtype, 1)->nbytes_per_slot();
-}
+Model::Impl::Impl(const ModelConfig& config, std::unique_ptr<backend::Backend> backend, WeightSource& source,
+                  DType type)
+    : executors(std::move(backend)), dtype(type), transformer([&] {
+        const auto lease = executors.lease();
+        WeightLoader loader{lease->backend(), source, dtype};
+        Transformer loaded(config, loader);
+        lease->backend().synchronize();
+        state_nbytes = lease->backend().make_states(config, dtype, 1)->nbytes_per_slot();
+        return loaded;
+      }()) {}
 
-std::unique_ptr<backend::Backend> Model::Impl::make_backend() const { return backend->sibling(); }
+std::shared_ptr<const Model> Model::Impl::make(const ModelConfig& config, std::unique_ptr<backend::Backend> backend,
+                                               WeightSource& source, DType dtype, std::string fingerprint) {
+  auto impl = std::make_unique<Impl>(config, std::move(backend), source, dtype);
+  impl->fingerprint = std::move(fingerprint);
+  return std::shared_ptr<const Model>(new Model(std::move(impl)));
+}
 
 Model::Model(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Model::~Model() = default;
@@ -102,38 +108,35 @@ std::shared_ptr<const Model> Model::load(const std::filesystem::path& directory,
   const auto config = ModelConfig::from_json(io::read_file(config_path, kMaxConfigBytes), config_path.string());
   FileWeights weights(io::WeightFiles::open(directory), directory.string());
   const TensorView embedding = weights.take("embedding.weight", {config.padded_vocab_size, config.hidden_size});
-  std::string fingerprint = weights.fingerprint(config);  // before packing: it maps pages of the file
-  auto impl = std::make_unique<Impl>(config, std::move(backend), weights, choose_dtype(options, embedding.dtype));
+  const std::string fingerprint = weights.fingerprint(config);  // before packing: it maps pages of the file
+  auto model = Impl::make(config, std::move(backend), weights, choose_dtype(options, embedding.dtype), fingerprint);
   weights.check_all_taken();
-  impl->fingerprint = std::move(fingerprint);
-  return std::shared_ptr<const Model>(new Model(std::move(impl)));
+  return model;
 }
 
 std::shared_ptr<const Model> Model::random(const ModelConfig& config, std::uint64_t seed, const LoadOptions& options) {
   config.validate("config");
   RandomWeights weights(seed);
-  auto impl = std::make_unique<Impl>(config, backend::make_backend(options.device, options.num_threads), weights,
-                                     choose_dtype(options, DType::float32));
   io::Fnv1a hash;
   hash.add(config.to_json());
   hash.add("random " + std::to_string(seed));
-  impl->fingerprint = hash.hex();
-  return std::shared_ptr<const Model>(new Model(std::move(impl)));
+  return Impl::make(config, backend::make_backend(options.device, options.num_threads), weights,
+                    choose_dtype(options, DType::float32), hash.hex());
 }
 
 const ModelConfig& Model::config() const { return impl_->transformer.config(); }
-Device Model::device() const { return impl_->backend->device(); }
+Device Model::device() const { return impl_->executors.device().device(); }
 DType Model::dtype() const { return impl_->dtype; }
-int Model::num_threads() const { return impl_->backend->num_threads(); }
+int Model::num_threads() const { return impl_->executors.device().num_threads(); }
 std::int64_t Model::num_parameters() const { return config().num_parameters(); }
 std::size_t Model::weight_nbytes() const { return impl_->transformer.nbytes(); }
 std::size_t Model::state_nbytes() const { return impl_->state_nbytes; }
 MemoryUse Model::memory() const {
-  const auto& nbytes = impl_->backend->memory().nbytes;
+  const auto& nbytes = impl_->executors.device().memory().nbytes;
   const auto of = [&](backend::MemoryKind kind) { return nbytes[static_cast<std::size_t>(kind)].load(); };
   return {of(backend::MemoryKind::weights), of(backend::MemoryKind::states), of(backend::MemoryKind::workspace)};
 }
-std::string Model::kernel_isa() const { return impl_->backend->kernel_isa(); }
+std::string Model::kernel_isa() const { return impl_->executors.device().kernel_isa(); }
 const std::string& Model::fingerprint() const { return impl_->fingerprint; }
 
 Tensor Model::forward(std::span<const std::int32_t> tokens, const InterruptCheck& interrupt) const {

@@ -6,22 +6,25 @@
 
 #include "backend/backend.h"
 #include "based/model.h"
+#include "model/executor.h"
 #include "model/transformer.h"
 
 namespace based {
 
 class Model::Impl {
  public:
+  /// Loads the weights on `backend`, which becomes the first executor.
   Impl(const ModelConfig& config, std::unique_ptr<backend::Backend> backend, WeightSource& source, DType dtype);
 
-  /// A backend of the same device and threads, for one session.
-  std::unique_ptr<backend::Backend> make_backend() const;
+  /// A model on this device with the weights of `source`. Throws as Model::load.
+  static std::shared_ptr<const Model> make(const ModelConfig& config, std::unique_ptr<backend::Backend> backend,
+                                           WeightSource& source, DType dtype, std::string fingerprint);
 
-  std::unique_ptr<backend::Backend> backend;  // loads weights; not used after
+  mutable Executors executors;
   DType dtype;
+  std::size_t state_nbytes = 0;
   Transformer transformer;
   std::string fingerprint;
-  std::size_t state_nbytes = 0;
 };
 
 /// Throws InvalidArgument unless `tokens` is non-empty and every id is in [0, vocab_size). `what` opens the message.

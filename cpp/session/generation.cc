@@ -24,7 +24,7 @@ std::uint64_t fresh_seed() {
 
 class Generator::Impl {
  public:
-  Impl(std::unique_ptr<Session> owned, Session* session, std::vector<GenerationRequest> requests);
+  Impl(std::unique_ptr<Session::Impl> owned, Session* session, std::vector<GenerationRequest> requests);
 
   bool done() const { return waiting_.empty() && active_.empty() && ready_.empty(); }
   std::vector<TokenEvent> next(const InterruptCheck& interrupt);
@@ -43,6 +43,7 @@ class Generator::Impl {
     int sample;
     std::int32_t slot;  // of the session, and row of the sampler
     std::uint64_t serial;
+    std::int64_t num_prompt_tokens = 0;  // of the session's sequence, before token 1
     std::int64_t sampled = 1;
     std::int64_t taken = 0;
     bool finished = false;
@@ -51,17 +52,22 @@ class Generator::Impl {
   using Step = std::vector<std::uint64_t>;
 
   bool can_admit() const { return !waiting_.empty() && waiting_.front().samples.size() <= free_slots_.size(); }
+  void check_prompt(std::size_t index) const;
   void admit(const InterruptCheck& interrupt);
+  bool begin_sample(const Group& group, int sample, std::int32_t prefilled_slot, std::int32_t slot);
+  void sample_first(const Tensor& logits);
   bool wants_step(const Sequence& sequence) const;
   bool launch();
   void take();
   void take_token(Sequence& sequence, backend::SampledToken& chosen);
+  void fail(int request, int sample, std::string why);
   void drop_ended();
   void settle();
   const GenerationRequest& request(int index) const { return requests_[static_cast<std::size_t>(index)]; }
 
-  std::unique_ptr<Session> owned_;
+  std::unique_ptr<Session::Impl> owned_;
   Session::Impl& session_;
+  Session::Impl::Hold hold_{session_};  // the sampler's work is on this executor
   std::vector<GenerationRequest> requests_;
   std::vector<std::uint64_t> seeds_;                 // per request
   std::vector<std::vector<std::int32_t>> stop_ids_;  // per request: stop_token_ids and the model's end token
@@ -69,19 +75,22 @@ class Generator::Impl {
   std::deque<Group> waiting_;
   std::vector<std::int32_t> free_slots_;  // taken from the back
   std::vector<Sequence> active_;
-  std::deque<Step> steps_;         // sampled, not taken
-  std::vector<TokenEvent> ready_;  // taken, not yet returned
+  std::vector<std::int32_t> first_rows_;  // of the sequences that are being admitted: each one's row of logits
+  std::deque<Step> steps_;                // sampled, not taken
+  std::vector<TokenEvent> ready_;         // taken, not yet returned
   std::uint64_t last_serial_ = 0;
   bool broken_ = false;  // a session has moved on without its tokens
 };
 
-Generator::Impl::Impl(std::unique_ptr<Session> owned, Session* session, std::vector<GenerationRequest> requests)
-    : owned_(std::move(owned)), session_(owned_ ? owned_->impl() : session->impl()), requests_(std::move(requests)) {
+Generator::Impl::Impl(std::unique_ptr<Session::Impl> owned, Session* session, std::vector<GenerationRequest> requests)
+    : owned_(std::move(owned)), session_(owned_ ? *owned_ : session->impl()), requests_(std::move(requests)) {
+  const Session::Impl::Turn turn(session_);
   const std::int64_t vocab_size = session_.config().vocab_size;
   if (requests_.size() > static_cast<std::size_t>(std::numeric_limits<int>::max()))
     throw InvalidArgument("generate: too many requests");
   for (std::size_t i = 0; i < requests_.size(); ++i) {
-    check_tokens(requests_[i].prompt, vocab_size, "generate: prompt " + std::to_string(i));
+    if (owned_ || !requests_[i].prompt.empty())
+      check_tokens(requests_[i].prompt, vocab_size, "generate: prompt " + std::to_string(i));
     requests_[i].params.validate(vocab_size);
     seeds_.push_back(requests_[i].params.seed.value_or(fresh_seed()));
     const SamplingParams& params = requests_[i].params;
@@ -98,8 +107,9 @@ Generator::Impl::Impl(std::unique_ptr<Session> owned, Session* session, std::vec
       if (r.params.n != 1)
         throw InvalidArgument("generate: n is " + std::to_string(r.params.n) +
                               ", a session continues its own sequences: expected 1 (fork the session for more)");
+    for (std::size_t i = 0; i < requests_.size(); ++i) check_prompt(i);
   }
-  sampler_ = session_.backend->make_sampler(vocab_size, capacity);
+  sampler_ = session_.backend().make_sampler(vocab_size, capacity);
   for (int i = capacity; i-- > 0;) free_slots_.push_back(i);
   for (int r = 0; r < static_cast<int>(requests_.size()); ++r)
     for (int s = 0; s < request(r).params.n; ++s) {
@@ -108,48 +118,94 @@ Generator::Impl::Impl(std::unique_ptr<Session> owned, Session* session, std::vec
     }
 }
 
-// Prefills as many waiting groups as find slots, and samples their first tokens.
+// An empty prompt goes on from what the sequence has seen.
+void Generator::Impl::check_prompt(std::size_t index) const {
+  const auto slot = static_cast<int>(index);
+  session_.check_whole(slot);
+  if (!requests_[index].prompt.empty() || session_.has_last_logits(slot)) return;
+  const std::string what = "generate: prompt " + std::to_string(index) + " is empty, and its sequence has ";
+  throw InvalidArgument(session_.num_tokens(slot) == 0
+                            ? what + "seen nothing: expected at least one token"
+                            : what +
+                                  "a state that was saved without what going on needs (by an older version), or "
+                                  "whose last token could not be sampled: expected at least one token");
+}
+
+// Prefills as many waiting groups as find slots, and samples their first tokens. A batch has either prompts or empty
+// prompts, whose sequences go on.
 void Generator::Impl::admit(const InterruptCheck& interrupt) {
   std::vector<std::vector<std::int32_t>> prompts;
   std::vector<std::int32_t> slots;  // of each group's first sample
   std::size_t used = 0;
+  const bool goes_on = request(waiting_.front().request).prompt.empty();
   for (const Group& group : waiting_) {
-    if (used + group.samples.size() > free_slots_.size()) break;
+    if (used + group.samples.size() > free_slots_.size() || request(group.request).prompt.empty() != goes_on) break;
     slots.push_back(free_slots_[free_slots_.size() - 1 - used]);
     prompts.push_back(request(group.request).prompt);
     used += group.samples.size();
   }
-  if (slots.empty()) return;
   active_.reserve(active_.size() + used);  // what follows the prefill is not to fail
-  const Tensor logits = session_.prefill(prompts, slots, interrupt);
+  first_rows_.clear();
+  first_rows_.reserve(used);
+  std::vector<std::int32_t> unused;
+  unused.reserve(used);
+  const Tensor logits = goes_on ? session_.last_logits(slots) : session_.prefill(prompts, slots, interrupt);
 
   broken_ = true;
-  std::vector<std::int32_t> offsets{0}, sampled_slots, logit_rows;
-  std::vector<std::int64_t> positions;
-  Step step;
   for (std::size_t row = 0; row < slots.size(); ++row) {
-    const Group& group = waiting_[row];
-    const auto r = static_cast<std::size_t>(group.request);
+    const Group group = std::move(waiting_.front());
+    waiting_.pop_front();
     for (const int sample : group.samples) {
-      const Sequence sequence{group.request, sample, free_slots_.back(), ++last_serial_};
+      const std::int32_t slot = free_slots_.back();
       free_slots_.pop_back();
-      session_.copy(slots[row], sequence.slot);
-      sampler_->assign(sequence.slot, requests_[r].params, seeds_[r], static_cast<std::uint32_t>(sample), prompts[row],
-                       stop_ids_[r]);
-      active_.push_back(sequence);
-      step.push_back(sequence.serial);
-      sampled_slots.push_back(sequence.slot);
-      logit_rows.push_back(static_cast<std::int32_t>(row));
-      offsets.push_back(offsets.back() + 1);
-      positions.push_back(session_.num_tokens[static_cast<std::size_t>(sequence.slot)] - 1);  // of the last token
+      if (begin_sample(group, sample, slots[row], slot))
+        first_rows_.push_back(static_cast<std::int32_t>(row));
+      else if (owned_)
+        unused.push_back(slot);
     }
   }
-  waiting_.erase(waiting_.begin(), waiting_.begin() + static_cast<std::ptrdiff_t>(slots.size()));
-  const backend::RaggedBatch batch{{}, offsets, sampled_slots, positions, nullptr, logit_rows};
-  session_.backend->begin(batch);
+  for (const std::int32_t slot : unused) {
+    session_.reset(slot);
+    free_slots_.push_back(slot);
+  }
+  sample_first(logits);
+  broken_ = false;
+}
+
+// Puts the state after a sample's prompt into its slot, and its params into that row of the sampler. False: it cannot
+// go on, and has ended.
+bool Generator::Impl::begin_sample(const Group& group, int sample, std::int32_t prefilled_slot, std::int32_t slot) {
+  const auto r = static_cast<std::size_t>(group.request);
+  try {
+    session_.copy(prefilled_slot, slot);
+    std::span<const std::int32_t> prompt;
+    if (owned_) prompt = requests_[r].prompt;  // a caller's session has counted it
+    sampler_->assign(slot, requests_[r].params, seeds_[r], static_cast<std::uint32_t>(sample), prompt, stop_ids_[r],
+                     session_.seen(slot));
+  } catch (const std::exception& error) {
+    fail(group.request, sample, error.what());
+    return false;
+  }
+  active_.push_back({group.request, sample, slot, ++last_serial_, session_.num_tokens(slot)});
+  return true;
+}
+
+// Samples the first tokens of the sequences that were just admitted, the last ones of active_.
+void Generator::Impl::sample_first(const Tensor& logits) {
+  if (first_rows_.empty()) return;
+  std::vector<std::int32_t> offsets{0}, slots;
+  std::vector<std::int64_t> positions;
+  Step step;
+  for (std::size_t i = active_.size() - first_rows_.size(); i < active_.size(); ++i) {
+    step.push_back(active_[i].serial);
+    slots.push_back(active_[i].slot);
+    offsets.push_back(offsets.back() + 1);
+    positions.push_back(session_.num_tokens(active_[i].slot) - 1);  // of the last token
+  }
+  const backend::RaggedBatch batch{{}, offsets, slots, positions, nullptr, first_rows_};
+  session_.backend().begin(batch);
   sampler_->sample({logits.data(), DType::float32, logits.shape()[0], logits.shape()[1]}, batch);
   steps_.push_back(std::move(step));
-  broken_ = false;
 }
 
 // A session of the generator's own need not see last tokens; a caller's is to see every token that was taken.
@@ -192,7 +248,23 @@ void Generator::Impl::take() {
   broken_ = false;
 }
 
+void Generator::Impl::fail(int request_index, int sample, std::string why) {
+  TokenEvent event;
+  event.request = request_index;
+  event.sample = sample;
+  event.token = -1;
+  event.finish = FinishReason::error;
+  event.error = std::move(why);
+  ready_.push_back(std::move(event));
+}
+
 void Generator::Impl::take_token(Sequence& sequence, backend::SampledToken& chosen) {
+  if (!chosen.failure.empty()) {
+    sequence.finished = true;
+    session_.set_num_tokens(sequence.slot, sequence.num_prompt_tokens + sequence.taken);
+    fail(sequence.request, sequence.sample, std::move(chosen.failure));
+    return;
+  }
   const SamplingParams& params = request(sequence.request).params;
   TokenEvent event;
   event.request = sequence.request;
@@ -208,6 +280,7 @@ void Generator::Impl::take_token(Sequence& sequence, backend::SampledToken& chos
     event.finish = FinishReason::length;
   }
   sequence.finished = event.finish != FinishReason::none;
+  session_.add_output(sequence.slot, event.token);
   ready_.push_back(std::move(event));
 }
 
@@ -224,6 +297,7 @@ void Generator::Impl::drop_ended() {
 
 // When nothing runs any more, lets a caller's session see the last tokens, and leaves no step untaken.
 void Generator::Impl::settle() {
+  if (broken_) return;
   drop_ended();
   if (!std::ranges::all_of(active_, &Sequence::finished)) return;
   launch();
@@ -233,16 +307,17 @@ void Generator::Impl::settle() {
 
 std::vector<TokenEvent> Generator::Impl::next(const InterruptCheck& interrupt) {
   if (broken_) throw Error("generate: an earlier call failed half-way, this generator cannot go on");
-  if (ready_.empty()) {
+  if (ready_.empty() && !done()) {
     const Session::Impl::Turn turn(session_);
+    if (interrupt) interrupt();
     if (steps_.empty()) launch();
     // One step ahead of what is known here: a sequence that ends now was fed its last token meanwhile, no more.
-    if (!steps_.empty() && session_.backend->asynchronous() && !can_admit()) launch();
+    if (!steps_.empty() && session_.backend().asynchronous() && !can_admit()) launch();
     if (!steps_.empty()) take();
     drop_ended();
     if (steps_.empty() && can_admit()) {
       admit(interrupt);
-      take();
+      if (!steps_.empty()) take();
     }
     settle();
   }
@@ -269,7 +344,8 @@ Generator::Generator(std::shared_ptr<const Model> model, std::vector<GenerationR
   std::int64_t samples = 0;
   for (const auto& request : requests) samples += std::max(request.params.n, 1);
   const auto capacity = static_cast<int>(std::clamp<std::int64_t>(samples, 1, max_batch_size));
-  impl_ = std::make_unique<Impl>(std::make_unique<Session>(std::move(model), capacity), nullptr, std::move(requests));
+  auto session = std::make_unique<Session::Impl>(std::move(model), capacity, /*keeps_seen=*/false);
+  impl_ = std::make_unique<Impl>(std::move(session), nullptr, std::move(requests));
 }
 
 Generator::Generator(Session& session, std::vector<GenerationRequest> requests)

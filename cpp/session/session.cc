@@ -3,111 +3,207 @@
 #include <algorithm>
 #include <numeric>
 #include <string>
+#include <utility>
 
 #include "based/error.h"
 #include "session/session_impl.h"
+#include "session/state_impl.h"
 #include "session/state_io.h"
 
 namespace based {
 
 namespace {
 
-constexpr int kMaxBatchSize = 1 << 20;
+constexpr std::int64_t kMaxBatchSize = 1 << 20;
 
-// States of some slots, put back unless commit() is called.
-class Rollback {
- public:
-  Rollback(Session::Impl& session, std::span<const std::int32_t> slots) : session_(session), slots_(slots) {
-    // A fresh sequence is restored by making it fresh again: only the others are copied.
-    const auto used = std::ranges::count_if(slots, [&](int slot) { return tokens(slot) > 0; });
-    if (used == 0) return;
-    saved_ = session.backend->make_states(session.config(), session.model->dtype(), static_cast<int>(used));
-    int next = 0;
-    for (const int slot : slots)
-      if (tokens(slot) > 0) session.backend->copy_state(*session.states, slot, *saved_, next++);
-  }
-  ~Rollback() {
-    if (committed_) return;
-    int next = 0;
-    for (const int slot : slots_) {
-      if (tokens(slot) > 0)
-        session_.backend->copy_state(*saved_, next++, *session_.states, slot);
-      else
-        session_.backend->reset_state(*session_.states, slot);
-    }
-  }
-  Rollback(const Rollback&) = delete;
-  Rollback& operator=(const Rollback&) = delete;
+constexpr const char* kStepFailed = "a step failed half-way";
 
-  void commit() { committed_ = true; }
-
- private:
-  std::int64_t tokens(int slot) const { return session_.num_tokens[static_cast<std::size_t>(slot)]; }
-
-  Session::Impl& session_;
-  std::span<const std::int32_t> slots_;
-  std::unique_ptr<backend::StatePool> saved_;
-  bool committed_ = false;
-};
-
-}  // namespace
-
-Session::Impl::Impl(std::shared_ptr<const Model> m, int batch_size)
-    : model(std::move(m)), backend(model->impl().make_backend()) {
+std::size_t checked_batch_size(std::int64_t batch_size) {
   if (batch_size < 1 || batch_size > kMaxBatchSize)
     throw InvalidArgument("batch_size is " + std::to_string(batch_size) + ", expected 1 to " +
                           std::to_string(kMaxBatchSize));
-  states = backend->make_states(config(), model->dtype(), batch_size);
-  num_tokens.assign(static_cast<std::size_t>(batch_size), 0);
+  return static_cast<std::size_t>(batch_size);
+}
+
+}  // namespace
+
+Session::Impl::Impl(std::shared_ptr<const Model> m, std::int64_t batch_size, bool keeps_seen)
+    : model(std::move(m)),
+      keeps_seen_(keeps_seen),
+      use_(model->impl().executors),
+      slots_(checked_batch_size(batch_size)) {
+  const auto lease = model->impl().executors.lease();
+  states_ = lease->backend().make_states(config(), model->dtype(), this->batch_size());
+  lease->backend().synchronize();
 }
 
 Session::Impl::Turn::Turn(const Impl& impl) : impl_(impl) {
   if (impl.busy_.exchange(true, std::memory_order_acquire))
     throw SessionBusyError("this session is in another call: one thread at a time may use a session");
+  try {
+    if (!impl.lease_) impl.lease_.emplace(impl.model->impl().executors.lease(impl.last_executor_));
+    impl.last_executor_ = &**impl.lease_;
+  } catch (...) {
+    impl.busy_.store(false, std::memory_order_release);
+    throw;
+  }
+}
+
+Session::Impl::Turn::~Turn() {
+  if (impl_.num_holds_ == 0) impl_.lease_.reset();
+  impl_.busy_.store(false, std::memory_order_release);
+}
+
+Session::Impl::Hold::~Hold() {
+  --impl_.num_holds_;
+  if (impl_.busy_.exchange(true, std::memory_order_acquire)) return;  // the call under way gives the executor back
+  if (impl_.num_holds_ == 0 && impl_.lease_) {
+    try {
+      impl_.backend().synchronize();
+    } catch (...) {  // the device has failed: the next call says so
+    }
+    impl_.lease_.reset();
+  }
+  impl_.busy_.store(false, std::memory_order_release);
+}
+
+void Session::Impl::Slot::set(Progress progress) {
+  num_tokens.store(progress.num_tokens);
+  last = std::move(progress.last);
+  seen = std::move(progress.seen);
+}
+
+// ---- checks --------------------------------------------------------------------------------------------------------
+
+void Session::Impl::check_sequence(int sequence, const char* what) const {
+  if (sequence < 0 || sequence >= batch_size())
+    throw InvalidArgument(std::string(what) + ": sequence " + std::to_string(sequence) + " is outside [0, " +
+                          std::to_string(batch_size()) + ")");
+}
+
+std::vector<std::int32_t> Session::Impl::all_slots() const {
+  std::vector<std::int32_t> slots(slots_.size());
+  std::iota(slots.begin(), slots.end(), 0);
+  return slots;
 }
 
 std::vector<std::int32_t> Session::Impl::check_sequences(std::span<const int> sequences, std::size_t count,
                                                          const char* what) const {
   std::vector<std::int32_t> slots(sequences.begin(), sequences.end());
-  if (slots.empty()) {
-    slots.resize(num_tokens.size());
-    std::iota(slots.begin(), slots.end(), 0);
-  }
+  if (slots.empty()) slots = all_slots();
   if (count != slots.size())
     throw InvalidArgument(std::string(what) + " for " + std::to_string(count) + " sequences, expected " +
                           std::to_string(slots.size()));
-  std::vector<bool> seen(num_tokens.size());
+  std::vector<bool> listed(slots_.size());
   for (const std::int32_t slot : slots) {
-    if (slot < 0 || slot >= batch_size())
-      throw InvalidArgument("sequence " + std::to_string(slot) + " is outside [0, " + std::to_string(batch_size()) +
-                            ")");
-    if (seen[static_cast<std::size_t>(slot)])
+    check_sequence(slot, what);
+    if (listed[static_cast<std::size_t>(slot)])
       throw InvalidArgument("sequence " + std::to_string(slot) + " is listed twice");
-    seen[static_cast<std::size_t>(slot)] = true;
+    listed[static_cast<std::size_t>(slot)] = true;
+    check_whole(slot);
   }
   return slots;
+}
+
+void Session::Impl::check_whole(int slot) const {
+  if (at(slot).broken == nullptr) return;
+  throw Error("sequence " + std::to_string(slot) + " is broken: " + at(slot).broken +
+              ". Its state is neither the old nor the new one: reset it, roll it back or load a state");
+}
+
+// ---- failures ------------------------------------------------------------------------------------------------------
+
+// Calls f, which changes these slots. When f throws, they are broken: copying them first would cost more than f.
+template <typename F>
+void Session::Impl::change(std::span<const std::int32_t> slots, const char* what, F&& f) {
+  for (const std::int32_t slot : slots) at(slot).snapshot.reset();
+  try {
+    f();
+  } catch (...) {
+    for (const std::int32_t slot : slots) at(slot).broken = what;
+    throw;
+  }
+}
+
+// Puts slots back to what they were: states[i], or fresh where that is null.
+void Session::Impl::undo(std::span<const std::int32_t> slots,
+                         std::span<const std::shared_ptr<const State>> states) noexcept {
+  constexpr const char* kBroken = "a prompt failed, and so did putting back the state before it";
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    Slot& slot = at(slots[i]);
+    try {
+      if (states[i]) {
+        backend().copy_state(*states[i]->impl().states, 0, *states_, slots[i]);
+      } else {
+        backend().reset_state(*states_, slots[i]);
+      }
+      slot.snapshot = states[i];
+    } catch (...) {
+      slot.broken = kBroken;
+    }
+  }
+  try {
+    backend().synchronize();
+  } catch (...) {
+    for (const std::int32_t slot : slots) at(slot).broken = kBroken;
+  }
+}
+
+// ---- prompts -------------------------------------------------------------------------------------------------------
+
+std::size_t Session::Impl::hidden_nbytes() const {
+  return static_cast<std::size_t>(config().hidden_size) * size_of(transformer().activation_dtype());
 }
 
 Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts, std::span<const std::int32_t> slots,
                               const InterruptCheck& interrupt) {
   const auto count = static_cast<std::int64_t>(prompts.size());
-  const std::int64_t d = config().hidden_size, chunk = backend->chunk_tokens();
-  const DType activation = transformer().activation_dtype();
-  const backend::Buffer last =
-      backend->allocate(static_cast<std::size_t>(count * d) * size_of(activation), backend::MemoryKind::workspace);
-  const backend::Matrix last_x{last.data.get(), activation, count, d};
-  const Tensor logits = transformer().new_logits(*backend, count);
+  const backend::Buffer last = backend().allocate(prompts.size() * hidden_nbytes(), backend::MemoryKind::states);
+  const backend::Matrix last_x{last.data.get(), transformer().activation_dtype(), count, config().hidden_size};
+  const Tensor logits = transformer().new_logits(backend(), count);
+  std::size_t most = 0;
+  for (const auto& prompt : prompts) most += prompt.size();
+  transformer().reserve(backend(), workspace(), std::min(static_cast<std::int64_t>(most), backend().chunk_tokens()));
+  std::vector<SeenTokens> seen;
+  if (keeps_seen_) {
+    for (std::size_t i = 0; i < prompts.size(); ++i) {
+      seen.push_back(at(slots[i]).seen);
+      seen.back().add_prompt(prompts[i]);
+    }
+  }
 
-  // A batch holds up to `chunk` tokens, at most one piece of each prompt. Pieces end at multiples of `chunk` of their
-  // own prompt, so how a prompt is cut does not depend on its neighbours.
+  // A fresh sequence is put back by making it fresh again: only the others are copied.
+  std::vector<std::shared_ptr<const State>> before;
+  for (const std::int32_t slot : slots) before.push_back(num_tokens(slot) > 0 ? snapshot(slot) : nullptr);
+  try {
+    feed(prompts, slots, last_x, interrupt);
+    transformer().logits(backend(), last_x, {logits.data(), DType::float32, count, config().padded_vocab_size});
+    backend().synchronize();
+  } catch (...) {
+    undo(slots, before);
+    throw;
+  }
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    Slot& slot = at(slots[i]);
+    slot.snapshot.reset();
+    slot.num_tokens.fetch_add(static_cast<std::int64_t>(prompts[i].size()));
+    slot.last = {last, static_cast<std::int64_t>(i)};
+    if (keeps_seen_) slot.seen = std::move(seen[i]);
+  }
+  return logits;
+}
+
+// A batch holds up to `chunk` tokens, at most one piece of each prompt. Pieces end at multiples of `chunk` of their own
+// prompt, so how a prompt is cut does not depend on its neighbours. last_x[i]: the final norm at prompt i's last token.
+void Session::Impl::feed(std::span<const std::vector<std::int32_t>> prompts, std::span<const std::int32_t> slots,
+                         const backend::Matrix& last_x, const InterruptCheck& interrupt) {
+  const auto chunk = static_cast<std::size_t>(backend().chunk_tokens());
   std::vector<std::size_t> fed(prompts.size(), 0);
   std::vector<std::size_t> waiting(prompts.size());
   std::iota(waiting.begin(), waiting.end(), 0u);
   std::vector<std::int32_t> tokens, offsets, batch_slots, rows;
   std::vector<std::int64_t> positions;
   std::vector<std::size_t> members;
-
-  Rollback rollback(*this, slots);
   while (!waiting.empty()) {
     tokens.clear();
     offsets.assign(1, 0);
@@ -115,18 +211,18 @@ Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts
     positions.clear();
     members.clear();
     for (const std::size_t i : waiting) {
-      const std::size_t piece = std::min(prompts[i].size() - fed[i], static_cast<std::size_t>(chunk));
-      if (tokens.size() + piece > static_cast<std::size_t>(chunk)) continue;
+      const std::size_t piece = std::min(prompts[i].size() - fed[i], chunk);
+      if (tokens.size() + piece > chunk) continue;
       const auto first = prompts[i].begin() + static_cast<std::ptrdiff_t>(fed[i]);
       tokens.insert(tokens.end(), first, first + static_cast<std::ptrdiff_t>(piece));
       offsets.push_back(static_cast<std::int32_t>(tokens.size()));
       batch_slots.push_back(slots[i]);
-      positions.push_back(num_tokens[static_cast<std::size_t>(slots[i])] + static_cast<std::int64_t>(fed[i]));
+      positions.push_back(num_tokens(slots[i]) + static_cast<std::int64_t>(fed[i]));
       members.push_back(i);
     }
     const backend::RaggedBatch batch{tokens, offsets, batch_slots, positions};
-    backend->begin(batch);
-    const auto r = transformer().hidden(*backend, batch, *states, workspace_, interrupt);
+    backend().begin(batch);
+    const auto r = transformer().hidden(backend(), batch, *states_, workspace(), interrupt);
     rows.assign(prompts.size(), -1);
     for (std::size_t b = 0; b < members.size(); ++b) {
       const std::size_t i = members[b];
@@ -134,28 +230,47 @@ Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts
       if (fed[i] == prompts[i].size()) rows[i] = offsets[b + 1] - 1;
     }
     if (std::ranges::any_of(rows, [](std::int32_t row) { return row >= 0; }))
-      transformer().final_norm(*backend, r, rows, last_x);
+      transformer().final_norm(backend(), r, rows, last_x);
     std::erase_if(waiting, [&](std::size_t i) { return fed[i] == prompts[i].size(); });
   }
-  transformer().logits(*backend, last_x, {logits.data(), DType::float32, count, config().padded_vocab_size});
-  backend->synchronize();
-  rollback.commit();
-  for (std::size_t i = 0; i < prompts.size(); ++i)
-    num_tokens[static_cast<std::size_t>(slots[i])] += static_cast<std::int64_t>(prompts[i].size());
-  return logits;
 }
 
-// Everything that may fail comes before the states change: a step is too short to be interrupted, and copying the
-// states to undo it would cost more than the step.
+// ---- steps ---------------------------------------------------------------------------------------------------------
+
+// Everything that is likely to fail comes before the states change: a step is too short to be interrupted, and copying
+// the states to undo it would cost more than the step.
 std::int64_t Session::Impl::reserve_step(std::size_t count) {
-  const std::int64_t rows = backend->step_rows(static_cast<std::int64_t>(count));
-  transformer().reserve(*backend, workspace_, rows);
-  const auto nbytes = static_cast<std::size_t>(rows * config().padded_vocab_size) * sizeof(float);
-  if (nbytes > step_logits_.memory.nbytes) {
-    step_logits_ = {};
-    step_logits_.memory = backend->allocate(nbytes, backend::MemoryKind::workspace);
+  const std::int64_t rows = backend().step_rows(static_cast<std::int64_t>(count));
+  transformer().reserve(backend(), workspace(), rows);
+  if (rows > step_output_.capacity) {
+    const auto allocate = [&](std::size_t row_nbytes) {
+      return backend().allocate(static_cast<std::size_t>(rows) * row_nbytes, backend::MemoryKind::workspace);
+    };
+    StepOutput grown;
+    grown.hidden = allocate(hidden_nbytes());
+    grown.logits = allocate(static_cast<std::size_t>(config().padded_vocab_size) * sizeof(float));
+    grown.capacity = rows;
+    step_output_ = std::move(grown);
   }
   return rows;
+}
+
+LastHidden Session::Impl::own_copy(const LastHidden& last) const {
+  const std::size_t nbytes = hidden_nbytes();
+  const LastHidden copy{backend().allocate(nbytes, backend::MemoryKind::states), 0};
+  const auto* rows = static_cast<const std::byte*>(last.rows.data.get());
+  backend().copy(copy.rows.data.get(), rows + static_cast<std::size_t>(last.row) * nbytes, nbytes);
+  return copy;
+}
+
+// A step overwrites the step output: what lies there of sequences that it does not advance moves.
+void Session::Impl::keep_hidden_of_others(std::span<const std::int32_t> slots) {
+  const void* const output = step_output_.hidden.data.get();
+  if (slots.size() == slots_.size() || output == nullptr) return;
+  std::vector<bool> advanced(slots_.size());
+  for (const std::int32_t slot : slots) advanced[static_cast<std::size_t>(slot)] = true;
+  for (std::size_t i = 0; i < slots_.size(); ++i)
+    if (!advanced[i] && slots_[i].last.rows.data.get() == output) slots_[i].last = own_copy(slots_[i].last);
 }
 
 void Session::Impl::advance(std::span<const std::int32_t> tokens, std::span<const std::int32_t> slots,
@@ -163,54 +278,192 @@ void Session::Impl::advance(std::span<const std::int32_t> tokens, std::span<cons
   std::vector<std::int32_t> padded_tokens(tokens.begin(), tokens.end()), padded_slots(slots.begin(), slots.end());
   std::vector<std::int32_t> offsets(static_cast<std::size_t>(rows) + 1);
   std::vector<std::int64_t> positions;
-  for (const std::int32_t slot : slots) positions.push_back(num_tokens[static_cast<std::size_t>(slot)]);
+  for (const std::int32_t slot : slots) positions.push_back(num_tokens(slot));
   if (!tokens.empty()) padded_tokens.resize(static_cast<std::size_t>(rows), 0);
   padded_slots.resize(static_cast<std::size_t>(rows), -1);
   positions.resize(static_cast<std::size_t>(rows), 0);
   std::iota(offsets.begin(), offsets.end(), 0);
+  keep_hidden_of_others(slots);
 
   const backend::RaggedBatch batch{padded_tokens, offsets, padded_slots, positions, tokens.empty() ? sampler : nullptr};
-  backend->begin(batch);
-  const backend::StepKey key{rows, {states->id(), workspace_.id(), step_logits_.id(), sampler ? sampler->id() : 0}};
-  backend->replay(key, [&] {
-    const auto r = transformer().hidden(*backend, batch, *states, workspace_, {});
-    const backend::Matrix x{workspace_.x.data.get(), transformer().activation_dtype(), rows, config().hidden_size};
-    transformer().final_norm(*backend, r, {}, x);
-    const backend::Matrix logits{step_logits_.memory.data.get(), DType::float32, rows, config().padded_vocab_size};
-    transformer().logits(*backend, x, logits);
-    if (sampler) sampler->sample(logits, batch);
+  backend().begin(batch);
+  change(slots, kStepFailed, [&] {
+    const backend::StepKey key{rows, {states_->id(), workspace().id(), step_output_.id(), sampler ? sampler->id() : 0}};
+    backend().replay(key, [&] {
+      const auto r = transformer().hidden(backend(), batch, *states_, workspace(), {});
+      const backend::Matrix x{step_output_.hidden.data.get(), transformer().activation_dtype(), rows,
+                              config().hidden_size};
+      transformer().final_norm(backend(), r, {}, x);
+      const backend::Matrix logits{step_output_.logits.data.get(), DType::float32, rows, config().padded_vocab_size};
+      transformer().logits(backend(), x, logits);
+      if (sampler) sampler->sample(logits, batch);
+    });
   });
-  for (const std::int32_t slot : slots) ++num_tokens[static_cast<std::size_t>(slot)];
+  for (std::size_t b = 0; b < slots.size(); ++b) {
+    at(slots[b]).num_tokens.fetch_add(1);
+    at(slots[b]).last = {step_output_.hidden, static_cast<std::int64_t>(b)};
+  }
 }
 
 Tensor Session::Impl::step(std::span<const std::int32_t> tokens, std::span<const std::int32_t> slots) {
   const std::int64_t rows = reserve_step(tokens.size());
-  const Tensor logits = transformer().new_logits(*backend, static_cast<std::int64_t>(tokens.size()));
+  const Tensor logits = transformer().new_logits(backend(), static_cast<std::int64_t>(tokens.size()));
+  if (keeps_seen_)
+    for (const std::int32_t slot : slots) at(slot).seen.reserve_one();
   advance(tokens, slots, rows, nullptr);
-  backend->copy(logits.data(), step_logits_.memory.data.get(), logits.nbytes());
-  backend->synchronize();
+  change(slots, kStepFailed, [&] {
+    backend().copy(logits.data(), step_output_.logits.data.get(), logits.nbytes());
+    backend().synchronize();
+  });
+  if (keeps_seen_)
+    for (std::size_t i = 0; i < slots.size(); ++i) at(slots[i]).seen.add_prompt(tokens.subspan(i, 1));
   return logits;
 }
 
 void Session::Impl::step(std::span<const std::int32_t> slots, backend::Sampler& sampler) {
+  if (keeps_seen_)
+    for (const std::int32_t slot : slots) at(slot).seen.reserve_one();
   advance({}, slots, reserve_step(slots.size()), &sampler);
 }
 
+Tensor Session::Impl::last_logits(std::span<const std::int32_t> slots) {
+  const auto count = static_cast<std::int64_t>(slots.size());
+  const std::size_t nbytes = hidden_nbytes();
+  const backend::Buffer hidden = backend().allocate(slots.size() * nbytes, backend::MemoryKind::workspace);
+  const Tensor logits = transformer().new_logits(backend(), count);
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    const LastHidden& last = at(slots[i]).last;
+    const auto* rows = static_cast<const std::byte*>(last.rows.data.get());
+    backend().copy(static_cast<std::byte*>(hidden.data.get()) + i * nbytes,
+                   rows + static_cast<std::size_t>(last.row) * nbytes, nbytes);
+  }
+  const backend::Matrix x{hidden.data.get(), transformer().activation_dtype(), count, config().hidden_size};
+  transformer().logits(backend(), x, {logits.data(), DType::float32, count, config().padded_vocab_size});
+  backend().synchronize();
+  return logits;
+}
+
+void Session::Impl::set_num_tokens(int slot, std::int64_t count) {
+  if (num_tokens(slot) == count) return;
+  at(slot).num_tokens.store(count);
+  at(slot).last = {};  // the step that was left out has written its place
+}
+
+void Session::Impl::add_output(int slot, std::int32_t token) {
+  if (keeps_seen_) at(slot).seen.add_output(token);
+}
+
+// ---- states --------------------------------------------------------------------------------------------------------
+
 void Session::Impl::reset(int slot) {
-  backend->reset_state(*states, slot);
-  num_tokens[static_cast<std::size_t>(slot)] = 0;
+  const std::int32_t one[] = {slot};
+  change(one, "a reset failed", [&] { backend().reset_state(*states_, slot); });
+  at(slot).set({});
+  at(slot).broken = nullptr;
 }
 
 void Session::Impl::copy(int from, int to) {
+  check_whole(from);
   if (from == to) return;
-  backend->copy_state(*states, from, *states, to);
-  num_tokens[static_cast<std::size_t>(to)] = num_tokens[static_cast<std::size_t>(from)];
+  Progress progress = at(from).progress();
+  if (progress.last.rows.data && progress.last.rows.data == step_output_.hidden.data)
+    progress.last = own_copy(progress.last);
+  const std::int32_t one[] = {to};
+  change(one, "a copy failed", [&] { backend().copy_state(*states_, from, *states_, to); });
+  at(to).set(std::move(progress));
+  at(to).broken = nullptr;
+  at(to).snapshot = at(from).snapshot;
 }
 
-std::unique_ptr<backend::StatePool> Session::Impl::copy_states() const {
-  auto copy = backend->make_states(config(), model->dtype(), batch_size());
-  for (int slot = 0; slot < batch_size(); ++slot) backend->copy_state(*states, slot, *copy, slot);
-  return copy;
+std::shared_ptr<const State> Session::Impl::snapshot(int slot) const {
+  check_whole(slot);
+  const Slot& source = at(slot);
+  if (auto same = source.snapshot.lock()) return same;
+  auto impl = std::make_unique<State::Impl>();
+  impl->model = model;
+  impl->progress = source.progress();
+  impl->progress.seen.settle();
+  if (num_tokens(slot) > 0) {
+    impl->states = backend().make_states(config(), model->dtype(), 1);
+    backend().copy_state(*states_, slot, *impl->states, 0);
+    if (source.last.rows.data) impl->progress.last = own_copy(source.last);
+    backend().synchronize();
+  }
+  auto state = std::make_shared<State>(std::move(impl));
+  source.snapshot = state;
+  return state;
+}
+
+void Session::Impl::restore(int slot, const State& state) {
+  if (state.model() != model) throw StateError("found the state of another model, expected one of this session's");
+  Progress progress = state.impl().progress;
+  const std::int32_t one[] = {slot};
+  change(one, "restoring a state failed", [&] {
+    if (state.impl().states)
+      backend().copy_state(*state.impl().states, 0, *states_, slot);
+    else
+      backend().reset_state(*states_, slot);
+    backend().synchronize();
+  });
+  at(slot).set(std::move(progress));
+  at(slot).broken = nullptr;
+  at(slot).snapshot = state.weak_from_this();
+}
+
+void Session::Impl::reset_all() {
+  change(all_slots(), "a reset failed", [&] {
+    for (int slot = 0; slot < batch_size(); ++slot) reset(slot);
+    backend().synchronize();
+  });
+}
+
+void Session::Impl::restore_all(std::span<const std::shared_ptr<const State>> states) {
+  change(all_slots(), "restoring a state failed", [&] {
+    for (int slot = 0; slot < batch_size(); ++slot) restore(slot, *states[static_cast<std::size_t>(slot)]);
+  });
+}
+
+void Session::Impl::copy_all(const Impl& from) {
+  for (int slot = 0; slot < batch_size(); ++slot) {
+    from.check_whole(slot);
+    from.backend().copy_state(*from.states_, slot, *states_, slot);
+    Progress progress = from.at(slot).progress();
+    if (progress.last.rows.data && progress.last.rows.data == from.step_output_.hidden.data)
+      progress.last = from.own_copy(progress.last);
+    at(slot).set(std::move(progress));
+    at(slot).snapshot = from.at(slot).snapshot;
+  }
+  from.backend().synchronize();
+}
+
+void Session::Impl::save(const std::filesystem::path& path) const {
+  std::vector<Progress> progress;
+  for (int slot = 0; slot < batch_size(); ++slot) {
+    check_whole(slot);
+    progress.push_back(at(slot).progress());
+  }
+  std::vector<SequenceView> sequences;
+  for (int slot = 0; slot < batch_size(); ++slot)
+    sequences.push_back({states_.get(), slot, &progress[static_cast<std::size_t>(slot)]});
+  save_states(path, *model, backend(), sequences);
+}
+
+void Session::Impl::load(const std::filesystem::path& path) {
+  const StateReader reader(path, *model);
+  if (reader.num_sequences() != slots_.size())
+    throw StateError(path.string() + ": holds " + std::to_string(reader.num_sequences()) +
+                     " sequences, the session has " + std::to_string(batch_size()));
+  auto loaded = backend().make_states(config(), model->dtype(), batch_size());
+  std::vector<Progress> progress;
+  for (int b = 0; b < batch_size(); ++b) progress.push_back(reader.read(b, backend(), *loaded, b));
+  backend().synchronize();
+  states_ = std::move(loaded);
+  for (int b = 0; b < batch_size(); ++b) {
+    Slot& slot = at(b);
+    slot.set(std::move(progress[static_cast<std::size_t>(b)]));
+    slot.snapshot.reset();
+    slot.broken = nullptr;
+  }
 }
 
 // ---- Checkpoint ----------------------------------------------------------------------------------------------------
@@ -218,14 +471,27 @@ std::unique_ptr<backend::StatePool> Session::Impl::copy_states() const {
 Checkpoint::Checkpoint(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Checkpoint::~Checkpoint() = default;
 std::span<const std::int64_t> Checkpoint::num_tokens() const { return impl_->num_tokens; }
+std::span<const std::shared_ptr<const State>> Checkpoint::states() const { return impl_->states; }
 std::size_t Checkpoint::state_nbytes() const {
-  return impl_->states->nbytes_per_slot() * static_cast<std::size_t>(impl_->states->capacity());
+  std::size_t total = 0;
+  for (const auto& state : impl_->states) total += state->nbytes();
+  return total;
 }
 
 // ---- Session -------------------------------------------------------------------------------------------------------
 
 Session::Session(std::shared_ptr<const Model> model, int batch_size)
     : impl_(std::make_unique<Impl>(std::move(model), batch_size)) {}
+
+Session::Session(std::span<const std::shared_ptr<const State>> states) {
+  if (std::ranges::count(states, nullptr) > 0 || states.empty())
+    throw InvalidArgument("a session of " + std::to_string(states.size()) +
+                          " states: expected a state for each sequence, at least one");
+  impl_ = std::make_unique<Impl>(states[0]->model(), static_cast<std::int64_t>(states.size()));
+  const Impl::Turn turn(*impl_);
+  impl_->restore_all(states);
+}
+
 Session::Session(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Session::~Session() = default;
 
@@ -236,8 +502,9 @@ std::size_t Session::state_nbytes() const {
 }
 
 std::vector<std::int64_t> Session::num_tokens() const {
-  const Impl::Turn turn(*impl_);
-  return impl_->num_tokens;
+  std::vector<std::int64_t> result;
+  for (int slot = 0; slot < impl_->batch_size(); ++slot) result.push_back(impl_->num_tokens(slot));
+  return result;
 }
 
 Tensor Session::prefill(std::span<const std::vector<std::int32_t>> prompts, std::span<const int> sequences,
@@ -259,64 +526,69 @@ Tensor Session::step(std::span<const std::int32_t> tokens, std::span<const int> 
 std::unique_ptr<Session> Session::fork() const {
   const Impl::Turn turn(*impl_);
   auto forked = std::make_unique<Impl>(impl_->model, impl_->batch_size());
-  for (int slot = 0; slot < impl_->batch_size(); ++slot)
-    impl_->backend->copy_state(*impl_->states, slot, *forked->states, slot);
-  forked->num_tokens = impl_->num_tokens;
+  forked->copy_all(*impl_);
   return std::unique_ptr<Session>(new Session(std::move(forked)));
+}
+
+std::shared_ptr<const State> Session::snapshot(int sequence) const {
+  const Impl::Turn turn(*impl_);
+  impl_->check_sequence(sequence, "snapshot");
+  return impl_->snapshot(sequence);
+}
+
+void Session::restore(int sequence, const State& state) {
+  const Impl::Turn turn(*impl_);
+  impl_->check_sequence(sequence, "restore");
+  impl_->restore(sequence, state);
 }
 
 std::unique_ptr<Checkpoint> Session::checkpoint() const {
   const Impl::Turn turn(*impl_);
   auto saved = std::make_unique<Checkpoint::Impl>();
-  saved->model = impl_->model;
-  saved->states = impl_->copy_states();
-  saved->num_tokens = impl_->num_tokens;
+  for (int slot = 0; slot < impl_->batch_size(); ++slot) {
+    saved->states.push_back(impl_->snapshot(slot));
+    saved->num_tokens.push_back(saved->states.back()->num_tokens());
+  }
   return std::unique_ptr<Checkpoint>(new Checkpoint(std::move(saved)));
 }
 
 void Session::rollback(const Checkpoint& checkpoint) {
   const Impl::Turn turn(*impl_);
-  const Checkpoint::Impl& saved = *checkpoint.impl_;
-  if (saved.model != impl_->model) throw StateError("rollback: the checkpoint was taken on another model");
-  if (saved.num_tokens.size() != impl_->num_tokens.size())
-    throw StateError("rollback: the checkpoint has " + std::to_string(saved.num_tokens.size()) +
-                     " sequences, the session " + std::to_string(impl_->batch_size()));
-  for (int slot = 0; slot < impl_->batch_size(); ++slot)
-    impl_->backend->copy_state(*saved.states, slot, *impl_->states, slot);
-  impl_->num_tokens = saved.num_tokens;
+  const auto states = checkpoint.states();
+  if (states[0]->model() != impl_->model) throw StateError("rollback: the checkpoint was taken on another model");
+  if (states.size() != static_cast<std::size_t>(impl_->batch_size()))
+    throw StateError("rollback: the checkpoint has " + std::to_string(states.size()) + " sequences, the session " +
+                     std::to_string(impl_->batch_size()) + ": restore() takes the state of one sequence");
+  impl_->restore_all(states);
 }
 
 void Session::reset() {
   const Impl::Turn turn(*impl_);
-  for (int slot = 0; slot < impl_->batch_size(); ++slot) impl_->reset(slot);
+  impl_->reset_all();
 }
 
 void Session::reset(int sequence) {
   const Impl::Turn turn(*impl_);
-  const int one[] = {sequence};
-  impl_->check_sequences(one, 1, "reset: a sequence");
+  impl_->check_sequence(sequence, "reset");
   impl_->reset(sequence);
+  impl_->backend().synchronize();
 }
 
 void Session::copy(int from, int to) {
   const Impl::Turn turn(*impl_);
-  for (const int sequence : {from, to}) {
-    const int one[] = {sequence};
-    impl_->check_sequences(one, 1, "copy: a sequence");
-  }
+  for (const int sequence : {from, to}) impl_->check_sequence(sequence, "copy");
   impl_->copy(from, to);
+  impl_->backend().synchronize();
 }
 
 void Session::save_state(const std::filesystem::path& path) const {
   const Impl::Turn turn(*impl_);
-  save_states(path, *impl_->model, *impl_->backend, *impl_->states, impl_->num_tokens);
+  impl_->save(path);
 }
 
 void Session::load_state(const std::filesystem::path& path) {
   const Impl::Turn turn(*impl_);
-  auto [states, num_tokens] = load_states(path, *impl_->model, *impl_->backend, impl_->batch_size());
-  impl_->states = std::move(states);
-  impl_->num_tokens = std::move(num_tokens);
+  impl_->load(path);
 }
 
 }  // namespace based

@@ -2,31 +2,38 @@
 
 #include <atomic>
 #include <memory>
+#include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "backend/backend.h"
 #include "based/session.h"
+#include "based/state.h"
+#include "model/executor.h"
 #include "model/model_impl.h"
+#include "session/progress.h"
 
 namespace based {
 
 class Checkpoint::Impl {
  public:
-  std::shared_ptr<const Model> model;
-  std::unique_ptr<backend::StatePool> states;
+  std::vector<std::shared_ptr<const State>> states;
   std::vector<std::int64_t> num_tokens;
 };
 
+/// Owns a pool of states and what is kept beside each slot; computes on an executor of its model, which it takes for
+/// one call (Turn), or for as long as a Generator keeps work under way on it (Hold).
 class Session::Impl {
  public:
-  Impl(std::shared_ptr<const Model> model, int batch_size);
+  /// keeps_seen: penalties of later calls count the tokens of earlier ones.
+  Impl(std::shared_ptr<const Model> model, std::int64_t batch_size, bool keeps_seen = true);
 
   /// Owns the session for one call; throws SessionBusyError when another call does.
   class Turn {
    public:
     explicit Turn(const Impl& impl);
-    ~Turn() { impl_.busy_.store(false, std::memory_order_release); }
+    ~Turn();
     Turn(const Turn&) = delete;
     Turn& operator=(const Turn&) = delete;
 
@@ -34,18 +41,43 @@ class Session::Impl {
     const Impl& impl_;
   };
 
-  int batch_size() const { return static_cast<int>(num_tokens.size()); }
+  /// Keeps the executor from call to call: work may be under way on it between them.
+  class Hold {
+   public:
+    explicit Hold(const Impl& impl) : impl_(impl) { ++impl_.num_holds_; }
+    ~Hold();
+    Hold(const Hold&) = delete;
+    Hold& operator=(const Hold&) = delete;
+
+   private:
+    const Impl& impl_;
+  };
+
+  int batch_size() const { return static_cast<int>(slots_.size()); }
   const Transformer& transformer() const { return model->impl().transformer; }
   const ModelConfig& config() const { return model->config(); }
 
+  /// Any thread, at any time.
+  std::int64_t num_tokens(int slot) const { return at(slot).num_tokens.load(std::memory_order_relaxed); }
+
   // The caller of these holds a Turn.
+
+  backend::Backend& backend() const { return (*lease_)->backend(); }
 
   /// `sequences`, or all in order when empty; throws InvalidArgument unless they are `count` different valid ones.
   std::vector<std::int32_t> check_sequences(std::span<const int> sequences, std::size_t count, const char* what) const;
+  void check_sequence(int sequence, const char* what) const;
+
+  /// Throws Error when a call on this sequence failed half-way.
+  void check_whole(int slot) const;
 
   /// See Session::prefill; arguments checked already.
   Tensor prefill(std::span<const std::vector<std::int32_t>> prompts, std::span<const std::int32_t> slots,
                  const InterruptCheck& interrupt);
+
+  /// Logits (slots.size(), padded_vocab_size) float32 at each sequence's last token, made again.
+  Tensor last_logits(std::span<const std::int32_t> slots);
+  bool has_last_logits(int slot) const { return at(slot).last.rows.data != nullptr; }
 
   /// Memory for a step of `count` sequences; returns the rows that it takes. Throws OutOfMemory.
   std::int64_t reserve_step(std::size_t count);
@@ -57,28 +89,72 @@ class Session::Impl {
   /// takes it. Nothing is waited for where the device is asynchronous.
   void step(std::span<const std::int32_t> slots, backend::Sampler& sampler);
 
+  /// The last steps of this sequence were left out, because their token could not be sampled.
+  void set_num_tokens(int slot, std::int64_t num_tokens);
+
+  /// Counts a token that was sampled for this sequence.
+  void add_output(int slot, std::int32_t token);
+  std::span<const backend::SeenToken> seen(int slot) const { return at(slot).seen.entries(); }
+
   void reset(int slot);
   void copy(int from, int to);
+  std::shared_ptr<const State> snapshot(int slot) const;
+  void restore(int slot, const State& state);
 
-  /// A copy of all states.
-  std::unique_ptr<backend::StatePool> copy_states() const;
+  void reset_all();
+  void restore_all(std::span<const std::shared_ptr<const State>> states);
+
+  /// Makes this session's slots equal to another's, of the same number.
+  void copy_all(const Impl& from);
+
+  void save(const std::filesystem::path& path) const;
+  void load(const std::filesystem::path& path);
 
   const std::shared_ptr<const Model> model;
-  const std::unique_ptr<backend::Backend> backend;
-  std::unique_ptr<backend::StatePool> states;
-  std::vector<std::int64_t> num_tokens;
 
  private:
-  // Logits of a step, in a place that outlives it.
-  struct StepLogits : backend::Identified {
-    backend::Buffer memory;
+  struct Slot {
+    std::atomic<std::int64_t> num_tokens{0};
+    LastHidden last;
+    SeenTokens seen;
+    mutable std::weak_ptr<const State> snapshot;  // of the slot as it is
+    const char* broken = nullptr;                 // what failed half-way; null: the slot is whole
+
+    Progress progress() const { return {num_tokens.load(), last, seen}; }
+    void set(Progress progress);
   };
 
+  // What a step writes, in a place that outlives it: recorded steps hold its address.
+  struct StepOutput : backend::Identified {
+    std::int64_t capacity = 0;  // rows
+    backend::Buffer hidden;     // (rows, d) activation: the final norm
+    backend::Buffer logits;     // (rows, padded_vocab_size) float32
+  };
+
+  std::vector<std::int32_t> all_slots() const;
+  Slot& at(int slot) { return slots_[static_cast<std::size_t>(slot)]; }
+  const Slot& at(int slot) const { return slots_[static_cast<std::size_t>(slot)]; }
+  Workspace& workspace() const { return (*lease_)->workspace(); }
+  std::size_t hidden_nbytes() const;
+  LastHidden own_copy(const LastHidden& last) const;
+  void keep_hidden_of_others(std::span<const std::int32_t> slots);
+  void feed(std::span<const std::vector<std::int32_t>> prompts, std::span<const std::int32_t> slots,
+            const backend::Matrix& last_x, const InterruptCheck& interrupt);
   void advance(std::span<const std::int32_t> tokens, std::span<const std::int32_t> slots, std::int64_t rows,
                backend::Sampler* sampler);
+  void undo(std::span<const std::int32_t> slots, std::span<const std::shared_ptr<const State>> states) noexcept;
+  template <typename F>
+  void change(std::span<const std::int32_t> slots, const char* what, F&& f);
 
-  Workspace workspace_;
-  StepLogits step_logits_;
+  const bool keeps_seen_;
+  const Executors::Use use_;
+  std::unique_ptr<backend::StatePool> states_;
+  std::vector<Slot> slots_;
+  StepOutput step_output_;
+
+  mutable std::optional<Executors::Lease> lease_;
+  mutable const Executor* last_executor_ = nullptr;
+  mutable std::atomic<int> num_holds_{0};
   mutable std::atomic<bool> busy_{false};
 };
 

@@ -1,13 +1,16 @@
 #include "session/state_io.h"
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <optional>
 #include <string>
 #include <utility>
 
 #include "based/error.h"
+#include "io/convert_dtype.h"
 #include "io/state_file.h"
+#include "model/model_impl.h"
 
 namespace based {
 
@@ -113,39 +116,157 @@ class Arranger {
   std::optional<std::int64_t> num_pending_;
 };
 
+// ---- what is kept beside a slot ------------------------------------------------------------------------------------
+
+constexpr const char* kLastHidden = "last_hidden";           // (d) activation dtype
+constexpr const char* kSeenTokens = "seen.tokens";           // (n) int32, rising
+constexpr const char* kSeenInPrompt = "seen.in_prompt";      // (n) boolean
+constexpr const char* kSeenNumOutputs = "seen.num_outputs";  // (n) int32
+
+template <typename T>
+Tensor copied(DType dtype, const std::vector<T>& values) {
+  Tensor tensor = Tensor::empty(dtype, {static_cast<std::int64_t>(values.size())});
+  std::copy(values.begin(), values.end(), tensor.data_as<T>());
+  return tensor;
+}
+
+std::vector<backend::NamedTensor> export_progress(const Progress& progress, const Transformer& transformer,
+                                                  backend::Backend& backend) {
+  std::vector<backend::NamedTensor> out;
+  if (progress.last.rows.data) {
+    const DType dtype = transformer.activation_dtype();
+    const std::int64_t d = transformer.config().hidden_size;
+    Tensor hidden = Tensor::empty(dtype, {d});
+    const auto* rows = static_cast<const std::byte*>(progress.last.rows.data.get());
+    const std::size_t nbytes = hidden.nbytes();
+    backend.copy_to_host(hidden.data(), rows + static_cast<std::size_t>(progress.last.row) * nbytes, nbytes);
+    out.push_back({kLastHidden, std::move(hidden)});
+  }
+  if (const auto seen = progress.seen.entries(); !seen.empty()) {
+    std::vector<std::int32_t> tokens, outputs;
+    std::vector<std::uint8_t> in_prompt;
+    for (const backend::SeenToken& entry : seen) {
+      tokens.push_back(entry.token);
+      in_prompt.push_back(entry.in_prompt);
+      outputs.push_back(entry.num_outputs);
+    }
+    out.push_back({kSeenTokens, copied(DType::int32, tokens)});
+    out.push_back({kSeenInPrompt, copied(DType::boolean, in_prompt)});
+    out.push_back({kSeenNumOutputs, copied(DType::int32, outputs)});
+  }
+  return out;
+}
+
+// Takes the tensors of this name from a saved state; without data when there is none.
+TensorView take(io::SavedState& state, const char* name) {
+  const auto it = std::ranges::find(state.tensors, name, &io::TensorToWrite::name);
+  if (it == state.tensors.end()) return {};
+  const TensorView tensor = it->tensor;
+  state.tensors.erase(it);
+  return tensor;
+}
+
+[[noreturn]] void refuse(const std::string& where, const char* name, const std::string& found,
+                         const std::string& expected) {
+  throw FormatError(where + ": tensor " + name + " has " + found + ", expected " + expected);
+}
+
+TensorView take_last_hidden(io::SavedState& state, const ModelConfig& config, const std::string& where) {
+  const TensorView tensor = take(state, kLastHidden);
+  if (tensor.data == nullptr) return tensor;
+  const std::vector<std::int64_t> shape{config.hidden_size};
+  if (tensor.shape != shape) refuse(where, kLastHidden, "shape " + shape_str(tensor.shape), shape_str(shape));
+  if (!is_half_or_single(tensor.dtype))
+    refuse(where, kLastHidden, "dtype " + std::string(name_of(tensor.dtype)), kHalfOrSingle);
+  if (state.num_tokens == 0)
+    throw FormatError(where + ": tensor " + kLastHidden + " belongs to a token, expected none, for num_tokens is 0");
+  return tensor;
+}
+
+std::vector<backend::SeenToken> take_seen(io::SavedState& state, const ModelConfig& config, const std::string& where) {
+  const TensorView tokens = take(state, kSeenTokens), in_prompt = take(state, kSeenInPrompt),
+                   outputs = take(state, kSeenNumOutputs);
+  const std::int64_t n = tokens.data && tokens.shape.size() == 1 ? tokens.shape[0] : 0;
+  const bool any = tokens.data || in_prompt.data || outputs.data;
+  if (!any) return {};
+  for (const auto& [name, tensor, dtype] : {std::tuple(kSeenTokens, tokens, DType::int32),
+                                            {kSeenInPrompt, in_prompt, DType::boolean},
+                                            {kSeenNumOutputs, outputs, DType::int32}}) {
+    if (tensor.data == nullptr) throw FormatError(where + ": tensor " + name + " is missing");
+    if (tensor.shape != std::vector<std::int64_t>{n})
+      refuse(where, name, "shape " + shape_str(tensor.shape), shape_str({n}) + " as " + kSeenTokens);
+    if (tensor.dtype != dtype)
+      refuse(where, name, "dtype " + std::string(name_of(tensor.dtype)), std::string(name_of(dtype)));
+  }
+  std::vector<backend::SeenToken> seen(static_cast<std::size_t>(n));
+  std::int32_t last = -1;
+  for (std::size_t i = 0; i < seen.size(); ++i) {
+    backend::SeenToken& entry = seen[i];
+    std::memcpy(&entry.token, tokens.data + 4 * i, 4);
+    entry.in_prompt = in_prompt.data[i] != std::byte{0};
+    std::memcpy(&entry.num_outputs, outputs.data + 4 * i, 4);
+    if (entry.token <= last || entry.token >= config.vocab_size)
+      refuse(where, kSeenTokens, "the token id " + std::to_string(entry.token) + " at index " + std::to_string(i),
+             "rising ids of [0, " + std::to_string(config.vocab_size) + ")");
+    last = entry.token;
+    if (entry.num_outputs < 0 || entry.num_outputs > state.num_tokens)
+      refuse(where, kSeenNumOutputs, std::to_string(entry.num_outputs) + " at index " + std::to_string(i),
+             "0 to num_tokens, " + std::to_string(state.num_tokens));
+  }
+  return seen;
+}
+
 }  // namespace
 
 void save_states(const std::filesystem::path& path, const Model& model, backend::Backend& backend,
-                 const backend::StatePool& states, std::span<const std::int64_t> num_tokens) {
-  std::vector<io::SavedState> saved(num_tokens.size());
+                 std::span<const SequenceView> sequences) {
+  std::vector<io::SavedState> saved(sequences.size());
   std::vector<backend::NamedTensor> keep;  // owns what `saved` views
-  for (std::size_t b = 0; b < num_tokens.size(); ++b) {
-    saved[b].num_tokens = num_tokens[b];
-    for (auto& named : backend.export_state(states, static_cast<int>(b), num_tokens[b])) {
-      saved[b].tensors.push_back({named.name, named.tensor.view()});
-      keep.push_back(std::move(named));
-    }
+  std::unique_ptr<backend::StatePool> fresh;
+  for (std::size_t b = 0; b < sequences.size(); ++b) {
+    const auto& [states, slot, progress] = sequences[b];
+    saved[b].num_tokens = progress->num_tokens;
+    if (states == nullptr && !fresh) fresh = backend.make_states(model.config(), model.dtype(), 1);
+    const auto add = [&](std::vector<backend::NamedTensor> tensors) {
+      for (auto& named : tensors) {
+        saved[b].tensors.push_back({named.name, named.tensor.view()});
+        keep.push_back(std::move(named));
+      }
+    };
+    add(backend.export_state(states ? *states : *fresh, states ? slot : 0, progress->num_tokens));
+    add(export_progress(*progress, model.impl().transformer, backend));
   }
   io::write_state_file(path, model.fingerprint(), saved);
 }
 
-LoadedStates load_states(const std::filesystem::path& path, const Model& model, backend::Backend& backend,
-                         int batch_size) {
-  const auto file = io::StateFile::open(path, model.fingerprint());
-  if (file.states.size() != static_cast<std::size_t>(batch_size))
-    throw StateError(path.string() + ": holds " + std::to_string(file.states.size()) + " sequences, the session has " +
-                     std::to_string(batch_size));
-  std::vector<std::vector<backend::NamedView>> tensors;
-  for (std::size_t b = 0; b < file.states.size(); ++b)
-    tensors.push_back(
-        Arranger(path.string() + ": sequence " + std::to_string(b), file.states[b]).arrange(model.config()));
-
-  LoadedStates loaded{backend.make_states(model.config(), model.dtype(), batch_size), {}};
+StateReader::StateReader(const std::filesystem::path& path, const Model& model) : model_(model) {
+  io::StateFile file = io::StateFile::open(path, model.fingerprint());
+  file_ = std::move(file.file);
   for (std::size_t b = 0; b < file.states.size(); ++b) {
-    backend.import_state(*loaded.states, static_cast<int>(b), file.states[b].num_tokens, tensors[b]);
-    loaded.num_tokens.push_back(file.states[b].num_tokens);
+    io::SavedState& state = file.states[b];
+    const std::string where = path.string() + ": sequence " + std::to_string(b);
+    Sequence sequence;
+    sequence.num_tokens = state.num_tokens;
+    sequence.last_hidden = take_last_hidden(state, model.config(), where);
+    sequence.seen = take_seen(state, model.config(), where);
+    sequence.tensors = Arranger(where, state).arrange(model.config());
+    sequences_.push_back(std::move(sequence));
   }
-  return loaded;
+}
+
+Progress StateReader::read(int which, backend::Backend& backend, backend::StatePool& states, int slot) const {
+  const Sequence& sequence = sequences_[static_cast<std::size_t>(which)];
+  backend.import_state(states, slot, sequence.num_tokens, sequence.tensors);
+  Progress progress;
+  progress.num_tokens = sequence.num_tokens;
+  progress.seen = SeenTokens::from_entries(sequence.seen);
+  if (sequence.last_hidden.data != nullptr) {
+    const Tensor hidden = Tensor::empty(model_.impl().transformer.activation_dtype(), sequence.last_hidden.shape);
+    io::convert(sequence.last_hidden, hidden.dtype(), hidden.data());
+    progress.last.rows = backend.allocate(hidden.nbytes(), backend::MemoryKind::states);
+    backend.copy_from_host(progress.last.rows.data.get(), hidden.data(), hidden.nbytes());
+  }
+  return progress;
 }
 
 }  // namespace based

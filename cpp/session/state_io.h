@@ -2,28 +2,48 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <memory>
 #include <span>
 #include <vector>
 
 #include "backend/backend.h"
 #include "based/model.h"
+#include "io/state_file.h"
+#include "session/progress.h"
 
 namespace based {
 
-/// Saves every slot of `states`; num_tokens (capacity).
-void save_states(const std::filesystem::path& path, const Model& model, backend::Backend& backend,
-                 const backend::StatePool& states, std::span<const std::int64_t> num_tokens);
-
-struct LoadedStates {
-  std::unique_ptr<backend::StatePool> states;
-  std::vector<std::int64_t> num_tokens;
+/// A sequence to save: a slot of a pool, and what is kept beside it. Without a pool: a sequence that has seen nothing.
+struct SequenceView {
+  const backend::StatePool* states = nullptr;
+  int slot = 0;
+  const Progress* progress = nullptr;
 };
 
-/// A new pool filled from a file that must hold `batch_size` sequences of this model, every tensor with the name, dtype
-/// and shape that the config, its token count and its number of pending tokens give. Throws IoError, FormatError,
-/// StateError.
-LoadedStates load_states(const std::filesystem::path& path, const Model& model, backend::Backend& backend,
-                         int batch_size);
+/// Saves sequences as one state file (docs/state-format.md). Throws IoError, OutOfMemory.
+void save_states(const std::filesystem::path& path, const Model& model, backend::Backend& backend,
+                 std::span<const SequenceView> sequences);
+
+/// A state file of this model, every tensor checked to have the name, dtype and shape that the config, the token counts
+/// and the numbers of pending tokens give. Throws IoError, FormatError, StateError.
+class StateReader {
+ public:
+  StateReader(const std::filesystem::path& path, const Model& model);
+
+  std::size_t num_sequences() const { return sequences_.size(); }
+
+  /// Writes sequence `sequence` into a fresh slot and returns what is kept beside it.
+  Progress read(int sequence, backend::Backend& backend, backend::StatePool& states, int slot) const;
+
+ private:
+  struct Sequence {
+    std::int64_t num_tokens = 0;
+    std::vector<backend::NamedView> tensors;  // in the order of Backend::export_state
+    TensorView last_hidden;                   // without data: the file has none
+    std::vector<backend::SeenToken> seen;
+  };
+  const Model& model_;
+  std::shared_ptr<const io::SafetensorsFile> file_;  // keeps what the views see
+  std::vector<Sequence> sequences_;
+};
 
 }  // namespace based

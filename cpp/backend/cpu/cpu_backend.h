@@ -34,6 +34,7 @@ class CpuBackend final : public backend::Backend {
   void copy_from_host(void* device, const void* host, std::size_t nbytes) override;
   void copy_to_host(void* host, const void* device, std::size_t nbytes) override;
   void synchronize() override {}
+  void trim() noexcept override { packed_rows_ = {}; }
   void begin(const backend::RaggedBatch&) override {}
   std::int64_t step_rows(std::int64_t num_sequences) const override { return num_sequences; }
   void replay(const backend::StepKey&, const std::function<void()>& operations) override { operations(); }

@@ -82,7 +82,8 @@ CpuSampler::CpuSampler(std::shared_ptr<ThreadPool> pool, const SoftmaxKernels& k
       workspaces_(static_cast<std::size_t>(pool_->num_threads())) {}
 
 void CpuSampler::assign(int row, const SamplingParams& params, std::uint64_t seed, std::uint32_t sequence,
-                        std::span<const std::int32_t> prompt, std::span<const std::int32_t> stop_ids) {
+                        std::span<const std::int32_t> prompt, std::span<const std::int32_t> stop_ids,
+                        std::span<const backend::SeenToken> seen) {
   if (row < 0 || static_cast<std::size_t>(row) >= rows_.size())
     throw InvalidArgument("sampler: row " + std::to_string(row) + " of " + std::to_string(rows_.size()));
   params.validate(vocab_size_);
@@ -94,6 +95,10 @@ void CpuSampler::assign(int row, const SamplingParams& params, std::uint64_t see
     if (token >= 0 && token < vocab_size_) fresh.stop_ids.push_back(token);
   if (fresh.has_penalties()) {
     fresh.seen_number.assign(static_cast<std::size_t>(vocab_size_), 0);
+    for (const auto& [token, in_prompt, num_outputs] : seen) {
+      fresh.seen.push_back({token, num_outputs, in_prompt});
+      fresh.seen_number[static_cast<std::size_t>(token)] = static_cast<std::int32_t>(fresh.seen.size());
+    }
     for (std::int32_t token : prompt) {
       if (token < 0 || token >= vocab_size_)
         throw InvalidArgument("sampler: prompt token " + std::to_string(token) + ", expected 0 … " +

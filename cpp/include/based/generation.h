@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "based/model.h"
@@ -12,11 +13,12 @@
 namespace based {
 
 struct GenerationRequest {
-  std::vector<std::int32_t> prompt;  // non-empty
+  std::vector<std::int32_t> prompt;  // may be empty on a session whose sequence has seen a token: it goes on from there
   SamplingParams params;
 };
 
-enum class FinishReason : std::uint8_t { none, stop, length };
+/// error: this sample cannot go on (TokenEvent::error says why); others do.
+enum class FinishReason : std::uint8_t { none, stop, length, error };
 
 /// One new token of one sample of one request.
 struct TokenEvent {
@@ -27,17 +29,20 @@ struct TokenEvent {
   std::vector<TokenLogprob> top_logprobs;  // likeliest first; as many as params.logprobs asks
   FinishReason finish = FinishReason::none;
   std::optional<std::int32_t> stop_token;  // the token that ended it, when finish == stop
+  std::string error;                       // why there is no token (`token` is −1), when finish == error
 };
 
 /// Runs requests to their ends, one token per sequence and call, admitting waiting requests as others finish. What a
-/// request yields depends on nothing but the model, its prompt and its params. One thread at a time.
+/// request yields depends on nothing but the model, its prompt and its params (and what a session's sequence has seen);
+/// one that cannot go on ends with FinishReason::error. One thread at a time. Keeps one of the model's executors.
 class Generator {
  public:
   /// A session of its own, of at most `max_batch_size` sequences.
   Generator(std::shared_ptr<const Model> model, std::vector<GenerationRequest> requests, int max_batch_size);
 
   /// On a caller's session, which must outlive this: request i continues sequence i; every n must be 1. When all have
-  /// finished, the session has seen every prompt and every token returned.
+  /// finished, the session has seen every prompt and every token returned. Penalties count what the sequences saw
+  /// before.
   Generator(Session& session, std::vector<GenerationRequest> requests);
   ~Generator();
   Generator(const Generator&) = delete;
@@ -45,7 +50,8 @@ class Generator {
 
   bool done() const;
 
-  /// Advances every running sequence by one token. Empty only when done().
+  /// Advances every running sequence by one token. Empty only when done(). `interrupt` is called before each step too:
+  /// what it throws comes out between two tokens, and the next call goes on.
   std::vector<TokenEvent> next(const InterruptCheck& interrupt = {});
 
   /// Ends a sample early (a stop string was found, the reader lost interest). No effect on one that has ended.

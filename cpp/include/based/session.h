@@ -7,16 +7,22 @@
 #include <vector>
 
 #include "based/model.h"
+#include "based/state.h"
 
 namespace based {
 
-/// A copy of all states of one session at one moment. Immutable; outlives the session it came from.
+/// The states of all sequences of one session at one moment. Immutable; outlives the session it came from.
 class Checkpoint {
  public:
   ~Checkpoint();
   Checkpoint(const Checkpoint&) = delete;
   Checkpoint& operator=(const Checkpoint&) = delete;
   std::span<const std::int64_t> num_tokens() const;
+
+  /// By sequence. Each may be restored alone, into any sequence of any session of the model.
+  std::span<const std::shared_ptr<const State>> states() const;
+
+  /// Device memory of the states, bytes; what sequences that had seen nothing do not need is not held.
   std::size_t state_nbytes() const;
 
   class Impl;
@@ -28,10 +34,17 @@ class Checkpoint {
 };
 
 /// Owns the states of `batch_size` sequences that are advanced together. One thread at a time: a call that finds
-/// another one running throws SessionBusyError at once. Different sessions of one model are independent.
+/// another one running throws SessionBusyError at once; num_tokens() may be read at any time. Different sessions of one
+/// model are independent. A call that throws leaves everything as it was; when a step (or putting a state in its place)
+/// fails half-way, as only a failing device or the end of the memory can make it, its sequences are broken: every use
+/// of them throws Error until they are reset, rolled back or given a state.
 class Session {
  public:
   Session(std::shared_ptr<const Model> model, int batch_size);
+
+  /// Sequence i starts from states[i], all of one model; a state may stand several times. Throws StateError,
+  /// OutOfMemory.
+  explicit Session(std::span<const std::shared_ptr<const State>> states);
   ~Session();
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
@@ -39,7 +52,7 @@ class Session {
   const std::shared_ptr<const Model>& model() const;
   int batch_size() const;
 
-  /// Tokens seen by each sequence, (B).
+  /// Tokens seen by each sequence, (B). Any thread, also while another one is in a call.
   std::vector<std::int64_t> num_tokens() const;
 
   /// Device memory of all states, bytes.
@@ -57,6 +70,13 @@ class Session {
   /// A new session with equal states.
   std::unique_ptr<Session> fork() const;
 
+  /// The state of one sequence. Costs a copy, unless the sequence still is what a living State holds.
+  std::shared_ptr<const State> snapshot(int sequence) const;
+
+  /// Makes a sequence what the state says, bit for bit. Throws StateError for a state of another model.
+  void restore(int sequence, const State& state);
+
+  /// A snapshot of every sequence.
   std::unique_ptr<Checkpoint> checkpoint() const;
 
   /// Back to the checkpoint, bit for bit. Throws StateError when it comes from another model or batch size.
