@@ -193,6 +193,7 @@ void Generator::Impl::take() {
 }
 
 void Generator::Impl::take_token(Sequence& sequence, backend::SampledToken& chosen) {
+  if (!chosen.failure.empty()) throw Error(chosen.failure);
   const SamplingParams& params = request(sequence.request).params;
   TokenEvent event;
   event.request = sequence.request;
