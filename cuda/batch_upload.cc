@@ -99,8 +99,8 @@ DeviceBatch BatchUpload::upload(const backend::RaggedBatch& batch) {
   check(cudaMemcpyAsync(device_.get(), stage.memory.get(), nbytes, cudaMemcpyHostToDevice, stream_->get()), "begin");
   stage.copied.record(stream_->get(), "begin");
 
-  const auto at = [this](std::size_t offset) { return static_cast<const std::byte*>(device_.get()) + offset; };
-  out.slots = reinterpret_cast<const std::int32_t*>(at(slots));
+  const auto at = [this](std::size_t offset) { return static_cast<std::byte*>(device_.get()) + offset; };
+  out.slots = reinterpret_cast<std::int32_t*>(at(slots));
   out.positions = reinterpret_cast<const std::int64_t*>(at(positions));
   out.offsets = reinterpret_cast<const std::int32_t*>(at(offsets));
   out.tokens = batch.tokens.empty() ? nullptr : reinterpret_cast<const std::int32_t*>(at(tokens));

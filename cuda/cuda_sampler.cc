@@ -33,6 +33,17 @@ std::vector<BiasedToken> biased_tokens(const SamplingParams& params) {
   return tokens;
 }
 
+std::string reason(SamplingFailure failure, std::int64_t vocab_size) {
+  switch (failure) {
+    case SamplingFailure::no_logit:
+      return "all " + std::to_string(vocab_size) + " logits are NaN or -inf";
+    case SamplingFailure::no_token:
+      return "logit_bias, min_tokens and penalties leave no token with a logit above -inf";
+    default:
+      return "the row has no token to go on from: none was sampled, or sampling it failed";
+  }
+}
+
 }  // namespace
 
 CudaSampler::CudaSampler(SamplerHost& host, std::int64_t vocab_size, int num_rows)
@@ -51,7 +62,8 @@ CudaSampler::CudaSampler(SamplerHost& host, std::int64_t vocab_size, int num_row
            static_cast<SamplingResult*>(ring_.get()),
            num_rows,
            kRing};
-  check(cudaMemsetAsync(data, 0, memory_.nbytes, host_.stream()), "make_sampler");
+  check(cudaMemsetAsync(data, 0, chosen_at, host_.stream()), "make_sampler");
+  check(cudaMemsetAsync(view_.chosen, 0xff, rows * sizeof(std::int32_t), host_.stream()), "make_sampler");  // −1
 }
 
 // The kernels of steps under way write to pinned memory, which is not freed in the order of the stream.
@@ -186,13 +198,11 @@ std::vector<backend::SampledToken> CudaSampler::take() {
     const std::int32_t slot = step.slots[b];
     if (slot < 0) continue;
     const SamplingResult& result = entry[slot];
-    if (result.failure != SamplingFailure::none)
-      throw Error("sampling row " + std::to_string(slot) + " at position " + std::to_string(step.positions[b]) + ": " +
-                  (result.failure == SamplingFailure::no_logit
-                       ? "all " + std::to_string(vocab_size_) + " logits are NaN or -inf"
-                       : "logit_bias, min_tokens and penalties leave no token with a logit above -inf"));
     tokens[b].token = result.token;
     tokens[b].logprob = result.logprob;
+    if (result.failure != SamplingFailure::none)
+      tokens[b].failure = "sampling row " + std::to_string(slot) + " at position " + std::to_string(step.positions[b]) +
+                          ": " + reason(result.failure, vocab_size_);
     if (result.num_top == 0) continue;
     const auto* top = static_cast<const TokenLogprob*>(step.top[b].logprobs.get()) + step.entry * step.top[b].num_top;
     tokens[b].top_logprobs.assign(top, top + result.num_top);

@@ -36,8 +36,8 @@ class SamplerHost {
 };
 
 /// Chooses as the CPU does, with the same random numbers; weights are rounded to kWeightBits, so that a draw that falls
-/// on the boundary of two tokens may differ. A row whose logits leave no choice makes take() throw; the other rows of
-/// that step have counted their tokens. A recorded step that samples must not be replayed when its sampler is gone.
+/// on the boundary of two tokens may differ. A recorded step that samples must not be replayed when its sampler is
+/// gone.
 class CudaSampler final : public backend::Sampler {
  public:
   /// On the current device. Throws UnsupportedError for a vocabulary of more than kMaxVocabSize tokens.

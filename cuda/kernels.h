@@ -23,13 +23,19 @@ struct Tile {
 
 constexpr int kTileTokens = 64;
 
+/// DeviceBatch::slots[b] = kSkippedSlot − slot: `slot` is not to advance in this step.
+constexpr std::int32_t kSkippedSlot = -2;
+
 /// A backend::RaggedBatch on the device, with the lists by which kernels share out the work. A sequence of one token is
 /// a "single" and is advanced by the recurrent kernels; longer ones are "long" and cut into tiles and segments.
-/// slots[b] < 0: a row that only fills up a captured batch size; kernels leave it alone (its output is undefined).
+/// slots[b] < 0: a row that kernels leave alone (its output is undefined). It fills up a captured batch size, or
+/// embed() found that the sampler has no token for it and marked it: kSkippedSlot − slot, so that sample() knows the
+/// row. embed() is the only kernel that writes to a batch. Every kernel reads `slots` after wait_for_predecessors(),
+/// and each grid ends after its predecessor, so all kernels of the step see the mark; the next upload overwrites it.
 struct DeviceBatch {
   const std::int32_t* tokens = nullptr;      // (N)
   const std::int32_t* offsets = nullptr;     // (B + 1)
-  const std::int32_t* slots = nullptr;       // (B)
+  std::int32_t* slots = nullptr;             // (B)
   const std::int64_t* positions = nullptr;   // (B) of each sequence's first token
   const std::int32_t* logit_rows = nullptr;  // (B) row of the logits of each sequence; null: row b
   int num_tokens = 0;                        // N
@@ -70,7 +76,8 @@ const DeviceInfo& device_info();
 // ---- embed.cu ------------------------------------------------------------------------------------------------------
 
 /// r[n, :] = table[tokens[n], :]; table (vocabulary, d) T, r (N, d) float32. Tokens come from batch.tokens, or, when
-/// `chosen` is given, from chosen[slots[n]] (one token per sequence; rows of slot < 0 read token 0).
+/// `chosen` is given, from chosen[slots[n]] (one token per sequence; rows of slot < 0 read token 0). A row whose chosen
+/// token is negative reads token 0 and is marked in batch.slots.
 void embed(cudaStream_t stream, DType dtype, const void* table, std::int64_t d, const DeviceBatch& batch,
            const std::int32_t* chosen, float* r);
 

@@ -67,7 +67,10 @@ struct RaggedBatch {
   std::span<const std::int32_t> slots;      // (B); −1 for a row that only fills up step_rows()
   std::span<const std::int64_t> positions;  // (B)
 
-  /// One token per sequence: the one that this sampler chose last for its row slots[b].
+  /// One token per sequence: the one that this sampler chose last for its row slots[b]. A row for which it chose none
+  /// (SampledToken::failure, or nothing was sampled since assign()) must not advance. Where the host knows every
+  /// choice, embed() throws InvalidArgument before anything changes; an asynchronous device leaves the row alone like
+  /// one of slot −1, and Sampler::sample() reports a failure for it again.
   const Sampler* chosen = nullptr;
 
   /// For Sampler::sample, (B): the row of logits of each sequence; empty: row b.
@@ -145,7 +148,7 @@ struct SampledToken {
   std::int32_t token = 0;
   float logprob = 0;                       // log softmax of the raw logits, over the vocabulary
   std::vector<TokenLogprob> top_logprobs;  // params.logprobs likeliest, best first
-  std::string failure;                     // why this row has no token; empty when it has one
+  std::string failure;                     // why this row has no token (then it is −1); empty when it has one
 };
 
 /// Chooses tokens on the device. Row i holds one sequence's params and the counts of the tokens it has seen.
@@ -162,11 +165,12 @@ class Sampler : public Identified {
                       std::span<const SeenToken> seen = {}) = 0;
 
   /// Chooses one token for each sequence of the batch (begun before) from its row of logits (M, ≥ vocab_size) float32,
-  /// and counts it as output. slots[b] is the sampler row; the chosen token stands behind the batch's.
+  /// and counts it as output. slots[b] is the sampler row; the chosen token stands behind the batch's. Logits that
+  /// leave no choice are a failure of their row alone: it counts no token, the other rows choose as usual.
   virtual void sample(const Matrix& logits, const RaggedBatch& batch) = 0;
 
   /// What the oldest sample() that was not taken yet chose, by sequence; waits for it. At most kMaxSteps may be
-  /// waiting. Throws Error when a row of logits leaves no choice.
+  /// waiting. A row that has no token says why in SampledToken::failure.
   virtual std::vector<SampledToken> take() = 0;
 
   static constexpr int kMaxSteps = 4;
@@ -243,7 +247,8 @@ class Backend {
 
   // ---- operations --------------------------------------------------------------------------------------------
 
-  /// r[n, :] = row tokens[n] of the (vocabulary, d) matrix in `table`; r (N, d) float32.
+  /// r[n, :] = row tokens[n] of the (vocabulary, d) matrix in `table`; r (N, d) float32. The first operation of a step:
+  /// it decides which rows of RaggedBatch::chosen advance.
   virtual void embed(const LinearWeight& table, const RaggedBatch& batch, const Matrix& r) = 0;
 
   /// out[i, :] = norm(r[rows[i], :]); rows empty: every row in order; rows[i] < 0: out[i, :] keeps its value. weight

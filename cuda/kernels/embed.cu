@@ -8,7 +8,7 @@ constexpr int kThreads = 256;
 // One block per row. n elements of a row are moved at a time.
 template <typename T, int n>
 __global__ void __launch_bounds__(kThreads)
-    embed_kernel(const T* __restrict__ table, std::int64_t d, const std::int32_t* tokens, const std::int32_t* slots,
+    embed_kernel(const T* __restrict__ table, std::int64_t d, const std::int32_t* tokens, std::int32_t* slots,
                  const std::int32_t* chosen, float* r) {
   wait_for_predecessors();
   release_successors();
@@ -16,8 +16,13 @@ __global__ void __launch_bounds__(kThreads)
   std::int64_t token = 0;
   if (chosen == nullptr) {
     token = tokens[row];
-  } else if (slots[row] >= 0) {
-    token = chosen[slots[row]];
+  } else {
+    const std::int32_t slot = slots[row];
+    if (slot >= 0) token = chosen[slot];
+    const bool skip = token < 0;
+    if (skip) token = 0;
+    __syncthreads();  // all threads have read the slot
+    if (skip && threadIdx.x == 0) slots[row] = kSkippedSlot - slot;
   }
   const T* from = table + token * d;
   float* to = r + row * d;

@@ -465,7 +465,7 @@ struct SampleArguments {
 __device__ __forceinline__ SamplingResult choose(const Row& raw, std::int64_t position, u32 entry) {
   const SamplerRow& p = this_row();
   const Stats stats = statistics(raw);  // waits
-  if (stats.first < 0) return {0, 0, SamplingFailure::no_logit, 0};
+  if (stats.first < 0) return {-1, 0, SamplingFailure::no_logit, 0};
   int num_top = 0;
   if (p.num_top > 0)
     num_top = likeliest(raw, stats, p.num_top, p.top_logprobs + static_cast<std::int64_t>(entry) * p.num_top);
@@ -477,7 +477,7 @@ __device__ __forceinline__ SamplingResult choose(const Row& raw, std::int64_t po
     change_logits(raw, p);
     row = make_row(p.changed_logits, raw.size);
     const Stats changed = statistics(row);
-    if (changed.first < 0) return {0, 0, SamplingFailure::no_token, 0};
+    if (changed.first < 0) return {-1, 0, SamplingFailure::no_token, 0};
     max = changed.max;
     token = changed.first;
   }
@@ -491,19 +491,21 @@ __global__ __launch_bounds__(kThreads, 1) void sample_kernel(SampleArguments a) 
   release_successors();
   wait_for_predecessors();
   const int b = static_cast<int>(blockIdx.x), slot = a.slots[b];
-  const u32 step = a.sampler.counters[0];
-  if (slot >= 0) {
+  const u32 step = a.sampler.counters[0], entry = step % a.sampler.ring_size;
+  SamplingResult* const results = a.sampler.ring + static_cast<std::int64_t>(entry) * a.sampler.num_rows;
+  if (slot <= kSkippedSlot) {
+    if (threadIdx.x == 0) results[kSkippedSlot - slot] = {-1, 0, SamplingFailure::skipped, 0};
+  } else if (slot >= 0) {
     SamplerRow& state = a.sampler.rows[slot];
     if (threadIdx.x < sizeof(SamplerRow) / 4)
       shared.row[threadIdx.x] = reinterpret_cast<const u32*>(&state)[threadIdx.x];
     const std::int64_t logits_row = a.logit_rows != nullptr ? a.logit_rows[b] : b;
-    const u32 entry = step % a.sampler.ring_size;
     const SamplingResult result = choose(make_row(a.logits + logits_row * a.cols, a.vocab_size),
                                          a.positions[b] + a.offsets[b + 1] - a.offsets[b], entry);
     if (threadIdx.x == 0) {
-      a.sampler.ring[static_cast<std::int64_t>(entry) * a.sampler.num_rows + slot] = result;
+      results[slot] = result;
+      a.sampler.chosen[slot] = result.token;
       if (result.failure == SamplingFailure::none) {
-        a.sampler.chosen[slot] = result.token;
         state.num_output = this_row().num_output + 1;
         if (this_row().seen != nullptr) ++this_row().seen[result.token];
       }
@@ -519,10 +521,11 @@ __global__ __launch_bounds__(kThreads, 1) void sample_kernel(SampleArguments a) 
   }
 }
 
-__global__ void store_row_kernel(SamplerRow* row, SamplerRow state) {
+__global__ void store_row_kernel(SamplerRow* row, std::int32_t* chosen, SamplerRow state) {
   release_successors();
   wait_for_predecessors();
   *row = state;
+  *chosen = -1;
 }
 
 __global__ void mark_prompt_kernel(const std::int32_t* tokens, std::int64_t n, u32* seen) {
@@ -554,7 +557,7 @@ void sample(cudaStream_t stream, const SamplerView& sampler, const DeviceBatch& 
 }
 
 void store_row(cudaStream_t stream, const SamplerView& sampler, int row, const SamplerRow& state) {
-  launch(stream, "store_row", store_row_kernel, dim3(1), dim3(1), 0, sampler.rows + row, state);
+  launch(stream, "store_row", store_row_kernel, dim3(1), dim3(1), 0, sampler.rows + row, sampler.chosen + row, state);
 }
 
 void mark_prompt(cudaStream_t stream, const std::int32_t* tokens, std::int64_t n, std::uint32_t* seen) {

@@ -48,7 +48,8 @@ constexpr std::uint32_t kInPrompt = 1u << 31;
 /// Elements of a row's vocabulary-sized buffers: whole vectors of 4.
 constexpr std::int64_t padded_vocabulary(std::int64_t vocab_size) { return (vocab_size + 3) / 4 * 4; }
 
-enum class SamplingFailure : std::int32_t { none, no_logit, no_token };
+/// skipped: the step was to feed the row's last choice, and there was none.
+enum class SamplingFailure : std::int32_t { none, no_logit, no_token, skipped };
 
 struct alignas(16) SamplingResult {
   std::int32_t token;
@@ -59,20 +60,20 @@ struct alignas(16) SamplingResult {
 
 /// A sampler's memory.
 struct SamplerView {
-  SamplerRow* rows = nullptr;         // (num_rows)
-  std::int32_t* chosen = nullptr;     // (num_rows) the last token of each row
+  SamplerRow* rows = nullptr;      // (num_rows)
+  std::int32_t* chosen = nullptr;  // (num_rows) the last token of each row; −1: its last sampling failed, or none was
   std::uint32_t* counters = nullptr;  // (2) steps done; blocks of this step that ended
   SamplingResult* ring = nullptr;     // (ring_size, num_rows), host memory: step s writes entry s mod ring_size
   int num_rows = 0;
   std::uint32_t ring_size = 0;  // a power of 2
 };
 
-/// Sampler::sample for the rows batch.slots of the sampler. logits (M, ≥ vocab_size), row stride `cols`; any alignment
-/// to the element, faster when rows are 16-byte aligned.
+/// Sampler::sample for the rows batch.slots of the sampler; rows that embed() marked fail as `skipped`. logits (M, ≥
+/// vocab_size), row stride `cols`; any alignment to the element, faster when rows are 16-byte aligned.
 void sample(cudaStream_t stream, const SamplerView& sampler, const DeviceBatch& batch, const float* logits,
             std::int64_t cols, std::int64_t vocab_size);
 
-/// sampler.rows[row] = state, without waiting for a copy from the host.
+/// sampler.rows[row] = state and sampler.chosen[row] = −1, without waiting for a copy from the host.
 void store_row(cudaStream_t stream, const SamplerView& sampler, int row, const SamplerRow& state);
 
 /// seen[token] = kInPrompt for each of n tokens.

@@ -201,7 +201,7 @@ TEST(Sampler, GreedyOverlooksWhatIsNoNumber) {
   EXPECT_EQ(infinite.support(), (std::set<std::int32_t>{1, 3}));
 }
 
-TEST(Sampler, NothingToChooseIsAnErrorThatChangesNothing) {
+TEST(Sampler, ARowWithNothingToChooseFailsAlone) {
   CpuBackend cpu = make_cpu();
   const auto sampler = cpu.make_sampler(3, 2);
   const auto params = with([](auto& p) {
@@ -213,22 +213,50 @@ TEST(Sampler, NothingToChooseIsAnErrorThatChangesNothing) {
   const std::vector<std::int64_t> positions{5, 6};
   std::vector<float> logits{0, 1, 0.5, kNan, -kInf, kNan};
   const backend::Matrix matrix{logits.data(), DType::float32, 2, 3};
-  try {
-    sample_step(cpu, *sampler, matrix, rows, positions);
-    FAIL() << "no exception";
-  } catch (const Error& e) {
-    EXPECT_NE(std::string(e.what()).find("row 1 at position 6: all 3 logits are NaN or -inf"), std::string::npos)
-        << e.what();
-  }
+  const auto failed = sample_step(cpu, *sampler, matrix, rows, positions);
+  EXPECT_EQ(failed[0].token, 1);
+  EXPECT_EQ(failed[0].failure, "");
+  EXPECT_EQ(failed[1].token, -1);
+  EXPECT_EQ(failed[1].failure, "sampling row 1 at position 6: all 3 logits are NaN or -inf");
   logits = {0, 1, 0.5, 0, 1, 0.5};
-  const auto first = sample_step(cpu, *sampler, matrix, rows, positions);  // token 1 was not counted above
-  EXPECT_EQ(first[0].token, 1);
-  EXPECT_EQ(first[1].token, 1);
-  EXPECT_EQ(sample_step(cpu, *sampler, matrix, rows, positions)[0].token, 2);
+  const auto second = sample_step(cpu, *sampler, matrix, rows, positions);
+  EXPECT_EQ(second[0].token, 2);  // token 1 was counted above
+  EXPECT_EQ(second[1].token, 1);  // nothing was
+  EXPECT_EQ(second[1].failure, "");
 
   One one({0, -kInf});
-  one.assign(with([](auto& p) { p.min_tokens = 2; }), {0}, {0});
-  EXPECT_THROW(one.sample(), Error);
+  one.assign(with([](auto& p) {
+               p.min_tokens = 2;
+               p.logprobs = 1;
+             }),
+             {0}, {0});
+  const auto none = one.sample(7);
+  EXPECT_EQ(none.token, -1);
+  EXPECT_TRUE(none.top_logprobs.empty());
+  EXPECT_EQ(none.failure,
+            "sampling row 0 at position 7: logit_bias, min_tokens and penalties leave no token with a logit above "
+            "-inf");
+}
+
+TEST(Sampler, ARowWithoutATokenIsNotFed) {
+  One one({kNan, kNan});
+  const std::vector<float> table{1, 2, 3, 4};
+  const backend::LinearSource source{{{DType::float32, {2, 2}, reinterpret_cast<const std::byte*>(table.data())}}, {}};
+  const auto weight = one.cpu.pack_linear(source, DType::float32);
+  const std::vector<std::int32_t> offsets{0, 1}, slots{0};
+  const std::vector<std::int64_t> positions{0};
+  const backend::RaggedBatch batch{{}, offsets, slots, positions, one.sampler.get()};
+  std::vector<float> r{7, 7};
+  const auto embed = [&] { one.cpu.embed(*weight, batch, {r.data(), DType::float32, 1, 2}); };
+  one.assign(with([](auto& p) { p.temperature = 0; }));
+  EXPECT_THROW(embed(), InvalidArgument);  // nothing was sampled yet
+  one.sample();
+  EXPECT_THROW(embed(), InvalidArgument);
+  EXPECT_EQ(r, (std::vector<float>{7, 7}));
+  one.logits = {kNan, 1};
+  one.sample();
+  embed();
+  EXPECT_EQ(r, (std::vector<float>{3, 4}));
 }
 
 // ---- distributions --------------------------------------------------------------------------------------------------

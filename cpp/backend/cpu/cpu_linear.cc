@@ -149,7 +149,12 @@ void CpuBackend::embed(const LinearWeight& table, const backend::RaggedBatch& ba
   // The tokens given, or those that the sampler chose for the sequences.
   std::vector<std::int32_t> tokens(batch.tokens.begin(), batch.tokens.end());
   if (const auto* sampler = dynamic_cast<const CpuSampler*>(batch.chosen))
-    for (const std::int32_t slot : batch.slots) tokens.push_back(sampler->chosen(slot));
+    for (const std::int32_t slot : batch.slots) {
+      tokens.push_back(sampler->chosen(slot));
+      if (tokens.back() < 0)
+        throw InvalidArgument("embed: sampler row " + std::to_string(slot) +
+                              " has no token to go on from: none was sampled, or sampling it failed");
+    }
   for (const std::int32_t token : tokens)
     if (token < 0 || token >= w.n)
       throw InvalidArgument("token " + std::to_string(token) + " is not one of 0 … " + std::to_string(w.n - 1));

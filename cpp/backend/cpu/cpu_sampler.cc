@@ -149,17 +149,21 @@ void CpuSampler::sample(const backend::Matrix& logits, const backend::RaggedBatc
     if (failures[i] == Failure::none) continue;
     const std::string where =
         "sampling row " + std::to_string(rows[i]) + " at position " + std::to_string(position(i)) + ": ";
-    throw Error(where + (failures[i] == Failure::no_logit
-                             ? "all " + std::to_string(vocab_size_) + " logits are NaN or -inf"
-                             : "logit_bias, min_tokens and penalties leave no token with a logit above -inf"));
+    results[i] = {};
+    results[i].token = -1;
+    results[i].failure = where + (failures[i] == Failure::no_logit
+                                      ? "all " + std::to_string(vocab_size_) + " logits are NaN or -inf"
+                                      : "logit_bias, min_tokens and penalties leave no token with a logit above -inf");
   }
+  steps_.push_back(std::move(results));  // may fail; what follows does not
   for (std::size_t i = 0; i < rows.size(); ++i) {
     Row& row = rows_[static_cast<std::size_t>(rows[i])];
+    const std::int32_t token = steps_.back()[i].token;
+    row.chosen = token;
+    if (token < 0) continue;
     ++row.num_output;
-    row.chosen = results[i].token;
-    if (row.has_penalties()) row.see(results[i].token, false);
+    if (row.has_penalties()) row.see(token, false);
   }
-  steps_.push_back(std::move(results));
 }
 
 std::vector<backend::SampledToken> CpuSampler::take() {

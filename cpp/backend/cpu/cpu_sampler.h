@@ -25,7 +25,7 @@ class CpuSampler final : public backend::Sampler {
   void sample(const backend::Matrix& logits, const backend::RaggedBatch& batch) override;
   std::vector<backend::SampledToken> take() override;
 
-  /// What was chosen last for a row.
+  /// What was chosen last for a row; −1: its last sampling failed, or there was none since assign().
   std::int32_t chosen(std::int32_t row) const { return rows_[static_cast<std::size_t>(row)].chosen; }
 
  private:
@@ -40,7 +40,7 @@ class CpuSampler final : public backend::Sampler {
     std::uint64_t seed = 0;
     std::uint32_t sequence = 0;
     std::int64_t num_output = 0;
-    std::int32_t chosen = 0;
+    std::int32_t chosen = -1;
     std::vector<std::int32_t> stop_ids;     // those of the vocabulary
     std::vector<Seen> seen;                 // only with penalties
     std::vector<std::int32_t> seen_number;  // (vocab_size), token → 1 + index in `seen`; empty without penalties
