@@ -30,7 +30,5 @@ set_target_properties(based_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_VIS
 target_include_directories(based_cuda PRIVATE cuda cpp cpp/include)
 target_link_libraries(based_cuda PRIVATE based_options CUDA::cudart_static)
 target_sources(based PRIVATE $<TARGET_OBJECTS:based_cuda>)
-target_compile_definitions(based_cuda PRIVATE BASED_CUDA)
-target_compile_definitions(based PRIVATE BASED_CUDA)
 target_link_libraries(based PUBLIC CUDA::cudart_static)
 set(BASED_CUDA_VERSION ${CMAKE_CUDA_COMPILER_VERSION})

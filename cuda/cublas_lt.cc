@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "backend/cuda.h"
 #include "based/error.h"
 #include "cuda_error.h"
 

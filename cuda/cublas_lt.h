@@ -15,10 +15,6 @@
 
 namespace based::cuda {
 
-/// A folder (or the library file itself) to look into before the system's own places. Called before the first use of
-/// CUDA; later calls change nothing once the library is loaded. Any thread.
-void add_library_path(std::string path);
-
 /// Loads cuBLASLt unless it is loaded. Throws UnsupportedError that names every place tried and the remedy.
 void require_cublas_lt();
 

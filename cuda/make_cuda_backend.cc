@@ -1,4 +1,4 @@
-// What the core sees of CUDA: declared in cpp/backend/make_backend.cc.
+// The devices of cpp/backend/cuda.h.
 
 #include <cuda_runtime_api.h>
 
@@ -7,17 +7,13 @@
 #include <string>
 #include <vector>
 
+#include "backend/cuda.h"
 #include "based/device.h"
 #include "based/error.h"
 #include "cuda_backend.h"
 #include "cuda_error.h"
 
 namespace based::cuda {
-
-std::unique_ptr<backend::Backend> make_cuda_backend(int index);
-std::vector<DeviceDescription> cuda_devices();
-std::string cuda_problem();
-void synchronize(int index);
 
 namespace {
 

@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "backend/cuda_ops.h"
+#include "backend/cuda.h"
 #include "batch_upload.h"
 #include "cuda_error.h"
 #include "kernels.h"

@@ -3,30 +3,9 @@
 
 #include "backend/backend.h"
 #include "backend/cpu/cpu_backend.h"
+#include "backend/cuda.h"
 #include "based/device.h"
 #include "based/error.h"
-
-#ifdef BASED_CUDA
-// cuda/make_cuda_backend.cc
-namespace based::cuda {
-std::unique_ptr<backend::Backend> make_cuda_backend(int index);
-std::vector<DeviceDescription> cuda_devices();
-std::string cuda_problem();
-void synchronize(int index);
-void add_library_path(std::string path);
-}  // namespace based::cuda
-#else
-namespace based::cuda {
-namespace {
-constexpr const char* kNoCuda = "this build has no CUDA (it was made without a CUDA compiler)";
-std::unique_ptr<backend::Backend> make_cuda_backend(int) { throw UnsupportedError(kNoCuda); }
-std::vector<DeviceDescription> cuda_devices() { return {}; }
-std::string cuda_problem() { return kNoCuda; }
-void synchronize(int) { throw UnsupportedError(kNoCuda); }
-void add_library_path(const std::string&) {}
-}  // namespace
-}  // namespace based::cuda
-#endif
 
 namespace based {
 

@@ -6,33 +6,10 @@
 #include <string>
 #include <utility>
 
-#include "backend/cuda_ops.h"
+#include "backend/cuda.h"
 #include "based/error.h"
 
 namespace based {
-
-#ifndef BASED_CUDA
-namespace cuda {
-namespace {
-[[noreturn]] void no_cuda() { throw UnsupportedError("this build has no CUDA (it was made without a CUDA compiler)"); }
-}  // namespace
-using MaybeArray = std::optional<ops::Array>;
-void taylor_linear_attention(const LinearAttentionConfig&, const ops::Array&, const ops::Array&, const ops::Array&,
-                             const MaybeArray&, const ops::Array&, const MaybeArray&, ops::StreamHandle) {
-  no_cuda();
-}
-void sliding_window_attention(const SlidingWindowConfig&, const ops::Array&, const ops::Array&, const ops::Array&,
-                              const ops::Array&, ops::StreamHandle) {
-  no_cuda();
-}
-void gated_short_conv(const GatedConvConfig&, const ops::Array&, const ops::Array&, const MaybeArray&,
-                      const ops::Array&, const MaybeArray&, ops::StreamHandle) {
-  no_cuda();
-}
-std::shared_ptr<void> allocate(int, std::size_t, ops::StreamHandle) { no_cuda(); }
-void copy(int, void*, const void*, std::size_t) { no_cuda(); }
-}  // namespace cuda
-#endif
 
 Tensor Tensor::copy_to(Device to) const {
   constexpr Device kHost;

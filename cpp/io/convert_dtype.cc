@@ -7,44 +7,12 @@
 #include <string>
 
 #include "based/error.h"
+#include "io/half.h"
 #include "io/text.h"
 
 namespace based::io {
 
 namespace {
-
-// One element. Free of branches (the ternaries become selects), so that the loop below vectorises.
-
-float from_bf16(std::uint16_t h) { return std::bit_cast<float>(static_cast<std::uint32_t>(h) << 16); }
-
-std::uint16_t to_bf16(float x) {
-  const auto u = std::bit_cast<std::uint32_t>(x);
-  const std::uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  const std::uint32_t quiet_nan = (u >> 16) | 0x40;
-  return static_cast<std::uint16_t>((u & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded);
-}
-
-float from_f16(std::uint16_t h) {
-  const std::uint32_t magnitude = h & 0x7fffu;
-  const std::uint32_t normal = (magnitude << 13) + (112u << 23);
-  const auto subnormal =
-      std::bit_cast<std::uint32_t>(static_cast<float>(static_cast<std::int32_t>(magnitude)) * 0x1p-24f);
-  const std::uint32_t special = (magnitude << 13) | 0x7f800000;  // infinity, NaN
-  const std::uint32_t u = magnitude < 0x400 ? subnormal : magnitude < 0x7c00 ? normal : special;
-  return std::bit_cast<float>(u | (h & 0x8000u) << 16);
-}
-
-std::uint16_t to_f16(float x) {
-  const auto u = std::bit_cast<std::uint32_t>(x);
-  const std::uint32_t magnitude = u & 0x7fffffff;
-  const std::uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  // Below 2^−14: the last place of 0.5f is float16's 2^−24, so the addition rounds.
-  const std::uint32_t subnormal = std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
-  const std::uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;
-  const std::uint32_t special = magnitude > 0x7f800000 ? 0x7e00 | ((magnitude >> 13) & 0x3ff) : 0x7c00;
-  const std::uint32_t h = magnitude >= 0x477ff000 ? special : finite;  // from 65520 on: infinity
-  return static_cast<std::uint16_t>(h | (u >> 16 & 0x8000));
-}
 
 /// Rounded to odd: rounding the result to nearest in 16 bits equals rounding x itself.
 float to_odd(double x) {
@@ -82,17 +50,17 @@ struct Element<DType::float64> {
 template <>
 struct Element<DType::bfloat16> {
   using Bits = std::uint16_t;
-  static float load(std::uint16_t h) { return from_bf16(h); }
-  static std::uint16_t store(float x) { return to_bf16(x); }
-  static std::uint16_t store(double x) { return to_bf16(to_odd(x)); }
+  static float load(std::uint16_t h) { return float_from_bf16(h); }
+  static std::uint16_t store(float x) { return bf16_from_float(x); }
+  static std::uint16_t store(double x) { return bf16_from_float(to_odd(x)); }
 };
 
 template <>
 struct Element<DType::float16> {
   using Bits = std::uint16_t;
-  static float load(std::uint16_t h) { return from_f16(h); }
-  static std::uint16_t store(float x) { return to_f16(x); }
-  static std::uint16_t store(double x) { return to_f16(to_odd(x)); }
+  static float load(std::uint16_t h) { return float_from_f16(h); }
+  static std::uint16_t store(float x) { return f16_from_float(x); }
+  static std::uint16_t store(double x) { return f16_from_float(to_odd(x)); }
 };
 
 template <DType From, DType To>

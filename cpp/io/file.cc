@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cerrno>
 #include <cstdint>
+#include <system_error>
 #include <utility>
 
 #include "based/error.h"
@@ -31,6 +32,29 @@ struct Descriptor {
 
 std::filesystem::path folder_of(const std::filesystem::path& path) {
   return path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
+}
+
+// The path that opening `path` for writing leads to, whether it exists or not. Links among its folders may stay: a
+// rename follows those.
+std::filesystem::path follow_links(const std::filesystem::path& path) {
+  std::filesystem::path found = path;
+  for (int links = 0; links < 40; ++links) {  // as many as Linux follows
+    struct stat info;
+    if (::lstat(found.c_str(), &info) != 0 || !S_ISLNK(info.st_mode)) return found;
+    std::error_code error;
+    const auto target = std::filesystem::read_symlink(found, error);
+    if (error) fail(error.value(), "read the link", found);
+    found = folder_of(found) / target;
+  }
+  fail(ELOOP, "write", path);
+}
+
+// Gives a new file the owner, group and permissions of the one that it will replace. Only a privileged process may give
+// files away, and some filesystems have no permissions to change: the new file is then as this process makes files
+// there. What the old group may do is not handed to another group.
+void keep_permissions(int fd, const struct stat& old) {
+  const bool same_group = ::fchown(fd, old.st_uid, old.st_gid) == 0 || ::fchown(fd, ::geteuid(), old.st_gid) == 0;
+  static_cast<void>(::fchmod(fd, old.st_mode & (same_group ? 0777 : 0707)) == 0);
 }
 
 }  // namespace
@@ -77,20 +101,22 @@ std::string read_file(const std::filesystem::path& path, std::size_t limit) {
   return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
-AtomicFile::AtomicFile(std::filesystem::path path) : path_(std::move(path)) {
+AtomicFile::AtomicFile(std::filesystem::path path) : path_(follow_links(path)) {
+  struct stat old;
+  const bool exists = ::stat(path_.c_str(), &old) == 0;
   // A rename would put a file in the place of /dev/null as gladly as of a file.
-  struct stat info;
-  if (::stat(path_.c_str(), &info) == 0 && !S_ISREG(info.st_mode))
-    fail(S_ISDIR(info.st_mode) ? EISDIR : EINVAL, "replace (not a regular file)", path_);
+  if (exists && !S_ISREG(old.st_mode))
+    fail(S_ISDIR(old.st_mode) ? EISDIR : EINVAL, "replace (not a regular file)", path_);
+  const mode_t mode = exists ? old.st_mode & 0777 : 0666;
   static std::atomic<unsigned> counter{0};
   for (int attempt = 0; attempt < 100; ++attempt) {
     // Not made from the file's name: that may already have the longest length allowed.
     temporary_ = folder_of(path_) / concat(".based-", ::getpid(), "-", counter++, ".tmp");
-    fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    if (fd_ >= 0) return;
-    if (errno != EEXIST) break;
+    fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode);
+    if (fd_ >= 0 || errno != EEXIST) break;
   }
-  fail(errno, "create a temporary file for", path_);
+  if (fd_ < 0) fail(errno, "create a temporary file for", path_);
+  if (exists) keep_permissions(fd_, old);
 }
 
 AtomicFile::~AtomicFile() {

@@ -32,7 +32,9 @@ class MappedFile {
 /// Contents of a file. Throws IoError, and FormatError when it has more than `limit` bytes.
 std::string read_file(const std::filesystem::path& path, std::size_t limit);
 
-/// A file that appears whole or not at all: written under another name in the same folder, then renamed.
+/// A file that appears whole or not at all: written under another name in the same folder, then renamed. A symbolic
+/// link stays: what it leads to is written. A file that exists keeps its permissions, and its owner and group where
+/// this process may give files to them; a new file has the permissions that the umask leaves.
 class AtomicFile {
  public:
   /// Throws IoError.
@@ -50,7 +52,7 @@ class AtomicFile {
   void commit();
 
  private:
-  std::filesystem::path path_;
+  std::filesystem::path path_;  // behind all links
   std::filesystem::path temporary_;
   int fd_ = -1;
 };

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "based/error.h"
+#include "io/crc32c.h"
 #include "io/hash.h"
 #include "io/json.h"
 #include "io/text.h"
@@ -16,8 +17,9 @@ namespace based::io {
 namespace {
 
 constexpr std::string_view kFormat = "based-state";
-constexpr std::string_view kFormatVersion = "2";
-constexpr std::string_view kFirstVersion = "1";  // without pending tokens, otherwise the same
+constexpr std::string_view kFormatVersion = "3";
+constexpr std::string_view kSecondVersion = "2";  // the checksum is FNV-1a, otherwise the same
+constexpr std::string_view kFirstVersion = "1";   // and there are no pending tokens
 constexpr std::string_view kPending = ".pending_";
 constexpr std::string_view kSequences = "sequences.";
 constexpr std::int64_t kMaxTokens = std::int64_t{1} << 53;  // positions stay exact as doubles, and never overflow
@@ -64,8 +66,9 @@ void sort_tensors(SavedState& state) {
 }
 
 /// Over what the header says of the states and over their data. `states` have their tensors sorted.
+template <typename Hash>
 std::string checksum(const std::vector<SavedState>& states) {
-  Fnv1a hash;
+  Hash hash;
   for (const SavedState& state : states) {
     hash.add(std::to_string(state.num_tokens) + ';');
     for (const auto& [name, tensor] : state.tensors) {
@@ -95,7 +98,7 @@ void write_state_file(const std::filesystem::path& path, const std::string& fing
                      {"format_version", std::string(kFormatVersion)},
                      {"fingerprint", fingerprint},
                      {"num_tokens", num_tokens},
-                     {"checksum", checksum(sorted)}});
+                     {"checksum", checksum<Crc32c>(sorted)}});
 }
 
 StateFile StateFile::open(const std::filesystem::path& path, const std::string& fingerprint) {
@@ -114,10 +117,12 @@ StateFile StateFile::open(const std::filesystem::path& path, const std::string& 
   if (value("format") != kFormat) {
     throw FormatError(concat(where, "format: found ", in_quotes(value("format")), ", expected ", in_quotes(kFormat)));
   }
-  const bool first_version = value("format_version") == kFirstVersion;
-  if (!first_version && value("format_version") != kFormatVersion) {
-    throw StateError(concat(where, "format_version: found ", in_quotes(value("format_version")), ", expected ",
-                            in_quotes(kFirstVersion), " or ", in_quotes(kFormatVersion)));
+  const std::string& version = value("format_version");
+  const bool first_version = version == kFirstVersion;
+  if (!first_version && version != kSecondVersion && version != kFormatVersion) {
+    throw StateError(concat(where, "format_version: found ", in_quotes(version), ", expected ",
+                            in_quotes(kFirstVersion), ", ", in_quotes(kSecondVersion), " or ",
+                            in_quotes(kFormatVersion)));
   }
   if (value("fingerprint") != fingerprint) {
     throw StateError(concat(where, "found the state of the model ", in_quotes(value("fingerprint")),
@@ -158,7 +163,8 @@ StateFile StateFile::open(const std::filesystem::path& path, const std::string& 
     result.states[static_cast<std::size_t>(*b)].tensors.push_back({std::string(text.substr(dot + 1)), tensor});
   }
   for (SavedState& state : result.states) sort_tensors(state);
-  if (const std::string found = checksum(result.states); found != value("checksum")) {
+  const auto checksum_of = version == kFormatVersion ? checksum<Crc32c> : checksum<Fnv1a>;
+  if (const std::string found = checksum_of(result.states); found != value("checksum")) {
     throw FormatError(concat(where, "found data with the checksum ", found, ", expected ", in_quotes(value("checksum")),
                              " (damaged file)"));
   }

@@ -241,7 +241,8 @@ def _count_infinite(bits: np.ndarray[Any, Any], dtype: str) -> int:
 def atomic_directory(source: Path | None, target: Path, overwrite: bool) -> Iterator[Path]:
     """A new directory beside `target`, which takes its place when the block ends well, and is removed otherwise.
 
-    `source` is what it is made from, if that is a directory: it is not replaced.
+    `source` is what it is made from, if that is a directory: it is not replaced. As with files of states: a symbolic
+    link stays, and what it leads to is written; what is replaced passes on its permissions, owner and group.
     """
     target = Path(os.path.realpath(target))
     if target.exists():
@@ -260,6 +261,8 @@ def atomic_directory(source: Path | None, target: Path, overwrite: bool) -> Iter
     new.mkdir()
     try:
         yield new
+        if target.exists():
+            _keep_permissions(new, target.stat())
         sync(new)
         if overwrite and target.exists():
             target.rename(old)
@@ -275,6 +278,20 @@ def atomic_directory(source: Path | None, target: Path, overwrite: bool) -> Iter
     sync(target.parent)
     if old.exists():
         shutil.rmtree(old)
+
+
+def _keep_permissions(new: Path, old: os.stat_result) -> None:
+    """Of what `new` will replace; owner and group where this process may give files to them."""
+    mode = stat.S_IMODE(old.st_mode)
+    for owner in (old.st_uid, os.geteuid()):
+        try:
+            os.chown(new, owner, old.st_gid)
+            break
+        except PermissionError:
+            continue
+    else:
+        mode &= ~stat.S_IRWXG  # what the old group may do is not handed to another group
+    new.chmod(mode)
 
 
 def sync(path: Path) -> None:

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "based/error.h"
+#include "io/crc32c.h"
 #include "io/hash.h"
 #include "temporary_folder.h"
 
@@ -105,10 +106,10 @@ TEST_F(StateFiles, RefusesForeignAndOtherFiles) {
   EXPECT_THROW_WITH(
       StateFile::open(path_, "fedcba9876543210"), StateError,
       "found the state of the model \"0123456789abcdef\", expected that of the model \"fedcba9876543210\"");
-  for (const char* version : {"0", "3", "", "2.0", "01"}) {
+  for (const char* version : {"0", "4", "", "2.0", "01"}) {
     write_raw({{"format_version", version}});
     EXPECT_THROW_WITH(open(), StateError,
-                      std::string("format_version: found \"") + version + "\", expected \"1\" or \"2\"");
+                      std::string("format_version: found \"") + version + "\", expected \"1\", \"2\" or \"3\"");
   }
   write_raw({{"format", "pt"}});
   EXPECT_THROW_WITH(open(), FormatError, "format: found \"pt\", expected \"based-state\"");
@@ -121,21 +122,66 @@ TEST_F(StateFiles, RefusesForeignAndOtherFiles) {
   EXPECT_THROW(StateFile::open(folder_ / "none", kFingerprint), IoError);
 }
 
-TEST_F(StateFiles, ReadsTheFirstVersionWhichHasNoPendingTokens) {
-  write_raw({});
-  EXPECT_EQ(open().file->metadata().at("format_version"), "2");
-  write_raw({{"format_version", "1"}});
-  EXPECT_EQ(open().states.size(), 2u);
+// The checksum of versions 1 and 2, written out for the two states of states().
+std::string fnv1a_of(const std::vector<SavedState>& states) {
+  Fnv1a hash;
+  for (const SavedState& state : states) {
+    hash.add(std::to_string(state.num_tokens) + ";");
+    for (const auto& [name, tensor] : state.tensors) {
+      hash.add(name + ";" + std::string(name_of(tensor.dtype)) + ";" + shape_str(tensor.shape) + ";");
+      hash.add(tensor.data, tensor.nbytes());
+    }
+  }
+  return hash.hex();
+}
+
+TEST_F(StateFiles, ChecksumOfTheNewestVersionIsACrc32c) {
+  write_state_file(path_, kFingerprint, states());
+  Crc32c crc;
+  const auto add = [&](const std::string& header, std::size_t count) {
+    crc.add(header);
+    crc.add(numbers_, count * sizeof(float));
+  };
+  add("70000000000;layers.2.conv;float32;(2, 4);", 8);
+  add("layers.10.taylor;float32;(1, 2, 3);", 6);
+  add("layers.11.keys;float32;(1, 1, 2);", 2);
+  add("layers.11.values;float32;(1, 1, 2);", 2);
+  add("0;layers.2.conv;float32;(2, 4);", 8);
+  add("layers.10.taylor;float32;(1, 2, 3);", 6);
+  add("layers.11.keys;bfloat16;(0, 1, 2);", 0);
+  add("layers.11.values;bfloat16;(0, 1, 2);", 0);
+  EXPECT_EQ(open().file->metadata().at("checksum"), crc.hex());
+  EXPECT_EQ(open().file->metadata().at("format_version"), "3");
+}
+
+TEST_F(StateFiles, ReadsOlderVersionsWithTheirChecksum) {
+  const std::string checksum = fnv1a_of(states());
+  for (const char* version : {"1", "2"}) {
+    write_raw({{"format_version", version}, {"checksum", checksum}});
+    EXPECT_EQ(open().states.size(), 2u);
+    write_raw({{"format_version", version}});  // the checksum of version 3
+    EXPECT_THROW_WITH(open(), FormatError, "found data with the checksum " + checksum);
+  }
+  write_raw({{"checksum", checksum}});
+  EXPECT_THROW_WITH(open(), FormatError, ", expected \"" + checksum + "\" (damaged file)");
+}
+
+TEST_F(StateFiles, PendingTokensCameWithTheSecondVersion) {
   for (const char* name : {"pending_keys", "pending_values"}) {
-    auto with_pending = states();
-    with_pending[1].tensors.push_back({std::string("layers.10.") + name, floats({3, 1, 2})});
+    auto with_pending = states();  // in the order of their names
+    with_pending[1].tensors.insert(with_pending[1].tensors.begin() + 1,
+                                   {std::string("layers.10.") + name, floats({3, 1, 2})});
     write_state_file(path_, kFingerprint, with_pending);
     EXPECT_EQ(open().states[1].tensors.size(), 5u);
     const auto file = SafetensorsFile::open(path_);
     auto metadata = file->metadata();
-    metadata["format_version"] = "1";
     std::vector<TensorToWrite> tensors;
     for (const auto& [tensor_name, tensor] : file->tensors()) tensors.push_back({tensor_name, tensor});
+    metadata["checksum"] = fnv1a_of(with_pending);
+    metadata["format_version"] = "2";
+    write_safetensors(path_, tensors, metadata);
+    EXPECT_EQ(open().states[1].tensors.size(), 5u);
+    metadata["format_version"] = "1";
     write_safetensors(path_, tensors, metadata);
     EXPECT_THROW_WITH(open(), FormatError,
                       std::string("found the tensor \"sequences.1.layers.10.") + name +

@@ -1,11 +1,16 @@
 #include "backend/cpu/thread_pool.h"
 
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -105,6 +110,112 @@ TEST(ThreadPool, ManyPools) {
     if (i % 2 == 0) pool.run(5, [&](std::int64_t, int) { ++calls; });
     EXPECT_EQ(calls, i % 2 == 0 ? 5 : 0);
   }
+}
+
+// Forks a child that calls `child` and ends with its result. Returns that, or −1 when a signal ended it, as an alarm
+// does after 20 seconds.
+template <typename F>
+int in_child(F&& child) {
+  std::fflush(nullptr);  // or the child writes it once more
+  const pid_t pid = fork();
+  if (pid == 0) {
+    alarm(20);
+    child();
+    std::_Exit(3);
+  }
+  int status = 0;
+  EXPECT_EQ(waitpid(pid, &status, 0), pid);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+// Whether tasks run once each, and on every thread of the pool.
+bool works(ThreadPool& pool) {
+  const int threads = pool.num_threads();
+  std::atomic<int> arrived = 0;
+  std::vector<std::atomic<int>> calls(static_cast<std::size_t>(threads));
+  pool.run(threads, [&](std::int64_t, int thread) {  // each waits for the others: no thread can take two
+    ++arrived;
+    while (arrived < threads) std::this_thread::yield();
+    ++calls[static_cast<std::size_t>(thread)];
+  });
+  std::atomic<std::int64_t> sum = 0;
+  for (int round = 0; round < 100; ++round) pool.run(50, [&](std::int64_t task, int) { sum += task; });
+  return sum == 100 * 1225 && std::ranges::all_of(calls, [](const auto& n) { return n == 1; });
+}
+
+// Forks while another thread computes on the pool; the parent's pool goes on working.
+class Forks : public testing::Test {
+ protected:
+  void SetUp() override {
+#if defined(__SANITIZE_THREAD__)
+    GTEST_SKIP() << "the thread sanitizer ends a process that starts threads after such a fork";
+#endif
+  }
+
+  template <typename F>
+  void fork_often(F&& child) {
+    std::atomic<bool> stop = false;
+    std::thread caller([&] {
+      std::atomic<std::int64_t> sum = 0;
+      while (!stop) pool_->run(40, [&](std::int64_t task, int) { sum += task; });
+    });
+    for (int round = 0; round < 20; ++round) ASSERT_EQ(in_child(child), 7) << round;
+    stop = true;
+    caller.join();
+    EXPECT_TRUE(works(*pool_));
+  }
+
+  std::unique_ptr<ThreadPool> pool_ = std::make_unique<ThreadPool>(3);
+};
+
+TEST_F(Forks, AChildRunsTasksOnThreadsOfItsOwn) {
+  fork_often([this] {
+    const bool first = works(*pool_), second = works(*pool_);
+    pool_.reset();
+    std::_Exit(first && second ? 7 : 1);
+  });
+}
+
+TEST_F(Forks, AChildDestroysThePoolThatItNeverUsed) {
+  fork_often([this] {
+    pool_.reset();
+    std::_Exit(7);
+  });
+}
+
+TEST_F(Forks, AChildExitsWithAPoolThatIsDestroyedThen) {
+#if defined(__SANITIZE_ADDRESS__)
+  GTEST_SKIP() << "the leak check of a child that exits finds what the parent's threads hold";
+#endif
+  static std::unique_ptr<ThreadPool> destroyed_at_exit;
+  destroyed_at_exit = std::move(pool_);
+  const auto idle = [] { std::exit(7); };
+  EXPECT_EQ(in_child(idle), 7);
+  std::this_thread::sleep_for(std::chrono::milliseconds(5));  // its threads sleep now
+  EXPECT_EQ(in_child(idle), 7);
+  EXPECT_EQ(in_child([] { std::exit(works(*destroyed_at_exit) ? 7 : 1); }), 7);
+  destroyed_at_exit.reset();
+}
+
+TEST_F(Forks, ThreadsOfAChildUseThePoolAtOnce) {
+  fork_often([this] {
+    std::atomic<bool> all = true;
+    std::vector<std::thread> callers;
+    for (int i = 0; i < 4; ++i)
+      callers.emplace_back([&] {
+        if (!works(*pool_)) all = false;
+      });
+    for (std::thread& caller : callers) caller.join();
+    std::_Exit(all ? 7 : 1);
+  });
+}
+
+TEST_F(Forks, AGrandchildHasThreadsOfItsOwnToo) {
+  fork_often([this] {
+    bool child = works(*pool_);
+    child = in_child([this] { std::_Exit(works(*pool_) ? 7 : 1); }) == 7 && child;
+    std::_Exit(child && works(*pool_) ? 7 : 1);
+  });
 }
 
 TEST(AvailableCpus, AtLeastOneAndNoMoreThanTheMachineHas) {

@@ -533,9 +533,9 @@ def test_keys_and_values_in_float16(small, saved):
     ("change", "metadata", "error", "fragment"),
     [
         (None, {"format": "pt"}, based.FormatError, 'format: found "pt", expected "based-state"'),
-        (None, {"format_version": "3"}, based.StateError, 'format_version: found "3", expected "1" or "2"'),
+        (None, {"format_version": "4"}, based.StateError, 'format_version: found "4", expected "1", "2" or "3"'),
         (None, {"fingerprint": "0" * 16}, based.StateError, 'the state of the model "0000000000000000", expected'),
-        (None, {"checksum": "0" * 16}, based.FormatError, "damaged file"),
+        (None, {"checksum": "0" * 8}, based.FormatError, "damaged file"),
         (None, {"extra": "x"}, based.FormatError, "unknown keys in the metadata"),
         (None, {"num_tokens": "7,x"}, based.FormatError, "num_tokens"),
         (None, {"num_tokens": "7,-3"}, based.FormatError, "num_tokens"),
@@ -593,11 +593,11 @@ def pending(n: int, *, f: int = 4, dtype: str = "float32", of: str = "both") -> 
     ("change", "version", "fragment"),
     [
         (pending(2), "1", 'sequences.1.layers.1.pending_keys", expected none such in format_version "1"'),
-        (pending(2, of="keys"), "2", "tensor layers.1.pending_values is missing"),
+        (pending(2, of="keys"), "3", "tensor layers.1.pending_values is missing"),
         (pending(2, of="values"), "2", "tensor layers.1.pending_keys is missing"),
-        (pending(4), "2", "layers.1.pending_keys has 4 tokens, expected at most 3, the number seen"),
+        (pending(4), "3", "layers.1.pending_keys has 4 tokens, expected at most 3, the number seen"),
         (pending(2, f=3), "2", "layers.1.pending_keys has shape (2, 2, 3), expected (2, 2, 4)"),
-        (pending(2, dtype="int32"), "2", "has dtype int32, expected float32, bfloat16 or float16"),
+        (pending(2, dtype="int32"), "3", "has dtype int32, expected float32, bfloat16 or float16"),
     ],
 )
 def test_pending_tokens_that_cannot_be(session, small, saved, change, version, fragment):
@@ -607,14 +607,15 @@ def test_pending_tokens_that_cannot_be(session, small, saved, change, version, f
     assert_state_refused(session, path, fragment, based.FormatError)
 
 
-def test_states_of_both_versions(small, saved):
+@pytest.mark.parametrize("version", ["1", "2", "3"])
+def test_states_of_every_version(small, saved, version):
     path, states = saved
-    write_state(path, states, fingerprint=small.fingerprint, format_version="1")
+    write_state(path, states, fingerprint=small.fingerprint, format_version=version)
     other = small.session(2)
     other.load_state(path)
     other.save_state(path)
     content = path.read_bytes()
-    assert json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["format_version"] == "2"
+    assert json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["format_version"] == "3"
     for name, (dtype, found) in read_safetensors(path).items():
         _, b, rest = name.split(".", 2)
         assert dtype == states[int(b)][1][rest][0]

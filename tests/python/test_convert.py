@@ -6,6 +6,7 @@ import json
 import resource
 import shutil
 import signal
+import stat
 import tracemalloc
 from pathlib import Path
 
@@ -666,9 +667,12 @@ def test_destination_behind_a_link(tmp_path):
     checkpoint.write(tmp_path / "published")
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    convert(tmp_path / "published", tmp_path / "link")
-    assert (tmp_path / "link").is_symlink()
-    assert_converted(checkpoint, tmp_path / "real")
+    (tmp_path / "real").chmod(0o2750)
+    for overwrite in (False, True):  # an empty directory, then a full one
+        convert(tmp_path / "published", tmp_path / "link", overwrite=overwrite)
+        assert (tmp_path / "link").is_symlink()
+        assert_converted(checkpoint, tmp_path / "real")
+        assert stat.S_IMODE((tmp_path / "real").stat().st_mode) == 0o2750
 
 
 @pytest.mark.parametrize("dtype", [None, "float16"])

@@ -205,3 +205,42 @@ def test_ctrl_c_ends_a_script(cache):
     _, errors = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGINT
     assert errors.rstrip().endswith("KeyboardInterrupt")
+
+
+FORKS = """
+import os, signal, sys, threading
+import based
+
+model = based.load(sys.argv[1], num_threads=3)
+params = based.SamplingParams(max_tokens=8, temperature=0)
+expected = model.generate("a prompt", params)
+stop = threading.Event()
+def compute():
+    while not stop.is_set():
+        model.generate("another prompt", params)
+thread = threading.Thread(target=compute)
+thread.start()
+codes = []
+for i in range(24):
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(30)
+        if i % 3 == 0:
+            sys.exit(7)
+        same = model.generate("a prompt", params) == expected
+        if i % 3 == 1:
+            del model
+        sys.exit(7 if same else 1)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+stop.set()
+thread.join()
+print(codes == [7] * 24, codes, model.generate("a prompt", params) == expected)
+"""
+
+
+def test_a_process_may_fork_while_another_thread_computes(cache):
+    """The child generates on threads of its own, and ends: unused, used, or with the model dropped before."""
+    command = [sys.executable, "-c", FORKS, str(GOLDEN / "based-tiny")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("True") and result.stdout.endswith("True\n"), result.stdout

@@ -86,6 +86,23 @@ def fnv1a(data: bytes) -> str:
     return f"{value:016x}"
 
 
+def _crc32c_table() -> list[int]:
+    table = list(range(256))
+    for _ in range(8):
+        table = [crc >> 1 ^ (0x82F63B78 if crc & 1 else 0) for crc in table]
+    return table
+
+
+_CRC32C = _crc32c_table()
+
+
+def crc32c(data: bytes) -> str:
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = crc >> 8 ^ _CRC32C[(crc ^ byte) & 0xFF]
+    return f"{crc ^ 0xFFFFFFFF:08x}"
+
+
 def _natural(name: str) -> list[str | int]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
@@ -107,6 +124,7 @@ def write_state(path: Path, states: Sequence[tuple[int, Mapping[str, tuple[str, 
             data += raw
             hashed += f"{name};{dtype};({', '.join(map(str, shape))});".encode() + raw
     counts = ",".join(str(num_tokens) for num_tokens, _ in states)
-    known = {"format": "based-state", "format_version": "1", "num_tokens": counts, "checksum": fnv1a(hashed)}
+    checksum = (fnv1a if metadata.get("format_version") in ("1", "2") else crc32c)(hashed)
+    known = {"format": "based-state", "format_version": "3", "num_tokens": counts, "checksum": checksum}
     text = json.dumps({"__metadata__": known | metadata} | header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)

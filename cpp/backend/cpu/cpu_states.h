@@ -1,11 +1,11 @@
 #pragma once
 
-#include <bit>
 #include <cstdint>
 #include <vector>
 
 #include "backend/backend.h"
 #include "based/config.h"
+#include "io/half.h"
 
 namespace based::cpu {
 
@@ -71,13 +71,7 @@ class CpuStatePool final : public backend::StatePool {
   std::byte* data_ = nullptr;
 };
 
-inline float float_from_bf16(std::uint16_t x) { return std::bit_cast<float>(static_cast<std::uint32_t>(x) << 16); }
-
-/// Rounded to nearest even; NaN stays NaN.
-inline std::uint16_t bf16_from_float(float x) {
-  const auto bits = std::bit_cast<std::uint32_t>(x);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((bits >> 16) | 0x40u);
-  return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
+using io::bf16_from_float;
+using io::float_from_bf16;
 
 }  // namespace based::cpu

@@ -1,13 +1,19 @@
 #include "backend/cpu/thread_pool.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <chrono>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
 #include <string>
 #include <system_error>
+#include <thread>
+#include <vector>
 
 #if defined(__linux__)
 #include <sched.h>
-#include <unistd.h>
 
 #include <fstream>
 #include <sstream>
@@ -45,6 +51,11 @@ bool spin_until(F&& done, Clock::duration limit) {
   }
 }
 
+// How many forks lie between the first process and this one. A pool that was made before the last of them belongs to a
+// parent: its threads are not in this process, and its locks may be held for ever.
+std::atomic<std::uint64_t> num_forks{0};
+const int fork_handler_error = pthread_atfork(nullptr, nullptr, [] { num_forks.fetch_add(1); });
+
 }  // namespace
 
 // A run is open while `epoch` is odd. A worker enters by raising `active`, then looks at `epoch` again; the caller
@@ -69,9 +80,20 @@ struct ThreadPool::Impl {
 
   Clock::duration spin = kSpin;
   std::vector<std::thread> workers;
-#if defined(__linux__)
-  pid_t owner = getpid();
-#endif
+
+  const std::uint64_t made_after = num_forks.load();
+  Impl* older = nullptr;  // see abandon()
+
+  explicit Impl(int num_threads);
+  ~Impl() { stop_all(); }
+  bool in_this_process() const { return made_after == num_forks.load(std::memory_order_relaxed); }
+
+  // Keeps a parent's pool, which no function may touch: destroying a condition variable waits for its waiters, which
+  // are threads of the parent. Its few hundred bytes stay in a list, so that they do not count as lost.
+  static void abandon(Impl* impl) {
+    static std::atomic<Impl*> last{nullptr};
+    impl->older = last.exchange(impl);
+  }
 
   void work_through(int thread) {
     for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) (*task)(i, thread);
@@ -109,35 +131,41 @@ struct ThreadPool::Impl {
   }
 };
 
-ThreadPool::ThreadPool(int num_threads) : impl_(std::make_unique<Impl>()) {
+ThreadPool::Impl::Impl(int num_threads) {
+  if (fork_handler_error != 0) throw IoError(fork_handler_error, "registering a handler of forks");
   // With more threads than CPUs a spinning one holds up a working one.
-  if (num_threads > available_cpus()) impl_->spin = std::chrono::microseconds(5);
-  impl_->workers.reserve(static_cast<std::size_t>(num_threads - 1));
+  if (num_threads > available_cpus()) spin = std::chrono::microseconds(5);
+  workers.reserve(static_cast<std::size_t>(num_threads - 1));
   for (int thread = 1; thread < num_threads; ++thread) {
     try {
-      impl_->workers.emplace_back([impl = impl_.get(), thread] { impl->work(thread); });
+      workers.emplace_back([this, thread] { work(thread); });
     } catch (const std::system_error& e) {
-      impl_->stop_all();
+      stop_all();
       throw IoError(e.code().value(), "creating thread " + std::to_string(thread + 1) + " of " +
                                           std::to_string(num_threads) + " of the CPU backend");
     }
   }
 }
 
+ThreadPool::ThreadPool(int num_threads) : num_threads_(num_threads), impl_(new Impl(num_threads)) {}
+
 ThreadPool::~ThreadPool() {
-#if defined(__linux__)
-  if (impl_->owner != getpid()) {  // a child after fork(): the threads stayed with the parent
-    for (std::thread& worker : impl_->workers) worker.detach();
-    return;
-  }
-#endif
-  impl_->stop_all();
+  Impl* const impl = impl_.load();
+  impl->in_this_process() ? delete impl : Impl::abandon(impl);
 }
 
-int ThreadPool::num_threads() const { return static_cast<int>(impl_->workers.size()) + 1; }
+ThreadPool::Impl& ThreadPool::impl() {
+  Impl* found = impl_.load(std::memory_order_acquire);
+  if (found->in_this_process()) return *found;
+  auto fresh = std::make_unique<Impl>(num_threads_);
+  Impl* const parents = found;
+  if (!impl_.compare_exchange_strong(found, fresh.get())) return *found;  // another thread was faster
+  Impl::abandon(parents);
+  return *fresh.release();
+}
 
 void ThreadPool::run_tasks(std::int64_t num_tasks, TaskRef f) {
-  Impl& pool = *impl_;
+  Impl& pool = impl();
   std::lock_guard turn(pool.turn);
   if (num_tasks <= 1 || pool.workers.empty()) {
     for (std::int64_t i = 0; i < num_tasks; ++i) f(i, 0);

@@ -30,22 +30,13 @@ std::int64_t round_up_even(std::int64_t k) { return (k + 1) / 2 * 2; }
 BASED_INLINE float read_bf16(const std::byte* p) {
   std::uint16_t h;
   __builtin_memcpy(&h, p, 2);
-  return from_bf16(h);
+  return io::float_from_bf16(h);
 }
 
 BASED_INLINE float read_f16(const std::byte* p) {
   std::uint16_t h;
   __builtin_memcpy(&h, p, 2);
-  // Shifted into place the exponent is 112 short: a product with 2¹¹² mends normal and subnormal numbers alike.
-  std::uint32_t u = static_cast<std::uint32_t>(h & 0x7fffu) << 13;
-  float f;
-  __builtin_memcpy(&f, &u, 4);
-  f *= 0x1p112f;
-  __builtin_memcpy(&u, &f, 4);
-  if ((h & 0x7c00u) == 0x7c00u) u |= 0x7f800000u;  // infinity, NaN
-  u |= static_cast<std::uint32_t>(h & 0x8000u) << 16;
-  __builtin_memcpy(&f, &u, 4);
-  return f;
+  return io::float_from_f16(h);
 }
 
 void to_float32(const std::byte* from, DType dtype, std::int64_t n, float* out) {
@@ -62,12 +53,12 @@ void to_bfloat16(const std::byte* from, DType dtype, std::int64_t n, std::uint16
   if (dtype == DType::bfloat16) {
     __builtin_memcpy(out, from, static_cast<std::size_t>(n) * 2);
   } else if (dtype == DType::float16) {
-    for (std::int64_t i = 0; i < n; ++i) out[i] = to_bf16(read_f16(from + 2 * i));
+    for (std::int64_t i = 0; i < n; ++i) out[i] = io::bf16_from_float(read_f16(from + 2 * i));
   } else {
     for (std::int64_t i = 0; i < n; ++i) {
       float f;
       __builtin_memcpy(&f, from + 4 * i, 4);
-      out[i] = to_bf16(f);
+      out[i] = io::bf16_from_float(f);
     }
   }
 }
@@ -106,7 +97,7 @@ void pack_panel(const PanelSource& source, std::int64_t in_features, DType to, v
 void unpack_column(const void* panel, DType dtype, std::int64_t in_features, int c, float* out) {
   if (dtype == DType::bfloat16) {
     const auto* p = static_cast<const std::uint16_t*>(panel) + 2 * c;
-    for (std::int64_t k = 0; k < in_features; ++k) out[k] = from_bf16(p[k / 2 * 2 * kPanelColumns + k % 2]);
+    for (std::int64_t k = 0; k < in_features; ++k) out[k] = io::float_from_bf16(p[k / 2 * 2 * kPanelColumns + k % 2]);
   } else {
     const auto* p = static_cast<const float*>(panel) + c;
     for (std::int64_t k = 0; k < in_features; ++k) out[k] = p[k * kPanelColumns];

@@ -13,6 +13,8 @@
 #include <arm_neon.h>
 #endif
 
+#include "io/half.h"
+
 #ifndef BASED_ISA
 #error "BASED_ISA names the instruction set: see CMakeLists.txt"
 #endif
@@ -114,21 +116,6 @@ BASED_INLINE float fnmadd(float a, float b, float c) { return fmadd(-a, b, c); }
 BASED_INLINE f32v vmax(f32v a, f32v b) { return a > b ? a : b; }
 BASED_INLINE f32v vmin(f32v a, f32v b) { return a < b ? a : b; }
 
-/// bfloat16 bits of x, rounded to nearest even; NaN stays NaN.
-BASED_INLINE std::uint16_t to_bf16(float x) {
-  std::uint32_t u;
-  __builtin_memcpy(&u, &x, 4);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((u >> 16) | 0x40u);
-  return static_cast<std::uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-}
-
-BASED_INLINE float from_bf16(std::uint16_t x) {
-  const std::uint32_t u = static_cast<std::uint32_t>(x) << 16;
-  float f;
-  __builtin_memcpy(&f, &u, 4);
-  return f;
-}
-
 /// kLanes floats from bfloat16.
 BASED_INLINE f32v load_bf16(const std::uint16_t* p) {
   u16v h;
@@ -145,7 +132,7 @@ BASED_INLINE void store_bf16(std::uint16_t* p, f32v v) {
   const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
   __builtin_memcpy(p, &h, sizeof h);
 #else
-  for (int i = 0; i < kLanes; ++i) p[i] = to_bf16(v[i]);
+  for (int i = 0; i < kLanes; ++i) p[i] = io::bf16_from_float(v[i]);
 #endif
 }
 

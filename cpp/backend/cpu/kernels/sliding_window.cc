@@ -19,7 +19,7 @@ constexpr int kVectors = 2;
 
 BASED_INLINE f32v load_as(const float* p) { return load(p); }
 BASED_INLINE f32v load_as(const std::uint16_t* p) { return load_bf16(p); }
-BASED_INLINE float round_bf16(float x) { return from_bf16(to_bf16(x)); }
+BASED_INLINE float round_bf16(float x) { return io::float_from_bf16(io::bf16_from_float(x)); }
 
 void rotate(const RotaryTask& t) {
   const std::int64_t n = t.num_pairs;

@@ -1,15 +1,36 @@
 #pragma once
 
-// What the core sees of cuda/ops.cc; arguments are checked. A build without CUDA has them in ops.cc: they throw.
+// All that the core sees of cuda/. A build without CUDA has no_cuda.cc in its place.
 
 #include <cstddef>
 #include <memory>
 #include <optional>
+#include <string>
+#include <vector>
 
+#include "backend/backend.h"
 #include "based/config.h"
+#include "based/device.h"
 #include "based/ops.h"
 
 namespace based::cuda {
+
+// ---- devices (cuda/make_cuda_backend.cc) ---------------------------------------------------------------------------
+
+/// An instance given `share`, of the same device, uses its memory counters. Throws UnsupportedError.
+std::unique_ptr<backend::Backend> make_cuda_backend(int index);
+
+std::vector<DeviceDescription> cuda_devices();
+
+/// See based::cuda_problem, based::synchronize.
+std::string cuda_problem();
+void synchronize(int index);
+
+/// A folder of cuBLASLt (or the library file itself) to look into before the system's own places. Called before the
+/// first use of CUDA; later calls change nothing once the library is loaded. Any thread.
+void add_library_path(std::string path);
+
+// ---- operations on a caller's arrays (cuda/ops.cc); arguments are checked ------------------------------------------
 
 void taylor_linear_attention(const LinearAttentionConfig& config, const ops::Array& q, const ops::Array& k,
                              const ops::Array& v, const std::optional<ops::Array>& initial_state, const ops::Array& out,
