@@ -58,13 +58,13 @@ py::dict trace(const Model& model, const TokenIds& ids) {
   }
   py::dict result;
   const auto arrays = [](const std::vector<Tensor>& tensors) {
-    return std::vector<Array>(tensors.begin(), tensors.end());
+    return std::vector<PyTensor>(tensors.begin(), tensors.end());
   };
-  result["embed"] = Array(trace.embed);
+  result["embed"] = PyTensor(trace.embed);
   result["mixer_out"] = arrays(trace.mixer_out);
   result["block_out"] = arrays(trace.block_out);
-  result["final_norm"] = Array(trace.final_norm);
-  result["logits"] = Array(trace.logits);
+  result["final_norm"] = PyTensor(trace.final_norm);
+  result["logits"] = PyTensor(trace.logits);
   return result;
 }
 
@@ -116,7 +116,7 @@ void bind_model(py::module_& m) {
           [](const Model& model, const TokenIds& ids) {
             const auto tokens = ids_for(model, ids);
             const py::gil_scoped_release nogil;
-            return Array(model.forward(tokens, interrupt_check()));
+            return PyTensor(model.forward(tokens, interrupt_check()));
           },
           py::arg("token_ids"), "Logits (T, padded_vocab_size) float32.")
       .def("score", &score, py::arg("token_ids"), "(T - 1) natural-log probabilities, float32.")

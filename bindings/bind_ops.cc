@@ -36,8 +36,8 @@ struct Operand {
 
 // Memory that its owner exports; `stream` is where it will be read.
 Operand read(const py::object& value, const std::string& name, const py::object& stream) {
-  if (py::isinstance<Array>(value)) {
-    const auto& array = value.cast<const Array&>();
+  if (py::isinstance<PyTensor>(value)) {
+    const auto& array = value.cast<const PyTensor&>();
     return {{array.tensor.data(), array.tensor.dtype(), array.tensor.device(), array.shape, array.strides()}, {}};
   }
   if (!py::hasattr(value, "__dlpack__") || !py::hasattr(value, "__dlpack_device__"))
@@ -114,9 +114,9 @@ void gated_short_conv(const py::object& u, const py::object& weight, const py::o
                         handle(stream));
 }
 
-Array empty(const std::string& device, const std::string& dtype, const std::vector<std::int64_t>& shape,
-            std::uint64_t stream) {
-  Array array(ops::empty(Device::parse(device), parse_dtype(dtype), shape, handle(stream)));
+PyTensor empty(const std::string& device, const std::string& dtype, const std::vector<std::int64_t>& shape,
+               std::uint64_t stream) {
+  PyTensor array(ops::empty(Device::parse(device), parse_dtype(dtype), shape, handle(stream)));
   array.complete = false;
   return array;
 }

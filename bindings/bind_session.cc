@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <memory>
 #include <vector>
@@ -19,14 +20,14 @@ using Sequences = Arg<std::vector<int>>;
 
 std::int64_t vocab_size(const Session& session) { return session.model()->config().vocab_size; }
 
-Array prefill(Session& session, const Prompts& value, const Sequences& sequences) {
+PyTensor prefill(Session& session, const Prompts& value, const Sequences& sequences) {
   const auto tokens = prompts(value, vocab_size(session));
   const auto which = sequences.get("sequences");
   const py::gil_scoped_release nogil;
   return session.prefill(tokens, which, interrupt_check());
 }
 
-Array step(Session& session, const TokenIds& ids, const Sequences& sequences) {
+PyTensor step(Session& session, const TokenIds& ids, const Sequences& sequences) {
   const auto tokens = token_ids(ids, vocab_size(session), "tokens");
   const auto which = sequences.get("sequences");
   const py::gil_scoped_release nogil;
@@ -46,11 +47,14 @@ void bind_session(py::module_& m) {
       m, "State", "What one sequence has seen, at one moment. Immutable; any number of sessions may start from it.")
       .def_static(
           "load",
-          [](const std::filesystem::path& path, const std::shared_ptr<Model>& model,
-             const Arg<std::optional<int>>& sequence) {
+          [](const std::filesystem::path& path, const py::object& model, const Arg<std::optional<int>>& sequence) {
             const auto which = sequence.get("sequence");
+            // A based.Model, or the core's.
+            const py::object core = py::hasattr(model, "_core") ? py::object(model.attr("_core")) : model;
+            if (!py::isinstance<Model>(core)) throw py::type_error("model must be a Model, not " + describe(model));
+            const auto loaded_for = core.cast<std::shared_ptr<Model>>();
             const py::gil_scoped_release nogil;
-            return mutable_holder(State::load(path, model, which));
+            return mutable_holder(State::load(path, loaded_for, which));
           },
           py::arg("path"), py::arg("model"), py::arg("sequence") = py::none(),
           "Sequence `sequence` of a state file; None: the only one. Raises StateError, FormatError, OSError.")
@@ -78,18 +82,19 @@ void bind_session(py::module_& m) {
       .def_property_readonly("state_nbytes", &Checkpoint::state_nbytes);
 
   py::class_<Session>(m, "Session", "The states of B sequences that are advanced together. One thread at a time.")
+      .def(py::init([](const std::shared_ptr<Model>& model, const std::vector<std::shared_ptr<State>>& states) {
+             const std::vector<std::shared_ptr<const State>> list(states.begin(), states.end());
+             if (std::ranges::count(list, nullptr) > 0) throw py::type_error("states must hold State, not None");
+             const py::gil_scoped_release nogil;
+             return std::make_unique<Session>(model, list);
+           }),
+           py::arg("model"), py::arg("states"), "Sequence i starts from states[i].")
       .def(py::init([](const std::shared_ptr<Model>& model, const Arg<int>& batch_size) {
              const int size = batch_size.get("batch_size");
              const py::gil_scoped_release nogil;
              return std::make_unique<Session>(model, size);
            }),
            py::arg("model"), py::arg("batch_size") = 1)
-      .def(py::init([](const std::vector<std::shared_ptr<State>>& states) {
-             const std::vector<std::shared_ptr<const State>> list(states.begin(), states.end());
-             const py::gil_scoped_release nogil;
-             return std::make_unique<Session>(list);
-           }),
-           py::arg("states"), "Sequence i starts from states[i].")
       .def_property_readonly("batch_size", &Session::batch_size)
       .def_property_readonly("num_tokens", &Session::num_tokens, "Tokens seen, by sequence.")
       .def_property_readonly("state_nbytes", &Session::state_nbytes)

@@ -48,7 +48,7 @@ dlpack::DataType dlpack_type(DType dtype) {
   return {code, static_cast<std::uint8_t>(8 * size_of(dtype)), 1};
 }
 
-std::pair<std::int32_t, std::int32_t> dlpack_device(const Array& array) {
+std::pair<std::int32_t, std::int32_t> dlpack_device(const PyTensor& array) {
   const Device device = array.tensor.device();
   return {device.type == Device::Type::cpu ? dlpack::kCpu : dlpack::kCuda, device.index};
 }
@@ -70,7 +70,7 @@ struct Export {
 };
 
 template <typename Managed>
-py::object export_dlpack(const Array& array, bool copied) {
+py::object export_dlpack(const PyTensor& array, bool copied) {
   auto owner = std::make_unique<Export<Managed>>();
   owner->tensor = array.tensor;
   owner->shape = array.shape;
@@ -105,21 +105,21 @@ py::object export_dlpack(const Array& array, bool copied) {
   return py::reinterpret_steal<py::object>(capsule);
 }
 
-Array copied_to(const Array& array, Device device) {
+PyTensor copied_to(const PyTensor& array, Device device) {
   const py::gil_scoped_release nogil;
-  Array copy(array.tensor.copy_to(device));
+  PyTensor copy(array.tensor.copy_to(device));
   copy.shape = array.shape;
   return copy;
 }
 
 // Contents are complete when a consumer gets them, on whatever stream it reads.
-void complete(const Array& array) {
+void complete(const PyTensor& array) {
   if (array.complete) return;
   const py::gil_scoped_release nogil;
   synchronize(array.tensor.device());
 }
 
-py::object to_dlpack(const Array& array, const py::object& stream,
+py::object to_dlpack(const PyTensor& array, const py::object& stream,
                      std::optional<std::pair<std::int64_t, std::int64_t>> max_version,
                      std::optional<std::pair<std::int32_t, std::int32_t>> device, std::optional<bool> copy) {
   const bool on_cpu = array.tensor.device().type == Device::Type::cpu;
@@ -135,20 +135,20 @@ py::object to_dlpack(const Array& array, const py::object& stream,
   if (to_host && !copy.value_or(true)) throw py::buffer_error("from a GPU to the CPU without a copy");
   const bool copies = to_host || copy.value_or(false);
   if (!copies) complete(array);
-  const Array source = copies ? copied_to(array, to_host ? Device{} : array.tensor.device()) : array;
+  const PyTensor source = copies ? copied_to(array, to_host ? Device{} : array.tensor.device()) : array;
   if (max_version && max_version->first >= 1) return export_dlpack<dlpack::ManagedTensorVersioned>(source, copies);
   return export_dlpack<dlpack::ManagedTensor>(source, copies);
 }
 
 }  // namespace
 
-std::vector<std::int64_t> Array::strides() const {
+std::vector<std::int64_t> PyTensor::strides() const {
   std::vector<std::int64_t> result(shape.size(), 1);
   for (std::size_t i = result.size(); i-- > 1;) result[i - 1] = result[i] * tensor.shape()[i];
   return result;
 }
 
-py::object as_numpy(const Array& array) {
+py::object as_numpy(const PyTensor& array) {
   const DType dtype = array.tensor.dtype();
   const std::string name{name_of(dtype)};
   if (dtype == DType::bfloat16 || dtype == DType::float8_e4m3 || dtype == DType::float8_e5m2) {
@@ -164,28 +164,29 @@ py::object as_numpy(const Array& array) {
 }
 
 void bind_tensor(py::module_& m) {
-  py::class_<Array>(m, "Tensor",
-                    "Dense rows of numbers; copies of it share its memory. NumPy and DLPack read it; NumPy gets a copy "
-                    "of what is a GPU's.")
-      .def_property_readonly("shape", [](const Array& a) { return py::tuple(py::cast(a.shape)); })
-      .def_property_readonly("dtype", [](const Array& a) { return name_of(a.tensor.dtype()); })
-      .def_property_readonly("device", [](const Array& a) { return a.tensor.device().str(); })
+  py::class_<PyTensor>(
+      m, "Tensor",
+      "Dense rows of numbers; copies of it share its memory. NumPy and DLPack read it; NumPy gets a copy "
+      "of what is a GPU's.")
+      .def_property_readonly("shape", [](const PyTensor& a) { return py::tuple(py::cast(a.shape)); })
+      .def_property_readonly("dtype", [](const PyTensor& a) { return name_of(a.tensor.dtype()); })
+      .def_property_readonly("device", [](const PyTensor& a) { return a.tensor.device().str(); })
       .def_property_readonly(
           "nbytes",
-          [](const Array& a) { return static_cast<std::size_t>(num_elements(a.shape)) * size_of(a.tensor.dtype()); })
+          [](const PyTensor& a) { return static_cast<std::size_t>(num_elements(a.shape)) * size_of(a.tensor.dtype()); })
       .def(
           "columns",
-          [](const Array& a, std::int64_t count) {
+          [](const PyTensor& a, std::int64_t count) {
             if (a.shape.size() != 2 || count < 0 || count > a.shape[1])
               throw py::value_error("the first " + std::to_string(count) + " columns of shape " + shape_str(a.shape));
-            Array columns = a;
+            PyTensor columns = a;
             columns.shape[1] = count;
             return columns;
           },
           py::arg("count"), "The first columns of a matrix, on the same memory.")
       .def(
           "__array__",
-          [](const Array& a, const py::object& dtype, const py::object& copy) {
+          [](const PyTensor& a, const py::object& dtype, const py::object& copy) {
             const bool on_cpu = a.tensor.device().type == Device::Type::cpu;
             if (!on_cpu && copy.is(py::bool_(false)))
               throw py::value_error("a tensor of " + a.tensor.device().str() + " is an array only as a copy");
@@ -199,11 +200,11 @@ void bind_tensor(py::module_& m) {
            "Contents are complete: no `stream` has to wait.")
       .def("__dlpack_device__", &dlpack_device)
       .def("__len__",
-           [](const Array& a) {
+           [](const PyTensor& a) {
              if (a.shape.empty()) throw py::type_error("len() of a tensor without axes");
              return a.shape[0];
            })
-      .def("__repr__", [](const Array& a) {
+      .def("__repr__", [](const PyTensor& a) {
         return "Tensor(shape=" + shape_str(a.shape) + ", dtype=" + std::string(name_of(a.tensor.dtype())) +
                ", device=" + a.tensor.device().str() + ")";
       });

@@ -31,8 +31,8 @@ void bind_devices(py::module_& m);
 void bind_ops(py::module_& m);
 
 /// What Python calls a Tensor: a tensor, or the first columns of a matrix.
-struct Array {
-  Array(Tensor t) : tensor(std::move(t)), shape(tensor.shape()) {}  // NOLINT: a Tensor is an Array
+struct PyTensor {
+  PyTensor(Tensor t) : tensor(std::move(t)), shape(tensor.shape()) {}  // NOLINT: implicit on purpose
 
   Tensor tensor;
   std::vector<std::int64_t> shape;
@@ -53,7 +53,7 @@ InterruptCheck interrupt_check(std::shared_ptr<const std::atomic<bool>> cancelle
 
 /// A NumPy array: on the tensor's memory, which it keeps alive, or on a copy when that is a GPU's. Raises TypeError for
 /// a dtype that NumPy lacks.
-py::object as_numpy(const Array& array);
+py::object as_numpy(const PyTensor& array);
 
 /// Token ids from any sequence of integers or 1-D integer array. Raises TypeError on anything else (bool and float
 /// included), ValueError when empty (unless it may be) or when an id is outside [0, vocab_size). `name` opens every

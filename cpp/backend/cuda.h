@@ -17,7 +17,6 @@ namespace based::cuda {
 
 // ---- devices (cuda/make_cuda_backend.cc) ---------------------------------------------------------------------------
 
-/// An instance given `share`, of the same device, uses its memory counters. Throws UnsupportedError.
 std::unique_ptr<backend::Backend> make_cuda_backend(int index);
 
 std::vector<DeviceDescription> cuda_devices();

@@ -22,6 +22,7 @@ constexpr std::string_view kSecondVersion = "2";  // the checksum is FNV-1a, oth
 constexpr std::string_view kFirstVersion = "1";   // and there are no pending tokens
 constexpr std::string_view kPending = ".pending_";
 constexpr std::string_view kSequences = "sequences.";
+constexpr std::string_view kLayers = "layers.";             // the only tensors before version 3
 constexpr std::int64_t kMaxTokens = std::int64_t{1} << 53;  // positions stay exact as doubles, and never overflow
 
 /// A decimal without sign or leading zeros.
@@ -156,9 +157,10 @@ StateFile StateFile::open(const std::filesystem::path& path, const std::string& 
       throw FormatError(concat(where, "found the tensor ", in_quotes(name), ", expected sequences.{0 to ",
                                result.states.size() - 1, "}.{name}"));
     }
-    if (first_version && text.find(kPending) != text.npos) {
+    const bool of_a_layer = text.substr(dot + 1).starts_with(kLayers);
+    if ((first_version && text.find(kPending) != text.npos) || (version != kFormatVersion && !of_a_layer)) {
       throw FormatError(concat(where, "found the tensor ", in_quotes(name), ", expected none such in format_version ",
-                               in_quotes(kFirstVersion)));
+                               in_quotes(version)));
     }
     result.states[static_cast<std::size_t>(*b)].tensors.push_back({std::string(text.substr(dot + 1)), tensor});
   }

@@ -239,7 +239,13 @@ void Generator::Impl::take() {
   const Step step = std::move(steps_.front());
   steps_.pop_front();
   broken_ = true;
-  auto chosen = sampler_->take();
+  std::vector<backend::SampledToken> chosen;
+  try {
+    chosen = sampler_->take();
+  } catch (...) {  // the device failed, in this step or in what was enqueued after it
+    for (int slot = 0; slot < session_.batch_size(); ++slot) session_.mark_broken(slot);
+    throw;
+  }
   for (std::size_t i = 0; i < step.size(); ++i) {
     const auto sequence = std::ranges::lower_bound(active_, step[i], {}, &Sequence::serial);  // serials ascend
     if (sequence != active_.end() && sequence->serial == step[i] && !sequence->finished)

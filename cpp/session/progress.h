@@ -32,7 +32,7 @@ class SeenTokens {
   }
   void settle() const;
 
-  /// From a file: by rising token, each once (the caller has checked).
+  /// By rising token, each once.
   static SeenTokens from_entries(std::vector<backend::SeenToken> entries);
 
  private:

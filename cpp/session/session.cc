@@ -349,6 +349,11 @@ void Session::Impl::set_num_tokens(int slot, std::int64_t count) {
   at(slot).last = {};  // the step that was left out has written its place
 }
 
+void Session::Impl::mark_broken(int slot) noexcept {
+  at(slot).snapshot.reset();
+  at(slot).broken = kStepFailed;
+}
+
 void Session::Impl::add_output(int slot, std::int32_t token) {
   if (keeps_seen_) at(slot).seen.add_output(token);
 }
@@ -375,6 +380,13 @@ void Session::Impl::copy(int from, int to) {
   at(to).snapshot = at(from).snapshot;
 }
 
+void Session::Impl::settle(int changed_slot) {
+  const std::int32_t one[] = {changed_slot};
+  const auto snapshot = at(changed_slot).snapshot;
+  change(one, "a reset or copy failed", [&] { backend().synchronize(); });
+  at(changed_slot).snapshot = snapshot;
+}
+
 std::shared_ptr<const State> Session::Impl::snapshot(int slot) const {
   check_whole(slot);
   const Slot& source = at(slot);
@@ -394,8 +406,15 @@ std::shared_ptr<const State> Session::Impl::snapshot(int slot) const {
   return state;
 }
 
+void Session::Impl::check_model(const State& state) const {
+  if (state.model() != model)
+    throw StateError(
+        "found the state of another model, expected one of the model of this session (a model that was "
+        "loaded twice is two models: a state goes from one to the other through a file)");
+}
+
 void Session::Impl::restore(int slot, const State& state) {
-  if (state.model() != model) throw StateError("found the state of another model, expected one of this session's");
+  check_model(state);
   Progress progress = state.impl().progress;
   const std::int32_t one[] = {slot};
   change(one, "restoring a state failed", [&] {
@@ -418,6 +437,7 @@ void Session::Impl::reset_all() {
 }
 
 void Session::Impl::restore_all(std::span<const std::shared_ptr<const State>> states) {
+  for (const auto& state : states) check_model(*state);
   change(all_slots(), "restoring a state failed", [&] {
     for (int slot = 0; slot < batch_size(); ++slot) restore(slot, *states[static_cast<std::size_t>(slot)]);
   });
@@ -474,7 +494,8 @@ std::span<const std::int64_t> Checkpoint::num_tokens() const { return impl_->num
 std::span<const std::shared_ptr<const State>> Checkpoint::states() const { return impl_->states; }
 std::size_t Checkpoint::state_nbytes() const {
   std::size_t total = 0;
-  for (const auto& state : impl_->states) total += state->nbytes();
+  for (const auto& state : impl_->states)
+    if (state->impl().states) total += state->impl().states->nbytes_per_slot();
   return total;
 }
 
@@ -483,11 +504,8 @@ std::size_t Checkpoint::state_nbytes() const {
 Session::Session(std::shared_ptr<const Model> model, int batch_size)
     : impl_(std::make_unique<Impl>(std::move(model), batch_size)) {}
 
-Session::Session(std::span<const std::shared_ptr<const State>> states) {
-  if (std::ranges::count(states, nullptr) > 0 || states.empty())
-    throw InvalidArgument("a session of " + std::to_string(states.size()) +
-                          " states: expected a state for each sequence, at least one");
-  impl_ = std::make_unique<Impl>(states[0]->model(), static_cast<std::int64_t>(states.size()));
+Session::Session(std::shared_ptr<const Model> model, std::span<const std::shared_ptr<const State>> states)
+    : impl_(std::make_unique<Impl>(std::move(model), static_cast<std::int64_t>(states.size()))) {
   const Impl::Turn turn(*impl_);
   impl_->restore_all(states);
 }
@@ -555,7 +573,6 @@ std::unique_ptr<Checkpoint> Session::checkpoint() const {
 void Session::rollback(const Checkpoint& checkpoint) {
   const Impl::Turn turn(*impl_);
   const auto states = checkpoint.states();
-  if (states[0]->model() != impl_->model) throw StateError("rollback: the checkpoint was taken on another model");
   if (states.size() != static_cast<std::size_t>(impl_->batch_size()))
     throw StateError("rollback: the checkpoint has " + std::to_string(states.size()) + " sequences, the session " +
                      std::to_string(impl_->batch_size()) + ": restore() takes the state of one sequence");
@@ -571,14 +588,14 @@ void Session::reset(int sequence) {
   const Impl::Turn turn(*impl_);
   impl_->check_sequence(sequence, "reset");
   impl_->reset(sequence);
-  impl_->backend().synchronize();
+  impl_->settle(sequence);
 }
 
 void Session::copy(int from, int to) {
   const Impl::Turn turn(*impl_);
   for (const int sequence : {from, to}) impl_->check_sequence(sequence, "copy");
   impl_->copy(from, to);
-  impl_->backend().synchronize();
+  impl_->settle(to);
 }
 
 void Session::save_state(const std::filesystem::path& path) const {

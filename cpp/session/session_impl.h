@@ -92,12 +92,17 @@ class Session::Impl {
   /// The last steps of this sequence were left out, because their token could not be sampled.
   void set_num_tokens(int slot, std::int64_t num_tokens);
 
+  /// Says that what was under way on this sequence failed.
+  void mark_broken(int slot) noexcept;
+
   /// Counts a token that was sampled for this sequence.
   void add_output(int slot, std::int32_t token);
   std::span<const backend::SeenToken> seen(int slot) const { return at(slot).seen.entries(); }
 
+  // Both return before they are done where the device is asynchronous; settle() waits.
   void reset(int slot);
   void copy(int from, int to);
+  void settle(int changed_slot);
   std::shared_ptr<const State> snapshot(int slot) const;
   void restore(int slot, const State& state);
 
@@ -132,6 +137,7 @@ class Session::Impl {
   };
 
   std::vector<std::int32_t> all_slots() const;
+  void check_model(const State& state) const;
   Slot& at(int slot) { return slots_[static_cast<std::size_t>(slot)]; }
   const Slot& at(int slot) const { return slots_[static_cast<std::size_t>(slot)]; }
   Workspace& workspace() const { return (*lease_)->workspace(); }

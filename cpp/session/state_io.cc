@@ -118,17 +118,9 @@ class Arranger {
 
 // ---- what is kept beside a slot ------------------------------------------------------------------------------------
 
-constexpr const char* kLastHidden = "last_hidden";           // (d) activation dtype
-constexpr const char* kSeenTokens = "seen.tokens";           // (n) int32, rising
-constexpr const char* kSeenInPrompt = "seen.in_prompt";      // (n) boolean
-constexpr const char* kSeenNumOutputs = "seen.num_outputs";  // (n) int32
-
-template <typename T>
-Tensor copied(DType dtype, const std::vector<T>& values) {
-  Tensor tensor = Tensor::empty(dtype, {static_cast<std::int64_t>(values.size())});
-  std::copy(values.begin(), values.end(), tensor.data_as<T>());
-  return tensor;
-}
+constexpr const char* kLastHidden = "last_hidden";       // (d) activation dtype
+constexpr const char* kSeenInPrompt = "seen_in_prompt";  // (vocab_size) boolean
+constexpr const char* kSeenOutputs = "seen_outputs";     // (vocab_size) int32
 
 std::vector<backend::NamedTensor> export_progress(const Progress& progress, const Transformer& transformer,
                                                   backend::Backend& backend) {
@@ -142,17 +134,17 @@ std::vector<backend::NamedTensor> export_progress(const Progress& progress, cons
     backend.copy_to_host(hidden.data(), rows + static_cast<std::size_t>(progress.last.row) * nbytes, nbytes);
     out.push_back({kLastHidden, std::move(hidden)});
   }
-  if (const auto seen = progress.seen.entries(); !seen.empty()) {
-    std::vector<std::int32_t> tokens, outputs;
-    std::vector<std::uint8_t> in_prompt;
-    for (const backend::SeenToken& entry : seen) {
-      tokens.push_back(entry.token);
-      in_prompt.push_back(entry.in_prompt);
-      outputs.push_back(entry.num_outputs);
+  if (progress.num_tokens > 0) {  // all of the vocabulary: files of one model have one size
+    const std::int64_t vocab_size = transformer.config().vocab_size;
+    Tensor in_prompt = Tensor::empty(DType::boolean, {vocab_size}), outputs = Tensor::empty(DType::int32, {vocab_size});
+    std::fill_n(in_prompt.data_as<std::uint8_t>(), vocab_size, std::uint8_t{0});
+    std::fill_n(outputs.data_as<std::int32_t>(), vocab_size, 0);
+    for (const backend::SeenToken& entry : progress.seen.entries()) {
+      in_prompt.data_as<std::uint8_t>()[entry.token] = entry.in_prompt;
+      outputs.data_as<std::int32_t>()[entry.token] = entry.num_outputs;
     }
-    out.push_back({kSeenTokens, copied(DType::int32, tokens)});
-    out.push_back({kSeenInPrompt, copied(DType::boolean, in_prompt)});
-    out.push_back({kSeenNumOutputs, copied(DType::int32, outputs)});
+    out.push_back({kSeenInPrompt, std::move(in_prompt)});
+    out.push_back({kSeenOutputs, std::move(outputs)});
   }
   return out;
 }
@@ -184,34 +176,26 @@ TensorView take_last_hidden(io::SavedState& state, const ModelConfig& config, co
 }
 
 std::vector<backend::SeenToken> take_seen(io::SavedState& state, const ModelConfig& config, const std::string& where) {
-  const TensorView tokens = take(state, kSeenTokens), in_prompt = take(state, kSeenInPrompt),
-                   outputs = take(state, kSeenNumOutputs);
-  const std::int64_t n = tokens.data && tokens.shape.size() == 1 ? tokens.shape[0] : 0;
-  const bool any = tokens.data || in_prompt.data || outputs.data;
-  if (!any) return {};
-  for (const auto& [name, tensor, dtype] : {std::tuple(kSeenTokens, tokens, DType::int32),
-                                            {kSeenInPrompt, in_prompt, DType::boolean},
-                                            {kSeenNumOutputs, outputs, DType::int32}}) {
+  const TensorView in_prompt = take(state, kSeenInPrompt), outputs = take(state, kSeenOutputs);
+  if (in_prompt.data == nullptr && outputs.data == nullptr) return {};
+  for (const auto& [name, tensor, dtype] :
+       {std::tuple(kSeenInPrompt, in_prompt, DType::boolean), {kSeenOutputs, outputs, DType::int32}}) {
     if (tensor.data == nullptr) throw FormatError(where + ": tensor " + name + " is missing");
-    if (tensor.shape != std::vector<std::int64_t>{n})
-      refuse(where, name, "shape " + shape_str(tensor.shape), shape_str({n}) + " as " + kSeenTokens);
+    const std::vector<std::int64_t> shape{config.vocab_size};
+    if (tensor.shape != shape) refuse(where, name, "shape " + shape_str(tensor.shape), shape_str(shape));
     if (tensor.dtype != dtype)
       refuse(where, name, "dtype " + std::string(name_of(tensor.dtype)), std::string(name_of(dtype)));
   }
-  std::vector<backend::SeenToken> seen(static_cast<std::size_t>(n));
-  std::int32_t last = -1;
-  for (std::size_t i = 0; i < seen.size(); ++i) {
-    backend::SeenToken& entry = seen[i];
-    std::memcpy(&entry.token, tokens.data + 4 * i, 4);
-    entry.in_prompt = in_prompt.data[i] != std::byte{0};
-    std::memcpy(&entry.num_outputs, outputs.data + 4 * i, 4);
-    if (entry.token <= last || entry.token >= config.vocab_size)
-      refuse(where, kSeenTokens, "the token id " + std::to_string(entry.token) + " at index " + std::to_string(i),
-             "rising ids of [0, " + std::to_string(config.vocab_size) + ")");
-    last = entry.token;
-    if (entry.num_outputs < 0 || entry.num_outputs > state.num_tokens)
-      refuse(where, kSeenNumOutputs, std::to_string(entry.num_outputs) + " at index " + std::to_string(i),
+  std::vector<backend::SeenToken> seen;
+  for (std::int64_t token = 0; token < config.vocab_size; ++token) {
+    std::int32_t num_outputs;
+    std::memcpy(&num_outputs, outputs.data + 4 * token, 4);
+    if (num_outputs < 0 || num_outputs > state.num_tokens)
+      refuse(where, kSeenOutputs, std::to_string(num_outputs) + " for token " + std::to_string(token),
              "0 to num_tokens, " + std::to_string(state.num_tokens));
+    const bool was_in_prompt = in_prompt.data[token] != std::byte{0};
+    if (was_in_prompt || num_outputs > 0)
+      seen.push_back({static_cast<std::int32_t>(token), was_in_prompt, num_outputs});
   }
   return seen;
 }

@@ -16,6 +16,7 @@ from based._core import (
     SamplingParams,
     SessionBusyError,
     SlidingWindowConfig,
+    State,
     StateError,
     Tensor,
     UnsupportedError,
@@ -48,6 +49,7 @@ __all__ = [
     "Session",
     "SessionBusyError",
     "SlidingWindowConfig",
+    "State",
     "StateError",
     "StreamChunk",
     "Tensor",
@@ -58,5 +60,5 @@ __all__ = [
     "load",
 ]
 
-for _type in (DeviceError, Error, FormatError, SessionBusyError, StateError, Tensor, UnsupportedError):
+for _type in (DeviceError, Error, FormatError, SessionBusyError, State, StateError, Tensor, UnsupportedError):
     _type.__module__ = "based"  # where users find them; tracebacks say so

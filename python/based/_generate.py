@@ -152,6 +152,8 @@ class _Sample:
         self._stops = StopStringFinder(request.params.stop, include=request.params.include_stop_str_in_output)
 
     def add(self, event: _core.TokenEvent) -> StreamChunk:
+        if event.finish is _core.FinishReason.error:
+            return self._failed(event.error)
         self._num_tokens += 1
         ended = event.finish is not _core.FinishReason.none
         chunk = StreamChunk(self._index, "", [event.token], event.logprob, self._logprobs(event))
@@ -172,6 +174,13 @@ class _Sample:
         elif ended:
             chunk.text += self._stops.flush()
         return chunk
+
+    def _failed(self, error: str) -> StreamChunk:
+        """The last chunk of a sample that cannot go on, with the text that was held back."""
+        text = "" if self._decoder is None else self._decoder.flush()
+        text, _ = self._stops.add(text, may_stop=False)
+        logprobs = None if self._params.logprobs is None else []
+        return StreamChunk(self._index, text + self._stops.flush(), [], 0.0, logprobs, "error", None, error)
 
     def _logprobs(self, event: _core.TokenEvent) -> list[dict[int, Logprob]] | None:
         if self._params.logprobs is None:
@@ -202,6 +211,7 @@ def _join(chunks: list[StreamChunk]) -> CompletionOutput:
         logprobs=None if last.logprobs is None else [entry for chunk in chunks for entry in chunk.logprobs or ()],
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
+        error=last.error,
     )
 
 

@@ -195,9 +195,28 @@ class Model:
         """As stream, for `async for`: steps run in a thread; cancelling the task or closing stops them."""
         return asynchronously(self._run([as_array(prompt)], params))
 
-    def session(self, batch_size: int = 1) -> Session:
-        """A session of `batch_size` sequences that have seen nothing."""
-        return Session(_core.Session(self._core, batch_size), self._core, self._tokenizer)
+    def session(self, batch_size: int | None = None, *, states: Sequence[_core.State] | None = None) -> Session:
+        """A session of `batch_size` sequences (by default 1) that have seen nothing, or one that starts from states.
+
+        Args:
+            batch_size: Number of sequences.
+            states: Sequence i starts from states[i] (`Session.state`, `State.load`). One state may stand many times.
+
+        Raises:
+            StateError: A state is of another model.
+            ValueError: batch_size is not the number of states.
+            MemoryError: The device has less memory than the states need.
+        """
+        if states is None:
+            core = _core.Session(self._core, 1 if batch_size is None else batch_size)
+            return Session(core, self._core, self._tokenizer)
+        states = list(states)
+        for state in states:
+            if not isinstance(state, _core.State):
+                raise TypeError(f"states must hold based.State, not {type(state).__name__}")
+        if batch_size not in (None, len(states)):
+            raise ValueError(f"batch_size is {batch_size}, expected {len(states)}, the number of states")
+        return Session(_core.Session(self._core, states), self._core, self._tokenizer)
 
     def _run(
         self, prompts: list[Any], params: Params | Sequence[_core.SamplingParams], max_batch_size: int = MAX_BATCH_SIZE

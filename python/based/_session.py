@@ -97,8 +97,11 @@ class Session:
     ) -> list[RequestOutput]:
         """Continues each sequence with its prompt, one per sequence; every n must be 1.
 
-        Afterwards the session has seen every prompt and every token returned. When it raises (KeyboardInterrupt too),
-        the session is as it was before.
+        An empty prompt goes on from where its sequence is. Penalties count what the sequence saw in earlier calls too:
+        prompts and tokens that were fed as prompts, generated tokens as outputs. Afterwards the session has seen every
+        prompt and every token returned. A sequence that cannot go on ends with finish_reason "error", after the tokens
+        that it has; the others are not concerned. When it raises (KeyboardInterrupt too), the session is as it was
+        before.
         """
         run = self._run(as_list(prompts), params)
         before = self._core.checkpoint()
@@ -137,8 +140,25 @@ class Session:
         self._check_idle()
         return Session(self._core.fork(), self._model, self._tokenizer)
 
+    def state(self, sequence: int = 0) -> _core.State:
+        """What one sequence has seen, as a value: it does not change, and may outlive the session.
+
+        `Model.session(states=[…])` starts any number of sequences from it, `restore` puts it into any sequence of any
+        session of the same model, `State.save` writes it to a file.
+        """
+        self._check_idle()
+        return self._core.snapshot(sequence)
+
+    def restore(self, sequence: int, state: _core.State) -> None:
+        """Makes a sequence what the state says, bit for bit. Raises StateError for a state of another model."""
+        self._check_idle()
+        self._core.restore(sequence, state)
+
     def checkpoint(self) -> _core.Checkpoint:
-        """A copy of all states, for rollback. It does not change and may outlive the session."""
+        """The states of all sequences, for rollback. It does not change and may outlive the session.
+
+        It shares the memory of states that did not change since they were last taken.
+        """
         self._check_idle()
         return self._core.checkpoint()
 
@@ -162,13 +182,21 @@ class Session:
         self._check_idle()
         self._core.save_state(path)
 
-    def load_state(self, path: str | os.PathLike[str]) -> None:
-        """Replaces all states by a saved file's.
+    def load_state(self, path: str | os.PathLike[str], sequence: int | None = None) -> None:
+        """Replaces the states by a saved file's.
 
-        Raises StateError on another model, batch size or format version, FormatError on a damaged file, and OSError.
+        Args:
+            path: A state file: of as many sequences as the session has, or of one.
+            sequence: The sequence that takes the state of a file of one; None for all sequences.
+
+        Raises StateError on another model, number of sequences or format version, FormatError on a damaged file, and
+        OSError; then nothing has changed.
         """
         self._check_idle()
-        self._core.load_state(path)
+        if sequence is None:
+            self._core.load_state(path)
+        else:
+            self._core.restore(sequence, _core.State.load(path, self._model))
 
     def _check_idle(self) -> None:
         if self._streaming:

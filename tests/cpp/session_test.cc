@@ -155,6 +155,97 @@ TEST_P(SessionTest, AnInterruptedPrefillChangesNothing) {
   }
 }
 
+TEST_P(SessionTest, StatesThatDidNotChangeAreCopiedOnce) {
+  Session session(model_, 4);
+  session.prefill(Prompts{random_tokens(20, 1), random_tokens(3, 2), random_tokens(4, 3), random_tokens(5, 4)});
+  const std::size_t held = model_->memory().states;
+  const auto checkpoint = session.checkpoint();
+  const std::size_t with_checkpoint = model_->memory().states;
+  EXPECT_GE(with_checkpoint, held + 4 * model_->state_nbytes());
+  // A prompt can be undone from the checkpoint's states: it takes no copy of its own.
+  std::size_t most = 0;
+  session.prefill(Prompts{{1}, {2}, {3}, {4}}, {},
+                  [&] { most = std::max(most, static_cast<std::size_t>(model_->memory().states)); });
+  EXPECT_LT(most, with_checkpoint + model_->state_nbytes());
+  session.rollback(*checkpoint);
+  EXPECT_EQ(session.snapshot(2), checkpoint->states()[2]);  // the same object
+  session.step(std::vector<std::int32_t>{1, 2, 3, 4});
+  EXPECT_NE(session.snapshot(2), checkpoint->states()[2]);
+}
+
+TEST_P(SessionTest, AStateStartsAnySequence) {
+  const TemporaryFolder dir;
+  Session session(model_, 2);
+  session.prefill(Prompts{random_tokens(40, 1), random_tokens(3, 2)});
+  const auto state = session.snapshot(0);
+  const std::vector<std::int32_t> next{3, 4};
+  const auto logits = floats(session.step(next));
+  const std::vector<float> want(logits.begin(), logits.begin() + 64);
+  state->save(dir.path() / "state");
+  for (const auto& one : {state, State::load(dir.path() / "state", model_)}) {
+    EXPECT_EQ(one->num_tokens(), 40);
+    const std::vector<std::shared_ptr<const State>> states(3, one);
+    Session batch(model_, states);
+    const auto rows = floats(batch.step(std::vector<std::int32_t>{3, 3, 3}));
+    for (std::ptrdiff_t b = 0; b < 3; ++b)
+      EXPECT_EQ(std::vector<float>(rows.begin() + 64 * b, rows.begin() + 64 * (b + 1)), want);
+  }
+  LoadOptions options;
+  options.dtype = GetParam();
+  const auto foreign = Model::random(tiny_config(), 12, options);
+  Session other(foreign, 1);
+  EXPECT_THROW(other.restore(0, *state), StateError);
+  EXPECT_THROW(Session(foreign, {&state, 1}), StateError);
+  EXPECT_THROW(State::load(dir.path() / "state", foreign), StateError);
+  EXPECT_THROW(session.restore(2, *state), InvalidArgument);
+  EXPECT_THROW(session.snapshot(-1), InvalidArgument);
+}
+
+TEST_P(SessionTest, RefusesWhatGoingOnCannotNeed) {
+  const TemporaryFolder dir;
+  const auto path = dir.path() / "state";
+  Session session(model_, 1);
+  session.prefill(Prompts{random_tokens(8, 1)});
+  session.save_state(path);
+  const auto before = bytes(session);
+  const auto file = io::SafetensorsFile::open(path);
+  const std::vector<std::byte> zeros(4096), ones(4096, std::byte{1});
+  const auto write = [&](const std::string& name, const TensorView& view, std::int64_t num_tokens) {
+    io::SavedState state{num_tokens, {}};
+    for (const auto& [full_name, tensor] : file->tensors()) {
+      const std::string own = full_name.substr(std::string("sequences.0.").size());
+      if (own != name) state.tensors.push_back({own, tensor});
+    }
+    if (view.data != nullptr) state.tensors.push_back({name, view});
+    io::write_state_file(path, model_->fingerprint(), {state});
+  };
+  struct Case {
+    std::string name;
+    TensorView view;
+    std::string fragment;
+  };
+  const auto tensor = [](DType dtype, std::vector<std::int64_t> shape, const std::vector<std::byte>& data) {
+    return TensorView{dtype, std::move(shape), data.data()};
+  };
+  for (const auto& [name, view, fragment] : std::vector<Case>{
+           {"last_hidden", tensor(DType::float32, {23}, zeros), "last_hidden has shape (23), expected (24)"},
+           {"last_hidden", tensor(DType::int32, {24}, zeros), "last_hidden has dtype int32, expected float32"},
+           {"seen_outputs", {}, "tensor seen_outputs is missing"},
+           {"seen_in_prompt", {}, "tensor seen_in_prompt is missing"},
+           {"seen_outputs", tensor(DType::int32, {60}, zeros), "seen_outputs has shape (60), expected (61)"},
+           {"seen_outputs", tensor(DType::float32, {61}, zeros), "seen_outputs has dtype float32, expected int32"},
+           {"seen_outputs", tensor(DType::int32, {61}, ones), "seen_outputs has 16843009 for token 0, expected 0 to"},
+           {"seen_in_prompt", tensor(DType::uint8, {61}, zeros), "seen_in_prompt has dtype uint8, expected bool"},
+           {"other", tensor(DType::uint8, {1}, zeros), "tensor other has no place in this model"},
+       }) {
+    write(name, view, 8);
+    EXPECT_NE(test::message_of<FormatError>([&] { session.load_state(path); }).find(fragment), std::string::npos)
+        << fragment << "\n"
+        << test::message_of<FormatError>([&] { session.load_state(path); });
+    EXPECT_EQ(bytes(session), before);
+  }
+}
+
 TEST_P(SessionTest, ASecondCallAtOnceIsRefused) {
   Session session(model_, 1);
   bool refused = false;

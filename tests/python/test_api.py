@@ -6,6 +6,7 @@ import pickle
 import statistics
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import based
@@ -240,6 +241,111 @@ def test_state_goes_through_a_file(model, tmp_path):
     other.load_state(str(tmp_path / "state.safetensors"))
     assert other.num_tokens == [3, 2]
     np.testing.assert_array_equal(other.step([6, 7]), session.step([6, 7]))
+
+
+def test_one_state_starts_a_batch(model, tmp_path):
+    session = model.session(2)
+    session.prefill([[1, 2, 3], [4, 5]])
+    state = session.state(1)
+    assert state.num_tokens == 2
+    assert state.nbytes >= model.state_nbytes
+    expected = session.step([7], [1])[0]
+    assert state.num_tokens == 2  # it did not change with its session
+    state.save(tmp_path / "state")
+    for one in (state, based.State.load(tmp_path / "state", model)):
+        batch = model.session(states=[one] * 4)
+        assert batch.num_tokens == [2] * 4
+        for row in batch.step([7] * 4):
+            np.testing.assert_array_equal(row, expected)
+    other = model.session(3)
+    other.prefill([[9], [8, 7], [6]])
+    other.load_state(tmp_path / "state", sequence=1)
+    assert other.num_tokens == [1, 2, 1]
+    np.testing.assert_array_equal(other.step([7], [1])[0], expected)
+    other.restore(2, state)
+    np.testing.assert_array_equal(other.step([7], [2])[0], expected)
+    assert model.session(states=[model.session().state()]).num_tokens == [0]
+
+
+def test_a_sequence_of_a_file_of_several(model, tmp_path):
+    session = model.session(2)
+    session.prefill([[1, 2, 3], [4, 5]])
+    session.save_state(tmp_path / "state")
+    states = [based.State.load(tmp_path / "state", model, sequence=b) for b in range(2)]
+    assert [state.num_tokens for state in states] == [3, 2]
+    np.testing.assert_array_equal(model.session(states=states).step([6, 7]), session.step([6, 7]))
+    with pytest.raises(based.StateError, match=r"holds 2 sequences: say which one, 0 to 1"):
+        based.State.load(tmp_path / "state", model)
+    with pytest.raises(based.StateError, match=r"holds 2 sequences, found a request for sequence 2"):
+        based.State.load(tmp_path / "state", model, 2)
+
+
+def test_states_that_did_not_change_are_not_copied_again(model):
+    """generate() can be undone, and so can the prefill in it: one copy of the states serves both."""
+    session = model.session(8)
+    session.prefill([[1, 2]] * 8)
+    held = model.memory.states
+    checkpoint = session.checkpoint()
+    copied = model.memory.states - held
+    assert copied >= 8 * model.state_nbytes
+    again = session.checkpoint()
+    assert model.memory.states - held == copied
+    assert [a is not None for a in again.states] == [True] * 8
+    del checkpoint, again
+    assert model.memory.states == held
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda m, s: m.session(states=[]), ValueError, "batch_size is 0"),
+        (lambda m, s: m.session(states=[None]), TypeError, "states must hold based.State, not NoneType"),
+        (lambda m, s: m.session(3, states=[s.state()]), ValueError, "batch_size is 3, expected 1"),
+        (lambda m, s: s.state(1), ValueError, r"sequence 1 is outside \[0, 1\)"),
+        (lambda m, s: s.state(1.0), TypeError, "sequence must be an integer"),
+        (lambda m, s: s.restore(0, None), TypeError, "state must be a State, not None"),
+        (lambda m, s: s.restore(0, m), TypeError, "incompatible function arguments"),
+        (lambda m, s: s.restore(5, s.state()), ValueError, "sequence 5 is outside"),
+        (lambda m, s: based.State.load("missing", m), FileNotFoundError, "missing"),
+        (lambda m, s: based.State.load("missing", 5), TypeError, "model must be a Model, not int 5"),
+        (lambda m, s: s.load_state("missing", sequence=0), FileNotFoundError, "missing"),
+    ],
+)
+def test_bad_uses_of_states(model, call, error, text):
+    session = model.session()
+    session.prefill([1, 2])
+    with pytest.raises(error, match=text):
+        call(model, session)
+    assert session.num_tokens == [2]
+
+
+def test_states_of_another_model(model, mute_model):
+    state = model.session().state()
+    for call in (lambda: mute_model.session(states=[state]), lambda: mute_model.session().restore(0, state)):
+        with pytest.raises(based.StateError, match="another model"):
+            call()
+
+
+def test_reading_the_number_of_tokens_disturbs_nobody(model):
+    """A monitor may poll while another thread computes."""
+    session = model.session()
+    stop = threading.Event()
+    seen = []
+
+    def poll():
+        while not stop.is_set():
+            seen.append(session.num_tokens[0])
+
+    monitor = threading.Thread(target=poll)
+    monitor.start()
+    try:
+        for _ in range(300):
+            session.step([1])
+    finally:
+        stop.set()
+        monitor.join()
+    assert session.num_tokens == [300]
+    assert seen == sorted(seen)
 
 
 def test_session_outlives_its_model():

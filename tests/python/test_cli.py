@@ -387,20 +387,39 @@ def test_statistics_only_at_a_terminal(model_directory: Path) -> None:
 def test_a_session_in_pieces_is_one_long_sequence(model: based.Model, model_directory: Path, tmp_path: Path) -> None:
     file = tmp_path / "state.safetensors"
     run = ["generate", "-m", model_directory, *GREEDY, "--json", "--session", file, "--max-tokens", 20]
+    greedy = based.SamplingParams(temperature=0, max_tokens=20)
     prompts, seen, sizes_seen = ["The first part.", " And then, ", "x"], [], []
     for prompt in prompts:
         (record,) = objects(ok(*run, prompt))
         seen += list(prompt.encode())
-        whole = model.generate(seen, based.SamplingParams(temperature=0, max_tokens=20))[0].outputs[0]
+        whole = model.generate(seen, greedy)[0].outputs[0]
         assert record["token_ids"] == whole.token_ids
         assert record["num_prompt_tokens"] == len(prompt)
         seen += record["token_ids"]
         sizes_seen.append(file.stat().st_size)
     assert sizes_seen[1] == sizes_seen[2]  # 17 keys of window are full: a state of constant size
+    # Without a prompt it goes on where it stopped.
+    (record,) = objects(ok(*run))
+    assert record["num_prompt_tokens"] == 0
+    assert record["token_ids"] == model.generate(seen, greedy)[0].outputs[0].token_ids
+    seen += record["token_ids"]
     session = model.session()
     session.load_state(file)
     assert session.num_tokens == [len(seen)]
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_sample_that_cannot_go_on(model: based.Model, model_directory: Path, tmp_path: Path) -> None:
+    """What came before is shown, the reason is on stderr, the status is 1."""
+    file = tmp_path / "state.safetensors"
+    stop_ids = ",".join(map(str, range(model.config.vocab_size)))
+    run = ["generate", "-m", model_directory, "--session", file, "--min-tokens", 1, "--stop-token-ids", stop_ids]
+    done = based_cli(*run, "Hello")
+    assert (done.returncode, done.stdout) == (1, "\n")
+    assert done.stderr.startswith("based: error: ") and "leave no token" in done.stderr
+    session = model.session()
+    session.load_state(file)
+    assert session.num_tokens == [5]
 
 
 def test_a_failed_run_leaves_the_session_file(model_directory: Path, tmp_path: Path) -> None:

@@ -409,6 +409,141 @@ def test_session_sees_all_tokens_of_a_stop_string(model):
     np.testing.assert_allclose(session.step([1]), replay(model, b"Helloaaa"), atol=1e-4)
 
 
+# ---- going on --------------------------------------------------------------------------------------------------------
+
+
+def test_a_session_goes_on_without_a_prompt(model, tmp_path):
+    """From where it is, by whatever it got there: prompt, step, generation, fork, rollback, copy, file."""
+    whole = model.generate("Hello", greedy(max_tokens=20))[0].outputs[0].token_ids
+    session = model.session()
+    first = session.generate("Hello", greedy(max_tokens=6))[0].outputs[0].token_ids
+    session.save_state(tmp_path / "state")
+    checkpoint, state, fork = session.checkpoint(), session.state(), session.fork()
+    assert first + session.generate("", greedy(max_tokens=14))[0].outputs[0].token_ids == whole
+    session.rollback(checkpoint)
+    assert first + session.generate([[]], greedy(max_tokens=14))[0].outputs[0].token_ids == whole
+    assert first + fork.generate("", greedy(max_tokens=14))[0].outputs[0].token_ids == whole
+    loaded = model.session()
+    loaded.load_state(tmp_path / "state")
+    batch = model.session(states=[state, state])
+    batch.generate(["", "x"], greedy(max_tokens=3))
+    batch.copy(0, 1)
+    for b in range(2):
+        assert batch.num_tokens[b] == 14
+    for other in (loaded, model.session(states=[state])):
+        chunks = list(other.stream("", greedy(max_tokens=14)))
+        assert first + [token for chunk in chunks for token in chunk.token_ids] == whole
+        assert other.num_tokens == [25]
+
+    prefilled, stepped = model.session(), model.session()
+    prefilled.prefill("Hello")
+    stepped.prefill("Hell")
+    stepped.step([ord("o")])
+    for other in (prefilled, stepped):
+        assert other.generate("", greedy(max_tokens=20))[0].outputs[0].token_ids == whole
+
+
+def test_sampling_goes_on_as_if_it_had_not_stopped(model):
+    params = {"seed": 5, "temperature": 1.0, "ignore_eos": True}
+    whole = model.generate("Hello", based.SamplingParams(max_tokens=12, **params))[0].outputs[0].token_ids
+    session = model.session()
+    parts = [
+        session.generate(prompt, based.SamplingParams(max_tokens=4, **params))[0].outputs[0].token_ids
+        for prompt in ("Hello", "", "")
+    ]
+    assert [token for part in parts for token in part] == whole
+
+
+def test_some_sequences_go_on_and_others_get_a_prompt(model):
+    session = model.session(3)
+    session.prefill(["Hello", "abc", "x"])
+    outputs = session.generate(["", " and", ""], greedy(max_tokens=5))
+    for text, output in zip(("Hello", "abc and", "x"), outputs, strict=True):
+        assert output.outputs[0].token_ids == model.generate(text, greedy(max_tokens=5))[0].outputs[0].token_ids
+
+
+def test_nothing_to_go_on_from(model):
+    session = model.session()
+    with pytest.raises(ValueError, match="prompt 0 is empty, and its sequence has seen nothing"):
+        session.generate([[]])
+    with pytest.raises(ValueError, match="prompt 0 is empty: at least one token"):
+        model.generate([[]])
+    assert session.num_tokens == [0]
+
+
+def test_penalties_see_earlier_turns(model, tmp_path):
+    """A token is chosen once: then a penalty of 2 on a bias of 1.5 makes it the unlikeliest of the biased ones."""
+    bias = dict.fromkeys(range(97, 105), 90.0)
+    params = greedy(max_tokens=1, logit_bias=bias, presence_penalty=2.0, frequency_penalty=2.0)
+    turns = 5
+    whole = (
+        model.generate(
+            "Hello", greedy(max_tokens=turns, **{"logit_bias": bias, "presence_penalty": 2.0, "frequency_penalty": 2.0})
+        )[0]
+        .outputs[0]
+        .token_ids
+    )
+    session = model.session()
+    found = [session.generate("Hello", params)[0].outputs[0].token_ids[0]]
+    for turn in range(1, turns):
+        if turn == 2:  # what was counted is in the saved state, too
+            session.save_state(tmp_path / "state")
+            session = model.session()
+            session.load_state(tmp_path / "state")
+        if turn == 3:
+            session = model.session(states=[session.state()])
+        found += session.generate("", params)[0].outputs[0].token_ids
+    assert found == whole
+
+
+# ---- failures of one row ---------------------------------------------------------------------------------------------
+
+
+def impossible(model, **options):
+    """Every token is a stop token, and one must come before any of those."""
+    return based.SamplingParams(min_tokens=1, stop_token_ids=list(range(model.config.vocab_size)), **options)
+
+
+def test_one_impossible_request_loses_no_other(model):
+    good = greedy(max_tokens=4)
+    (alone,) = model.generate("abc", good)
+    for batch in (1, 2, 8):
+        first, bad, last = model.generate(
+            ["abc", "def", "abc"], [good, impossible(model, n=2), good], max_batch_size=batch
+        )
+        assert first.outputs == last.outputs == alone.outputs
+        for output in bad.outputs:
+            assert (output.finish_reason, output.token_ids, output.text) == ("error", [], "")
+            assert "leave no token" in output.error
+    assert alone.outputs[0].error is None
+
+
+def test_a_session_counts_what_was_yielded_before_a_failure(model):
+    vocabulary = model.config.vocab_size
+    prompt = [token for token in range(vocabulary) if token != 7]
+    params = greedy(repetition_penalty=1e300, logit_bias=dict.fromkeys(range(vocabulary), -100.0))
+    session = model.session()
+    chunks = list(session.stream(prompt, params))
+    assert [chunk.token_ids for chunk in chunks] == [[7], []]
+    assert chunks[-1].finish_reason == "error"
+    assert session.num_tokens == [vocabulary]
+    np.testing.assert_allclose(session.step([5]), replay_step(model, [*prompt, 7], 5), atol=1e-4)
+
+
+def replay_step(model, tokens, token):
+    session = model.session()
+    session.prefill([tokens])
+    return session.step([token])
+
+
+def test_cancelling_stops_while_tokens_come(model):
+    generator = based._core.Generator(model._core, [[1, 2]], [greedy(max_tokens=500)], 1)
+    generator.next()
+    generator.cancel()
+    with pytest.raises(based.Error, match="cancelled"):
+        generator.next()
+
+
 def test_closing_a_session_stream_keeps_what_came(model):
     session = model.session()
     stream = session.stream("Hello", greedy())

@@ -168,7 +168,7 @@ def test_cuts_at_chunks_change_no_bit(random, dtype, length, seed, data):
 
 
 def saved_state(session: based.Session) -> list[tuple[int, dict[str, np.ndarray]]]:
-    """(number of tokens, tensors in float64) of each sequence, from the file that the session saves."""
+    """(number of tokens, tensors of the layers in float64) of each sequence, from the file that the session saves."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "state"
         session.save_state(path)
@@ -180,7 +180,8 @@ def saved_state(session: based.Session) -> list[tuple[int, dict[str, np.ndarray]
     ]
     for name, (dtype, bits) in tensors.items():
         _, sequence, rest = name.split(".", 2)
-        result[int(sequence)][1][rest] = to_float64(bits, dtype)
+        if rest.startswith("layers."):
+            result[int(sequence)][1][rest] = to_float64(bits, dtype)
     return result
 
 
@@ -244,7 +245,8 @@ def test_pending_tokens_of_another_device_are_added(data, random, count, dtype):
         states = [(seen, {}) for seen, _ in before]
         for name, tensor in read_safetensors(path).items():
             _, b, rest = name.split(".", 2)
-            states[int(b)][1][rest] = tensor
+            if rest.startswith("layers."):
+                states[int(b)][1][rest] = tensor
         added: dict[tuple[int, int], np.ndarray] = {}
         for b, (seen, tensors) in enumerate(states):
             n = min(count, seen)
@@ -277,7 +279,7 @@ History = tuple[Call, ...]
 
 @dataclass
 class Tracked:
-    """A session, a checkpoint or a file, and the calls that led each of its sequences to where it is."""
+    """A session, a checkpoint, a state or a file, and the calls that led each of its sequences to where it is."""
 
     value: Any
     histories: list[History]
@@ -289,6 +291,7 @@ class Operations(RuleBasedStateMachine):
     sessions = Bundle("sessions")
     checkpoints = Bundle("checkpoints")
     files = Bundle("files")
+    states = Bundle("states")
 
     def __init__(self) -> None:
         super().__init__()
@@ -395,6 +398,34 @@ class Operations(RuleBasedStateMachine):
         else:
             with pytest.raises(based.StateError, match="sequences, the session has"):
                 tracked.value.load_state(file.value)
+
+    @rule(target=states, tracked=sessions, data=st.data())
+    def state(self, tracked: Tracked, data: Any) -> Tracked:
+        sequence = data.draw(st.integers(0, tracked.value.batch_size - 1))
+        return Tracked(tracked.value.state(sequence), [tracked.histories[sequence]])
+
+    @rule(target=states, checkpoint=checkpoints, data=st.data())
+    def state_of_a_checkpoint(self, checkpoint: Tracked, data: Any) -> Tracked:
+        sequence = data.draw(st.integers(0, len(checkpoint.histories) - 1))
+        return Tracked(checkpoint.value.states[sequence], [checkpoint.histories[sequence]])
+
+    @rule(target=states, state=states)
+    def state_through_a_file(self, state: Tracked) -> Tracked:
+        path = self.folder / str(len(list(self.folder.iterdir())))
+        state.value.save(path)
+        return Tracked(based.State.load(path, self.model), state.histories)
+
+    @rule(tracked=sessions, state=states, data=st.data())
+    def restore(self, tracked: Tracked, state: Tracked, data: Any) -> None:
+        sequence = data.draw(st.integers(0, tracked.value.batch_size - 1))
+        tracked.value.restore(sequence, state.value)
+        tracked.histories[sequence] = state.histories[0]
+
+    @rule(target=sessions, state=states, size=st.integers(1, 3))
+    def start_from(self, state: Tracked, size: int) -> Any:
+        if len(self.all) >= 5:
+            return multiple()
+        return self.track(self.model.session(states=[state.value] * size), state.histories * size)
 
     @rule(file=consumes(files))
     def forget(self, file: Tracked) -> None:

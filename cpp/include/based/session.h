@@ -42,9 +42,9 @@ class Session {
  public:
   Session(std::shared_ptr<const Model> model, int batch_size);
 
-  /// Sequence i starts from states[i], all of one model; a state may stand several times. Throws StateError,
+  /// Sequence i starts from states[i], which is of this model; a state may stand several times. Throws StateError,
   /// OutOfMemory.
-  explicit Session(std::span<const std::shared_ptr<const State>> states);
+  Session(std::shared_ptr<const Model> model, std::span<const std::shared_ptr<const State>> states);
   ~Session();
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;

@@ -62,8 +62,11 @@ def add_text_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("-f", "--file", type=Path, metavar="FILE", help=f"read the {name} from a file")
 
 
-def read_text(args: argparse.Namespace, what: str) -> str:
-    """The text that add_text_arguments asks for; one newline at the end of a file or of stdin is not part of it."""
+def read_text(args: argparse.Namespace, what: str, *, optional: bool = False) -> str:
+    """The text that add_text_arguments asks for; one newline at the end of a file or of stdin is not part of it.
+
+    optional: it may be empty, or not be given where stdin is a terminal.
+    """
     if args.text is not None and args.file is not None:
         raise UsageError(f"give the {what} as an argument or with --file, not both")
     if args.text is not None:
@@ -71,6 +74,8 @@ def read_text(args: argparse.Namespace, what: str) -> str:
     if args.file is not None:
         data, where = args.file.read_bytes(), str(args.file)
     elif sys.stdin is None or sys.stdin.isatty():
+        if optional:
+            return ""
         raise UsageError(f"no {what}: give it as an argument, with --file, or on stdin")
     else:
         data, where = sys.stdin.buffer.read(), "stdin"
@@ -130,7 +135,7 @@ class Clock:
         for chunk in chunks:
             self.last = time.perf_counter()
             self.first = self.first or self.last
-            self.num_tokens += 1
+            self.num_tokens += len(chunk.token_ids)
             yield chunk
 
 

@@ -1,7 +1,8 @@
 """Continue a prompt.
 
 The text goes to stdout as it comes, without the prompt. With --session the prompt continues what the state in FILE has
-seen, and the state after it replaces FILE: a conversation of any length in a file of constant size.
+seen, and the state after it replaces FILE: a conversation of any length in a file of constant size. Without a prompt it
+goes on where it stopped.
 """
 
 import argparse
@@ -100,14 +101,18 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError(f"--session continues one sequence: -n {params.n} must be 1")
     if params.logprobs is not None and not args.json:
         raise UsageError("--logprobs are shown with --json only")
-    text = _common.read_text(args, "prompt")
-    prompt: list[int] | None = _common.parse_ids(text) if args.token_ids else None
+    # A saved session goes on by itself: it needs no prompt.
+    goes_on = args.session is not None and args.session.exists()
+    text = _common.read_text(args, "prompt", optional=goes_on)
+    prompt: list[int] | None = None
+    if args.token_ids or (goes_on and not text):
+        prompt = _common.parse_ids(text)
 
     if args.session is not None:
         args.session.parent.stat()  # a folder that is not there: say so before the work, not after it
     model = _common.load_model(args)
     session = model.session() if args.session is not None else None
-    if session is not None and args.session.exists():
+    if session is not None and goes_on:
         session.load_state(args.session)
     first = session is None or session.num_tokens == [0]
     if prompt is None:
@@ -121,13 +126,15 @@ def run(args: argparse.Namespace) -> None:
     printer.print_all(clock.watch(model.stream(prompt, params) if session is None else session.stream(prompt, params)))
     if session is not None:
         session.save_state(args.session)
+    if printer.errors:
+        raise ValueError("; ".join(printer.errors))
 
     if _common.wants_statistics(args):
         seen, state = len(prompt) + clock.num_tokens, params.n * model.state_nbytes
         if session is not None:
             seen, state = session.num_tokens[0], session.state_nbytes
         parts = [
-            f"prompt {len(prompt)} tokens, {len(prompt) / (clock.first - start):.1f} tok/s",
+            f"prompt {len(prompt)} tokens" + (f", {len(prompt) / (clock.first - start):.1f} tok/s" if prompt else ""),
             f"output {clock.num_tokens} tokens" + (f", {clock.rate:.1f} tok/s" if clock.rate else ""),
             f"state {_common.nbytes(state)}"
             + (f" after {seen} tokens" if params.n == 1 else f" in {params.n} samples"),
@@ -140,6 +147,7 @@ class _TextPrinter:
     """Writes sample after sample, the running one as it comes, with lines of --- between them."""
 
     def __init__(self, num_samples: int, token_ids: bool) -> None:
+        self.errors: list[str] = []  # of samples that could not go on
         self._token_ids = token_ids
         self._held: list[list[str]] = [[] for _ in range(num_samples)]
         self._started = [False] * num_samples
@@ -150,6 +158,8 @@ class _TextPrinter:
         for chunk in chunks:
             self._held[chunk.index].append(self._piece(chunk))
             self._finished[chunk.index] |= chunk.finish_reason is not None
+            if chunk.error is not None:
+                self.errors.append(chunk.error)
             while self._current < len(self._held) and self._advance():
                 pass
 
@@ -176,12 +186,15 @@ class _JsonPrinter:
     """Writes one object per sample, in order, when all are complete."""
 
     def __init__(self, params: "SamplingParams", num_prompt_tokens: int) -> None:
+        self.errors: list[str] = []  # of samples that could not go on
         self._num_prompt_tokens = num_prompt_tokens
         self._chunks: list[list[StreamChunk]] = [[] for _ in range(params.n)]
 
     def print_all(self, chunks: Iterable["StreamChunk"]) -> None:
         for chunk in chunks:
             self._chunks[chunk.index].append(chunk)
+            if chunk.error is not None:
+                self.errors.append(chunk.error)
         for index, sample in enumerate(self._chunks):
             record: dict[str, Any] = {
                 "index": index,
@@ -192,6 +205,8 @@ class _JsonPrinter:
                 "stop_reason": sample[-1].stop_reason,
                 "cumulative_logprob": sum(chunk.logprob for chunk in sample),
             }
+            if sample[-1].error is not None:
+                record["error"] = sample[-1].error
             if sample[-1].logprobs is not None:
                 record["logprobs"] = [
                     [

@@ -1,0 +1,205 @@
+#pragma once
+
+// A CPU backend that fails on purpose: at the k-th operation or allocation from when it is armed.
+
+#include <memory>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "backend/backend.h"
+
+namespace based::test {
+
+/// What a planted fault throws.
+struct PlantedFault : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+/// When to fail; shared by all backends of one model.
+class Faults {
+ public:
+  /// The call after the next k fails. sticky: all later ones fail too, as on a device that is lost.
+  void arm(int k, bool sticky) {
+    countdown_ = k;
+    sticky_ = sticky;
+    armed_ = true;
+    fired_ = false;
+  }
+  void disarm() { armed_ = false; }
+  bool fired() const { return fired_; }
+
+  void tick(const char* what) {
+    if (!armed_) return;
+    if (countdown_-- > 0) return;
+    fired_ = true;
+    if (!sticky_) armed_ = false;
+    throw PlantedFault(std::string("planted fault in ") + what);
+  }
+
+ private:
+  int countdown_ = 0;
+  bool armed_ = false, sticky_ = false, fired_ = false;
+};
+
+class FaultySampler final : public backend::Sampler {
+ public:
+  FaultySampler(std::unique_ptr<backend::Sampler> inner, std::shared_ptr<Faults> faults)
+      : inner_(std::move(inner)), faults_(std::move(faults)) {}
+
+  const backend::Sampler* inner() const { return inner_.get(); }
+
+  void assign(int row, const SamplingParams& params, std::uint64_t seed, std::uint32_t sequence,
+              std::span<const std::int32_t> prompt, std::span<const std::int32_t> stop_ids,
+              std::span<const backend::SeenToken> seen) override {
+    faults_->tick("assign");
+    inner_->assign(row, params, seed, sequence, prompt, stop_ids, seen);
+  }
+  void sample(const backend::Matrix& logits, const backend::RaggedBatch& batch) override {
+    faults_->tick("sample");
+    inner_->sample(logits, batch);
+  }
+  std::vector<backend::SampledToken> take() override {
+    faults_->tick("take");
+    return inner_->take();
+  }
+
+ private:
+  std::unique_ptr<backend::Sampler> inner_;
+  std::shared_ptr<Faults> faults_;
+};
+
+class FaultyBackend final : public backend::Backend {
+ public:
+  FaultyBackend(std::unique_ptr<backend::Backend> inner, std::shared_ptr<Faults> faults)
+      : inner_(std::move(inner)), faults_(std::move(faults)) {}
+
+  std::unique_ptr<backend::Backend> sibling() const override {
+    faults_->tick("sibling");
+    return std::make_unique<FaultyBackend>(inner_->sibling(), faults_);
+  }
+
+  Device device() const override { return inner_->device(); }
+  const backend::MemoryCounters& memory() const override { return inner_->memory(); }
+  int num_threads() const override { return inner_->num_threads(); }
+  std::string kernel_isa() const override { return inner_->kernel_isa(); }
+  DType activation_dtype(DType weights) const override { return inner_->activation_dtype(weights); }
+  DType projection_dtype(DType weights) const override { return inner_->projection_dtype(weights); }
+  std::int64_t chunk_tokens() const override { return inner_->chunk_tokens(); }
+  std::int64_t step_rows(std::int64_t num_sequences) const override { return inner_->step_rows(num_sequences); }
+  bool asynchronous() const override { return inner_->asynchronous(); }
+  void trim() noexcept override { inner_->trim(); }
+
+  backend::Buffer allocate(std::size_t nbytes, backend::MemoryKind kind) override {
+    faults_->tick("allocate");
+    return inner_->allocate(nbytes, kind);
+  }
+  void zero(void* data, std::size_t nbytes) override {
+    faults_->tick("zero");
+    inner_->zero(data, nbytes);
+  }
+  void copy(void* to, const void* from, std::size_t nbytes) override {
+    faults_->tick("copy");
+    inner_->copy(to, from, nbytes);
+  }
+  void copy_from_host(void* device, const void* host, std::size_t nbytes) override {
+    faults_->tick("copy_from_host");
+    inner_->copy_from_host(device, host, nbytes);
+  }
+  void copy_to_host(void* host, const void* device, std::size_t nbytes) override {
+    faults_->tick("copy_to_host");
+    inner_->copy_to_host(host, device, nbytes);
+  }
+  void synchronize() override {
+    faults_->tick("synchronize");
+    inner_->synchronize();
+  }
+  void begin(const backend::RaggedBatch& batch) override {
+    faults_->tick("begin");
+    inner_->begin(batch);
+  }
+  void replay(const backend::StepKey& key, const std::function<void()>& operations) override {
+    faults_->tick("replay");
+    inner_->replay(key, operations);
+  }
+  std::shared_ptr<const backend::LinearWeight> pack_linear(const backend::LinearSource& source, DType dtype) override {
+    faults_->tick("pack_linear");
+    return inner_->pack_linear(source, dtype);
+  }
+  backend::Buffer pack_float32(const TensorView& tensor) override {
+    faults_->tick("pack_float32");
+    return inner_->pack_float32(tensor);
+  }
+  void embed(const backend::LinearWeight& table, const backend::RaggedBatch& batch, const backend::Matrix& r) override {
+    faults_->tick("embed");
+    backend::RaggedBatch unwrapped = batch;
+    if (const auto* sampler = dynamic_cast<const FaultySampler*>(batch.chosen)) unwrapped.chosen = sampler->inner();
+    inner_->embed(table, unwrapped, r);
+  }
+  void norm(NormKind kind, double eps, const float* weight, const float* bias, const backend::Matrix& r,
+            std::span<const std::int32_t> rows, const backend::Matrix& out) override {
+    faults_->tick("norm");
+    inner_->norm(kind, eps, weight, bias, r, rows, out);
+  }
+  void linear(const backend::LinearWeight& weight, const backend::Matrix& x, const backend::Matrix& y,
+              bool accumulate) override {
+    faults_->tick("linear");
+    inner_->linear(weight, x, y, accumulate);
+  }
+  void gated_conv(const GatedConvConfig& config, const float* taps, const backend::RaggedBatch& batch,
+                  const backend::Matrix& u, backend::StatePool& states, int layer,
+                  const backend::Matrix& out) override {
+    faults_->tick("gated_conv");
+    inner_->gated_conv(config, taps, batch, u, states, layer, out);
+  }
+  void linear_attention(const LinearAttentionConfig& config, const backend::RaggedBatch& batch,
+                        const backend::Matrix& qkv, backend::StatePool& states, int layer,
+                        const backend::Matrix& out) override {
+    faults_->tick("linear_attention");
+    inner_->linear_attention(config, batch, qkv, states, layer, out);
+  }
+  void sliding_window(const SlidingWindowConfig& config, const backend::RaggedBatch& batch, const backend::Matrix& qkv,
+                      backend::StatePool& states, int layer, const backend::Matrix& out) override {
+    faults_->tick("sliding_window");
+    inner_->sliding_window(config, batch, qkv, states, layer, out);
+  }
+  void token_log_probs(const backend::Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
+                       std::span<float> out) override {
+    faults_->tick("token_log_probs");
+    inner_->token_log_probs(logits, vocab_size, targets, out);
+  }
+  std::unique_ptr<backend::Sampler> make_sampler(std::int64_t vocab_size, int num_rows) override {
+    faults_->tick("make_sampler");
+    return std::make_unique<FaultySampler>(inner_->make_sampler(vocab_size, num_rows), faults_);
+  }
+  std::unique_ptr<backend::StatePool> make_states(const ModelConfig& config, DType dtype, int capacity) override {
+    faults_->tick("make_states");
+    return inner_->make_states(config, dtype, capacity);
+  }
+  void copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot) override {
+    faults_->tick("copy_state");
+    inner_->copy_state(from, from_slot, to, to_slot);
+  }
+  void reset_state(backend::StatePool& states, int slot) override {
+    faults_->tick("reset_state");
+    inner_->reset_state(states, slot);
+  }
+  std::vector<backend::NamedTensor> export_state(const backend::StatePool& states, int slot,
+                                                 std::int64_t num_tokens) override {
+    faults_->tick("export_state");
+    return inner_->export_state(states, slot, num_tokens);
+  }
+  void import_state(backend::StatePool& states, int slot, std::int64_t num_tokens,
+                    std::span<const backend::NamedView> tensors) override {
+    faults_->tick("import_state");
+    inner_->import_state(states, slot, num_tokens, tensors);
+  }
+
+ private:
+  std::unique_ptr<backend::Backend> inner_;
+  std::shared_ptr<Faults> faults_;
+};
+
+}  // namespace based::test
