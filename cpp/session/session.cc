@@ -150,6 +150,7 @@ Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts
 std::int64_t Session::Impl::reserve_step(std::size_t count) {
   const std::int64_t rows = backend->step_rows(static_cast<std::int64_t>(count));
   transformer().reserve(*backend, workspace_, rows);
+  backend->reserve_step(config(), rows);
   const auto nbytes = static_cast<std::size_t>(rows * config().padded_vocab_size) * sizeof(float);
   if (nbytes > step_logits_.memory.nbytes) {
     step_logits_ = {};
