@@ -223,6 +223,11 @@ class Backend {
 
   // ---- steps -------------------------------------------------------------------------------------------------
 
+  /// Takes the scratch memory of a step of num_sequences sequences of this model, one token each: its operations take
+  /// no more. (Operations on several tokens of a sequence take theirs as they begin.) Throws OutOfMemory, and then
+  /// nothing has changed. Does nothing where operations need no scratch memory, or have it since the device was opened.
+  virtual void reserve_step(const ModelConfig&, std::int64_t /*num_sequences*/) {}
+
   /// Announces the batch that the operations below are given. Its arrays are copied where needed.
   virtual void begin(const RaggedBatch& batch) = 0;
 

@@ -242,6 +242,7 @@ void Session::Impl::feed(std::span<const std::vector<std::int32_t>> prompts, std
 std::int64_t Session::Impl::reserve_step(std::size_t count) {
   const std::int64_t rows = backend().step_rows(static_cast<std::int64_t>(count));
   transformer().reserve(backend(), workspace(), rows);
+  backend().reserve_step(config(), rows);
   if (rows > step_output_.capacity) {
     const auto allocate = [&](std::size_t row_nbytes) {
       return backend().allocate(static_cast<std::size_t>(rows) * row_nbytes, backend::MemoryKind::workspace);

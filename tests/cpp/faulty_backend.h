@@ -116,6 +116,10 @@ class FaultyBackend final : public backend::Backend {
     faults_->tick("synchronize");
     inner_->synchronize();
   }
+  void reserve_step(const ModelConfig& config, std::int64_t num_sequences) override {
+    faults_->tick("reserve_step");
+    inner_->reserve_step(config, num_sequences);
+  }
   void begin(const backend::RaggedBatch& batch) override {
     faults_->tick("begin");
     inner_->begin(batch);

@@ -1,10 +1,15 @@
 // Slots of the CPU's state pool: saved form, copies, limits.
 
 #include <gtest/gtest.h>
+#if defined(__linux__)
+#include <unistd.h>
+#endif
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
+#include <fstream>
 #include <limits>
 #include <memory>
 #include <new>
@@ -331,6 +336,109 @@ TEST(States, RefusesWhatCannotBe) {
   huge.layers = {GatedConvConfig{1 << 20, 1 << 14, false}};
   EXPECT_THROW(cpu.make_states(huge, DType::float32, std::numeric_limits<int>::max()), std::bad_alloc);
 }
+
+// From 2²⁴ tokens on a float32 that counts them by ones stands still.
+TEST(States, CountsMoreThan2To24Tokens) {
+  constexpr std::int64_t kStart = std::int64_t{1} << 24, kSteps = 4096, kPrompt = 100;
+  const std::int64_t heads = kLinear.num_heads, f = kLinear.feature_dim, dv = kLinear.head_dim;
+  const std::int64_t features_size = kLinear.num_features(), width = heads * (2 * f + dv);
+  ModelConfig config;
+  config.layers = {kLinear};
+  CpuBackend cpu = make_cpu();
+  const auto states = cpu.make_states(config, DType::float32, 1);
+
+  // Some sums with that count.
+  Tensor taylor = Tensor::empty(DType::float32, {heads, features_size, dv + 1});
+  const auto start = random_floats(taylor.size(), 5);
+  std::vector<double> expected(start.begin(), start.end());  // the reference's state
+  for (std::int64_t h = 0; h < heads; ++h)
+    expected[static_cast<std::size_t>(h * features_size * (dv + 1) + dv)] = static_cast<double>(kStart);
+  std::copy(expected.begin(), expected.end(), taylor.data_as<float>());
+  const NamedView saved[] = {{"layers.0.taylor", taylor.view()}};
+  cpu.import_state(*states, 0, kStart, saved);
+  const auto count = [&](std::int64_t num_tokens) {
+    return cpu.export_state(*states, 0, num_tokens)[0].tensor.data_as<float>()[dv];
+  };
+  EXPECT_EQ(count(kStart), static_cast<float>(kStart));
+
+  double error = 0, norm = 0;
+  std::int64_t position = kStart;
+  const auto feed = [&](std::int64_t n) {
+    const auto in = random_floats(n * width, static_cast<std::uint64_t>(position));
+    std::vector<float> out(static_cast<std::size_t>(n * heads * dv));
+    const std::vector<std::int32_t> tokens(static_cast<std::size_t>(n)), offsets{0, static_cast<std::int32_t>(n)};
+    const std::int32_t slots[] = {0};
+    const std::int64_t positions[] = {position};
+    cpu.linear_attention(kLinear, {tokens, offsets, slots, positions},
+                         {const_cast<float*>(in.data()), DType::float32, n, width}, *states, 0,
+                         {out.data(), DType::float32, n, heads * dv});
+    for (std::int64_t t = 0; t < n; ++t)
+      for (std::int64_t h = 0; h < heads; ++h) {
+        const float* x = in.data() + t * width;
+        const auto q = features(x + h * f), k = features(x + (heads + h) * f);
+        std::vector<double> y(static_cast<std::size_t>(dv + 1));
+        for (std::int64_t p = 0; p < features_size; ++p)
+          for (std::int64_t c = 0; c <= dv; ++c) {
+            double& s = expected[static_cast<std::size_t>((h * features_size + p) * (dv + 1) + c)];
+            s += k[static_cast<std::size_t>(p)] * (c < dv ? x[2 * heads * f + h * dv + c] : 1.0);
+            y[static_cast<std::size_t>(c)] += q[static_cast<std::size_t>(p)] * s;
+          }
+        for (std::int64_t c = 0; c < dv; ++c) {
+          const double wanted = y[static_cast<std::size_t>(c)] / (y[static_cast<std::size_t>(dv)] + kLinear.eps);
+          const double difference = out[static_cast<std::size_t>((t * heads + h) * dv + c)] - wanted;
+          error += difference * difference;
+          norm += wanted * wanted;
+        }
+      }
+    position += n;
+  };
+  for (std::int64_t i = 0; i < kSteps; ++i) feed(1);
+  EXPECT_EQ(count(position), static_cast<float>(kStart + kSteps));
+  feed(kPrompt);
+  EXPECT_EQ(count(position), static_cast<float>(kStart + kSteps + kPrompt));
+  EXPECT_LT(std::sqrt(error / norm), 3e-6);
+}
+
+#if defined(__linux__)
+// Pages of this process in memory.
+std::size_t resident_nbytes() {
+  std::size_t all = 0, resident = 0;
+  std::ifstream("/proc/self/statm") >> all >> resident;
+  return resident * static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+}
+
+TEST(States, ALargeWindowTakesMemoryWhenItIsUsed) {
+  constexpr std::size_t kMegabyte = std::size_t{1} << 20;
+  ModelConfig config;
+  config.layers = {kLinear, SlidingWindowConfig{16, 16, 64, 131072, 1, false, false, 0, 10000.0, false}, kConv};
+  CpuBackend cpu = make_cpu();
+  const std::size_t before = resident_nbytes();
+  const auto start = std::chrono::steady_clock::now();
+  const auto states = cpu.make_states(config, DType::float32, 64);
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::milliseconds(500));  // zeroing 69 GB takes longer
+  EXPECT_LT(resident_nbytes(), before + 10 * kMegabyte);
+  EXPECT_GT(states->nbytes_per_slot(), 1024 * kMegabyte);
+  EXPECT_EQ(cpu.memory().nbytes[static_cast<std::size_t>(backend::MemoryKind::states)], 64 * states->nbytes_per_slot());
+
+  const auto& pool = static_cast<const CpuStatePool&>(*states);
+  constexpr std::size_t kUsed = 200 * kMegabyte;
+  const auto is_zero = [](const std::byte* data, std::size_t nbytes) {
+    return std::all_of(data, data + nbytes, [](std::byte byte) { return byte == std::byte{0}; });
+  };
+  for (const int slot : {0, 63}) {
+    std::byte* const begin = pool.slot(slot);
+    std::byte* const end = begin + states->nbytes_per_slot();
+    EXPECT_TRUE(is_zero(begin, kMegabyte));
+    std::memset(begin, 0x55, kUsed);
+    std::memset(end - kMegabyte, 0x55, kMegabyte);
+    EXPECT_GT(resident_nbytes(), before + kUsed / 2);
+    cpu.reset_state(*states, slot);
+    EXPECT_LT(resident_nbytes(), before + 10 * kMegabyte);
+    EXPECT_TRUE(is_zero(begin, 2 * kMegabyte));
+    EXPECT_TRUE(is_zero(end - 2 * kMegabyte, 2 * kMegabyte));
+  }
+}
+#endif
 
 }  // namespace
 }  // namespace based::cpu

@@ -29,12 +29,17 @@ class CpuBackend final : public backend::Backend {
 
   // cpu_backend.cc
   backend::Buffer allocate(std::size_t nbytes, backend::MemoryKind kind) override;
+  /// Zeros, aligned to 64 bytes, counted as MemoryKind::states. From 1 MB on, a mapping whose pages take memory when
+  /// they are first written, in small pages when `sparse`: a page of 2 MB would take much that is not used. Throws
+  /// OutOfMemory.
+  backend::Buffer allocate_states(std::size_t nbytes, bool sparse);
   void zero(void* data, std::size_t nbytes) override;
   void copy(void* to, const void* from, std::size_t nbytes) override;
   void copy_from_host(void* device, const void* host, std::size_t nbytes) override;
   void copy_to_host(void* host, const void* device, std::size_t nbytes) override;
   void synchronize() override {}
-  void trim() noexcept override { packed_rows_ = {}; }
+  void trim() noexcept override { scratch_ = {}; }
+  void reserve_step(const ModelConfig& config, std::int64_t num_sequences) override;
   void begin(const backend::RaggedBatch&) override {}
   std::int64_t step_rows(std::int64_t num_sequences) const override { return num_sequences; }
   void replay(const backend::StepKey&, const std::function<void()>& operations) override { operations(); }
@@ -78,7 +83,10 @@ class CpuBackend final : public backend::Backend {
   std::shared_ptr<ThreadPool> pool_;
   Isa isa_;
   std::shared_ptr<backend::MemoryCounters> counters_;
-  backend::Buffer packed_rows_;  // scratch of linear()
+  // Scratch memory of the operation that runs. It grows to the largest need so far; an operation takes all of its own
+  // before it changes a state.
+  std::byte* scratch(std::size_t nbytes);
+  backend::Buffer scratch_;
 };
 
 }  // namespace based::cpu

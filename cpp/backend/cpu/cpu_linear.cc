@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstring>
+#include <span>
 #include <string>
 
 #include "backend/cpu/cpu_backend.h"
@@ -147,14 +148,18 @@ void CpuBackend::embed(const LinearWeight& table, const backend::RaggedBatch& ba
     throw InvalidArgument("embed: found output " + describe(r) + ", expected float32 " +
                           shape_str({batch.num_tokens(), w.k}) + " from a table without gate");
   // The tokens given, or those that the sampler chose for the sequences.
-  std::vector<std::int32_t> tokens(batch.tokens.begin(), batch.tokens.end());
-  if (const auto* sampler = dynamic_cast<const CpuSampler*>(batch.chosen))
-    for (const std::int32_t slot : batch.slots) {
-      tokens.push_back(sampler->chosen(slot));
-      if (tokens.back() < 0)
+  std::span<const std::int32_t> tokens = batch.tokens;
+  if (const auto* sampler = dynamic_cast<const CpuSampler*>(batch.chosen)) {
+    auto* const chosen = reinterpret_cast<std::int32_t*>(scratch(batch.slots.size_bytes()));
+    std::ranges::transform(batch.slots, chosen, [&](std::int32_t slot) {
+      const std::int32_t token = sampler->chosen(slot);
+      if (token < 0)
         throw InvalidArgument("embed: sampler row " + std::to_string(slot) +
                               " has no token to go on from: none was sampled, or sampling it failed");
-    }
+      return token;
+    });
+    tokens = {chosen, batch.slots.size()};
+  }
   for (const std::int32_t token : tokens)
     if (token < 0 || token >= w.n)
       throw InvalidArgument("token " + std::to_string(token) + " is not one of 0 … " + std::to_string(w.n - 1));
@@ -186,12 +191,7 @@ void CpuBackend::linear(const LinearWeight& weight, const Matrix& x, const Matri
   const std::size_t packed_row_nbytes = static_cast<std::size_t>(w.padded_k()) * size_of(row_dtype);
   const auto* packed = static_cast<const std::byte*>(x.data);
   if (x.rows > 1 || x.dtype != row_dtype || w.padded_k() != w.k) {
-    const std::size_t nbytes = static_cast<std::size_t>(x.rows) * packed_row_nbytes;
-    if (packed_rows_.nbytes < nbytes) {
-      packed_rows_ = {};
-      packed_rows_ = allocate(nbytes, MemoryKind::workspace);
-    }
-    auto* out = static_cast<std::byte*>(packed_rows_.data.get());
+    std::byte* const out = scratch(static_cast<std::size_t>(x.rows) * packed_row_nbytes);
     packed = out;
     const std::size_t x_row_nbytes = static_cast<std::size_t>(x.cols) * size_of(x.dtype);
     pool_->run(tiles, [&](std::int64_t tile, int) {

@@ -1,7 +1,7 @@
 // Norms, gated conv and linear attention: how each is cut into tasks. The arithmetic is in kernels/.
 
 #include <algorithm>
-#include <vector>
+#include <span>
 
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/cpu_operands.h"
@@ -32,23 +32,52 @@ void CpuBackend::norm(NormKind kind, double eps, const float* weight, const floa
 
 // ---- gated conv -----------------------------------------------------------------------------------------------------
 
+namespace {
+
+constexpr std::int64_t kConvTokens = 64, kConvChannels = 512;  // of a task
+
+struct ConvPlan {
+  struct Block {
+    std::int64_t sequence, token_begin, token_end;
+    bool whole;  // all tokens of its sequence
+  };
+  std::int64_t num_blocks;
+  Block* blocks;
+  ThreadFloats scratch;
+
+  ConvPlan(Carver& carver, const GatedConvConfig& config, const Lengths& lengths, int num_threads)
+      : num_blocks(count_blocks(lengths)),
+        blocks(carver.take<Block>(num_blocks)),
+        scratch(carver, num_threads, config.kernel_size * kConvChannels) {}
+
+  static std::int64_t count_blocks(const Lengths& lengths) {
+    std::int64_t count = 0;
+    for (std::int64_t b = 0; b < lengths.num_sequences(); ++b) count += ceil_div(lengths.tokens(b), kConvTokens);
+    return count;
+  }
+};
+
+}  // namespace
+
+std::size_t scratch_nbytes(const GatedConvConfig& config, const Lengths& lengths, Isa, int num_threads) {
+  return plan_nbytes<ConvPlan>(config, lengths, num_threads);
+}
+
 void CpuBackend::gated_conv(const GatedConvConfig& config, const float* taps, const RaggedBatch& batch, const Matrix& u,
                             backend::StatePool& states, int layer, const Matrix& out) {
-  constexpr std::int64_t kTokens = 64, kChannels = 512;  // of a task
   const GatedConvKernels& kernels =
       for_isa(isa_, [](auto tag) -> const GatedConvKernels& { return gated_conv_kernels(tag); });
   const CpuStatePool& pool = pool_of(states);
   const std::int64_t e = config.inner_size, past_rows = config.kernel_size - 1;
 
-  struct Block {
-    std::int64_t sequence, token_begin, token_end;
-    bool whole;  // all tokens of its sequence
-  };
-  std::vector<Block> blocks;
+  const Lengths lengths(batch);
+  Carver carver(scratch(scratch_nbytes(config, lengths, isa_, num_threads())));
+  const ConvPlan plan(carver, config, lengths, num_threads());
+  ConvPlan::Block* next = plan.blocks;
   for (std::int64_t b = 0; b < batch.num_sequences(); ++b) {
-    const std::int64_t tokens = batch.offsets[b + 1] - batch.offsets[b];
-    for (std::int64_t t = 0; t < tokens; t += kTokens)
-      blocks.push_back({b, t, std::min(t + kTokens, tokens), tokens <= kTokens});
+    const std::int64_t tokens = lengths.tokens(b);
+    for (std::int64_t t = 0; t < tokens; t += kConvTokens)
+      *next++ = {b, t, std::min(t + kConvTokens, tokens), tokens <= kConvTokens};
   }
 
   // past = the last K − 1 rows of [past; u₁]
@@ -62,43 +91,76 @@ void CpuBackend::gated_conv(const GatedConvConfig& config, const float* taps, co
     }
   };
 
-  const std::int64_t channel_blocks = ceil_div(e, kChannels);
-  const Scratch scratch(num_threads(), config.kernel_size * kChannels);
-  pool_->run(static_cast<std::int64_t>(blocks.size()) * channel_blocks, [&](std::int64_t task, int thread) {
-    const Block& block = blocks[static_cast<std::size_t>(task / channel_blocks)];
+  const std::int64_t channel_blocks = ceil_div(e, kConvChannels);
+  pool_->run(plan.num_blocks * channel_blocks, [&](std::int64_t task, int thread) {
+    const ConvPlan::Block& block = plan.blocks[task / channel_blocks];
     const std::int64_t first = batch.offsets[block.sequence];
-    const std::int64_t channel_begin = task % channel_blocks * kChannels;
-    const std::int64_t channel_end = std::min(channel_begin + kChannels, e);
+    const std::int64_t channel_begin = task % channel_blocks * kConvChannels;
+    const std::int64_t channel_end = std::min(channel_begin + kConvChannels, e);
     kernels.convolve({taps, row(u, first), pool.layer<float>(batch.slots[block.sequence], layer), e, config.kernel_size,
                       block.token_begin, block.token_end, channel_begin, channel_end, element(out, first, 0),
-                      is_bf16(out), scratch.of(thread)});
+                      is_bf16(out), plan.scratch.of(thread)});
     if (block.whole) advance(block.sequence, channel_begin, channel_end);
   });
-  for (const Block& block : blocks)  // where another task may have read the past until now
+  for (const ConvPlan::Block& block :
+       std::span(plan.blocks, next))  // where another task may have read the past until now
     if (!block.whole && block.token_begin == 0) advance(block.sequence, 0, e);
 }
 
 // ---- linear attention -----------------------------------------------------------------------------------------------
 
+namespace {
+
+const LinearAttentionKernels& attention_kernels(Isa isa) {
+  return for_isa(isa, [](auto tag) -> const LinearAttentionKernels& { return linear_attention_kernels(tag); });
+}
+
+// With fewer heads than threads, a head's value columns are shared out too. Each share then keeps a z of its own.
+struct TaylorPlan {
+  TaylorLayout layout;
+  std::int64_t pairs;   // of a sequence and a head
+  std::int64_t cols;    // of a share
+  std::int64_t shares;  // of a pair
+  float* shared_z;      // (pairs, shares, size_z); unused with one share
+  ThreadFloats scratch;
+
+  TaylorPlan(Carver& carver, const LinearAttentionConfig& config, const Lengths& lengths, Isa isa, int num_threads)
+      : layout(config),
+        pairs(lengths.num_sequences() * config.num_heads),
+        cols(share_cols(layout.cols, pairs, num_threads)),
+        shares(ceil_div(layout.cols, cols)),
+        shared_z(carver.take<float>(shares > 1 ? pairs * shares * layout.size_z : 0)),
+        scratch(carver, num_threads,
+                attention_kernels(isa).scratch_size(config.feature_dim, layout.num_features, cols)) {}
+
+  static std::int64_t share_cols(std::int64_t cols, std::int64_t pairs, int num_threads) {
+    const std::int64_t wanted = std::clamp<std::int64_t>(ceil_div(num_threads, pairs), 1, cols / kStateLanes);
+    return round_up(ceil_div(cols, wanted), kStateLanes);
+  }
+};
+
+}  // namespace
+
+std::size_t scratch_nbytes(const LinearAttentionConfig& config, const Lengths& lengths, Isa isa, int num_threads) {
+  return plan_nbytes<TaylorPlan>(config, lengths, isa, num_threads);
+}
+
 void CpuBackend::linear_attention(const LinearAttentionConfig& config, const RaggedBatch& batch, const Matrix& qkv,
                                   backend::StatePool& states, int layer, const Matrix& out) {
-  const LinearAttentionKernels& kernels =
-      for_isa(isa_, [](auto tag) -> const LinearAttentionKernels& { return linear_attention_kernels(tag); });
+  const LinearAttentionKernels& kernels = attention_kernels(isa_);
   const CpuStatePool& pool = pool_of(states);
-  const TaylorLayout layout(config);
+  const Lengths lengths(batch);
+  Carver carver(scratch(scratch_nbytes(config, lengths, isa_, num_threads())));
+  const TaylorPlan plan(carver, config, lengths, isa_, num_threads());
+  const TaylorLayout& layout = plan.layout;
+  const std::int64_t pairs = plan.pairs, cols = plan.cols, shares = plan.shares;
   const std::int64_t heads = config.num_heads, f = config.feature_dim, dv = config.head_dim;
 
-  // With fewer heads than threads, a head's value columns are shared out too. Each share then keeps a z of its own.
-  const std::int64_t pairs = batch.num_sequences() * heads;
-  const std::int64_t wanted = std::clamp<std::int64_t>(ceil_div(num_threads(), pairs), 1, layout.cols / kStateLanes);
-  const std::int64_t cols = round_up(ceil_div(layout.cols, wanted), kStateLanes);
-  const std::int64_t shares = ceil_div(layout.cols, cols);
-  const Floats shared_z = make_floats(shares > 1 ? pairs * shares * layout.size_z : 0);
   const auto state_of = [&](std::int64_t pair) {
     return pool.layer<float>(batch.slots[pair / heads], layer) + pair % heads * layout.head_size;
   };
   const auto z_of = [&](std::int64_t pair, std::int64_t share) {
-    return shared_z.get() + (pair * shares + share) * layout.size_z;
+    return plan.shared_z + (pair * shares + share) * layout.size_z;
   };
   const std::int64_t s_size = layout.rows * layout.cols;
   if (shares > 1) {
@@ -107,7 +169,6 @@ void CpuBackend::linear_attention(const LinearAttentionConfig& config, const Rag
         std::copy_n(state_of(pair) + s_size, layout.size_z, z_of(pair, share));
   }
 
-  const Scratch scratch(num_threads(), kernels.scratch_size(f, layout.num_features, cols));
   pool_->run(pairs * shares, [&](std::int64_t index, int thread) {
     const std::int64_t pair = index / shares, share = index % shares, b = pair / heads, h = pair % heads;
     const std::int64_t first = batch.offsets[b], col = share * cols;
@@ -119,6 +180,7 @@ void CpuBackend::linear_attention(const LinearAttentionConfig& config, const Rag
     task.v = x + 2 * heads * f + h * dv + col;
     task.stride = qkv.cols;
     task.num_tokens = batch.offsets[b + 1] - first;
+    task.position = batch.positions[b];
     task.feature_dim = f;
     task.num_features = layout.num_features;
     task.head_dim = std::min(cols, dv - col);
@@ -130,7 +192,7 @@ void CpuBackend::linear_attention(const LinearAttentionConfig& config, const Rag
     task.out = element(out, first, h * dv + col);
     task.out_stride = out.cols;
     task.out_bf16 = is_bf16(out);
-    task.scratch = scratch.of(thread);
+    task.scratch = plan.scratch.of(thread);
     kernels.attend(task);
   });
   if (shares > 1) {

@@ -1,5 +1,10 @@
 #include "backend/cpu/cpu_states.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -48,6 +53,27 @@ std::size_t layer_nbytes(const MixerConfig& mixer, std::size_t ring_element) {
   const auto& window = std::get<SlidingWindowConfig>(mixer);
   check_extents({window.num_kv_heads, window.head_dim, window.window});
   return checked_mul(window.num_kv_heads, checked_mul(RingLayout(window).head_size, ring_element));
+}
+
+// A ring of this size is used page by page: a short sequence takes the memory of a few keys, and a reset gives all of
+// it back. Smaller rings, and the other layers, are soon used whole: there pages of 2 MB are better, which a part given
+// back would break up.
+constexpr std::size_t kLargeRing = std::size_t{8} << 20;
+
+// Zeros in a private mapping; whole pages are given back to the system, which hands out zeros when they are next used.
+void give_back(std::byte* data, std::size_t nbytes) {
+#if defined(__linux__)
+  const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto address = reinterpret_cast<std::uintptr_t>(data);
+  const std::uintptr_t begin = (address + page - 1) / page * page, end = (address + nbytes) / page * page;
+  std::byte* const whole = data + (begin - address);
+  if (begin < end && madvise(whole, end - begin, MADV_DONTNEED) == 0) {  // locked pages cannot be given back
+    std::memset(data, 0, begin - address);
+    std::memset(whole + (end - begin), 0, address + nbytes - end);
+    return;
+  }
+#endif
+  std::memset(data, 0, nbytes);
 }
 
 // IEEE binary16: the exponent moves to float32's place and bias, which a product by 2¹¹² does for subnormals as well.
@@ -133,17 +159,29 @@ RingLayout::RingLayout(const SlidingWindowConfig& config)
       keys_size(slots * config.head_dim),
       head_size(round_up(keys_size + slots * cols, 2 * kStateLanes)) {}
 
-CpuStatePool::CpuStatePool(const ModelConfig& config, DType ring_dtype, int capacity, backend::Backend& memory)
+CpuStatePool::CpuStatePool(const ModelConfig& config, DType ring_dtype, int capacity, CpuBackend& memory)
     : layers_(config.layers), ring_dtype_(ring_dtype), capacity_(capacity) {
   for (const MixerConfig& mixer : layers_) {
+    const std::size_t layer = layer_nbytes(mixer, size_of(ring_dtype));
     offsets_.push_back(slot_nbytes_);
-    slot_nbytes_ = checked_add(slot_nbytes_, layer_nbytes(mixer, size_of(ring_dtype)));
+    large_rings_.push_back(std::holds_alternative<SlidingWindowConfig>(mixer) && layer >= kLargeRing);
+    slot_nbytes_ = checked_add(slot_nbytes_, layer);
     slot_nbytes_ = checked_add(slot_nbytes_, kAlignment - 1) / kAlignment * kAlignment;
   }
   const std::size_t nbytes = checked_mul(capacity, slot_nbytes_);
-  buffer_ = memory.allocate(nbytes, backend::MemoryKind::states);
+  buffer_ = memory.allocate_states(nbytes, std::ranges::count(large_rings_, true) > 0);
   data_ = static_cast<std::byte*>(buffer_.data.get());
-  memory.zero(data_, nbytes);
+}
+
+void CpuStatePool::reset(int slot) const {
+  std::byte* const begin = this->slot(slot);
+  for (std::size_t i = 0; i < offsets_.size(); ++i) {
+    const std::size_t end = i + 1 < offsets_.size() ? offsets_[i + 1] : slot_nbytes_;
+    if (large_rings_[i])
+      give_back(begin + offsets_[i], end - offsets_[i]);
+    else
+      std::memset(begin + offsets_[i], 0, end - offsets_[i]);
+  }
 }
 
 std::unique_ptr<backend::StatePool> CpuBackend::make_states(const ModelConfig& config, DType dtype, int capacity) {
@@ -160,9 +198,7 @@ void CpuBackend::copy_state(const backend::StatePool& from, int from_slot, backe
   if (source != target) std::memcpy(target, source, from.nbytes_per_slot());
 }
 
-void CpuBackend::reset_state(backend::StatePool& states, int slot) {
-  std::memset(pool_of(states).slot(slot), 0, states.nbytes_per_slot());
-}
+void CpuBackend::reset_state(backend::StatePool& states, int slot) { pool_of(states).reset(slot); }
 
 std::vector<backend::NamedTensor> CpuBackend::export_state(const backend::StatePool& states, int slot,
                                                            std::int64_t num_tokens) {

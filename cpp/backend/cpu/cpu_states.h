@@ -41,18 +41,24 @@ struct RingLayout {
   explicit RingLayout(const SlidingWindowConfig& config);
 };
 
+class CpuBackend;
+
 /// Slots of equal size, each one contiguous: layer after layer, every layer aligned to 64 bytes. A conv layer is
 /// (K − 1, e), oldest first.
 class CpuStatePool final : public backend::StatePool {
  public:
-  /// `allocate` makes the memory of a given size. Throws std::bad_alloc, also when the size overflows.
-  CpuStatePool(const ModelConfig& config, DType ring_dtype, int capacity, backend::Backend& memory);
+  /// Memory is taken when it is first written: a pool whose layers are large costs addresses until then. Throws
+  /// std::bad_alloc, also when the size overflows.
+  CpuStatePool(const ModelConfig& config, DType ring_dtype, int capacity, CpuBackend& memory);
 
   int capacity() const override { return capacity_; }
   std::size_t nbytes_per_slot() const override { return slot_nbytes_; }
 
   const std::vector<MixerConfig>& layers() const { return layers_; }
   DType ring_dtype() const { return ring_dtype_; }
+
+  /// Zeros; what a large ring has taken of memory goes back to the system.
+  void reset(int slot) const;
 
   std::byte* slot(int slot) const { return data_ + static_cast<std::size_t>(slot) * slot_nbytes_; }
 
@@ -66,6 +72,7 @@ class CpuStatePool final : public backend::StatePool {
   DType ring_dtype_;
   int capacity_;
   std::vector<std::size_t> offsets_;
+  std::vector<bool> large_rings_;  // by layer
   std::size_t slot_nbytes_ = 0;
   backend::Buffer buffer_;
   std::byte* data_ = nullptr;

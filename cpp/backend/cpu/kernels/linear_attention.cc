@@ -273,15 +273,24 @@ void attend_token(const LinearAttentionTask& task, std::int64_t token, float sca
 
 // ---------------------------------------------------------------------------------------------------------------------
 
+// z[0] before token `token`.
+BASED_INLINE void renew_count(const LinearAttentionTask& task, std::int64_t token) {
+  if (task.position + token >= kExactCounts) task.z[0] = static_cast<float>(task.position + token);
+}
+
 // The choice depends on a chunk's own tokens: cutting at a multiple of kC leaves it.
 void attend(const LinearAttentionTask& task) {
   const float scale = static_cast<float>(1.0 / __builtin_sqrt(__builtin_sqrt(static_cast<double>(task.feature_dim))));
   for (std::int64_t begin = 0; begin < task.num_tokens; begin += kC) {
     const std::int64_t n = least(kC, task.num_tokens - begin);
     if (n >= kRecurrentBelow) {
+      renew_count(task, begin);
       attend_chunk(task, begin, n, scale);
     } else {
-      for (std::int64_t t = 0; t < n; ++t) attend_token(task, begin + t, scale);
+      for (std::int64_t t = 0; t < n; ++t) {
+        renew_count(task, begin + t);
+        attend_token(task, begin + t, scale);
+      }
     }
   }
 }

@@ -10,6 +10,9 @@ namespace based::cpu {
 /// a prompt at multiples of this changes no bit. Divides CpuBackend::chunk_tokens().
 inline constexpr std::int64_t kTaylorChunk = 64;
 
+/// float32 holds every integer up to here.
+inline constexpr std::int64_t kExactCounts = std::int64_t{1} << 24;
+
 /// One head of one sequence, value columns [0, cols).
 struct LinearAttentionTask {
   const float* q;       // the first token's (f)
@@ -17,6 +20,7 @@ struct LinearAttentionTask {
   const float* v;       // (head_dim)
   std::int64_t stride;  // floats from one token to the next
   std::int64_t num_tokens;
+  std::int64_t position;      // tokens before the first one
   std::int64_t feature_dim;   // f
   std::int64_t num_features;  // F = 1 + f + f(f + 1)/2
   std::int64_t head_dim;      // values taken, ≤ cols
@@ -32,7 +36,8 @@ struct LinearAttentionTask {
 };
 
 struct LinearAttentionKernels {
-  /// Advances state and z over all tokens, and writes their outputs.
+  /// Advances state and z over all tokens, and writes their outputs. z[0] counts tokens: from kExactCounts on, where a
+  /// float32 no longer takes one more, it follows from the position.
   void (*attend)(const LinearAttentionTask& task);
   std::int64_t (*scratch_size)(std::int64_t feature_dim, std::int64_t num_features, std::int64_t cols);
 };
