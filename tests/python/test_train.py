@@ -796,6 +796,12 @@ def test_a_missing_gpu(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "based: warning: training.device 'auto' is the CPU: PyTorch" in capsys.readouterr().err
 
 
+def test_inductor_takes_what_a_deterministic_run_asks_of_it() -> None:
+    options = loop._compile_options(deterministic=True)["options"]
+    assert torch.compile(lambda x: 2 * x, options=options)(torch.ones(3)).tolist() == [2, 2, 2]
+    assert not loop._compile_options(deterministic=False)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", ["true", "false"])
 def test_on_a_gpu_a_run_goes_on_bit_for_bit(config: Path, monkeypatch: pytest.MonkeyPatch, compiled: str) -> None:
@@ -810,19 +816,23 @@ def test_on_a_gpu_a_run_goes_on_bit_for_bit(config: Path, monkeypatch: pytest.Mo
     assert_same_run(config.parent / "whole", config.parent / "again")
 
 
-def test_a_compiled_run_is_the_same_run(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("deterministic", ["true", "false"])
+def test_a_compiled_run_is_the_same_run(config: Path, monkeypatch: pytest.MonkeyPatch, deterministic: str) -> None:
     """By a backend that takes the graphs as they are; Inductor rounds otherwise."""
     run(config, output=config.parent / "whole")
     compiled = []
 
     def traced(function: Any, **options: Any) -> Any:
         compiled.append(options)
-        return compile_(function, backend="aot_eager", **options)
+        return compile_(function, backend="aot_eager", fullgraph=options["fullgraph"], dynamic=options["dynamic"])
 
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", traced)
-    run(config, "training.steps=6", "training.compile=true", output=config.parent / "again")
-    assert compiled == 3 * [{"fullgraph": True, "dynamic": False}]
+    sets = ["training.steps=6", "training.compile=true", f"training.deterministic={deterministic}"]
+    run(config, *sets, output=config.parent / "again")
+    # Otherwise Inductor times kernels and takes the fastest.
+    timing = {"options": {"deterministic": True}} if deterministic == "true" else {}
+    assert compiled == 3 * [{"fullgraph": True, "dynamic": False, **timing}]
     assert_same_run(config.parent / "whole", config.parent / "again")
 
 
