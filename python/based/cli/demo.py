@@ -17,7 +17,7 @@ from based.cli import _common
 
 if TYPE_CHECKING:
     from based import Model, SamplingParams, Session
-    from based.pairs import Pair
+    from based.models.pairs import Pair
 
 _WIDTH = 100
 _FORKS, _FORK_TOKENS = 3, 64
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _pairs(text: str) -> int:
-    from based.pairs import MOST_PAIRS
+    from based.models.pairs import MOST_PAIRS
 
     value = int(text)
     if not 1 <= value <= MOST_PAIRS:
@@ -76,7 +76,7 @@ def _complete(model: "Model", prompt: str, params: "SamplingParams") -> None:
 
 def _recall(model: "Model", count: int, rng: random.Random) -> "tuple[Session, Pair]":
     """Tells pairs and asks for them. Returns a session that has seen the pairs, and one of them."""
-    from based import pairs
+    from based.models import pairs
 
     told = pairs.random_pairs(rng, count)
     _heading(f"Recall in context: made-up pairs, told once, {count} of them")
@@ -96,7 +96,7 @@ def _recall(model: "Model", count: int, rng: random.Random) -> "tuple[Session, P
 
 
 def _save(args: argparse.Namespace, model: "Model", session: "Session", pair: "Pair") -> None:
-    from based import pairs
+    from based.models import pairs
 
     _heading("The state is a file")
     key, _ = pair
@@ -134,7 +134,8 @@ def _fork(session: "Session", rng: random.Random) -> None:
 
 def _cost(model: "Model", rng: random.Random) -> None:
     """Speed and memory, measured and computed, over the number of tokens seen."""
-    from based import SamplingParams, pairs, sizes
+    from based import SamplingParams, sizes
+    from based.models import pairs
 
     _heading("What it costs")
     print(
