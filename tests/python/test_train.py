@@ -29,7 +29,7 @@ yaml = pytest.importorskip("yaml")
 torch.set_num_threads(1)  # tensors are small here, and a thread that waits for its turn stops all
 
 from based.torch import BasedForCausalLM
-from based.torch.train import Meter, Result, checkpoint, loop, read_config, train
+from based.torch.train import Meter, Result, loop, read_config, train, training_checkpoint
 from based.torch.train.config import Config, tables
 from based.torch.train.data import Dataset, Windows, pack, validation_windows
 from based.torch.train.tokens import byte_tokenizer, make_encoder
@@ -472,7 +472,7 @@ def test_a_run_gives_a_model_that_the_runtime_measures_alike(config: Path) -> No
     assert model.tokenizer is not None and model.config.eos_token_id == END
     text = model.generate("alpha b", based.SamplingParams(max_tokens=5, temperature=0))[0].outputs[0].text
     assert len(text.encode(errors="replace")) >= 5
-    for saved in checkpoint.all_saved(output / "checkpoints"):
+    for saved in training_checkpoint.all_saved(output / "checkpoints"):
         assert based.load(saved.path).tokenizer is not None
 
 
@@ -536,7 +536,7 @@ def test_clipping(config: Path) -> None:
         )
     norms = [float(losses(config.parent / f"clip{clip}")[0][2]) for clip in ("1e-3", "")]
     assert norms[0] == norms[1] > 0.1
-    stored = [checkpoint.newest(config.parent / f"clip{clip}" / "checkpoints") for clip in ("1e-3", "")]
+    stored = [training_checkpoint.newest(config.parent / f"clip{clip}" / "checkpoints") for clip in ("1e-3", "")]
     moments = [s.tensors("optimizer.safetensors") for s in stored if s is not None]
     sums = [math.sqrt(sum(float((m[name] * 10).square().sum()) for name in m if "exp_avg." in name)) for m in moments]
     assert sums == pytest.approx([1e-3, norms[1]], rel=1e-3)
@@ -585,7 +585,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from based.torch.train import checkpoint, loop, read_config, train
+from based.torch.train import loop, read_config, train, training_checkpoint
 
 def patch(owner, name, when):
     function = getattr(owner, name)
@@ -599,7 +599,7 @@ point, config, output = sys.argv[1:]
 if point == "step":
     patch(loop._Run, "_update", lambda run: run.step == 4)
 elif point == "checkpoint":
-    patch(checkpoint, "_write", lambda path, data: path.name == "training.json" and b'"step": 6' in data)
+    patch(training_checkpoint, "_write", lambda path, data: path.name == "training.json" and b'"step": 6' in data)
 else:
     patch(loop._Run, "_export", lambda run, weights: run.step == 6)
 train(read_config(Path(config), output=Path(output)))
@@ -656,7 +656,7 @@ def test_a_second_interrupt_ends_at_once(config: Path, monkeypatch: pytest.Monke
     fail_at(monkeypatch, 4, twice)
     with pytest.raises(KeyboardInterrupt):
         run(config)
-    assert [s.state.step for s in checkpoint.all_saved(config.parent / "run" / "checkpoints")] == [3]
+    assert [s.progress.step for s in training_checkpoint.all_saved(config.parent / "run" / "checkpoints")] == [3]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -665,15 +665,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(config: Path, monkeypatch: pytes
     output = config.parent / "run"
     for name in ("config.json", "training.json", "sha256.json", "model.safetensors"):
         with monkeypatch.context() as patch:
-            write, write_tensors = checkpoint._write, checkpoint._write_tensors
+            write, write_tensors = training_checkpoint._write, training_checkpoint._write_tensors
 
             def full(path: Path, data: Any, name: str = name, write: Any = write, tensors: Any = write_tensors) -> None:
                 if path.name == name and (path.parent.name.startswith(".step-000000006")):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
                 (tensors if path.suffix == ".safetensors" else write)(path, data)
 
-            patch.setattr(checkpoint, "_write", full)
-            patch.setattr(checkpoint, "_write_tensors", full)
+            patch.setattr(training_checkpoint, "_write", full)
+            patch.setattr(training_checkpoint, "_write_tensors", full)
             with pytest.raises(OSError, match="No space left on device"):
                 run(config)
         assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-000000003"]
@@ -687,8 +687,8 @@ def test_a_loss_that_is_not_finite(config: Path) -> None:
         FloatingPointError, match=r"^step 2: the loss is (nan|inf), .* the checkpoint of step 1 is intact"
     ):
         run(config, "optimizer.learning_rate=1e30", "checkpoint.every=1", "data.validation_fraction=0")
-    saved = checkpoint.newest(config.parent / "run" / "checkpoints")
-    assert saved is not None and saved.state.step == 1
+    saved = training_checkpoint.newest(config.parent / "run" / "checkpoints")
+    assert saved is not None and saved.progress.step == 1
     assert [row[0] for row in losses(config.parent / "run")] == ["1", "2"]
 
 
@@ -714,7 +714,7 @@ def test_a_damaged_checkpoint_is_passed_over(config: Path) -> None:
 def test_the_last_and_the_best_are_kept(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = config.parent / "run"
     run(config, "checkpoint.every=1", "checkpoint.keep=1")
-    assert [s.state.step for s in checkpoint.all_saved(output / "checkpoints")] == [6]
+    assert [s.progress.step for s in training_checkpoint.all_saved(output / "checkpoints")] == [6]
     better = itertools.count(1)
     measure = loop._Run._validate
 
@@ -725,7 +725,7 @@ def test_the_last_and_the_best_are_kept(config: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(loop._Run, "_validate", pretend)
     result = run(config, "checkpoint.every=1", "checkpoint.keep=1", restart=True)
-    assert [s.state.step for s in checkpoint.all_saved(output / "checkpoints")] == [2, 6]
+    assert [s.progress.step for s in training_checkpoint.all_saved(output / "checkpoints")] == [2, 6]
     assert (result.model_step, result.step, result.validation_loss) == (2, 6, 0)
     best = tensors(output / "checkpoints/step-000000002")
     for name, weight in tensors(result.model).items():
@@ -869,7 +869,7 @@ def test_two_processes_in_shards_go_on_with_a_run(config: Path, monkeypatch: pyt
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(np.float64(losses(alone)), np.float64(losses(shards)), atol=1e-5)
     for file in ("model.safetensors", "optimizer.safetensors"):
-        saved = [checkpoint.newest(x / "checkpoints") for x in (alone, shards)]
+        saved = [training_checkpoint.newest(x / "checkpoints") for x in (alone, shards)]
         a, b = (s.tensors(file) for s in saved if s is not None)
         assert a.keys() == b.keys()
         for name in a:

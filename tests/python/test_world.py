@@ -119,13 +119,13 @@ import errno, os
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from based.torch.train import checkpoint, data, log, read_config, train
+from based.torch.train import data, log, read_config, train, training_checkpoint
 
 def fail(*_, **__):
     raise OSError(errno.ENOSPC, "full")
 
 for owner, name, failing, port in (
-    (log.Table, "add", 0, PORTS[0]), (checkpoint, "save", 0, PORTS[1]), (data.Dataset, "open", 1, PORTS[2])
+    (log.Table, "add", 0, PORTS[0]), (training_checkpoint, "save", 0, PORTS[1]), (data.Dataset, "open", 1, PORTS[2])
 ):
     os.environ["MASTER_PORT"] = str(port)
     before = getattr(owner, name)

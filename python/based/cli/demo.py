@@ -68,10 +68,10 @@ def _params(rng: random.Random, max_tokens: int) -> "SamplingParams":
 def _complete(model: "Model", prompt: str, params: "SamplingParams") -> None:
     _heading("A completion")
     print(_style(prompt, "1"), end="", flush=True)
-    clock = _common.Clock()
-    for chunk in clock.watch(model.stream(prompt, params)):
+    timer = _common.TokenTimer()
+    for chunk in timer.watch(model.stream(prompt, params)):
         print(chunk.text, end="", flush=True)
-    print(f"\n\n{clock.num_tokens} tokens" + (f", {clock.rate:,.0f} a second." if clock.rate else "."))
+    print(f"\n\n{timer.num_tokens} tokens" + (f", {timer.rate:,.0f} a second." if timer.rate else "."))
 
 
 def _recall(model: "Model", count: int, rng: random.Random) -> "tuple[Session, Pair]":
@@ -151,10 +151,10 @@ def _cost(model: "Model", rng: random.Random) -> None:
     for depth in (*_MEASURED, *_COMPUTED):
         rate = ""
         if depth in _MEASURED:
-            clock = _common.Clock()
-            for _ in clock.watch(session.stream(ids[session.num_tokens[0] : depth - _TIMED_TOKENS], params)):
+            timer = _common.TokenTimer()
+            for _ in timer.watch(session.stream(ids[session.num_tokens[0] : depth - _TIMED_TOKENS], params)):
                 pass
-            rate = f"{clock.rate:,.0f}"
+            rate = f"{timer.rate:,.0f}"
         cache = sizes.kv_cache_nbytes(model.config, cached, depth)
         print(
             f"{depth:>12,}{rate:>10}{_common.nbytes(session.state_nbytes):>10}{_common.nbytes(cache):>10}", flush=True

@@ -23,10 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 from based._core import FormatError, ModelConfig
 from based.torch._running import Signals, only_process
 from based.torch.model import BasedForCausalLM
-from based.torch.train import checkpoint
+from based.torch.train import training_checkpoint
 from based.torch.train.config import Config, Optimizer, model_config
 from based.torch.train.data import Dataset, Windows, pack, validation_windows
-from based.torch.train.log import TRAIN, VALIDATION, Board, Clock, Meter, Table, board_writer
+from based.torch.train.log import TRAIN, VALIDATION, Board, Meter, Stopwatch, Table, board_writer
 from based.torch.train.tokens import Encoder, make_encoder, model_source
 from based.torch.train.world import World
 
@@ -150,15 +150,15 @@ class _Run:
         if saved is None and must_resume:
             raise FormatError(f"{self.checkpoints}: no checkpoint to resume from")
         if saved is not None:
-            self._check_same(saved.state)
-        self.step = saved.state.step if saved is not None else 0
+            self._check_same(saved.progress)
+        self.step = saved.progress.step if saved is not None else 0
         self.model = world.in_each(lambda: self._place(model))
         self.module: Any = self._distribute()
         self.optimizer = _make_optimizer(self.model, config.optimizer, world.device)
         if saved is not None:
             self._load_moments(world.in_each(lambda: saved.tensors("optimizer.safetensors")))
         self.pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-        self.clock = Clock()
+        self.stopwatch = Stopwatch()
         self.gatherer = ThreadPoolExecutor(1, "based-train-windows")
         self.gathered: Future[torch.Tensor] | None = None
 
@@ -174,10 +174,10 @@ class _Run:
         weights = [source.weight for source in self.config.data.train if source.weight is not None]
         return Windows(streams, weights or None, self.config.data.sequence_length, self.config.training.seed)
 
-    def _find_checkpoint(self, restart: bool) -> checkpoint.Saved | None:
+    def _find_checkpoint(self, restart: bool) -> training_checkpoint.TrainingCheckpoint | None:
         if restart:
             self._clear()
-        return checkpoint.newest(self.checkpoints)
+        return training_checkpoint.newest(self.checkpoints)
 
     def _place(self, model: BasedForCausalLM | None) -> BasedForCausalLM:
         """The checkpoint's model, that of model.from, or a new one, on this process's device."""
@@ -221,13 +221,13 @@ class _Run:
     def _clear(self) -> None:
         """Removes what an earlier run left, but for the packed documents."""
         for saved in self.checkpoints.glob("step-*"):
-            checkpoint.remove(saved)
+            training_checkpoint.remove(saved)
         for name in ("checkpoints", "model", "tensorboard"):
             shutil.rmtree(self.output / name, ignore_errors=True)
         for name in ("train.csv", "validation.csv"):
             (self.output / name).unlink(missing_ok=True)
 
-    def _check_same(self, state: checkpoint.State) -> None:
+    def _check_same(self, state: training_checkpoint.Progress) -> None:
         now = self.config.fixed()
         missing = object()
         differing = [k for k in {**state.config, **now} if state.config.get(k, missing) != now.get(k, missing)]
@@ -251,7 +251,7 @@ class _Run:
         device_ids = [self.world.device] if self.world.device.type == "cuda" else None
         return DistributedDataParallel(self.model, device_ids=device_ids, gradient_as_bucket_view=True)
 
-    def _load_moments(self, tensors: checkpoint.Tensors) -> None:
+    def _load_moments(self, tensors: training_checkpoint.Tensors) -> None:
         fused = self.optimizer.defaults["fused"]
         step = torch.tensor(float(self.step), device=self.world.device if fused else "cpu")
         for name, parameter in self.model.named_parameters():
@@ -267,7 +267,7 @@ class _Run:
         if self.step and self._is_measured() and self.world.from_first(lambda: self.step not in self.losses):
             self._validate()  # there was no time for it
         self.world.from_first(self._export_chosen)  # nor for this, it may be
-        self.clock.lap()
+        self.stopwatch.lap()
         with Signals() as signals:
             while self.step < steps:
                 self._update()
@@ -282,7 +282,7 @@ class _Run:
                 if stop:
                     raise Stopped(stop, self.step)
                 if scheduled or measured:
-                    self.clock.lap()
+                    self.stopwatch.lap()
         return self.world.from_first(self._finish)
 
     def _is_scheduled(self) -> bool:
@@ -309,10 +309,10 @@ class _Run:
     def _prepare_output(self) -> None:
         """The logs up to the checkpoint; what lies behind it is gone."""
         self._describe()
-        checkpoint.clean(self.checkpoints)
+        training_checkpoint.clean(self.checkpoints)
         for path in self.checkpoints.glob("step-*"):  # damaged ones, which newest() passed over
             if path.name > f"step-{self.step:09d}":
-                checkpoint.remove(path)
+                training_checkpoint.remove(path)
         for leftover in self.output.glob(".model.*"):
             shutil.rmtree(leftover)
         self.train_table = Table(self.output / "train.csv", TRAIN, self.step)
@@ -385,7 +385,7 @@ class _Run:
         norms: list[float] = torch.stack([norm for _, _, norm in self.pending]).tolist()
         training = self.config.training
         count = len(self.pending)
-        rate = count * training.batch_size * self.config.data.sequence_length / self.clock.lap()
+        rate = count * training.batch_size * self.config.data.sequence_length / self.stopwatch.lap()
         rows = []
         for (step, _, _), loss, norm in zip(self.pending, losses, norms, strict=True):
             rows.append(
@@ -396,7 +396,9 @@ class _Run:
         for step, loss, norm, *_ in rows:
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 kept = (
-                    f"the checkpoint of step {self.saved.state.step} is intact" if self.saved else "no checkpoint yet"
+                    f"the checkpoint of step {self.saved.progress.step} is intact"
+                    if self.saved
+                    else "no checkpoint yet"
                 )
                 raise FloatingPointError(f"step {step}: the loss is {loss}, the norm of its gradient {norm}; {kept}")
 
@@ -460,30 +462,32 @@ class _Run:
 
     def _save(self) -> None:
         weights, moments = self._tensors()
-        state = checkpoint.State(self.step, self.config.fixed(), self.dataset.content)
+        progress = training_checkpoint.Progress(self.step, self.config.fixed(), self.dataset.content)
 
-        def write() -> checkpoint.Saved:
-            saved = checkpoint.save(self.checkpoints, state, weights, moments, self.shape, self.tokenizer)
+        def write() -> training_checkpoint.TrainingCheckpoint:
+            saved = training_checkpoint.save(self.checkpoints, progress, weights, moments, self.shape, self.tokenizer)
             chosen = self._chosen()
-            if chosen is not None and chosen.state.step == self.step:
+            if chosen is not None and chosen.progress.step == self.step:
                 self._export(weights)
-            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, chosen.path if chosen is not None else None)
+            training_checkpoint.prune(
+                self.checkpoints, self.config.checkpoint.keep, chosen.path if chosen is not None else None
+            )
             return saved
 
         self.saved = self.world.from_first(write)
 
-    def _chosen(self) -> checkpoint.Saved | None:
+    def _chosen(self) -> training_checkpoint.TrainingCheckpoint | None:
         """The checkpoint whose weights OUTPUT/model has: the best that was measured, otherwise the last."""
-        saved = checkpoint.all_saved(self.checkpoints)
-        measured = [s for s in saved if s.state.step in self.losses]
+        saved = training_checkpoint.all_saved(self.checkpoints)
+        measured = [s for s in saved if s.progress.step in self.losses]
         if measured:
-            return min(measured, key=lambda s: self.losses[s.state.step])
+            return min(measured, key=lambda s: self.losses[s.progress.step])
         return saved[-1] if saved else None
 
-    def _tensors(self) -> tuple[checkpoint.Tensors, checkpoint.Tensors]:
+    def _tensors(self) -> tuple[training_checkpoint.Tensors, training_checkpoint.Tensors]:
         """Weights and moments, whole, in the first process's memory."""
-        weights: checkpoint.Tensors = {}
-        moments: checkpoint.Tensors = {}
+        weights: training_checkpoint.Tensors = {}
+        moments: training_checkpoint.Tensors = {}
         for name, parameter in self.model.named_parameters():
             state = self.optimizer.state[parameter]
             for key, tensor in ((None, parameter), *((moment, state[moment]) for moment in _MOMENTS)):
@@ -493,7 +497,7 @@ class _Run:
                     target[full_name] = whole.to("cpu", torch.float32)
         return weights, moments
 
-    def _export(self, weights: checkpoint.Tensors) -> None:
+    def _export(self, weights: training_checkpoint.Tensors) -> None:
         model = BasedForCausalLM(self.shape, device="meta")
         model.load_state_dict(weights, assign=True)
         model.tokenizer_json = self.tokenizer
@@ -508,9 +512,9 @@ class _Run:
             self.board.close()
         chosen = self._chosen()
         assert chosen is not None
-        loss = self.losses.get(chosen.state.step)
+        loss = self.losses.get(chosen.progress.step)
         perplexity, bits = (None, None) if loss is None else self._measures(loss)
-        return Result(self.output / "model", chosen.state.step, self.step, loss, perplexity, bits)
+        return Result(self.output / "model", chosen.progress.step, self.step, loss, perplexity, bits)
 
 
 def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:
