@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import errno
 import fcntl
+import functools
 import itertools
 import json
 import math
@@ -88,15 +89,15 @@ def assert_same_run(a: Path, b: Path, step: int = 6) -> None:
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
-    """Does something as the update after `step` others begins."""
-    update = loop._Run._update
+    """Does something in the update after `step` others, before it changes a weight."""
+    update = torch.optim.AdamW.step
 
     def patched(self: Any) -> None:
-        if self.step == step:
+        if max((int(state["step"]) for state in self.state.values()), default=0) == step:
             action()
         update(self)
 
-    monkeypatch.setattr(loop._Run, "_update", patched)
+    monkeypatch.setattr(torch.optim.AdamW, "step", patched)
 
 
 class Broken(Exception):  # noqa: N818
@@ -347,7 +348,7 @@ def test_the_split_is_by_content(config: Path) -> None:
 def test_documents_are_packed_once(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = config.parent / "data"
     first = packed(read_config(config), folder)
-    monkeypatch.setattr("based.torch.train.data._Packer.run", lambda _: stop_with(Broken())())
+    monkeypatch.setattr("based.torch.train.tokens.ByteEncoder.encode", lambda *_: stop_with(Broken())())
     assert packed(read_config(config), folder) == first
     (config.parent / "3.txt").write_text("another text")
     with pytest.raises(Broken):
@@ -370,7 +371,7 @@ def test_a_cut_packing_is_an_error(config: Path) -> None:
 
 def test_a_full_disk_while_packing(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = stop_with(OSError(errno.ENOSPC, "full"))
-    monkeypatch.setattr("based.torch.train.data._Writer.finish", lambda _: full())
+    monkeypatch.setattr("based.torch.train.data.sync", lambda _: full())
     with pytest.raises(OSError, match="full"):
         run(config)
     assert not list((config.parent / "run" / "data").iterdir())
@@ -585,23 +586,24 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from based.torch.train import loop, read_config, train, training_checkpoint
+from based.torch import BasedForCausalLM
+from based.torch.train import read_config, train, training_checkpoint
 
 def patch(owner, name, when):
     function = getattr(owner, name)
-    def patched(*args):
+    def patched(*args, **options):
         if when(*args):
             os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args)
+        return function(*args, **options)
     setattr(owner, name, patched)
 
 point, config, output = sys.argv[1:]
 if point == "step":
-    patch(loop._Run, "_update", lambda run: run.step == 4)
+    patch(torch.optim.AdamW, "step", lambda self: any(state["step"] == 4 for state in self.state.values()))
 elif point == "checkpoint":
-    patch(training_checkpoint, "_write", lambda path, data: path.name == "training.json" and b'"step": 6' in data)
+    patch(training_checkpoint, "sync", lambda path: path.name == "training.json" and b'"step": 6' in path.read_bytes())
 else:
-    patch(loop._Run, "_export", lambda run, weights: run.step == 6)
+    patch(BasedForCausalLM, "save", lambda model, path: (path.parent / "checkpoints/step-000000006").exists())
 train(read_config(Path(config), output=Path(output)))
 """
 
@@ -665,15 +667,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(config: Path, monkeypatch: pytes
     output = config.parent / "run"
     for name in ("config.json", "training.json", "sha256.json", "model.safetensors"):
         with monkeypatch.context() as patch:
-            write, write_tensors = training_checkpoint._write, training_checkpoint._write_tensors
 
-            def full(path: Path, data: Any, name: str = name, write: Any = write, tensors: Any = write_tensors) -> None:
-                if path.name == name and (path.parent.name.startswith(".step-000000006")):
+            def full(path: Path, *arguments: Any, name: str, function: Any) -> None:
+                if path.name == name and path.parent.name.startswith(".step-000000006"):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-                (tensors if path.suffix == ".safetensors" else write)(path, data)
+                function(path, *arguments)
 
-            patch.setattr(training_checkpoint, "_write", full)
-            patch.setattr(training_checkpoint, "_write_tensors", full)
+            for owner, function in ((training_checkpoint, "sync"), (based._core, "write_safetensors")):
+                patched = functools.partial(full, name=name, function=getattr(owner, function))
+                patch.setattr(owner, function, patched)
             with pytest.raises(OSError, match="No space left on device"):
                 run(config)
         assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-000000003"]
@@ -797,9 +799,8 @@ def test_a_missing_gpu(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_inductor_takes_what_a_deterministic_run_asks_of_it() -> None:
-    options = loop._compile_options(deterministic=True)["options"]
-    assert torch.compile(lambda x: 2 * x, options=options)(torch.ones(3)).tolist() == [2, 2, 2]
-    assert not loop._compile_options(deterministic=False)
+    compiled = torch.compile(lambda x: 2 * x, options={"deterministic": True})
+    assert compiled(torch.ones(3)).tolist() == [2, 2, 2]
 
 
 @pytest.mark.gpu

@@ -113,7 +113,7 @@ def test_a_device_that_one_process_lacks_ends_all() -> None:
         assert "UnsupportedError: training.device is cuda: PyTorch" in process.stderr.splitlines()[-1]
 
 
-# Where a run may fail in one process only, in which one, and a port for each run.
+# Where a run may fail in one process only, in which one; each run has a port.
 RUNS = """
 import errno, os
 from pathlib import Path
@@ -124,9 +124,13 @@ from based.torch.train import data, log, read_config, train, training_checkpoint
 def fail(*_, **__):
     raise OSError(errno.ENOSPC, "full")
 
-for owner, name, failing, port in (
-    (log.Table, "add", 0, PORTS[0]), (training_checkpoint, "save", 0, PORTS[1]), (data.Dataset, "open", 1, PORTS[2])
-):
+places = (
+    (log.Table, "add", 0),
+    (training_checkpoint, "save", 0),
+    (data.Dataset, "open", 1),
+    (torch.optim.AdamW, "step", 1),
+)
+for (owner, name, failing), port in zip(places, PORTS, strict=True):
     os.environ["MASTER_PORT"] = str(port)
     before = getattr(owner, name)
     if int(os.environ["RANK"]) == failing:
@@ -151,9 +155,12 @@ def test_a_run_fails_in_all_processes(tmp_path: Path) -> None:
     }
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    for process in two_processes(f"CONFIG, PORTS = {str(path)!r}, {free_ports(3)}\n{RUNS}"):
+    for rank, process in enumerate(two_processes(f"CONFIG, PORTS = {str(path)!r}, {free_ports(4)}\n{RUNS}")):
         assert process.returncode == 0, process.stderr
-        assert process.stdout.splitlines() == [f"{name} OSError [Errno 28] full" for name in ("add", "save", "open")]
+        *lines, inside = process.stdout.splitlines()
+        assert lines == [f"{name} OSError [Errno 28] full" for name in ("add", "save", "open")]
+        # Where the processes wait for each other in PyTorch, the other one only sees that this one has left.
+        assert inside == "step OSError [Errno 28] full" if rank == 1 else "by peer" in inside, inside
 
 
 def test_one_process_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def conv_reference(u: Any, weight: Any, before: Any = None, dtype: torch.dtype =
     if before is None:
         before = u1.new_zeros(len(u), taps - 1, e)
     padded = torch.cat([before.to(dtype), u1], 1)
-    conv = functional.conv1d(padded.mT, weight.to(dtype)[:, None], groups=e).mT
+    conv = functional.conv1d(padded.mT.contiguous(), weight.to(dtype)[:, None], groups=e).mT
     return functional.silu(conv) * u2, padded[:, padded.shape[1] - (taps - 1) :]
 
 
@@ -97,7 +97,7 @@ def forward(
     norm_config, mlp = config["norm"], config["mlp"]
 
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
-        return functional.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+        return functional.linear(x[0], w[f"{name}.weight"], w.get(f"{name}.bias"))[None]  # one rounding, of the sum
 
     def norm(r: torch.Tensor, name: str) -> torch.Tensor:
         weight = w[f"{name}.weight"].to(wide)
