@@ -35,5 +35,5 @@ rm -r Lib/test/test_{bisect,cmd,configparser,csv,email/test_message,fractions,gr
 rm Lib/encodings/{*[0-9]*,mac_*[a-z]}.py Lib/pydoc_data/topics.py
 rm -r Lib/test/{encoded_modules,tokenizedata,cjkencodings}
 cd ../..
-python -m based.pairs 500000 > data/recall.jsonl
+python -m based.models.pairs 500000 > data/recall.jsonl
 head -n 150000 data/recall.jsonl > data/recall-anneal.jsonl

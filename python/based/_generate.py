@@ -1,7 +1,7 @@
 """From requests to text: runs the core's generator and turns its tokens into chunks."""
 
+import contextlib
 import sys
-import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -101,14 +101,13 @@ class Run:
 
     def collect(self, *, progress: bool = False) -> list[RequestOutput]:
         """Runs to the end."""
-        meter = _Meter(sum(r.params.n for r in self.requests)) if progress and sys.stderr.isatty() else None
         chunks: list[list[list[StreamChunk]]] = [[[] for _ in range(r.params.n)] for r in self.requests]
-        for request, chunk in self.chunks():
-            chunks[request][chunk.index].append(chunk)
-            if meter is not None:
-                meter.add(finished=chunk.finish_reason is not None)
-        if meter is not None:
-            meter.end()
+        shown = progress and sys.stderr.isatty()
+        with _ProgressBar(sum(r.params.n for r in self.requests)) if shown else contextlib.nullcontext() as bar:
+            for request, chunk in self.chunks():
+                chunks[request][chunk.index].append(chunk)
+                if bar is not None:
+                    bar.add_token(finished=chunk.finish_reason is not None)
         return [
             RequestOutput(request.text, [int(token) for token in request.token_ids], [_join(c) for c in samples])
             for request, samples in zip(self.requests, chunks, strict=True)
@@ -215,27 +214,24 @@ def _join(chunks: list[StreamChunk]) -> CompletionOutput:
     )
 
 
-class _Meter:
-    """A line on stderr: samples finished, tokens per second."""
+class _ProgressBar:
+    """A line on stderr: samples finished, tokens, tokens per second."""
 
     def __init__(self, num_samples: int) -> None:
-        self._num_samples = num_samples
-        self._finished = self._tokens = 0
-        self._start = self._shown = time.monotonic()
+        from tqdm import tqdm
 
-    def add(self, *, finished: bool) -> None:
+        form = "{n_fmt}/{total_fmt} samples{postfix}"
+        self._bar: Any = tqdm(total=num_samples, bar_format=form, miniters=0, file=sys.stderr)
+        self._tokens = 0
+
+    def __enter__(self) -> "_ProgressBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def add_token(self, *, finished: bool) -> None:
         self._tokens += 1
-        self._finished += finished
-        now = time.monotonic()
-        if now - self._shown >= 0.1:
-            self._shown = now
-            self._show(now)
-
-    def end(self) -> None:
-        self._show(time.monotonic())
-        print(file=sys.stderr)
-
-    def _show(self, now: float) -> None:
-        rate = self._tokens / max(now - self._start, 1e-9)
-        line = f"\r{self._finished}/{self._num_samples} samples, {self._tokens} tokens, {rate:.1f} tokens/s"
-        print(line, end="", file=sys.stderr, flush=True)
+        rate = self._tokens / max(self._bar.format_dict["elapsed"], 1e-9)
+        self._bar.set_postfix_str(f"{self._tokens} tokens, {rate:.1f} tokens/s", refresh=False)
+        self._bar.update(finished)

@@ -33,7 +33,7 @@ def load(
 ) -> Model:
     """Loads a model.
 
-    A published checkpoint is converted once, into $BASED_CACHE (by default $XDG_CACHE_HOME/based or ~/.cache/based);
+    A published model is converted once, into $BASED_CACHE (by default $XDG_CACHE_HOME/based or ~/.cache/based);
     what lies there may be deleted at any time.
 
     Args:

@@ -1,4 +1,4 @@
-"""Translates a published checkpoint directory into a model directory of `based`, without torch."""
+"""Translates the directory of a published model into a model directory of `based`, without torch."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def convert(
     config_path = source / "config.json"
     config = _read_json(config_path)
     if isinstance(config, dict) and config.get("format") == "based":
-        raise FormatError(f"{config_path}: already in the format of based, expected a published checkpoint")
+        raise FormatError(f"{config_path}: already in the format of based, expected a published model")
     tokenizer_path = find_tokenizer(source, tokenizer)
     weights_path, stored = open_weights(source)
     names = normalise_names(list(stored), str(weights_path))

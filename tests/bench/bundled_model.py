@@ -18,7 +18,7 @@ import based
 import numpy as np
 import torch
 from bars import Bars
-from based import pairs
+from based.models import pairs
 from based.torch import BasedForCausalLM
 
 PAIRS = (4, 8, 16, 32, 48, 64, 96, 128)

@@ -159,9 +159,9 @@ def test_yardstick_rounds_to_nearest_even():
 @given(random=MODELS, length=LENGTHS, seed=st.integers(0, 1 << 16))
 def test_yardstick_is_as_far_off_as_torch(random: RandomModel, length, seed):
     pytest.importorskip("torch")
-    from tests.reference import torch_bf16
+    from tests.reference import torch_model
 
     tensors, tokens = random.tensors(), draw_tokens(random.config, length, seed)
     exact = Model(random.config, tensors).forward(tokens).logits
     ours = rel_l2(forward_bf16(random.config, tensors, tokens)[0], exact)
-    assert ours == pytest.approx(rel_l2(torch_bf16.forward_bf16(random.config, tensors, tokens), exact), rel=0.2)
+    assert ours == pytest.approx(rel_l2(torch_model.forward(random.config, tensors, tokens), exact), rel=0.2)

@@ -164,17 +164,21 @@ def test_random_model_is_seeded(model):
 
 
 def test_import_is_cheap():
-    """≤ 0.15 s beyond NumPy, and nothing of tokenizers, the hub, asyncio."""
+    """At most four fifths of the processor time of NumPy's own import, and nothing that is slow."""
     code = """
-import sys, time, numpy
-start = time.perf_counter()
+import sys, time
+start = time.process_time()
+import numpy
+numpy_done = time.process_time()
 import based
-print(time.perf_counter() - start, *({"tokenizers", "huggingface_hub", "asyncio", "torch"} & set(sys.modules)))
+done = time.process_time()
+slow = {"tokenizers", "huggingface_hub", "asyncio", "torch", "tqdm"} & set(sys.modules)
+print((done - numpy_done) / (numpy_done - start), *slow)
 """
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(5)]
     words = [run.stdout.split() for run in runs]
     assert all(len(line) == 1 for line in words), words
-    assert statistics.median(float(line[0]) for line in words) <= 0.15
+    assert statistics.median(float(line[0]) for line in words) <= 0.8
 
 
 # ---- Session ---------------------------------------------------------------------------------------------------------

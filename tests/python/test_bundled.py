@@ -18,8 +18,8 @@ from pathlib import Path
 import based
 import numpy as np
 import pytest
-from based import pairs
 from based.cli import inspect
+from based.models import pairs
 
 HELD_OUT = Path(__file__).parents[1] / "held-out"
 FILES = [HELD_OUT / "Lib" / "textwrap.py", HELD_OUT / "Doc" / "heapq.rst"]
@@ -151,13 +151,15 @@ def test_documents_are_the_same_everywhere() -> None:
     """Of one seed, on every machine: the bundled model can be made again."""
     texts = list(pairs.documents(20, 0))
     assert texts == list(pairs.documents(20, 0)) != list(pairs.documents(20, 1))
-    done = subprocess.run([sys.executable, "-m", "based.pairs", "20"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "based.models.pairs", "20"], capture_output=True, text=True, check=True
+    )
     assert [json.loads(line)["text"] for line in done.stdout.splitlines()] == texts
 
 
 @pytest.mark.parametrize("args", [["0"], ["-3"], ["many"]], ids=" ".join)
 def test_documents_that_there_are_not(args: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-m", "based.pairs", *args], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "based.models.pairs", *args], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and "error: " in done.stderr
 
 

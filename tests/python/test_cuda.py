@@ -554,7 +554,7 @@ def shallow(name: str, num_layers: int, vocab_size: int = 1000) -> dict[str, Any
 def test_bfloat16_is_as_good_as_plain_bfloat16(tmp_path, name):
     """At most twice the error of a plain bfloat16 PyTorch evaluation, against float64."""
     pytest.importorskip("torch")
-    from tests.reference.torch_bf16 import forward_bf16
+    from tests.reference.torch_model import forward as forward_bf16
 
     drawn = RandomModel(shallow(name, 4), 0, "float32")
     drawn.write(tmp_path / "model")

@@ -1,5 +1,7 @@
 """The direction of the arrows in docs/architecture.md, held by reading the #include and import lines."""
 
+import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -84,3 +86,43 @@ def test_nothing_ends_the_process_on_user_input() -> None:
             if path.suffix in {".h", ".cc"}:
                 found = re.search(r"\b(std::)?(abort|exit|_exit|terminate)\s*\(|\bassert\s*\(", path.read_text())
                 assert not found, f"{path.relative_to(ROOT)}: {found and found.group()}"
+
+
+def imports(package: Path) -> dict[str, set[str]]:
+    """Module → the modules of the package that it imports anywhere: at its top, in a function, for type checkers."""
+    modules = {}
+    for path in package.rglob("*.py*"):
+        if path.suffix in {".py", ".pyi"}:
+            parts = [package.name, *path.relative_to(package).with_suffix("").parts]
+            modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    graph = {}
+    for module, path in modules.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0 and node.module, f"{path}: a relative import"
+                for alias in node.names:
+                    name = f"{node.module}.{alias.name}"
+                    found.add(name if name in modules else node.module)
+        graph[module] = found & modules.keys() - {module}
+    return graph
+
+
+def test_python_modules_do_not_import_in_circles() -> None:
+    graph = imports(ROOT / "python" / "based")
+    assert "based._core" in graph["based._generate"] and "based" in graph["based.cli._common"]
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        raise AssertionError(" → ".join(error.args[1])) from None
+
+
+def test_circles_of_imports_are_found(tmp_path: Path) -> None:
+    package = tmp_path / "p"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "a.py").write_text("def f():\n    from p import b\n")
+    (package / "b.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p.a import f\n")
+    assert imports(package) == {"p": set(), "p.a": {"p.b"}, "p.b": {"p.a"}}

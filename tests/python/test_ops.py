@@ -10,7 +10,7 @@ from based import ops
 
 torch = pytest.importorskip("torch")
 
-from tests.reference.torch_mixers import conv_reference, state_reference, taylor_reference, window_reference
+from tests.reference.torch_model import conv_reference, state_reference, taylor_reference, window_reference
 
 gpu = pytest.mark.gpu
 LENGTHS = [1, 63, 64, 65, 1000]

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -105,7 +106,7 @@ def test_draws_without_replacement_are_those_of_successive_draws():
 
 
 def test_rows_of_different_numbers_are_equally_probable():
-    rows = data._distinct(np.random.default_rng(0), 60_000, 3, 5, 9)
+    rows = data.distinct(np.random.default_rng(0), 60_000, 3, 5, 9)
     codes, counts = np.unique(rows @ np.array([100, 10, 1]), return_counts=True)
     assert len(codes) == 4 * 3 * 2
     assert (abs(counts - 2500) < 5 * 50).all()
@@ -226,7 +227,7 @@ def test_a_saved_run_goes_on_bit_for_bit(tmp_path, monkeypatch, cut):
     sweep = Sweep.quick()
     assert sweep.steps_per_epoch == 30
     whole = trained(trainer(tmp_path / "whole", sweep))
-    monkeypatch.setattr(training, "_CHUNK", 1)
+    monkeypatch.setattr(Trainer, "steps_at_a_time", 1)
     first = trainer(tmp_path / "cut", sweep)
     while first.step < cut:
         first.advance()
@@ -243,7 +244,7 @@ def test_a_saved_run_goes_on_bit_for_bit(tmp_path, monkeypatch, cut):
 
 
 def test_the_rate_falls_along_half_a_cosine(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "_CHUNK", 1)
+    monkeypatch.setattr(Trainer, "steps_at_a_time", 1)
     t = trainer(tmp_path, Sweep.quick())
     rates = []
     while not t.finished:
@@ -257,7 +258,7 @@ def test_the_rate_falls_along_half_a_cosine(tmp_path, monkeypatch):
 def test_dropout_is_of_training_alone(tmp_path, monkeypatch):
     """A step drops other numbers than the one before, and the same ones when it is taken again."""
     seen: dict[bool, list[Any]] = {True: [], False: []}
-    monkeypatch.setattr(training, "_CHUNK", 1)
+    monkeypatch.setattr(Trainer, "steps_at_a_time", 1)
     for folder in ("a", "b"):
         t = trainer(tmp_path / folder, Sweep.quick(dropout=0.25))
         t.model.layers[0].register_forward_pre_hook(lambda layer, r: seen[layer.training].append(r[0].detach()))
@@ -581,7 +582,7 @@ def test_a_process_that_dies_is_noticed(tmp_path, monkeypatch):
     class Dying(workers.Workers):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
-            self._processes[0].kill()
+            multiprocessing.active_children()[0].kill()
 
     monkeypatch.setattr(frontier, "Workers", Dying)
     with pytest.raises(RuntimeError, match=r"a training process died; exit statuses are \[-9\]"):

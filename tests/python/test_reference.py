@@ -133,7 +133,7 @@ def test_a_wrong_detail_is_visible(tmp_path, monkeypatch, mistake):
 def test_bf16_yardstick_is_near(golden_model):
     """Plain bfloat16 is as far off as golden/README.md measured for the authors' code (0.018 to 0.024)."""
     pytest.importorskip("torch")
-    from tests.reference.torch_bf16 import forward_bf16
+    from tests.reference.torch_model import forward as forward_bf16
 
     model = golden_model("based-tiny")
     with np.load(GOLDEN / "based-tiny" / "golden.npz") as values:
@@ -146,12 +146,9 @@ def test_bf16_yardstick_is_near(golden_model):
 def test_bf16_yardstick_computes_the_same(random_model: RandomModel, tokens):
     """In float64 instead of bfloat16 it is the reference."""
     torch = pytest.importorskip("torch")
-    from tests.reference import torch_bf16
+    from tests.reference import torch_model
 
     model = Model(random_model.config, random_model.tensors())
     expected = model.forward(tokens).logits
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "bfloat16", torch.Tensor.double)
-        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        logits = torch_bf16.forward_bf16(model.config, model.tensors, tokens)
+    logits = torch_model.forward(model.config, model.tensors, tokens, torch.float64)
     assert rel_l2(logits, expected) < 1e-5

@@ -16,6 +16,7 @@ from based import _core
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 LONG = 1_000_000  # tokens: many seconds of prefill
+SOON = 20  # what stops soon takes less than this part of them, measured in the same process
 
 
 def wait_until_busy(session):
@@ -75,11 +76,11 @@ def test_python_runs_while_the_core_computes(model):
     thread = InThread(lambda: session.prefill(np.zeros(60_000, np.int64)))
     wait_until_busy(session)
     counted = 0
-    start = time.monotonic()
-    while thread.is_alive() and time.monotonic() - start < 0.2:
+    # Milliseconds of Python. While a core that kept the GIL had a prompt, this thread would not come to count.
+    while thread.is_alive() and counted < 100_000:
         counted += 1
+    assert counted == 100_000 and thread.is_alive(), "the prompt was read before Python ran on"
     thread.join()
-    assert counted > 1000
 
 
 def test_many_threads_on_one_model(model):
@@ -112,6 +113,9 @@ def test_sessions_in_threads_are_independent(model):
 
 def test_a_generator_has_one_thread(model):
     core = _core.Model.random(model.config)
+    start = time.monotonic()
+    _core.Session(core).prefill([[0] * (LONG // SOON)])
+    soon = time.monotonic() - start
     generator = _core.Generator(core, [[0] * LONG], [based.SamplingParams()], 1)
     thread = InThread(generator.next)
     deadline = time.monotonic() + 30
@@ -125,7 +129,7 @@ def test_a_generator_has_one_thread(model):
     start = time.monotonic()
     generator.cancel()
     thread.join()
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < soon
     assert isinstance(thread.error, based.Error)
     assert str(thread.error) == "cancelled"
     assert not generator.done()
@@ -155,6 +159,9 @@ greedy = based.SamplingParams(max_tokens=10**9, temperature=0)
 session = model.session()
 session.prefill("Hello")
 expected = session.fork().step([1])
+start = time.monotonic()
+session.fork().prefill(ids[: {long} // {soon}])
+soon = time.monotonic() - start
 
 for what in (
     lambda: session.prefill(ids),
@@ -178,29 +185,29 @@ for what in (
         print("not interrupted")
     except KeyboardInterrupt:
         latency = time.monotonic() - sent[0]
-        print(latency, session.num_tokens == [5], np.array_equal(session.fork().step([1]), expected))
+        print(latency < soon, session.num_tokens == [5], np.array_equal(session.fork().step([1]), expected))
     timer.join()
 """
 
 
 def test_ctrl_c_stops_soon_and_leaves_the_session_usable(cache):
-    """Within 0.2 s, in whatever the process is doing, with every state as it was."""
-    code = CTRL_C.format(long=LONG)
+    """Before a twentieth of its prompt is read, in whatever the process is doing, with every state as it was."""
+    code = CTRL_C.format(long=LONG, soon=SOON)
     command = [sys.executable, "-c", code, str(GOLDEN / "based-tiny")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
     assert len(lines) == 9
-    for latency, is_same_length, is_same_state in lines:
-        assert (is_same_length, is_same_state) == ("True", "True")
-        assert float(latency) < 0.2
+    for is_soon, is_same_length, is_same_state in lines:
+        assert (is_soon, is_same_length, is_same_state) == ("True", "True", "True")
 
 
 def test_ctrl_c_ends_a_script(cache):
     """The traceback of a plain KeyboardInterrupt, and the exit status that a shell expects of it."""
-    code = f"import based; based.load({str(GOLDEN / 'based-tiny')!r}).score([1] * {LONG})"
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
-    time.sleep(1.5)
+    code = f"import based; m = based.load({str(GOLDEN / 'based-tiny')!r}); print(flush=True); m.score([1] * {LONG})"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "\n"
+    time.sleep(0.25)  # into the core; a signal that comes before gives the same
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGINT

@@ -29,7 +29,7 @@ from tests.reference.checkpoints import models as random_models
 from tests.reference.compare import max_abs, rel_l2
 from tests.reference.files import read_safetensors, round_to, write_safetensors
 from tests.reference.model import Model
-from tests.reference.torch_bf16 import forward_bf16
+from tests.reference.torch_model import forward as forward_bf16
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FLOAT32 = 2e-5  # rel-L2 of logits (golden/README.md)

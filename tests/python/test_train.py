@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import errno
 import fcntl
+import functools
 import itertools
 import json
 import math
@@ -29,7 +30,7 @@ yaml = pytest.importorskip("yaml")
 torch.set_num_threads(1)  # tensors are small here, and a thread that waits for its turn stops all
 
 from based.torch import BasedForCausalLM
-from based.torch.train import Meter, Result, checkpoint, loop, read_config, train
+from based.torch.train import Meter, Result, loop, read_config, train, training_checkpoint
 from based.torch.train.config import Config, tables
 from based.torch.train.data import Dataset, Windows, pack, validation_windows
 from based.torch.train.tokens import byte_tokenizer, make_encoder
@@ -88,15 +89,15 @@ def assert_same_run(a: Path, b: Path, step: int = 6) -> None:
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
-    """Does something as the update after `step` others begins."""
-    update = loop._Run._update
+    """Does something in the update after `step` others, before it changes a weight."""
+    update = torch.optim.AdamW.step
 
     def patched(self: Any) -> None:
-        if self.step == step:
+        if max((int(state["step"]) for state in self.state.values()), default=0) == step:
             action()
         update(self)
 
-    monkeypatch.setattr(loop._Run, "_update", patched)
+    monkeypatch.setattr(torch.optim.AdamW, "step", patched)
 
 
 class Broken(Exception):  # noqa: N818
@@ -347,7 +348,7 @@ def test_the_split_is_by_content(config: Path) -> None:
 def test_documents_are_packed_once(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = config.parent / "data"
     first = packed(read_config(config), folder)
-    monkeypatch.setattr("based.torch.train.data._Packer.run", lambda _: stop_with(Broken())())
+    monkeypatch.setattr("based.torch.train.tokens.ByteEncoder.encode", lambda *_: stop_with(Broken())())
     assert packed(read_config(config), folder) == first
     (config.parent / "3.txt").write_text("another text")
     with pytest.raises(Broken):
@@ -370,7 +371,7 @@ def test_a_cut_packing_is_an_error(config: Path) -> None:
 
 def test_a_full_disk_while_packing(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = stop_with(OSError(errno.ENOSPC, "full"))
-    monkeypatch.setattr("based.torch.train.data._Writer.finish", lambda _: full())
+    monkeypatch.setattr("based.torch.train.data.sync", lambda _: full())
     with pytest.raises(OSError, match="full"):
         run(config)
     assert not list((config.parent / "run" / "data").iterdir())
@@ -472,7 +473,7 @@ def test_a_run_gives_a_model_that_the_runtime_measures_alike(config: Path) -> No
     assert model.tokenizer is not None and model.config.eos_token_id == END
     text = model.generate("alpha b", based.SamplingParams(max_tokens=5, temperature=0))[0].outputs[0].text
     assert len(text.encode(errors="replace")) >= 5
-    for saved in checkpoint.all_saved(output / "checkpoints"):
+    for saved in training_checkpoint.all_saved(output / "checkpoints"):
         assert based.load(saved.path).tokenizer is not None
 
 
@@ -536,7 +537,7 @@ def test_clipping(config: Path) -> None:
         )
     norms = [float(losses(config.parent / f"clip{clip}")[0][2]) for clip in ("1e-3", "")]
     assert norms[0] == norms[1] > 0.1
-    stored = [checkpoint.newest(config.parent / f"clip{clip}" / "checkpoints") for clip in ("1e-3", "")]
+    stored = [training_checkpoint.newest(config.parent / f"clip{clip}" / "checkpoints") for clip in ("1e-3", "")]
     moments = [s.tensors("optimizer.safetensors") for s in stored if s is not None]
     sums = [math.sqrt(sum(float((m[name] * 10).square().sum()) for name in m if "exp_avg." in name)) for m in moments]
     assert sums == pytest.approx([1e-3, norms[1]], rel=1e-3)
@@ -585,23 +586,24 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from based.torch.train import checkpoint, loop, read_config, train
+from based.torch import BasedForCausalLM
+from based.torch.train import read_config, train, training_checkpoint
 
 def patch(owner, name, when):
     function = getattr(owner, name)
-    def patched(*args):
+    def patched(*args, **options):
         if when(*args):
             os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args)
+        return function(*args, **options)
     setattr(owner, name, patched)
 
 point, config, output = sys.argv[1:]
 if point == "step":
-    patch(loop._Run, "_update", lambda run: run.step == 4)
+    patch(torch.optim.AdamW, "step", lambda self: any(state["step"] == 4 for state in self.state.values()))
 elif point == "checkpoint":
-    patch(checkpoint, "_write", lambda path, data: path.name == "training.json" and b'"step": 6' in data)
+    patch(training_checkpoint, "sync", lambda path: path.name == "training.json" and b'"step": 6' in path.read_bytes())
 else:
-    patch(loop._Run, "_export", lambda run, weights: run.step == 6)
+    patch(BasedForCausalLM, "save", lambda model, path: (path.parent / "checkpoints/step-000000006").exists())
 train(read_config(Path(config), output=Path(output)))
 """
 
@@ -656,7 +658,7 @@ def test_a_second_interrupt_ends_at_once(config: Path, monkeypatch: pytest.Monke
     fail_at(monkeypatch, 4, twice)
     with pytest.raises(KeyboardInterrupt):
         run(config)
-    assert [s.state.step for s in checkpoint.all_saved(config.parent / "run" / "checkpoints")] == [3]
+    assert [s.progress.step for s in training_checkpoint.all_saved(config.parent / "run" / "checkpoints")] == [3]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -665,15 +667,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(config: Path, monkeypatch: pytes
     output = config.parent / "run"
     for name in ("config.json", "training.json", "sha256.json", "model.safetensors"):
         with monkeypatch.context() as patch:
-            write, write_tensors = checkpoint._write, checkpoint._write_tensors
 
-            def full(path: Path, data: Any, name: str = name, write: Any = write, tensors: Any = write_tensors) -> None:
-                if path.name == name and (path.parent.name.startswith(".step-000000006")):
+            def full(path: Path, *arguments: Any, name: str, function: Any) -> None:
+                if path.name == name and path.parent.name.startswith(".step-000000006"):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-                (tensors if path.suffix == ".safetensors" else write)(path, data)
+                function(path, *arguments)
 
-            patch.setattr(checkpoint, "_write", full)
-            patch.setattr(checkpoint, "_write_tensors", full)
+            for owner, function in ((training_checkpoint, "sync"), (based._core, "write_safetensors")):
+                patched = functools.partial(full, name=name, function=getattr(owner, function))
+                patch.setattr(owner, function, patched)
             with pytest.raises(OSError, match="No space left on device"):
                 run(config)
         assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-000000003"]
@@ -687,8 +689,8 @@ def test_a_loss_that_is_not_finite(config: Path) -> None:
         FloatingPointError, match=r"^step 2: the loss is (nan|inf), .* the checkpoint of step 1 is intact"
     ):
         run(config, "optimizer.learning_rate=1e30", "checkpoint.every=1", "data.validation_fraction=0")
-    saved = checkpoint.newest(config.parent / "run" / "checkpoints")
-    assert saved is not None and saved.state.step == 1
+    saved = training_checkpoint.newest(config.parent / "run" / "checkpoints")
+    assert saved is not None and saved.progress.step == 1
     assert [row[0] for row in losses(config.parent / "run")] == ["1", "2"]
 
 
@@ -714,7 +716,7 @@ def test_a_damaged_checkpoint_is_passed_over(config: Path) -> None:
 def test_the_last_and_the_best_are_kept(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = config.parent / "run"
     run(config, "checkpoint.every=1", "checkpoint.keep=1")
-    assert [s.state.step for s in checkpoint.all_saved(output / "checkpoints")] == [6]
+    assert [s.progress.step for s in training_checkpoint.all_saved(output / "checkpoints")] == [6]
     better = itertools.count(1)
     measure = loop._Run._validate
 
@@ -725,7 +727,7 @@ def test_the_last_and_the_best_are_kept(config: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(loop._Run, "_validate", pretend)
     result = run(config, "checkpoint.every=1", "checkpoint.keep=1", restart=True)
-    assert [s.state.step for s in checkpoint.all_saved(output / "checkpoints")] == [2, 6]
+    assert [s.progress.step for s in training_checkpoint.all_saved(output / "checkpoints")] == [2, 6]
     assert (result.model_step, result.step, result.validation_loss) == (2, 6, 0)
     best = tensors(output / "checkpoints/step-000000002")
     for name, weight in tensors(result.model).items():
@@ -796,6 +798,11 @@ def test_a_missing_gpu(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "based: warning: training.device 'auto' is the CPU: PyTorch" in capsys.readouterr().err
 
 
+def test_inductor_takes_what_a_deterministic_run_asks_of_it() -> None:
+    compiled = torch.compile(lambda x: 2 * x, options={"deterministic": True})
+    assert compiled(torch.ones(3)).tolist() == [2, 2, 2]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", ["true", "false"])
 def test_on_a_gpu_a_run_goes_on_bit_for_bit(config: Path, monkeypatch: pytest.MonkeyPatch, compiled: str) -> None:
@@ -810,19 +817,23 @@ def test_on_a_gpu_a_run_goes_on_bit_for_bit(config: Path, monkeypatch: pytest.Mo
     assert_same_run(config.parent / "whole", config.parent / "again")
 
 
-def test_a_compiled_run_is_the_same_run(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("deterministic", ["true", "false"])
+def test_a_compiled_run_is_the_same_run(config: Path, monkeypatch: pytest.MonkeyPatch, deterministic: str) -> None:
     """By a backend that takes the graphs as they are; Inductor rounds otherwise."""
     run(config, output=config.parent / "whole")
     compiled = []
 
     def traced(function: Any, **options: Any) -> Any:
         compiled.append(options)
-        return compile_(function, backend="aot_eager", **options)
+        return compile_(function, backend="aot_eager", fullgraph=options["fullgraph"], dynamic=options["dynamic"])
 
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", traced)
-    run(config, "training.steps=6", "training.compile=true", output=config.parent / "again")
-    assert compiled == 3 * [{"fullgraph": True, "dynamic": False}]
+    sets = ["training.steps=6", "training.compile=true", f"training.deterministic={deterministic}"]
+    run(config, *sets, output=config.parent / "again")
+    # Otherwise Inductor times kernels and takes the fastest.
+    timing = {"options": {"deterministic": True}} if deterministic == "true" else {}
+    assert compiled == 3 * [{"fullgraph": True, "dynamic": False, **timing}]
     assert_same_run(config.parent / "whole", config.parent / "again")
 
 
@@ -859,7 +870,7 @@ def test_two_processes_in_shards_go_on_with_a_run(config: Path, monkeypatch: pyt
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(np.float64(losses(alone)), np.float64(losses(shards)), atol=1e-5)
     for file in ("model.safetensors", "optimizer.safetensors"):
-        saved = [checkpoint.newest(x / "checkpoints") for x in (alone, shards)]
+        saved = [training_checkpoint.newest(x / "checkpoints") for x in (alone, shards)]
         a, b = (s.tensors(file) for s in saved if s is not None)
         assert a.keys() == b.keys()
         for name in a:

@@ -1,6 +1,6 @@
 """The same equations in plain bfloat16 NumPy: the yardstick for the runtime's bfloat16 error that needs no torch.
 
-Weights and activations are bfloat16, every operation rounds its result and sums in float32, as torch_bf16 does, with
+Weights and activations are bfloat16, every operation rounds its result and sums in float32, as torch_model does, with
 which it must agree; only the residual stream and the norms' insides are float32. Arrays are float32 and hold bfloat16
 values.
 """

@@ -17,7 +17,7 @@ from typing import Any
 COMMANDS = {
     "generate": "continue a prompt",
     "demo": "a tour: completion, recall, saved and forked states, costs",
-    "convert": "translate a published checkpoint into a model directory",
+    "convert": "translate a published model into a model directory",
     "inspect": "show a model's shape, size, and bytes of state per sequence",
     "tokenize": "turn text into token ids, and back",
     "bench": "measure prefill and decoding speed",

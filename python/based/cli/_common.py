@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from based import Model, StreamChunk
 
-MODEL_HELP = "model directory, published checkpoint directory, or owner/name on the hub"
+MODEL_HELP = "model directory, directory of a published model, or owner/name on the hub"
 REVISION_HELP = "branch, tag or commit on the hub"
 
 
@@ -118,7 +118,7 @@ def wants_statistics(args: argparse.Namespace) -> bool:
     return sys.stderr.isatty() if asked is None else asked
 
 
-class Clock:
+class TokenTimer:
     """Counts the tokens of a stream and times them. The first one comes out of the prefill."""
 
     def __init__(self) -> None:

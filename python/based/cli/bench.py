@@ -2,7 +2,7 @@
 
 Every combination of -b, -d and -t is measured for every -p (prefill of a prompt) and every -n (decoding, one token at a
 time); lists are separated by commas. --size makes a model of a named shape with seeded random weights, so that no
-checkpoint is needed. Decoding is the library's own generation loop, greedy sampling included. --plot draws the results
+model file is needed. Decoding is the library's own generation loop, greedy sampling included. --plot draws the results
 beside a transformer of the same width and depth. See docs/cli.md.
 """
 

@@ -1,4 +1,4 @@
-"""Translate a published checkpoint into a model directory.
+"""Translate a published model into a model directory.
 
 SRC holds config.json and pytorch_model.bin or model.safetensors; DST appears whole or not at all. No torch is needed,
 and nothing that the file contains is run.

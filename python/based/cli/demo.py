@@ -17,7 +17,7 @@ from based.cli import _common
 
 if TYPE_CHECKING:
     from based import Model, SamplingParams, Session
-    from based.pairs import Pair
+    from based.models.pairs import Pair
 
 _WIDTH = 100
 _FORKS, _FORK_TOKENS = 3, 64
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _pairs(text: str) -> int:
-    from based.pairs import MOST_PAIRS
+    from based.models.pairs import MOST_PAIRS
 
     value = int(text)
     if not 1 <= value <= MOST_PAIRS:
@@ -68,15 +68,15 @@ def _params(rng: random.Random, max_tokens: int) -> "SamplingParams":
 def _complete(model: "Model", prompt: str, params: "SamplingParams") -> None:
     _heading("A completion")
     print(_style(prompt, "1"), end="", flush=True)
-    clock = _common.Clock()
-    for chunk in clock.watch(model.stream(prompt, params)):
+    timer = _common.TokenTimer()
+    for chunk in timer.watch(model.stream(prompt, params)):
         print(chunk.text, end="", flush=True)
-    print(f"\n\n{clock.num_tokens} tokens" + (f", {clock.rate:,.0f} a second." if clock.rate else "."))
+    print(f"\n\n{timer.num_tokens} tokens" + (f", {timer.rate:,.0f} a second." if timer.rate else "."))
 
 
 def _recall(model: "Model", count: int, rng: random.Random) -> "tuple[Session, Pair]":
     """Tells pairs and asks for them. Returns a session that has seen the pairs, and one of them."""
-    from based import pairs
+    from based.models import pairs
 
     told = pairs.random_pairs(rng, count)
     _heading(f"Recall in context: made-up pairs, told once, {count} of them")
@@ -96,7 +96,7 @@ def _recall(model: "Model", count: int, rng: random.Random) -> "tuple[Session, P
 
 
 def _save(args: argparse.Namespace, model: "Model", session: "Session", pair: "Pair") -> None:
-    from based import pairs
+    from based.models import pairs
 
     _heading("The state is a file")
     key, _ = pair
@@ -134,7 +134,8 @@ def _fork(session: "Session", rng: random.Random) -> None:
 
 def _cost(model: "Model", rng: random.Random) -> None:
     """Speed and memory, measured and computed, over the number of tokens seen."""
-    from based import SamplingParams, pairs, sizes
+    from based import SamplingParams, sizes
+    from based.models import pairs
 
     _heading("What it costs")
     print(
@@ -150,10 +151,10 @@ def _cost(model: "Model", rng: random.Random) -> None:
     for depth in (*_MEASURED, *_COMPUTED):
         rate = ""
         if depth in _MEASURED:
-            clock = _common.Clock()
-            for _ in clock.watch(session.stream(ids[session.num_tokens[0] : depth - _TIMED_TOKENS], params)):
+            timer = _common.TokenTimer()
+            for _ in timer.watch(session.stream(ids[session.num_tokens[0] : depth - _TIMED_TOKENS], params)):
                 pass
-            rate = f"{clock.rate:,.0f}"
+            rate = f"{timer.rate:,.0f}"
         cache = sizes.kv_cache_nbytes(model.config, cached, depth)
         print(
             f"{depth:>12,}{rate:>10}{_common.nbytes(session.state_nbytes):>10}{_common.nbytes(cache):>10}", flush=True

@@ -122,20 +122,20 @@ def run(args: argparse.Namespace) -> None:
 
     start = time.perf_counter()
     printer = _JsonPrinter(params, len(prompt)) if args.json else _TextPrinter(params.n, args.token_ids)
-    clock = _common.Clock()
-    printer.print_all(clock.watch(model.stream(prompt, params) if session is None else session.stream(prompt, params)))
+    timer = _common.TokenTimer()
+    printer.print_all(timer.watch(model.stream(prompt, params) if session is None else session.stream(prompt, params)))
     if session is not None:
         session.save_state(args.session)
     if printer.errors:
         raise ValueError("; ".join(printer.errors))
 
     if _common.wants_statistics(args):
-        seen, state = len(prompt) + clock.num_tokens, params.n * model.state_nbytes
+        seen, state = len(prompt) + timer.num_tokens, params.n * model.state_nbytes
         if session is not None:
             seen, state = session.num_tokens[0], session.state_nbytes
         parts = [
-            f"prompt {len(prompt)} tokens" + (f", {len(prompt) / (clock.first - start):.1f} tok/s" if prompt else ""),
-            f"output {clock.num_tokens} tokens" + (f", {clock.rate:.1f} tok/s" if clock.rate else ""),
+            f"prompt {len(prompt)} tokens" + (f", {len(prompt) / (timer.first - start):.1f} tok/s" if prompt else ""),
+            f"output {timer.num_tokens} tokens" + (f", {timer.rate:.1f} tok/s" if timer.rate else ""),
             f"state {_common.nbytes(state)}"
             + (f" after {seen} tokens" if params.n == 1 else f" in {params.n} samples"),
             f"{model.dtype}, {model.num_threads} threads, {model.kernel_isa}",

@@ -68,7 +68,7 @@ def read_directory(directory: Path) -> tuple["ModelConfig", str, dict[str, int]]
 def _describe(config: "ModelConfig", dtype: str) -> dict[str, Any]:
     from based import sizes
 
-    # The runtime computes float16 checkpoints in float32, and so keeps keys and values.
+    # The runtime computes float16 models in float32, and so keeps keys and values.
     ring_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
     by_kind: Counter[str] = Counter()
     for mixer in config.layers:

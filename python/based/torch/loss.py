@@ -114,7 +114,7 @@ def _(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Ten
 def _cross_entropy_kernel(logits: torch.Tensor, targets: torch.Tensor, num_classes: int, wanted: bool) -> torch.Tensor:
     from based.torch.kernels.loss import cross_entropy_
 
-    return cross_entropy_(logits, targets, num_classes, wanted)
+    return cross_entropy_(logits, targets, num_classes, IGNORED, wanted)
 
 
 @_cross_entropy_kernel.register_fake

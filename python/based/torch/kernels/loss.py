@@ -4,21 +4,24 @@ import torch
 import triton
 import triton.language as tl
 
-from based.torch.loss import IGNORED
-
 
 @triton.jit
 def _cross_entropy(
     logits_ptr, target_ptr, loss_ptr, num_columns, num_classes, stride, IGNORED: tl.constexpr, GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program has a row. Its second pass finds the row in the L2 cache."""
+    """A program has a row. Its second pass finds the row in the L2 cache.
+
+    The target's logit is picked out in the first pass. Read by itself after that pass, it could already be a gradient:
+    every thread reads a single number, and the sums below are the last point where the threads wait for each other.
+    """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
     logits_ptr += row * stride
     column = tl.arange(0, BLOCK)
     largest = tl.full([BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
+    picked = tl.zeros([BLOCK], tl.float32)
     for first in range(0, num_classes, BLOCK):
         x = tl.load(logits_ptr + first + column, mask=first + column < num_classes, other=-float("inf")).to(tl.float32)
         larger = tl.maximum(largest, x)
@@ -26,11 +29,11 @@ def _cross_entropy(
         total = total * tl.exp(tl.where(largest == larger, 0.0, largest - larger))
         total += tl.where(x == -float("inf"), 0.0, tl.exp(x - larger))
         largest = larger
+        picked += tl.where(first + column == target, x, 0.0)
     maximum = tl.max(largest, 0)
     normaliser = maximum + tl.log(tl.sum(total * tl.exp(largest - maximum), 0))
     counts = target != IGNORED
-    at_target = tl.load(logits_ptr + tl.where(counts, target, 0)).to(tl.float32)
-    tl.store(loss_ptr + row, tl.where(counts, normaliser - at_target, 0.0))
+    tl.store(loss_ptr + row, tl.where(counts, normaliser - tl.sum(picked, 0), 0.0))
     if GRADIENT:
         factor = tl.where(counts, 1.0, 0.0)
         for first in range(0, num_columns, BLOCK):
@@ -40,13 +43,16 @@ def _cross_entropy(
             tl.store(logits_ptr + at, gradient.to(tl.bfloat16), mask=at < num_columns)
 
 
-def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, num_classes: int, gradient: bool) -> torch.Tensor:
+def cross_entropy_(
+    logits: torch.Tensor, targets: torch.Tensor, num_classes: int, ignored: int, gradient: bool
+) -> torch.Tensor:
     """−log softmax of the first num_classes columns of logits (N, C) bfloat16 at targets (N), float32.
 
-    With `gradient`, that of its sum takes the place of logits: zeros where a target is −100, and beyond num_classes.
+    With `gradient`, that of its sum takes the place of logits: zeros where a target is `ignored`, and beyond
+    num_classes.
     """
     losses = torch.empty_like(targets, dtype=torch.float32)
     _cross_entropy[(len(logits),)](
-        logits, targets, losses, logits.shape[1], num_classes, logits.stride(0), IGNORED, gradient, 2048, num_warps=8
+        logits, targets, losses, logits.shape[1], num_classes, logits.stride(0), ignored, gradient, 2048, num_warps=8
     )
     return losses

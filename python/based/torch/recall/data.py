@@ -69,8 +69,8 @@ def make_examples(setting: Setting, count: int, vocab_size: int, seed: Sequence[
     setting.check(vocab_size)
     rng = np.random.default_rng([*seed, setting.length, setting.pairs])
     n, context = setting.pairs, 2 * setting.pairs
-    keys = _distinct(rng, count, n, 1, vocab_size // 2)
-    values = _distinct(rng, count, n, vocab_size // 2, vocab_size)
+    keys = distinct(rng, count, n, 1, vocab_size // 2)
+    values = distinct(rng, count, n, vocab_size // 2, vocab_size)
     tokens = rng.integers(0, vocab_size, (count, setting.length), dtype=np.uint16)
     tokens[:, 0:context:2] = keys
     tokens[:, 1:context:2] = values
@@ -87,7 +87,7 @@ def make_examples(setting: Setting, count: int, vocab_size: int, seed: Sequence[
     )
 
 
-def _distinct(rng: np.random.Generator, count: int, size: int, low: int, high: int) -> Array:
+def distinct(rng: np.random.Generator, count: int, size: int, low: int, high: int) -> Array:
     """Rows of `size` different numbers in [low, high), every such row equally probable.
 
     Repetitions are drawn again until there are none. Nothing here depends on which number is which, so no row is

@@ -10,13 +10,34 @@ that is to recall. As in the authors' experiments there is one head, no position
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from based import sizes
 from based._core import ModelConfig
 
-if TYPE_CHECKING:
-    from based.torch.recall.sweep import Sweep
+
+class Grid(Protocol):
+    """What a sweep varies: see Sweep, which says what each is."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the models."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest text."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Hidden sizes."""
+
+    @property
+    def feature_dims(self) -> tuple[int, ...]:
+        """Of BASED."""
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +69,12 @@ class Family:
     """In the figure."""
     size: str
     """What Candidate.size is: a column of the results."""
-    shapes: Callable[["Sweep"], Iterable[tuple[int, int]]]
+    shapes: Callable[[Grid], Iterable[tuple[int, int]]]
     """Widths and sizes of its models in a sweep."""
     mixer: Callable[[int, int], dict[str, Any]]
     """The second layer, as config.json says it, from width and size."""
 
-    def candidates(self, sweep: "Sweep") -> list[Candidate]:
+    def candidates(self, sweep: Grid) -> list[Candidate]:
         """Its models in a sweep."""
         name = next(name for name, family in FAMILIES.items() if family is self)
         return [

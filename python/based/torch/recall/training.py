@@ -23,7 +23,6 @@ from based.torch.model import BasedForCausalLM
 from based.torch.recall.data import Examples
 from based.torch.recall.sweep import Run, Sweep
 
-_CHUNK = 16  # steps that a GPU is given at a time; two such chunks wait at most, so that a stop is soon seen
 _EVALUATED_QUERIES = 1 << 14  # whose logits memory holds at a time: 0.5 GB of 8,192 columns
 _EVALUATED_TOKENS = 1 << 16
 _PROGRESS = 0.002  # of the accuracy, less of which is none
@@ -118,6 +117,9 @@ class Trainer:
     number, so that a run which goes on does what it would have done.
     """
 
+    steps_at_a_time = 16
+    """Steps that one advance() gives a device. Two such calls wait at most, so that a stop is soon seen."""
+
     def __init__(self, run: Run, sweep: Sweep, corpus: Corpus, device: torch.device, folder: Path) -> None:
         self.run, self.sweep, self.corpus, self.device, self.folder = run, sweep, corpus, device, folder
         self.step, self.finite = 0, True
@@ -196,7 +198,7 @@ class Trainer:
                     self._begin_epoch()
                 return True
             per_epoch = self.sweep.steps_per_epoch
-            stop = min(self.step + _CHUNK, (self.step // per_epoch + 1) * per_epoch)
+            stop = min(self.step + self.steps_at_a_time, (self.step // per_epoch + 1) * per_epoch)
             for step in range(self.step, stop):
                 rate = self.run.learning_rate * (1 + math.cos(math.pi * step / self.steps)) / 2
                 if isinstance(self._rate, torch.Tensor):

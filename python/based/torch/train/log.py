@@ -107,7 +107,7 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-class Clock:
+class Stopwatch:
     """Seconds of training, without those of validation and checkpoints."""
 
     def __init__(self) -> None:

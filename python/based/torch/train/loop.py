@@ -23,10 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 from based._core import FormatError, ModelConfig
 from based.torch._running import Signals, only_process
 from based.torch.model import BasedForCausalLM
-from based.torch.train import checkpoint
+from based.torch.train import training_checkpoint
 from based.torch.train.config import Config, Optimizer, model_config
 from based.torch.train.data import Dataset, Windows, pack, validation_windows
-from based.torch.train.log import TRAIN, VALIDATION, Board, Clock, Meter, Table, board_writer
+from based.torch.train.log import TRAIN, VALIDATION, Board, Meter, Stopwatch, Table, board_writer
 from based.torch.train.tokens import Encoder, make_encoder, model_source
 from based.torch.train.world import World
 
@@ -81,15 +81,22 @@ def train(config: Config, *, restart: bool = False, must_resume: bool = False, m
         contextlib.closing(meter),
         _deterministic(config.training.deterministic),
         World(config.training.device) as world,
-        only_process(output) if world.first else contextlib.nullcontext(),
+        contextlib.ExitStack() as held,
+        _memory_advice(world),
     ):
-        try:
-            run = _Run(config, output, world, meter, restart=restart, must_resume=must_resume)
-            with run.gatherer:
-                return run.run()
-        except torch.OutOfMemoryError as error:
-            advice = "lower training.micro_batch_size or set training.activation_checkpointing"
-            raise MemoryError(f"{world.device}: out of memory; {advice}: {error}") from error
+        world.from_first(lambda: held.enter_context(only_process(output)))
+        run = _Run(config, output, world, meter, restart=restart, must_resume=must_resume)
+        with run.gatherer:
+            return run.run()
+
+
+@contextlib.contextmanager
+def _memory_advice(world: World) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        advice = "lower training.micro_batch_size or set training.activation_checkpointing"
+        raise MemoryError(f"{world.device}: out of memory; {advice}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -108,6 +115,15 @@ def _deterministic(wanted: bool) -> Iterator[None]:
         memory.fill_uninitialized_memory = filled
 
 
+def _compile_options(deterministic: bool) -> dict[str, Any]:
+    """Keeps torch.compile from choosing kernels by timing: each process might choose others, which round otherwise.
+
+    PyTorch's deterministic algorithms alone leave two such choices to Inductor: whether to pad the matrices of a
+    product, and how large the blocks of a sum are. Its own option `deterministic` forbids them.
+    """
+    return {"options": {"deterministic": True}} if deterministic else {}
+
+
 class _Run:
     def __init__(
         self, config: Config, output: Path, world: World, meter: Meter, *, restart: bool, must_resume: bool
@@ -121,51 +137,67 @@ class _Run:
             expected = f"a multiple of {world.size} processes · micro_batch_size {self.micro}"
             raise FormatError(f"training.batch_size: found {training.batch_size}, expected {expected}")
 
-        encoder = make_encoder(config)
+        encoder, model, shape = world.in_each(self._read_model)
         self.tokenizer = encoder.json if encoder is not None else None
-        model, shape = self._shape(encoder)
+        self.shape = shape
         assert shape.eos_token_id is not None
         end = shape.eos_token_id
         self.dataset: Dataset = world.from_first(
             lambda: pack(config, output / "data", encoder, shape.vocab_size, end, meter.note)
         )
-        streams = [self.dataset.open(stream) for stream in self.dataset.train]
-        weights = [source.weight for source in config.data.train if source.weight is not None]
-        self.windows = Windows(streams, weights or None, config.data.sequence_length, training.seed)
-
-        if world.first and restart:
-            self._clear()
-        saved = world.from_first(lambda: checkpoint.newest(self.checkpoints))
+        self.windows = world.in_each(self._open_windows)
+        self.saved = saved = world.from_first(lambda: self._find_checkpoint(restart))
         if saved is None and must_resume:
             raise FormatError(f"{self.checkpoints}: no checkpoint to resume from")
         if saved is not None:
-            self._check_same(saved.state)
-            model = BasedForCausalLM(shape, device="meta")
-            model.load_state_dict(saved.tensors("model.safetensors"), assign=True)
-        elif model is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(training.seed)
-                model = BasedForCausalLM(
-                    shape, special_initializer=config.model.special_initializer, device="cpu"
-                )  # the same weights whatever the device
-        self.step = saved.state.step if saved is not None else 0
-        self.saved = saved
-        self.shape = shape
-        model.activation_checkpointing = training.activation_checkpointing
-        self.model = model.to(world.device)
-        if world.device.type == "cuda" if training.compile is None else training.compile:
-            for layer in self.model.layers:
-                layer.compile(fullgraph=True, dynamic=False)  # layers of one kind share what is made for the first
+            self._check_same(saved.progress)
+        self.step = saved.progress.step if saved is not None else 0
+        self.model = world.in_each(lambda: self._place(model))
         self.module: Any = self._distribute()
         self.optimizer = _make_optimizer(self.model, config.optimizer, world.device)
         if saved is not None:
-            self._load_moments(saved.tensors("optimizer.safetensors"))
+            self._load_moments(world.in_each(lambda: saved.tensors("optimizer.safetensors")))
         self.pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-        self.clock = Clock()
+        self.stopwatch = Stopwatch()
         self.gatherer = ThreadPoolExecutor(1, "based-train-windows")
         self.gathered: Future[torch.Tensor] | None = None
 
     # ---- how it begins -----------------------------------------------------------------------------------------------
+
+    def _read_model(self) -> tuple[Encoder | None, BasedForCausalLM | None, ModelConfig]:
+        """The tokenizer and the model of model.from, if there is one, and the shape."""
+        encoder = make_encoder(self.config)
+        return encoder, *self._shape(encoder)
+
+    def _open_windows(self) -> Windows:
+        streams = [self.dataset.open(stream) for stream in self.dataset.train]
+        weights = [source.weight for source in self.config.data.train if source.weight is not None]
+        return Windows(streams, weights or None, self.config.data.sequence_length, self.config.training.seed)
+
+    def _find_checkpoint(self, restart: bool) -> training_checkpoint.TrainingCheckpoint | None:
+        if restart:
+            self._clear()
+        return training_checkpoint.newest(self.checkpoints)
+
+    def _place(self, model: BasedForCausalLM | None) -> BasedForCausalLM:
+        """The checkpoint's model, that of model.from, or a new one, on this process's device."""
+        training = self.config.training
+        if self.saved is not None:
+            model = BasedForCausalLM(self.shape, device="meta")
+            model.load_state_dict(self.saved.tensors("model.safetensors"), assign=True)
+        elif model is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(training.seed)
+                model = BasedForCausalLM(
+                    self.shape, special_initializer=self.config.model.special_initializer, device="cpu"
+                )  # the same weights whatever the device
+        model.activation_checkpointing = training.activation_checkpointing
+        with _memory_advice(self.world):
+            model = model.to(self.world.device)
+        if self.world.device.type == "cuda" if training.compile is None else training.compile:
+            for layer in model.layers:  # layers of one kind share what is made for the first
+                layer.compile(fullgraph=True, dynamic=False, **_compile_options(training.deterministic))
+        return model
 
     def _shape(self, encoder: Encoder | None) -> tuple[BasedForCausalLM | None, ModelConfig]:
         """The model of model.from, if there is one, and the shape."""
@@ -189,13 +221,13 @@ class _Run:
     def _clear(self) -> None:
         """Removes what an earlier run left, but for the packed documents."""
         for saved in self.checkpoints.glob("step-*"):
-            checkpoint.remove(saved)
+            training_checkpoint.remove(saved)
         for name in ("checkpoints", "model", "tensorboard"):
             shutil.rmtree(self.output / name, ignore_errors=True)
         for name in ("train.csv", "validation.csv"):
             (self.output / name).unlink(missing_ok=True)
 
-    def _check_same(self, state: checkpoint.State) -> None:
+    def _check_same(self, state: training_checkpoint.Progress) -> None:
         now = self.config.fixed()
         missing = object()
         differing = [k for k in {**state.config, **now} if state.config.get(k, missing) != now.get(k, missing)]
@@ -219,7 +251,7 @@ class _Run:
         device_ids = [self.world.device] if self.world.device.type == "cuda" else None
         return DistributedDataParallel(self.model, device_ids=device_ids, gradient_as_bucket_view=True)
 
-    def _load_moments(self, tensors: checkpoint.Tensors) -> None:
+    def _load_moments(self, tensors: training_checkpoint.Tensors) -> None:
         fused = self.optimizer.defaults["fused"]
         step = torch.tensor(float(self.step), device=self.world.device if fused else "cpu")
         for name, parameter in self.model.named_parameters():
@@ -230,15 +262,12 @@ class _Run:
 
     def run(self) -> Result:
         """Trains to the end."""
-        self._describe()
-        if self.world.first:
-            self._prepare_output()
+        self.world.from_first(self._prepare_output)
         steps, log_every = self.config.training.steps, self.config.logging.every
         if self.step and self._is_measured() and self.world.from_first(lambda: self.step not in self.losses):
             self._validate()  # there was no time for it
-        if self.world.first and (chosen := self._chosen()) is not None:  # nor for this, it may be
-            self._export(chosen.tensors("model.safetensors"))
-        self.clock.lap()
+        self.world.from_first(self._export_chosen)  # nor for this, it may be
+        self.stopwatch.lap()
         with Signals() as signals:
             while self.step < steps:
                 self._update()
@@ -253,10 +282,8 @@ class _Run:
                 if stop:
                     raise Stopped(stop, self.step)
                 if scheduled or measured:
-                    self.clock.lap()
-        if self.world.first and self.board is not None:
-            self.board.close()
-        return self.world.from_first(self._result)
+                    self.stopwatch.lap()
+        return self.world.from_first(self._finish)
 
     def _is_scheduled(self) -> bool:
         """Whether this step has a checkpoint."""
@@ -277,15 +304,15 @@ class _Run:
         parts.append(f"{self.world.size} × {self.world.device.type}")
         if self.step:
             parts.append(f"from step {self.step} on")
-        if self.world.first:
-            self.meter.note("; ".join(parts))
+        self.meter.note("; ".join(parts))
 
     def _prepare_output(self) -> None:
         """The logs up to the checkpoint; what lies behind it is gone."""
-        checkpoint.clean(self.checkpoints)
+        self._describe()
+        training_checkpoint.clean(self.checkpoints)
         for path in self.checkpoints.glob("step-*"):  # damaged ones, which newest() passed over
             if path.name > f"step-{self.step:09d}":
-                checkpoint.remove(path)
+                training_checkpoint.remove(path)
         for leftover in self.output.glob(".model.*"):
             shutil.rmtree(leftover)
         self.train_table = Table(self.output / "train.csv", TRAIN, self.step)
@@ -358,32 +385,38 @@ class _Run:
         norms: list[float] = torch.stack([norm for _, _, norm in self.pending]).tolist()
         training = self.config.training
         count = len(self.pending)
-        rate = count * training.batch_size * self.config.data.sequence_length / self.clock.lap()
+        rate = count * training.batch_size * self.config.data.sequence_length / self.stopwatch.lap()
         rows = []
         for (step, _, _), loss, norm in zip(self.pending, losses, norms, strict=True):
             rows.append(
                 (step, loss, norm, learning_rate(self.config.optimizer, step - 1, training.steps), round(rate, 1))
             )
         self.pending.clear()
-        if self.world.first:
-            self.train_table.add(rows)
-            if self.board is not None:
-                for row in rows:
-                    self.board.add(row[0], {f"train/{name}": x for name, x in zip(TRAIN[1:], row[1:], strict=True)})
-            left = (training.steps - self.step) * training.batch_size * self.config.data.sequence_length / rate
-            self.meter.show(self.step, training.steps, losses[-1], rate, left)
+        self.world.from_first(lambda: self._log_steps(rows, rate))
         for step, loss, norm, *_ in rows:
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 kept = (
-                    f"the checkpoint of step {self.saved.state.step} is intact" if self.saved else "no checkpoint yet"
+                    f"the checkpoint of step {self.saved.progress.step} is intact"
+                    if self.saved
+                    else "no checkpoint yet"
                 )
                 raise FloatingPointError(f"step {step}: the loss is {loss}, the norm of its gradient {norm}; {kept}")
+
+    def _log_steps(self, rows: list[tuple[int, float, float, float, float]], rate: float) -> None:
+        training = self.config.training
+        self.train_table.add(rows)
+        if self.board is not None:
+            for row in rows:
+                self.board.add(row[0], {f"train/{name}": x for name, x in zip(TRAIN[1:], row[1:], strict=True)})
+        left = (training.steps - self.step) * training.batch_size * self.config.data.sequence_length / rate
+        self.meter.show(self.step, training.steps, rows[-1][1], rate, left)
 
     @torch.no_grad()
     def _validate(self) -> None:
         stream = self.dataset.validation
         assert stream is not None
-        tokens, length = self.dataset.open(stream), self.config.data.sequence_length
+        tokens = self.world.in_each(lambda: self.dataset.open(stream))
+        length = self.config.data.sequence_length
         windows = validation_windows(tokens, length, self.config.validation.tokens)
         whole = [w for w in windows if w.stop - w.start == length]
         batches = [whole[i : i + self.micro] for i in range(0, len(whole), self.micro)]
@@ -406,14 +439,16 @@ class _Run:
         perplexity, bits = self._measures(loss)
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {self.step}: the validation loss is {loss}")
-        if self.world.first:
-            self.validation_table.add([(self.step, loss, perplexity, bits)])
-            self.losses[self.step] = loss
-            if self.board is not None:
-                values = dict(zip(VALIDATION[1:], (loss, perplexity, bits), strict=True))
-                self.board.add(self.step, {f"validation/{name}": value for name, value in values.items()})
-            per_byte = f", {bits:.4f} bits per byte" if bits is not None else ""
-            self.meter.note(f"step {self.step}: validation loss {loss:.4f}, perplexity {perplexity:.3f}{per_byte}")
+        self.world.from_first(lambda: self._log_validation(loss, perplexity, bits))
+
+    def _log_validation(self, loss: float, perplexity: float, bits: float | None) -> None:
+        self.validation_table.add([(self.step, loss, perplexity, bits)])
+        self.losses[self.step] = loss
+        if self.board is not None:
+            values = dict(zip(VALIDATION[1:], (loss, perplexity, bits), strict=True))
+            self.board.add(self.step, {f"validation/{name}": value for name, value in values.items()})
+        per_byte = f", {bits:.4f} bits per byte" if bits is not None else ""
+        self.meter.note(f"step {self.step}: validation loss {loss:.4f}, perplexity {perplexity:.3f}{per_byte}")
 
     def _measures(self, loss: float) -> tuple[float, float | None]:
         """Perplexity per token, bits per byte of text."""
@@ -427,30 +462,32 @@ class _Run:
 
     def _save(self) -> None:
         weights, moments = self._tensors()
-        state = checkpoint.State(self.step, self.config.fixed(), self.dataset.content)
+        progress = training_checkpoint.Progress(self.step, self.config.fixed(), self.dataset.content)
 
-        def write() -> checkpoint.Saved:
-            saved = checkpoint.save(self.checkpoints, state, weights, moments, self.shape, self.tokenizer)
+        def write() -> training_checkpoint.TrainingCheckpoint:
+            saved = training_checkpoint.save(self.checkpoints, progress, weights, moments, self.shape, self.tokenizer)
             chosen = self._chosen()
-            if chosen is not None and chosen.state.step == self.step:
+            if chosen is not None and chosen.progress.step == self.step:
                 self._export(weights)
-            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, chosen.path if chosen is not None else None)
+            training_checkpoint.prune(
+                self.checkpoints, self.config.checkpoint.keep, chosen.path if chosen is not None else None
+            )
             return saved
 
         self.saved = self.world.from_first(write)
 
-    def _chosen(self) -> checkpoint.Saved | None:
+    def _chosen(self) -> training_checkpoint.TrainingCheckpoint | None:
         """The checkpoint whose weights OUTPUT/model has: the best that was measured, otherwise the last."""
-        saved = checkpoint.all_saved(self.checkpoints)
-        measured = [s for s in saved if s.state.step in self.losses]
+        saved = training_checkpoint.all_saved(self.checkpoints)
+        measured = [s for s in saved if s.progress.step in self.losses]
         if measured:
-            return min(measured, key=lambda s: self.losses[s.state.step])
+            return min(measured, key=lambda s: self.losses[s.progress.step])
         return saved[-1] if saved else None
 
-    def _tensors(self) -> tuple[checkpoint.Tensors, checkpoint.Tensors]:
+    def _tensors(self) -> tuple[training_checkpoint.Tensors, training_checkpoint.Tensors]:
         """Weights and moments, whole, in the first process's memory."""
-        weights: checkpoint.Tensors = {}
-        moments: checkpoint.Tensors = {}
+        weights: training_checkpoint.Tensors = {}
+        moments: training_checkpoint.Tensors = {}
         for name, parameter in self.model.named_parameters():
             state = self.optimizer.state[parameter]
             for key, tensor in ((None, parameter), *((moment, state[moment]) for moment in _MOMENTS)):
@@ -460,18 +497,24 @@ class _Run:
                     target[full_name] = whole.to("cpu", torch.float32)
         return weights, moments
 
-    def _export(self, weights: checkpoint.Tensors) -> None:
+    def _export(self, weights: training_checkpoint.Tensors) -> None:
         model = BasedForCausalLM(self.shape, device="meta")
         model.load_state_dict(weights, assign=True)
         model.tokenizer_json = self.tokenizer
         model.save(self.output / "model", dtype=self.config.checkpoint.dtype, overwrite=True)
 
-    def _result(self) -> Result:
+    def _export_chosen(self) -> None:
+        if (chosen := self._chosen()) is not None:
+            self._export(chosen.tensors("model.safetensors"))
+
+    def _finish(self) -> Result:
+        if self.board is not None:
+            self.board.close()
         chosen = self._chosen()
         assert chosen is not None
-        loss = self.losses.get(chosen.state.step)
+        loss = self.losses.get(chosen.progress.step)
         perplexity, bits = (None, None) if loss is None else self._measures(loss)
-        return Result(self.output / "model", chosen.state.step, self.step, loss, perplexity, bits)
+        return Result(self.output / "model", chosen.progress.step, self.step, loss, perplexity, bits)
 
 
 def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:

@@ -1,6 +1,7 @@
 """The processes of a run, as torchrun starts them, and the device of this one."""
 
 import os
+import pickle
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,19 +18,40 @@ _PATIENCE = timedelta(days=7)  # for process 0, which packs documents and writes
 
 
 class World:
-    """This process among those of the run; alone unless torchrun's variables say otherwise."""
+    """This process among those of the run; alone unless torchrun's variables say otherwise.
+
+    What one process does while the others wait goes through from_first or in_each, which hand a failure on. A failure
+    inside a step, where processes wait for each other in PyTorch, ends the process: its connections are then closed,
+    and gloo raises in the others; NCCL waits for its own timeout, unless the launcher ends the other processes.
+    """
 
     def __init__(self, device: str) -> None:
         self.rank, self.size = _rank(), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = _choose_device(device, int(os.environ.get("LOCAL_RANK", 0)), self.size)
+        self.device = torch.device("cpu")
+        self._wanted_device = device
         self._control: Any = None
 
     def __enter__(self) -> "World":
-        if self.size > 1:
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
-            dist.init_process_group("gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl")
+        def choose() -> torch.device:
+            return _choose_device(self._wanted_device, int(os.environ.get("LOCAL_RANK", 0)), self.size)
+
+        if self.size == 1:
+            self.device = choose()
+            return self
+        problem: UnsupportedError | None = None
+        try:
+            self.device = choose()
+        except UnsupportedError as error:
+            problem = error  # the other processes are told when there is a connection
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        dist.init_process_group("gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl")
+        try:
             self._control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+            self.in_each(lambda: _raise_if(problem))
+        except BaseException:
+            dist.destroy_process_group()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -42,11 +64,34 @@ class World:
         return self.rank == 0
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What make() gives in the first process, in all of them."""
-        value: list[Any] = [make() if self.first else None]
-        if self.size > 1:
-            dist.broadcast_object_list(value, src=0, group=self._control)
-        result: T = value[0]
+        """The result of make() in the first process, in all of them. When it raises, all raise, with its message."""
+        if self.size == 1:
+            return make()
+        outcome: list[Any] = [None, None]  # the result, the failure
+        own: BaseException | None = None
+        if self.first:
+            try:
+                outcome[0] = make()
+            except BaseException as error:
+                own, outcome[1] = error, _portable(error)
+        dist.broadcast_object_list(outcome, src=0, group=self._control)
+        _raise_if(own or outcome[1])
+        result: T = outcome[0]
+        return result
+
+    def in_each(self, make: Callable[[], T]) -> T:
+        """The result of make() in this process. When it raises in any process, all raise; make() must wait for none."""
+        if self.size == 1:
+            return make()
+        own: BaseException | None = None
+        try:
+            result = make()
+        except BaseException as error:
+            own = error
+        failures: list[Any] = [None] * self.size
+        dist.all_gather_object(failures, own and _portable(own), group=self._control)
+        for failure in (own, *failures):
+            _raise_if(failure)
         return result
 
     def largest(self, value: int) -> int:
@@ -62,6 +107,22 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+
+def _raise_if(error: BaseException | None) -> None:
+    if error is not None:
+        raise error
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The exception, or one with its type's name and its message where pickle cannot carry it to another process."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+        if type(copy) is type(error) and str(copy) == str(error):
+            return error
+    except Exception:  # whatever its __reduce__ or its __init__ raises
+        pass
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _rank() -> int:

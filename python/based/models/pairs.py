@@ -8,7 +8,7 @@ r"""Documents that ask for what they said before: recall in context, as the bund
     kelo=482
 
 Keys are made-up words, values three digits, both random, so that only the document itself has the answers.
-`python -m based.pairs` writes such documents to train on; `accuracy` asks a model.
+`python -m based.models.pairs` writes such documents to train on; `accuracy` asks a model.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def _choice(rng: random.Random, letters: str) -> str:
 
 def _main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m based.pairs", description='Writes documents of key-value pairs, a line {"text": …} each.'
+        prog="python -m based.models.pairs", description='Writes documents of key-value pairs, a line {"text": …} each.'
     )
     parser.add_argument("count", type=int, help="how many")
     parser.add_argument("--seed", type=int, default=0, help="other seeds, other documents (default: 0)")

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder each, which is there whole or not at all, and says so of itself by checksums."""
+"""Training checkpoints: a folder each, which is there whole or not at all, and says so of itself by checksums."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class Progress:
     """Where a run stands, besides its tensors. Nothing in training draws random numbers but by the step's number."""
 
     step: int
@@ -36,11 +36,11 @@ class State:
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class TrainingCheckpoint:
     """A checkpoint on the disk."""
 
     path: Path
-    state: State
+    progress: Progress
 
     def tensors(self, file: str) -> Tensors:
         """Those of model.safetensors or optimizer.safetensors, float32."""
@@ -49,21 +49,21 @@ class Saved:
 
 
 def save(
-    folder: Path, state: State, weights: Tensors, optimizer: Tensors, config: ModelConfig, tokenizer: bytes | None
-) -> Saved:
+    folder: Path, progress: Progress, weights: Tensors, optimizer: Tensors, config: ModelConfig, tokenizer: bytes | None
+) -> TrainingCheckpoint:
     """Writes a checkpoint, which is also a model directory. Raises OSError, and leaves nothing then."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{state.step:09d}"
+    path = folder / f"step-{progress.step:09d}"
     with atomic_directory(None, path, overwrite=False) as new:
         _write_tensors(new / "model.safetensors", weights)
         _write_tensors(new / "optimizer.safetensors", optimizer)
         _write(new / "config.json", config.to_json().encode())
         if tokenizer is not None:
             _write(new / "tokenizer.json", tokenizer)
-        _write(new / "training.json", json.dumps({"version": _VERSION, **asdict(state)}, indent=1).encode())
+        _write(new / "training.json", json.dumps({"version": _VERSION, **asdict(progress)}, indent=1).encode())
         sums = {file.name: _sha256(file) for file in sorted(new.iterdir())}
         _write(new / "sha256.json", json.dumps(sums, indent=1).encode())
-    return Saved(path, state)
+    return TrainingCheckpoint(path, progress)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -81,19 +81,19 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def all_saved(folder: Path) -> list[Saved]:
+def all_saved(folder: Path) -> list[TrainingCheckpoint]:
     """The checkpoints of a folder, oldest first, without reading tensors; what cannot be read is left out."""
     saved = []
     for path in sorted(folder.glob("step-*")):
         if _NAME.fullmatch(path.name):
             try:
-                saved.append(Saved(path, _read_state(path)))
+                saved.append(TrainingCheckpoint(path, _read_progress(path)))
             except (OSError, FormatError):
                 continue  # newest() speaks of it
     return saved
 
 
-def newest(folder: Path) -> Saved | None:
+def newest(folder: Path) -> TrainingCheckpoint | None:
     """The last checkpoint that is what was written; None when there is none at all.
 
     Damaged ones are passed over with a warning. Raises FormatError when all are damaged.
@@ -102,7 +102,7 @@ def newest(folder: Path) -> Saved | None:
     for path in paths:
         try:
             _verify(path)
-            return Saved(path, _read_state(path))
+            return TrainingCheckpoint(path, _read_progress(path))
         except (OSError, FormatError) as error:
             warnings.warn(f"this checkpoint is damaged and is passed over: {error}", RuntimeWarning, stacklevel=2)
     if paths:
@@ -121,14 +121,14 @@ def _verify(path: Path) -> None:
             raise FormatError(f"{path / name}: its SHA-256 is {found[:16]}…, expected {str(expected)[:16]}…")
 
 
-def _read_state(path: Path) -> State:
+def _read_progress(path: Path) -> Progress:
     where = path / "training.json"
     try:
         document = json.loads(where.read_bytes())
         version = document.pop("version")
         if version != _VERSION:
             raise FormatError(f"{where}: version {version}, expected {_VERSION}")
-        return State(**document)
+        return Progress(**document)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"{where}: {error}") from None
 

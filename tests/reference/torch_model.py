@@ -1,0 +1,137 @@
+"""The equations in plain PyTorch, quadratic in the number of tokens, in whatever dtype is asked for.
+
+In float64 the mixers are what gradients are compared with: autograd differentiates them. In bfloat16 the model is the
+yardstick for the runtime's bfloat16 error: weights and activations are bfloat16 tensors and every operation rounds its
+result, as the authors' model does when cast to bfloat16; only the residual stream and the norms' insides are float32
+(`residual_in_fp32`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from tests.reference.model import taylor_features
+
+ACTIVATIONS = {
+    "identity": lambda x: x,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "sigmoid": torch.sigmoid,
+    "relu": functional.relu,
+    "relu_squared": lambda x: functional.relu(x).square(),
+}
+
+
+# ---- mixers: (B, T, H, size of a head) -------------------------------------------------------------------------------
+
+
+def taylor_reference(q: Any, k: Any, v: Any, eps: float = 1e-12, dtype: torch.dtype = torch.float64) -> Any:
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
+    s = q @ k.mT / math.sqrt(q.shape[-1])
+    p = (1 + s + s * s / 2).tril()
+    return (p @ v / (p.sum(-1, keepdim=True) + eps)).transpose(1, 2)
+
+
+def state_reference(k: Any, v: Any) -> Any:
+    features = torch.from_numpy(taylor_features(k.double().cpu().numpy())).to(v.device)
+    ones = torch.cat([v.double(), torch.ones_like(v[..., :1]).double()], -1)
+    return torch.einsum("bthf,bthd->bhfd", features, ones)
+
+
+def window_reference(q: Any, k: Any, v: Any, window: int, scale: float, dtype: torch.dtype = torch.float64) -> Any:
+    repeats = q.shape[2] // k.shape[2]
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+    age = torch.arange(q.shape[2], device=q.device)
+    age = age[:, None] - age
+    scores = (q @ k.mT * scale).masked_fill((age < 0) | (age >= window), -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def conv_reference(u: Any, weight: Any, before: Any = None, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
+    """The result, and the last K − 1 values of u₁."""
+    e, taps = weight.shape
+    u1, u2 = u.to(dtype).chunk(2, dim=-1)
+    if before is None:
+        before = u1.new_zeros(len(u), taps - 1, e)
+    padded = torch.cat([before.to(dtype), u1], 1)
+    conv = functional.conv1d(padded.mT.contiguous(), weight.to(dtype)[:, None], groups=e).mT
+    return functional.silu(conv) * u2, padded[:, padded.shape[1] - (taps - 1) :]
+
+
+def rotary_reference(x: Any, layer: Mapping[str, Any]) -> Any:
+    n = -(-layer["rotary_dim"] // 2)
+    if n == 0:
+        return x
+    exponents = -2 * torch.arange(n, dtype=torch.float64) / layer["rotary_dim"]
+    angle = torch.arange(x.shape[1])[:, None] * layer["rotary_base"] ** exponents
+    cos, sin = angle.cos()[:, None].to(x.dtype), angle.sin()[:, None].to(x.dtype)
+    interleaved = layer["rotary_interleaved"]
+    first, second = (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if interleaved else (slice(0, n), slice(n, 2 * n))
+    result = x.clone()
+    result[..., first] = x[..., first] * cos - x[..., second] * sin
+    result[..., second] = x[..., first] * sin + x[..., second] * cos
+    return result
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def forward(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    tokens: Sequence[int],
+    dtype: torch.dtype = torch.bfloat16,
+) -> Any:
+    """Logits (T, padded_vocab_size), float64 NumPy, of one sequence. `tensors`: NumPy arrays by our names."""
+    wide = torch.promote_types(dtype, torch.float32)
+    w = {name: torch.from_numpy(np.asarray(values, np.float32)).to(dtype) for name, values in tensors.items()}
+    norm_config, mlp = config["norm"], config["mlp"]
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return functional.linear(x[0], w[f"{name}.weight"], w.get(f"{name}.bias"))[None]  # one rounding, of the sum
+
+    def norm(r: torch.Tensor, name: str) -> torch.Tensor:
+        weight = w[f"{name}.weight"].to(wide)
+        if norm_config["type"] == "rms_norm":
+            y = r * torch.rsqrt(r.square().mean(-1, keepdim=True) + norm_config["eps"]) * weight
+        else:
+            y = functional.layer_norm(r, (r.shape[-1],), weight, w[f"{name}.bias"].to(wide), norm_config["eps"])
+        return y.to(dtype)
+
+    def mix(x: torch.Tensor, layer: Mapping[str, Any], name: str) -> torch.Tensor:
+        if layer["mixer"] == "gated_conv":
+            return conv_reference(linear(x, f"{name}.in_proj"), w[f"{name}.conv.weight"], dtype=dtype)[0]
+        if layer["mixer"] == "linear_attention":
+            q, k, v = (linear(x, f"{name}.proj_{part}").unflatten(-1, (layer["num_heads"], -1)) for part in "qkv")
+            return taylor_reference(q, k, v, layer["eps"], dtype).flatten(2)
+        h, h_kv = layer["num_heads"], layer["num_kv_heads"]
+        qkv = linear(x, f"{name}.qkv_proj").unflatten(-1, (h + 2 * h_kv, -1))
+        q, k, v = qkv.split([h, h_kv, h_kv], dim=2)
+        q, k = rotary_reference(q, layer), rotary_reference(k, layer)
+        return window_reference(q, k, v, layer["window"], layer["scale"], dtype).flatten(2)
+
+    r = w["embedding.weight"][torch.as_tensor(np.asarray(tokens, np.int64))][None].to(wide)
+    for i, layer in enumerate(config["layers"]):
+        name = f"layers.{i}"
+        r = r + linear(mix(norm(r, f"{name}.norm1"), layer, f"{name}.mixer"), f"{name}.mixer.out_proj").to(wide)
+        if mlp is None:
+            continue
+        h = linear(norm(r, f"{name}.norm2"), f"{name}.mlp.fc1")
+        act = ACTIVATIONS[mlp["activation"]]
+        if mlp["gated"]:
+            value, gate = h.chunk(2, dim=-1)
+            h = value * act(gate)
+        else:
+            h = act(h)
+        r = r + linear(h, f"{name}.mlp.fc2").to(wide)
+    head = w["embedding.weight" if config["tie_embeddings"] else "lm_head.weight"]
+    return functional.linear(norm(r, "final_norm"), head)[0].double().numpy()
