@@ -84,11 +84,11 @@ void check_tokens(std::span<const std::int32_t> tokens, std::int64_t vocab_size,
 
 Model::Impl::Impl(const ModelConfig& config, std::unique_ptr<backend::Backend> device, WeightSource& source, DType type)
     : backend(std::move(device)), dtype(type), transformer([&] {
-        WeightLoader loader{*backend, source, dtype};
+        WeightLoader loader{.backend = *backend, .source = source, .dtype = dtype};
         return Transformer(config, loader);
       }()) {
   backend->synchronize();
-  state_nbytes = backend->make_states(config, dtype, 1)->nbytes_per_slot();
+  state_nbytes = backend->state_nbytes(config, dtype);
 }
 
 std::unique_ptr<backend::Backend> Model::Impl::make_backend() const {

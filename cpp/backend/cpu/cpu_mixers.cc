@@ -85,7 +85,7 @@ void CpuBackend::linear_attention(const LinearAttentionConfig& config, const Rag
   const LinearAttentionKernels& kernels =
       for_isa(isa_, [](auto tag) -> const LinearAttentionKernels& { return linear_attention_kernels(tag); });
   const CpuStatePool& pool = pool_of(states);
-  const TaylorLayout layout(config);
+  const TaylorLayout layout(config.taylor());
   const std::int64_t heads = config.num_heads, f = config.feature_dim, dv = config.head_dim;
 
   // With fewer heads than threads, a head's value columns are shared out too. Each share then keeps a z of its own.

@@ -83,7 +83,7 @@ class SlidingWindow {
         states_(states),
         layer_(layer),
         out_(out),
-        ring_(config),
+        ring_(config.ring()),
         rotary_(threads, config, batch) {}
 
   void run() {
