@@ -4,9 +4,120 @@
 #include <pybind11/operators.h>
 #include <pybind11/stl.h>
 
+#include <cctype>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "based/error.h"
 #include "bindings.h"
 
 namespace based::python {
+
+namespace {
+
+struct MixerField {
+  std::string_view key, type;
+  std::string domain;
+  std::optional<std::int64_t> low, high;
+  std::string_view meaning;
+};
+
+MixerField describe_field(std::string_view key, const domain::Integer& range, std::string_view meaning) {
+  const std::string low = std::to_string(range.low);
+  if (!range.limit.empty())
+    return {key, "int", low + " … " + std::string(range.limit), range.low, std::nullopt, meaning};
+  return {key, "int", low + " … " + std::to_string(range.high), range.low, range.high, meaning};
+}
+
+MixerField describe_field(std::string_view key, const domain::Divisor& divisor, std::string_view meaning) {
+  return {key, "int", "a divisor of " + std::string(divisor.limit), 1, std::nullopt, meaning};
+}
+
+MixerField describe_field(std::string_view key, domain::Positive, std::string_view meaning) {
+  return {key, "float", "> 0", std::nullopt, std::nullopt, meaning};
+}
+
+MixerField describe_field(std::string_view key, domain::NonNegative, std::string_view meaning) {
+  return {key, "float", "≥ 0", std::nullopt, std::nullopt, meaning};
+}
+
+MixerField describe_field(std::string_view key, domain::Flag, std::string_view meaning) {
+  return {key, "bool", "", std::nullopt, std::nullopt, meaning};
+}
+
+std::string_view name_of(StateKind kind) {
+  switch (kind) {
+    case StateKind::dense:
+      return "dense";
+    case StateKind::ring:
+      return "ring";
+    case StateKind::taylor:
+      return "taylor";
+    case StateKind::pending:
+      return "pending";
+  }
+  throw InvalidArgument("found an enumerator outside its type");
+}
+
+std::string_view name_of(StateDType dtype) {
+  switch (dtype) {
+    case StateDType::float32:
+      return "float32";
+    case StateDType::model:
+      return "model";
+    case StateDType::projection:
+      return "projection";
+  }
+  throw InvalidArgument("found an enumerator outside its type");
+}
+
+// "sliding_window" → "SlidingWindowConfig"
+std::string class_name(std::string_view mixer) {
+  std::string name;
+  bool upper = true;
+  for (const char c : mixer) {
+    if (c != '_') name += upper ? static_cast<char>(std::toupper(static_cast<unsigned char>(c))) : c;
+    upper = c == '_';
+  }
+  return name + "Config";
+}
+
+// The Python class of a mixer's config struct, from its description (based/mixers/description.h).
+template <class Config>
+py::object bind_mixer(py::module_& m) {
+  py::class_<Config> type(m, class_name(Config::kName).c_str(), Config::kAbout);
+  type.def_property_readonly_static("mixer", [](const py::object&) { return Config::kName; })
+      .def_property_readonly_static("letter", [](const py::object&) { return std::string(1, Config::kLetter); })
+      .def_static(
+          "fields",
+          [] {
+            std::vector<MixerField> fields;
+            Config{}.fields([&](std::string_view key, auto, const auto& domain, std::string_view meaning) {
+              fields.push_back(describe_field(key, domain, meaning));
+            });
+            return fields;
+          },
+          "The keys of config.json beside \"mixer\", in order.")
+      .def("projections", &Config::projections, py::arg("hidden_size"),
+           "The matrices that each token is multiplied by, in order.")
+      .def_property_readonly("parameters", &Config::parameters, "The other tensors of its weights.")
+      .def_property_readonly(
+          "state", [](const Config& config) { return state_tensors(config.state()); },
+          "The tensors of a layer in a state file.")
+      .def_property_readonly("summary", &Config::summary, "The shape, in words.")
+      .def(py::self == py::self);
+  Config{}.fields([&](std::string_view key, auto member, const auto&, std::string_view meaning) {
+    type.def_readonly(std::string(key).c_str(), member, std::string(meaning).c_str());
+  });
+  if constexpr (requires { &Config::num_features; }) type.def_property_readonly("num_features", &Config::num_features);
+  return type;
+}
+
+}  // namespace
 
 void bind_config(py::module_& m) {
   py::native_enum<NormKind>(m, "NormKind", "enum.Enum")
@@ -23,33 +134,40 @@ void bind_config(py::module_& m) {
       .value("relu_squared", Activation::relu_squared)
       .finalize();
 
-  py::class_<GatedConvConfig>(m, "GatedConvConfig", "A gated short convolution.")
-      .def_property_readonly_static("mixer", [](const py::object&) { return mixer_name(GatedConvConfig{}); })
-      .def_readonly("inner_size", &GatedConvConfig::inner_size)
-      .def_readonly("kernel_size", &GatedConvConfig::kernel_size)
-      .def_readonly("bias", &GatedConvConfig::bias)
-      .def(py::self == py::self);
-  py::class_<LinearAttentionConfig>(m, "LinearAttentionConfig", "Second-order Taylor linear attention.")
-      .def_property_readonly_static("mixer", [](const py::object&) { return mixer_name(LinearAttentionConfig{}); })
-      .def_readonly("num_heads", &LinearAttentionConfig::num_heads)
-      .def_readonly("feature_dim", &LinearAttentionConfig::feature_dim)
-      .def_readonly("head_dim", &LinearAttentionConfig::head_dim)
-      .def_readonly("eps", &LinearAttentionConfig::eps)
-      .def_property_readonly("num_features", &LinearAttentionConfig::num_features)
-      .def(py::self == py::self);
-  py::class_<SlidingWindowConfig>(m, "SlidingWindowConfig", "Sliding-window attention.")
-      .def_property_readonly_static("mixer", [](const py::object&) { return mixer_name(SlidingWindowConfig{}); })
-      .def_readonly("num_heads", &SlidingWindowConfig::num_heads)
-      .def_readonly("num_kv_heads", &SlidingWindowConfig::num_kv_heads)
-      .def_readonly("head_dim", &SlidingWindowConfig::head_dim)
-      .def_readonly("window", &SlidingWindowConfig::window, "Keys attended, the query's own included.")
-      .def_readonly("scale", &SlidingWindowConfig::scale)
-      .def_readonly("qkv_bias", &SlidingWindowConfig::qkv_bias)
-      .def_readonly("out_bias", &SlidingWindowConfig::out_bias)
-      .def_readonly("rotary_dim", &SlidingWindowConfig::rotary_dim)
-      .def_readonly("rotary_base", &SlidingWindowConfig::rotary_base)
-      .def_readonly("rotary_interleaved", &SlidingWindowConfig::rotary_interleaved)
-      .def(py::self == py::self);
+  py::class_<MixerField>(m, "MixerField", "A key of a mixer in config.json.")
+      .def_readonly("key", &MixerField::key)
+      .def_readonly("type", &MixerField::type, "\"int\", \"float\" or \"bool\".")
+      .def_readonly("domain", &MixerField::domain, "The values that it may have, in words; empty for a bool.")
+      .def_readonly("low", &MixerField::low, "Of an int: the least value; None for others.")
+      .def_readonly("high", &MixerField::high, "Of an int: the greatest value; None where it depends on other keys.")
+      .def_readonly("meaning", &MixerField::meaning);
+  py::class_<Projection>(m, "Projection", "y = x Wᵀ (+ b), W (rows, cols): \"{name}.weight\", \"{name}.bias\".")
+      .def_readonly("name", &Projection::name)
+      .def_readonly("rows", &Projection::rows)
+      .def_readonly("cols", &Projection::cols)
+      .def_readonly("bias", &Projection::bias)
+      .def_readonly("stacked", &Projection::stacked, "On the projection before it: both are one product.");
+  py::class_<Parameter>(m, "Parameter", "A tensor of a mixer's weights that is no projection.")
+      .def_readonly("name", &Parameter::name)
+      .def_readonly("shape", &Parameter::shape);
+  py::class_<StateTensor>(m, "StateTensor", "A tensor of a state file: \"layers.{i}.{name}\".")
+      .def_readonly("name", &StateTensor::name)
+      .def_property_readonly(
+          "kind", [](const StateTensor& t) { return name_of(t.kind); },
+          "\"dense\"; \"ring\": one row for each of the last tokens; \"taylor\": packed sums; \"pending\": a row for "
+          "each "
+          "token that is not in the sums yet.")
+      .def_property_readonly(
+          "dtype", [](const StateTensor& t) { return name_of(t.dtype); },
+          "\"float32\"; \"model\": the dtype that the model runs in; \"projection\": on a GPU the model's, on the CPU "
+          "and "
+          "in state files float32.")
+      .def_readonly("shape", &StateTensor::shape, "First extent of a ring: rows of a full one; of pending tokens: 0.");
+
+  py::list mixers;
+  for_each_mixer([&]<class Config>(std::type_identity<Config>) { mixers.append(bind_mixer<Config>(m)); });
+  m.attr("MIXERS") = py::tuple(mixers);
+
   py::class_<MlpConfig>(m, "MlpConfig")
       .def_readonly("gated", &MlpConfig::gated)
       .def_readonly("activation", &MlpConfig::activation)

@@ -289,6 +289,10 @@ std::unique_ptr<backend::Sampler> CudaBackend::make_sampler(std::int64_t vocab_s
 
 // ---- states --------------------------------------------------------------------------------------------------------
 
+std::size_t CudaBackend::state_nbytes(const ModelConfig& config, DType dtype) const {
+  return state_layout(config, dtype).slot_nbytes();
+}
+
 std::unique_ptr<backend::StatePool> CudaBackend::make_states(const ModelConfig& config, DType dtype, int capacity) {
   if (capacity < 1)
     throw InvalidArgument("capacity of a state pool must be at least 1, got " + std::to_string(capacity));

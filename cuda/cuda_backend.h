@@ -20,7 +20,7 @@ namespace based::cuda {
 /// A CUDA device. Every instance has a stream of its own, on which all its operations run asynchronously and in order,
 /// and scratch memory of its own; weights are finished when the instance that loaded them is synchronised. Between
 /// instances only states are exchanged, and copy_state() waits for the other's stream.
-class CudaBackend final : public backend::Backend, private SamplerHost {
+class CudaBackend final : public backend::DeviceBackend<CudaBackend>, private SamplerHost {
  public:
   /// Throws UnsupportedError when the device is missing or too old, or cuBLASLt is not found.
   CudaBackend(int device, std::shared_ptr<backend::MemoryCounters> counters);
@@ -70,6 +70,7 @@ class CudaBackend final : public backend::Backend, private SamplerHost {
                        std::span<float> out) override;
   std::unique_ptr<backend::Sampler> make_sampler(std::int64_t vocab_size, int num_rows) override;
 
+  std::size_t state_nbytes(const ModelConfig& config, DType dtype) const override;
   std::unique_ptr<backend::StatePool> make_states(const ModelConfig& config, DType dtype, int capacity) override;
   void copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot) override;
   void reset_state(backend::StatePool& states, int slot) override;

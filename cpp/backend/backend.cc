@@ -1,5 +1,7 @@
 #include "backend/backend.h"
 
+#include "based/error.h"
+
 namespace based::backend {
 
 namespace {
@@ -12,6 +14,11 @@ std::uint64_t next_id() {
 }  // namespace
 
 Identified::Identified() : id_(next_id()) {}
+
+void Backend::throw_unsupported(const std::string& where, std::string_view mixer) const {
+  throw UnsupportedError(where + "the mixer " + std::string(mixer) + " is not implemented on " + device().str() +
+                         ": run the model on another device");
+}
 
 Buffer counted(Buffer buffer, std::shared_ptr<MemoryCounters> counters, MemoryKind kind) {
   auto& count = counters->nbytes[static_cast<std::size_t>(kind)];

@@ -10,9 +10,11 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <optional>
 #include <span>
 #include <string>
+#include <string_view>
+#include <type_traits>
+#include <variant>
 #include <vector>
 
 #include "based/config.h"
@@ -97,12 +99,8 @@ class LinearWeight {
   virtual std::size_t nbytes() const = 0;
 };
 
-/// State of `capacity` sequences (slots), layer by layer, in the device's own layout:
-///   linear attention  Σ φ(k) [v | 1]ᵀ, float32, φ packed (docs/state-format.md); perhaps a few last tokens apart
-///                     from it ("pending"), as k and v in the pool's dtype
-///   sliding window    ring of the last `window` keys (already rotated) and values, in the pool's dtype
-///   gated conv        the last K − 1 values of u₁, float32 or the pool's dtype
-/// A fresh slot is that of a sequence that has seen nothing.
+/// State of `capacity` sequences (slots): the parts that the mixers' descriptions list (based/mixers), layer by layer,
+/// in the device's own layout. A fresh slot is that of a sequence that has seen nothing.
 class StatePool : public Identified {
  public:
   virtual ~StatePool() = default;
@@ -121,20 +119,6 @@ struct NamedView {
   std::string name;
   TensorView view;
 };
-
-/// A linear layer's pending tokens in a state's saved form: keys (n, H, f), values (n, H, head_dim), n ≥ 1.
-struct PendingTokens {
-  TensorView keys, values;
-};
-
-/// Those at `tensor`, which moves on past them; nothing when other tensors follow.
-std::optional<PendingTokens> take_pending(std::span<const NamedView>::iterator& tensor,
-                                          std::span<const NamedView>::iterator end);
-
-/// taylor (H, num_features, head_dim + 1) += Σ_j φ(k_j) [v_j | 1]ᵀ over n tokens, keys (n, H, f), values
-/// (n, H, head_dim): what a device does that keeps no pending tokens, in float32.
-void fold_pending(const LinearAttentionConfig& config, std::span<float> taylor, std::span<const float> keys,
-                  std::span<const float> values);
 
 /// What penalties know of a token that a sequence has seen.
 struct SeenToken {
@@ -266,31 +250,49 @@ class Backend {
   /// y (N, out_features) float32 or activation, float32 when accumulate. A row of y depends on its row of x alone.
   virtual void linear(const LinearWeight& weight, const Matrix& x, const Matrix& y, bool accumulate) = 0;
 
-  /// out = SiLU(conv(u₁)) ⊙ u₂, u = [u₁|u₂] (N, 2e) projection, taps (e, K) float32: conv(u₁)[t] = Σ_j taps[j]·
-  /// u₁[t − K + 1 + j], reading what came before the batch from the state and leaving the last K − 1 there.
-  /// out (N, e) activation.
-  virtual void gated_conv(const GatedConvConfig& config, const float* taps, const RaggedBatch& batch, const Matrix& u,
-                          StatePool& states, int layer, const Matrix& out) = 0;
-
-  /// Taylor linear attention (LinearAttentionConfig's equation) after the state, which it advances.
-  /// qkv (N, H·f | H·f | H·head_dim) projection; out (N, H·head_dim) activation.
-  virtual void linear_attention(const LinearAttentionConfig& config, const RaggedBatch& batch, const Matrix& qkv,
-                                StatePool& states, int layer, const Matrix& out) = 0;
-
-  /// Rotary on q and k at their positions, then softmax attention over the window, older keys from the ring, which it
-  /// advances. qkv (N, (H + 2·H_kv)·head_dim) projection, overwritten; out (N, H·head_dim) activation.
-  virtual void sliding_window(const SlidingWindowConfig& config, const RaggedBatch& batch, const Matrix& qkv,
-                              StatePool& states, int layer, const Matrix& out) = 0;
-
   /// out[i] = log softmax(logits[i, :vocab_size])[targets[i]], to the host. logits (M, ≥ vocab_size) float32.
   virtual void token_log_probs(const Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
                                std::span<float> out) = 0;
 
   virtual std::unique_ptr<Sampler> make_sampler(std::int64_t vocab_size, int num_rows) = 0;
 
+  // ---- operations of mixers ----------------------------------------------------------------------------------
+  // A device that lacks one does not override it, and does not support() the kinds that need it (Implements, below).
+
+  /// Whether the device has the operations that this kind of mixer needs.
+  virtual bool supports(const MixerConfig& mixer) const = 0;
+
+  /// Throws UnsupportedError: this device does not implement that mixer. `where` opens the message.
+  [[noreturn]] void throw_unsupported(const std::string& where, std::string_view mixer) const;
+
+  /// out = SiLU(conv(u₁)) ⊙ u₂, u = [u₁|u₂] (N, 2e) projection, taps (e, K) float32: conv(u₁)[t] = Σ_j taps[j]·
+  /// u₁[t − K + 1 + j], reading what came before the batch from the state and leaving the last K − 1 there.
+  /// out (N, e) activation.
+  virtual void gated_conv(const GatedConvConfig& config, const float* taps, const RaggedBatch& batch, const Matrix& u,
+                          StatePool& states, int layer, const Matrix& out) {
+    unsupported(config, taps, batch, u, states, layer, out);
+  }
+
+  /// Taylor linear attention (LinearAttentionConfig's equation) after the state, which it advances.
+  /// qkv (N, H·f | H·f | H·head_dim) projection; out (N, H·head_dim) activation.
+  virtual void linear_attention(const LinearAttentionConfig& config, const RaggedBatch& batch, const Matrix& qkv,
+                                StatePool& states, int layer, const Matrix& out) {
+    unsupported(config, batch, qkv, states, layer, out);
+  }
+
+  /// Rotary on q and k at their positions, then softmax attention over the window, older keys from the ring, which it
+  /// advances. qkv (N, (H + 2·H_kv)·head_dim) projection, overwritten; out (N, H·head_dim) activation.
+  virtual void sliding_window(const SlidingWindowConfig& config, const RaggedBatch& batch, const Matrix& qkv,
+                              StatePool& states, int layer, const Matrix& out) {
+    unsupported(config, batch, qkv, states, layer, out);
+  }
+
   // ---- states ------------------------------------------------------------------------------------------------
 
-  /// All slots fresh. `dtype`: of the rings. Throws OutOfMemory.
+  /// Bytes of one slot of such a pool, without making one.
+  virtual std::size_t state_nbytes(const ModelConfig& config, DType dtype) const = 0;
+
+  /// All slots fresh. `dtype`: the model's. Throws OutOfMemory.
   virtual std::unique_ptr<StatePool> make_states(const ModelConfig& config, DType dtype, int capacity) = 0;
 
   /// to[to_slot] = from[from_slot]; pools of the same config and dtype.
@@ -299,19 +301,46 @@ class Backend {
   /// Makes a slot fresh.
   virtual void reset_state(StatePool& states, int slot) = 0;
 
-  /// The saved form of a slot whose sequence has seen num_tokens tokens, in layer order:
-  ///   layers.{i}.conv    (K − 1, e) float32, oldest first, zeros before the start
-  ///   layers.{i}.taylor  (H, num_features, head_dim + 1) float32, features in the packed order, last column Σ φ(k)
-  ///   layers.{i}.pending_keys (n, H, f), layers.{i}.pending_values (n, H, head_dim): the last n tokens, oldest first,
-  ///     when they are not in taylor yet; pool's dtype; n the same in all linear layers
-  ///   layers.{i}.keys, layers.{i}.values  (min(num_tokens, window), H_kv, head_dim), oldest first, ring dtype
+  /// The saved form of a slot whose sequence has seen num_tokens tokens, in layer order: the tensors
+  /// "layers.{i}.{name}" that the mixers' descriptions list (StateTensor), rows oldest first. Pending tokens are left
+  /// out when there are none; there are as many in all layers.
   virtual std::vector<NamedTensor> export_state(const StatePool& states, int slot, std::int64_t num_tokens) = 0;
 
-  /// Inverse of export_state: the tensors have its names, order and shapes (the caller has checked); keys and values
-  /// may be float32, bfloat16 or float16 and are converted. Pending tokens that this pool cannot keep as they are, are
-  /// added to the sums.
+  /// Inverse of export_state: the tensors have its names, order and shapes (the caller has checked); those of the
+  /// model's dtype may be float32, bfloat16 or float16 and are converted. Pending tokens that this pool cannot keep as
+  /// they are, are added to the sums.
   virtual void import_state(StatePool& states, int slot, std::int64_t num_tokens,
                             std::span<const NamedView> tensors) = 0;
+
+ protected:
+  /// What an operation that the device lacks does. The operands are not used.
+  template <class Config, class... Operands>
+  [[noreturn]] void unsupported(const Config&, const Operands&...) const {
+    throw_unsupported("", Config::kName);
+  }
+};
+
+/// Which operations of a device each kind of mixer needs. That they are implemented is read off their addresses: the
+/// address of a member that Device does not declare itself is a pointer to a member of Backend.
+template <class Device>
+struct Implements {
+  bool operator()(const GatedConvConfig&) const { return declares(&Device::gated_conv); }
+  bool operator()(const LinearAttentionConfig&) const { return declares(&Device::linear_attention); }
+  bool operator()(const SlidingWindowConfig&) const { return declares(&Device::sliding_window); }
+
+ private:
+  template <class Class, class... Arguments>
+  static constexpr bool declares(void (Class::*)(Arguments...)) {
+    return std::is_same_v<Class, Device>;
+  }
+};
+
+/// The base of a device's class, which answers supports() for it: class X final : public DeviceBackend<X>.
+template <class Device>
+class DeviceBackend : public Backend {
+ public:
+  static bool implements(const MixerConfig& mixer) { return std::visit(Implements<Device>{}, mixer); }
+  bool supports(const MixerConfig& mixer) const final { return implements(mixer); }
 };
 
 /// The first instance for a device; Backend::sibling() makes others. num_threads: CPU threads, 0 for the CPUs that this

@@ -1,5 +1,6 @@
+#include <algorithm>
 #include <cmath>
-#include <initializer_list>
+#include <optional>
 #include <utility>
 
 #include "based/config.h"
@@ -14,17 +15,6 @@ using io::Json;
 using io::JsonObject;
 
 namespace {
-
-// Upper limits. They are far beyond any model, and small enough that the element count of every matrix and of every
-// layer's state, a product of at most four of them, fits int64 before it is compared with kMaxElements; and that
-// sums of 4096 layers of float32 elements do.
-constexpr std::int64_t kMaxSize = 1 << 24;  // vocabulary, hidden and inner sizes, window
-constexpr std::int64_t kMaxLayers = 4096;
-constexpr std::int64_t kMaxHeads = 1 << 16;
-constexpr std::int64_t kMaxHeadDim = 1 << 16;
-constexpr std::int64_t kMaxFeatureDim = 4096;
-constexpr std::int64_t kMaxKernelSize = 1 << 16;
-constexpr std::int64_t kMaxElements = std::int64_t{1} << 40;  // of one matrix, of one layer's state: exclusive
 
 constexpr std::string_view kFormat = "based";
 
@@ -54,35 +44,40 @@ std::string_view name_in(const Table& table, Enum value) {
   throw InvalidArgument("config: found an enumerator outside its type");
 }
 
+// ---- mixers: everything follows from their descriptions (based/mixers) -------------------------------------------
+
+// Pairs of kinds, each kind with itself too, that share a name or a letter.
+constexpr std::size_t count_equal_names() {
+  std::size_t count = 0;
+  for_each_mixer([&]<class A>(std::type_identity<A>) {
+    for_each_mixer(
+        [&]<class B>(std::type_identity<B>) { count += A::kName == B::kName || A::kLetter == B::kLetter ? 1 : 0; });
+  });
+  return count;
+}
+static_assert(count_equal_names() == std::variant_size_v<MixerConfig>);
+
+void read_field(JsonObject& object, std::string_view key, std::int64_t& value) { value = object.integer(key); }
+void read_field(JsonObject& object, std::string_view key, double& value) { value = object.number(key); }
+void read_field(JsonObject& object, std::string_view key, bool& value) { value = object.boolean(key); }
+
 MixerConfig read_mixer(const Json& json, const std::string& where, const std::string& path) {
   JsonObject object(json, where, path);
-  const std::string& mixer = object.string("mixer");
-  MixerConfig result;
-  if (mixer == "gated_conv") {
-    result = GatedConvConfig{.inner_size = object.integer("inner_size"),
-                             .kernel_size = object.integer("kernel_size"),
-                             .bias = object.boolean("bias")};
-  } else if (mixer == "linear_attention") {
-    result = LinearAttentionConfig{.num_heads = object.integer("num_heads"),
-                                   .feature_dim = object.integer("feature_dim"),
-                                   .head_dim = object.integer("head_dim"),
-                                   .eps = object.number("eps")};
-  } else if (mixer == "sliding_window") {
-    result = SlidingWindowConfig{.num_heads = object.integer("num_heads"),
-                                 .num_kv_heads = object.integer("num_kv_heads"),
-                                 .head_dim = object.integer("head_dim"),
-                                 .window = object.integer("window"),
-                                 .scale = object.number("scale"),
-                                 .qkv_bias = object.boolean("qkv_bias"),
-                                 .out_bias = object.boolean("out_bias"),
-                                 .rotary_dim = object.integer("rotary_dim"),
-                                 .rotary_base = object.number("rotary_base"),
-                                 .rotary_interleaved = object.boolean("rotary_interleaved")};
-  } else {
-    object.fail("mixer", io::in_quotes(mixer), "one of gated_conv, linear_attention, sliding_window");
-  }
+  const std::string& kind = object.string("mixer");
+  std::optional<MixerConfig> result;
+  std::string kinds;
+  for_each_mixer([&]<class Config>(std::type_identity<Config>) {
+    io::append_item(kinds, Config::kName);
+    if (kind != Config::kName) return;
+    Config config;
+    config.fields([&](std::string_view key, auto member, const auto&, std::string_view) {
+      read_field(object, key, config.*member);
+    });
+    result = config;
+  });
+  if (!result) object.fail("mixer", io::in_quotes(kind), concat("one of ", kinds));
   object.finish();
-  return result;
+  return *result;
 }
 
 /// Throws FormatError "where: path.field: found …, expected …" for a value outside its domain.
@@ -90,23 +85,22 @@ class Checker {
  public:
   Checker(const std::string& where, std::string path) : where_(where), path_(std::move(path)) {}
 
-  void range(const char* field, std::int64_t value, std::int64_t low, std::int64_t high) const {
+  void range(std::string_view field, std::int64_t value, std::int64_t low, std::int64_t high) const {
     if (value < low || value > high) {
       fail(field, std::to_string(value), concat("an integer from ", low, " to ", high));
     }
   }
-  void positive(const char* field, double value) const {
+  void positive(std::string_view field, double value) const {
     if (!(value > 0 && std::isfinite(value))) fail(field, io::json_number(value), "a finite number > 0");
   }
-  void non_negative(const char* field, double value) const {
+  void non_negative(std::string_view field, double value) const {
     if (!(value >= 0 && std::isfinite(value))) fail(field, io::json_number(value), "a finite number >= 0");
   }
-  void elements(const char* what, std::int64_t rows, std::int64_t cols) const {
-    if (rows * cols >= kMaxElements) {
-      fail(what, shape_str({rows, cols}), concat("fewer than ", kMaxElements, " elements"));
-    }
+  void elements(std::string_view what, const std::vector<std::int64_t>& shape) const {
+    if (num_elements(shape) >= limits::kElements)
+      fail(what, shape_str(shape), concat("fewer than ", limits::kElements, " elements"));
   }
-  [[noreturn]] void fail(const char* field, const std::string& found, const std::string& expected) const {
+  [[noreturn]] void fail(std::string_view field, const std::string& found, const std::string& expected) const {
     throw FormatError(concat(where_, ": ", path_, field, ": found ", found, ", expected ", expected));
   }
 
@@ -115,39 +109,49 @@ class Checker {
   const std::string path_;  // "layers[3]." or ""
 };
 
-void validate_mixer(const GatedConvConfig& c, std::int64_t d, const Checker& check) {
-  check.range("inner_size", c.inner_size, 1, kMaxSize);
-  check.range("kernel_size", c.kernel_size, 1, kMaxKernelSize);
-  check.elements("in_proj.weight", 2 * c.inner_size, d);
-  check.elements("conv.weight", c.inner_size, c.kernel_size);
+void check_field(const Checker& check, std::string_view field, std::int64_t value, const domain::Integer& range) {
+  check.range(field, value, range.low, range.high);
 }
 
-void validate_mixer(const LinearAttentionConfig& c, std::int64_t d, const Checker& check) {
-  check.range("num_heads", c.num_heads, 1, kMaxHeads);
-  check.range("feature_dim", c.feature_dim, 1, kMaxFeatureDim);
-  check.range("head_dim", c.head_dim, 1, kMaxHeadDim);
-  check.non_negative("eps", c.eps);
-  check.elements("proj_q.weight", c.num_heads * c.feature_dim, d);
-  check.elements("proj_v.weight", c.num_heads * c.head_dim, d);
-  check.elements("state", c.num_heads * c.num_features(), c.head_dim + 1);
+void check_field(const Checker& check, std::string_view field, std::int64_t value, const domain::Divisor& divisor) {
+  check.range(field, value, 1, divisor.of);
+  if (divisor.of % value != 0)
+    check.fail(field, std::to_string(value), concat("a divisor of ", divisor.limit, " = ", divisor.of));
 }
 
-void validate_mixer(const SlidingWindowConfig& c, std::int64_t d, const Checker& check) {
-  check.range("num_heads", c.num_heads, 1, kMaxHeads);
-  check.range("num_kv_heads", c.num_kv_heads, 1, c.num_heads);
-  if (c.num_heads % c.num_kv_heads != 0) {
-    check.fail("num_kv_heads", std::to_string(c.num_kv_heads), concat("a divisor of num_heads = ", c.num_heads));
+void check_field(const Checker& check, std::string_view field, double value, domain::Positive) {
+  check.positive(field, value);
+}
+
+void check_field(const Checker& check, std::string_view field, double value, domain::NonNegative) {
+  check.non_negative(field, value);
+}
+
+void check_field(const Checker&, std::string_view, bool, domain::Flag) {}
+
+void check_mixer(const MixerConfig& mixer, std::int64_t hidden_size, const Checker& check) {
+  std::visit(
+      [&](const auto& config) {
+        config.fields([&](std::string_view field, auto member, const auto& domain, std::string_view) {
+          check_field(check, field, config.*member, domain);
+        });
+      },
+      mixer);
+  for (const Projection& p : mixer_projections(mixer, hidden_size))
+    check.elements(concat(p.name, ".weight"), {p.rows, p.cols});
+  for (const Parameter& p : mixer_parameters(mixer)) check.elements(p.name, p.shape);
+  const std::vector<StateTensor> tensors = state_tensors(mixer_state(mixer));
+  std::int64_t total = 0;
+  std::string shapes;
+  for (const StateTensor& tensor : tensors) {
+    const std::int64_t elements = num_elements(tensor.shape);
+    total = std::min(total, limits::kElements) + std::min(elements, limits::kElements);
+    if (elements > 0) io::append_item(shapes, concat(tensor.name, " ", shape_str(tensor.shape)));
   }
-  check.range("head_dim", c.head_dim, 1, kMaxHeadDim);
-  check.range("window", c.window, 1, kMaxSize);
-  check.positive("scale", c.scale);
-  check.range("rotary_dim", c.rotary_dim, 0, c.head_dim / 2 * 2);  // pairs n = ⌈R/2⌉ need 2n ≤ head_dim
-  check.positive("rotary_base", c.rotary_base);
-  check.elements("qkv_proj.weight", (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, d);
-  check.elements("state", 2 * c.window, c.num_kv_heads * c.head_dim);
+  if (total >= limits::kElements) check.fail("state", shapes, concat("fewer than ", limits::kElements, " elements"));
 }
 
-void validate_token(const char* field, const std::optional<std::int64_t>& token, std::int64_t vocab_size,
+void validate_token(std::string_view field, const std::optional<std::int64_t>& token, std::int64_t vocab_size,
                     const Checker& check) {
   if (token) check.range(field, *token, 0, vocab_size - 1);
 }
@@ -163,7 +167,7 @@ std::string member(std::string_view key, const T& value) {
   return concat(io::json_string(key), ": ", json(value));
 }
 
-std::string json_object(std::initializer_list<std::string> members) {
+std::string json_object(const std::vector<std::string>& members) {
   std::string text;
   for (const std::string& text_of_member : members) io::append_item(text, text_of_member);
   return concat("{", text, "}");
@@ -176,49 +180,56 @@ std::string json(const std::optional<MlpConfig>& c) {
                       member("fc2_bias", c->fc2_bias)});
 }
 
-std::string json_mixer(const GatedConvConfig& c) {
-  return json_object({member("mixer", mixer_name(c)), member("inner_size", c.inner_size),
-                      member("kernel_size", c.kernel_size), member("bias", c.bias)});
-}
-
-std::string json_mixer(const LinearAttentionConfig& c) {
-  return json_object({member("mixer", mixer_name(c)), member("num_heads", c.num_heads),
-                      member("feature_dim", c.feature_dim), member("head_dim", c.head_dim), member("eps", c.eps)});
-}
-
-std::string json_mixer(const SlidingWindowConfig& c) {
-  return json_object({member("mixer", mixer_name(c)), member("num_heads", c.num_heads),
-                      member("num_kv_heads", c.num_kv_heads), member("head_dim", c.head_dim),
-                      member("window", c.window), member("scale", c.scale), member("qkv_bias", c.qkv_bias),
-                      member("out_bias", c.out_bias), member("rotary_dim", c.rotary_dim),
-                      member("rotary_base", c.rotary_base), member("rotary_interleaved", c.rotary_interleaved)});
+std::string json_mixer(const MixerConfig& mixer) {
+  std::vector<std::string> members{member("mixer", mixer_name(mixer))};
+  std::visit(
+      [&](const auto& config) {
+        config.fields([&](std::string_view key, auto field, const auto&, std::string_view) {
+          members.push_back(member(key, config.*field));
+        });
+      },
+      mixer);
+  return json_object(members);
 }
 
 // Elements of a mixer's or an MLP's tensors, for hidden size d.
 
-std::int64_t mixer_parameters(const GatedConvConfig& c, std::int64_t d) {
-  const std::int64_t e = c.inner_size;
-  return 2 * e * d + e * c.kernel_size + d * e + (c.bias ? 2 * e + d : 0);
+std::int64_t count_parameters(const MixerConfig& mixer, std::int64_t d) {
+  std::int64_t total = 0;
+  for (const Projection& p : mixer_projections(mixer, d)) total += p.rows * p.cols + (p.bias ? p.rows : 0);
+  for (const Parameter& p : mixer_parameters(mixer)) total += num_elements(p.shape);
+  return total;
 }
 
-std::int64_t mixer_parameters(const LinearAttentionConfig& c, std::int64_t d) {
-  return 2 * c.num_heads * c.feature_dim * d + 2 * c.num_heads * c.head_dim * d;
-}
-
-std::int64_t mixer_parameters(const SlidingWindowConfig& c, std::int64_t d) {
-  const std::int64_t qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim;
-  return qkv * d + c.num_heads * c.head_dim * d + (c.qkv_bias ? qkv : 0) + (c.out_bias ? d : 0);
-}
-
-std::int64_t mlp_parameters(const MlpConfig& c, std::int64_t d) {
+std::int64_t count_parameters(const MlpConfig& c, std::int64_t d) {
   return c.fc1_rows() * d + d * c.inner_size + (c.fc1_bias ? c.fc1_rows() : 0) + (c.fc2_bias ? d : 0);
 }
 
 }  // namespace
 
 std::string_view mixer_name(const MixerConfig& mixer) {
-  constexpr std::string_view kNames[] = {"gated_conv", "linear_attention", "sliding_window"};
-  return kNames[mixer.index()];
+  return std::visit([](const auto& config) { return config.kName; }, mixer);
+}
+
+std::vector<Projection> mixer_projections(const MixerConfig& mixer, std::int64_t hidden_size) {
+  return std::visit([&](const auto& config) { return config.projections(hidden_size); }, mixer);
+}
+
+std::vector<Parameter> mixer_parameters(const MixerConfig& mixer) {
+  return std::visit([](const auto& config) { return config.parameters(); }, mixer);
+}
+
+std::vector<StatePart> mixer_state(const MixerConfig& mixer) {
+  return std::visit([](const auto& config) { return config.state(); }, mixer);
+}
+
+std::vector<StateTensor> state_tensors(const std::vector<StatePart>& parts) {
+  std::vector<StateTensor> all;
+  for (const StatePart& part : parts) {
+    const std::vector<StateTensor> tensors = std::visit([](const auto& state) { return state.tensors(); }, part);
+    all.insert(all.end(), tensors.begin(), tensors.end());
+  }
+  return all;
 }
 
 ModelConfig ModelConfig::from_json(std::string_view text, const std::string& where) {
@@ -270,7 +281,7 @@ std::string ModelConfig::to_json() const {
   std::string layer_lines;
   for (const MixerConfig& layer : layers) {
     layer_lines += layer_lines.empty() ? "\n    " : ",\n    ";
-    layer_lines += std::visit([](const auto& mixer) { return json_mixer(mixer); }, layer);
+    layer_lines += json_mixer(layer);
   }
   const std::string members[] = {
       member("format", kFormat),
@@ -292,34 +303,33 @@ std::string ModelConfig::to_json() const {
 
 void ModelConfig::validate(const std::string& where) const {
   const Checker check(where, "");
-  check.range("vocab_size", vocab_size, 1, kMaxSize);
-  check.range("padded_vocab_size", padded_vocab_size, vocab_size, kMaxSize);
-  check.range("hidden_size", hidden_size, 1, kMaxSize);
-  check.elements("embedding.weight", padded_vocab_size, hidden_size);
+  check.range("vocab_size", vocab_size, 1, limits::kSize);
+  check.range("padded_vocab_size", padded_vocab_size, vocab_size, limits::kSize);
+  check.range("hidden_size", hidden_size, 1, limits::kSize);
+  check.elements("embedding.weight", {padded_vocab_size, hidden_size});
   check.positive("norm.eps", norm_eps);
   if (mlp) {
-    check.range("mlp.inner_size", mlp->inner_size, 1, kMaxSize);
-    check.elements("mlp.fc1.weight", mlp->fc1_rows(), hidden_size);
+    check.range("mlp.inner_size", mlp->inner_size, 1, limits::kSize);
+    check.elements("mlp.fc1.weight", {mlp->fc1_rows(), hidden_size});
   }
   validate_token("bos_token_id", bos_token_id, vocab_size, check);
   validate_token("eos_token_id", eos_token_id, vocab_size, check);
-  if (layers.empty() || layers.size() > static_cast<std::size_t>(kMaxLayers)) {
-    check.fail("layers", concat(layers.size(), " layers"), concat("1 to ", kMaxLayers));
+  if (layers.empty() || layers.size() > static_cast<std::size_t>(limits::kLayers)) {
+    check.fail("layers", concat(layers.size(), " layers"), concat("1 to ", limits::kLayers));
   }
   for (std::size_t i = 0; i < layers.size(); ++i) {
     const Checker layer_check(where, concat("layers[", i, "]."));
-    std::visit([&](const auto& mixer) { validate_mixer(mixer, hidden_size, layer_check); }, layers[i]);
+    check_mixer(layers[i], hidden_size, layer_check);
   }
 }
 
 std::int64_t ModelConfig::num_parameters() const {
   const std::int64_t d = hidden_size;
   const std::int64_t norm_size = norm == NormKind::layer_norm ? 2 * d : d;
-  const std::int64_t mlp_size = mlp ? norm_size + mlp_parameters(*mlp, d) : 0;
+  const std::int64_t mlp_size = mlp ? norm_size + count_parameters(*mlp, d) : 0;
   std::int64_t total = (tie_embeddings ? 1 : 2) * padded_vocab_size * d + norm_size;
   for (const MixerConfig& layer : layers) {
-    total += norm_size + mlp_size;
-    total += std::visit([&](const auto& mixer) { return mixer_parameters(mixer, d); }, layer);
+    total += norm_size + mlp_size + count_parameters(layer, d);
   }
   return total;
 }

@@ -6,28 +6,27 @@ namespace {
 
 class LinearAttention final : public Mixer {
  public:
-  LinearAttention(const LinearAttentionConfig& config, std::int64_t d, WeightLoader& loader, const std::string& prefix)
-      : Mixer({loader.linear({{prefix + "proj_q", config.num_heads * config.feature_dim},
-                              {prefix + "proj_k", config.num_heads * config.feature_dim},
-                              {prefix + "proj_v", config.num_heads * config.head_dim}},
-                             d, false),
-               loader.linear({{prefix + "out_proj", d}}, config.num_heads * config.head_dim, false)}),
-        config_(config) {}
+  LinearAttention(const LinearAttentionConfig& config, MixerWeights& weights)
+      : config_(config), projections_(weights, "proj_q", "out_proj") {}
 
- private:
-  void mix(backend::Backend& backend, const backend::RaggedBatch& batch, const backend::Matrix& u,
-           backend::StatePool& states, int layer, const backend::Matrix& y) const override {
-    backend.linear_attention(config_, batch, u, states, layer, y);
+  void forward(backend::Backend& backend, const backend::RaggedBatch& batch, backend::StatePool& states, int layer,
+               const Activations& a, const backend::Matrix& out) const override {
+    projections_.project_mix_project(backend, a, out, [&](const backend::Matrix& qkv, const backend::Matrix& y) {
+      backend.linear_attention(config_, batch, qkv, states, layer, y);
+    });
   }
 
+  std::vector<ScratchSize> scratch() const override { return projections_.scratch(); }
+
+ private:
   LinearAttentionConfig config_;
+  InOutProjections projections_;
 };
 
 }  // namespace
 
-std::unique_ptr<Mixer> make_linear_attention(const LinearAttentionConfig& config, std::int64_t hidden_size,
-                                             WeightLoader& loader, const std::string& prefix) {
-  return std::make_unique<LinearAttention>(config, hidden_size, loader, prefix);
+std::unique_ptr<Mixer> LinearAttentionConfig::make(MixerWeights& weights) const {
+  return std::make_unique<LinearAttention>(*this, weights);
 }
 
 }  // namespace based

@@ -1,27 +1,76 @@
 #include "model/mixer.h"
 
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
 namespace based {
 
-void Mixer::forward(backend::Backend& backend, const backend::RaggedBatch& batch, backend::StatePool& states, int layer,
-                    const Activations& a, const backend::Matrix& out) const {
-  const auto u = a.wide_matrix(wide_features());
-  const auto y = a.inner_matrix(inner_features());
-  backend.linear(*in_proj_, a.x, u, false);
-  mix(backend, batch, u, states, layer, y);
-  backend.linear(*out_proj_, y, out, true);
+namespace {
+
+// The entry of this name, which is loaded now.
+template <class Entry>
+auto take(const std::vector<Entry>& entries, std::string_view name, std::set<std::string_view>& loaded) {
+  const auto it = std::ranges::find(entries, name, &Entry::name);
+  if (it == entries.end()) throw std::logic_error(std::string(name) + " is not in the mixer's description");
+  loaded.insert(it->name);
+  return it;
 }
+
+}  // namespace
+
+backend::Matrix Activations::scratch(std::size_t index, std::int64_t cols, DType dtype) const {
+  const std::size_t nbytes = static_cast<std::size_t>(r.rows) * ScratchSize{cols, dtype}.row_nbytes();
+  if (index >= buffers.size() || nbytes > buffers[index].nbytes)
+    throw std::logic_error("scratch " + std::to_string(index) + " of " + std::to_string(cols) +
+                           " columns was not announced by scratch()");
+  return {buffers[index].data.get(), dtype, r.rows, cols};
+}
+
+MixerWeights::MixerWeights(const MixerConfig& mixer, std::int64_t hidden_size, WeightLoader& loader, std::string prefix)
+    : loader_(loader),
+      prefix_(std::move(prefix)),
+      projections_(mixer_projections(mixer, hidden_size)),
+      parameters_(mixer_parameters(mixer)) {}
+
+std::shared_ptr<const backend::LinearWeight> MixerWeights::linear(std::string_view name) {
+  auto it = take(projections_, name, loaded_);
+  const Projection& first = *it;
+  std::vector<WeightLoader::Matrix> stack;
+  do {
+    if (it->cols != first.cols || it->bias != first.bias)
+      throw std::logic_error(std::string(it->name) + " cannot be stacked on " + std::string(name));
+    loaded_.insert(it->name);
+    stack.push_back({prefix_ + std::string(it->name), it->rows});
+  } while (++it != projections_.end() && it->stacked);
+  return loader_.linear(stack, first.cols, first.bias);
+}
+
+backend::Buffer MixerWeights::parameter(std::string_view name) {
+  return loader_.vector(prefix_ + std::string(name), take(parameters_, name, loaded_)->shape);
+}
+
+void MixerWeights::check_all_loaded() const {
+  const auto check = [this](const auto& entry) {
+    if (!loaded_.contains(entry.name))
+      throw std::logic_error(prefix_ + std::string(entry.name) + " is in the mixer's description and was not loaded");
+  };
+  std::ranges::for_each(projections_, check);
+  std::ranges::for_each(parameters_, check);
+}
+
+InOutProjections::InOutProjections(MixerWeights& weights, std::string_view in, std::string_view out)
+    : in_(weights.linear(in)),
+      out_(weights.linear(out)),
+      projection_dtype_(weights.projection_dtype()),
+      activation_dtype_(weights.activation_dtype()) {}
 
 std::unique_ptr<Mixer> make_mixer(const MixerConfig& config, std::int64_t hidden_size, WeightLoader& loader,
                                   const std::string& prefix) {
-  struct Maker {
-    std::int64_t d;
-    WeightLoader& loader;
-    const std::string& prefix;
-    auto operator()(const GatedConvConfig& c) const { return make_gated_conv(c, d, loader, prefix); }
-    auto operator()(const LinearAttentionConfig& c) const { return make_linear_attention(c, d, loader, prefix); }
-    auto operator()(const SlidingWindowConfig& c) const { return make_sliding_window(c, d, loader, prefix); }
-  };
-  return std::visit(Maker{hidden_size, loader, prefix}, config);
+  MixerWeights weights(config, hidden_size, loader, prefix);
+  auto mixer = std::visit([&](const auto& kind) { return kind.make(weights); }, config);
+  weights.check_all_loaded();
+  return mixer;
 }
 
 }  // namespace based

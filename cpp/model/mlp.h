@@ -19,12 +19,13 @@ class Mlp {
 
   void forward(backend::Backend& backend, const Activations& a, const backend::Matrix& out) const;
 
-  std::int64_t inner_features() const { return fc2_->in_features(); }
-  std::size_t nbytes() const { return fc1_->nbytes() + fc2_->nbytes(); }
+  /// As Mixer::scratch.
+  std::vector<ScratchSize> scratch() const { return {{}, {fc2_->in_features(), activation_dtype_}}; }
 
  private:
   std::shared_ptr<const backend::LinearWeight> fc1_;
   std::shared_ptr<const backend::LinearWeight> fc2_;
+  DType activation_dtype_;
 };
 
 }  // namespace based

@@ -85,10 +85,10 @@ Model::Impl::Impl(const ModelConfig& config, std::unique_ptr<backend::Backend> b
                   DType type)
     : executors(std::move(backend)), dtype(type), transformer([&] {
         const auto lease = executors.lease();
-        WeightLoader loader{lease->backend(), source, dtype};
+        WeightLoader loader{.backend = lease->backend(), .source = source, .dtype = dtype};
         Transformer loaded(config, loader);
         lease->backend().synchronize();
-        state_nbytes = lease->backend().make_states(config, dtype, 1)->nbytes_per_slot();
+        state_nbytes = lease->backend().state_nbytes(config, dtype);
         return loaded;
       }()) {}
 

@@ -37,27 +37,33 @@ Tensor add_traced(backend::Backend& backend, const backend::Matrix& r, Add&& add
 }  // namespace
 
 Transformer::Transformer(const ModelConfig& config, WeightLoader& loader)
-    : config_(config),
-      activation_dtype_(loader.backend.activation_dtype(loader.dtype)),
-      projection_dtype_(loader.backend.projection_dtype(loader.dtype)) {
+    : config_(config), activation_dtype_(loader.backend.activation_dtype(loader.dtype)) {
+  for (std::size_t i = 0; i < config.layers.size(); ++i)
+    if (!loader.backend.supports(config.layers[i]))
+      loader.backend.throw_unsupported("layers[" + std::to_string(i) + "]: ", mixer_name(config.layers[i]));
   const std::int64_t d = config.hidden_size;
+  const auto reserve_scratch = [this](const std::vector<ScratchSize>& sizes) {
+    scratch_nbytes_.resize(std::max(scratch_nbytes_.size(), sizes.size()));
+    for (std::size_t i = 0; i < sizes.size(); ++i)
+      scratch_nbytes_[i] = std::max(scratch_nbytes_[i], sizes[i].row_nbytes());
+  };
   embedding_ = loader.linear({{"embedding", config.padded_vocab_size}}, d, false);
   for (std::size_t i = 0; i < config.layers.size(); ++i) {
     const std::string prefix = "layers." + std::to_string(i) + ".";
     Layer layer;
     layer.norm1 = load_norm(loader, prefix + "norm1");
     layer.mixer = make_mixer(config.layers[i], d, loader, prefix + "mixer.");
-    wide_features_ = std::max(wide_features_, layer.mixer->wide_features());
-    inner_features_ = std::max(inner_features_, layer.mixer->inner_features());
+    reserve_scratch(layer.mixer->scratch());
     if (config.mlp) {
       layer.norm2 = load_norm(loader, prefix + "norm2");
       layer.mlp = std::make_unique<Mlp>(*config.mlp, d, loader, prefix + "mlp.");
-      inner_features_ = std::max(inner_features_, layer.mlp->inner_features());
+      reserve_scratch(layer.mlp->scratch());
     }
     layers_.push_back(std::move(layer));
   }
   final_norm_ = load_norm(loader, "final_norm");
   head_ = config.tie_embeddings ? embedding_ : loader.linear({{"lm_head", config.padded_vocab_size}}, d, false);
+  nbytes_ = loader.nbytes;
 }
 
 Transformer::Norm Transformer::load_norm(WeightLoader& loader, const std::string& name) const {
@@ -67,31 +73,15 @@ Transformer::Norm Transformer::load_norm(WeightLoader& loader, const std::string
   return norm;
 }
 
-std::size_t Transformer::nbytes() const {
-  std::size_t total = embedding_->nbytes() + (head_ == embedding_ ? 0 : head_->nbytes());
-  const auto add = [&total](const Norm& n) { total += n.weight.nbytes + n.bias.nbytes; };
-  for (const Layer& layer : layers_) {
-    add(layer.norm1);
-    total += layer.mixer->nbytes();
-    if (layer.mlp) {
-      add(layer.norm2);
-      total += layer.mlp->nbytes();
-    }
-  }
-  add(final_norm_);
-  return total;
-}
-
 void Transformer::reserve(backend::Backend& backend, Workspace& workspace, std::int64_t num_tokens) const {
   if (num_tokens <= workspace.capacity) return;
   Workspace grown;
-  const auto allocate = [&](std::int64_t cols, DType dtype) {
-    return backend.allocate(matrix_bytes(num_tokens, cols, dtype), backend::MemoryKind::workspace);
+  const auto allocate = [&](std::size_t row_nbytes) {
+    return backend.allocate(static_cast<std::size_t>(num_tokens) * row_nbytes, backend::MemoryKind::workspace);
   };
-  grown.r = allocate(config_.hidden_size, DType::float32);
-  grown.x = allocate(config_.hidden_size, activation_dtype_);
-  grown.wide = allocate(wide_features_, projection_dtype_);
-  grown.inner = allocate(inner_features_, activation_dtype_);
+  grown.r = allocate(ScratchSize{config_.hidden_size, DType::float32}.row_nbytes());
+  grown.x = allocate(ScratchSize{config_.hidden_size, activation_dtype_}.row_nbytes());
+  for (const std::size_t row_nbytes : scratch_nbytes_) grown.scratch.push_back(allocate(row_nbytes));
   grown.capacity = num_tokens;
   workspace = std::move(grown);
 }
@@ -109,9 +99,7 @@ backend::Matrix Transformer::hidden(backend::Backend& backend, const backend::Ra
   Activations a;
   a.r = {workspace.r.data.get(), DType::float32, n, d};
   a.x = {workspace.x.data.get(), activation_dtype_, n, d};
-  a.wide = workspace.wide;
-  a.inner = workspace.inner;
-  a.projection = projection_dtype_;
+  a.buffers = workspace.scratch;
 
   backend.embed(*embedding_, batch, a.r);
   if (trace) trace->embed = download(backend, a.r);

@@ -17,17 +17,19 @@ namespace based {
 /// Scratch memory of forward passes on one backend; grows to the largest batch it has seen, and then has another id.
 struct Workspace : backend::Identified {
   std::int64_t capacity = 0;  // tokens
-  backend::Buffer r, x, wide, inner;
+  backend::Buffer r, x;
+  std::vector<backend::Buffer> scratch;  // Activations::scratch
 };
 
 /// The forward pass, for every device (MODEL.md's r = E[token]; r += mixer(norm1 r); r += mlp(norm2 r), if any;
 /// head(ln_f r)). Immutable weights: may be used by many threads, each with a backend, states and workspace of its own.
 class Transformer {
  public:
+  /// Throws UnsupportedError naming the first layer whose mixer the device does not implement.
   Transformer(const ModelConfig& config, WeightLoader& loader);
 
   const ModelConfig& config() const { return config_; }
-  std::size_t nbytes() const;
+  std::size_t nbytes() const { return nbytes_; }
 
   /// Throws std::bad_alloc, and then nothing has changed.
   void reserve(backend::Backend& backend, Workspace& workspace, std::int64_t num_tokens) const;
@@ -66,13 +68,12 @@ class Transformer {
 
   ModelConfig config_;
   DType activation_dtype_;
-  DType projection_dtype_;
   std::shared_ptr<const backend::LinearWeight> embedding_;
   std::shared_ptr<const backend::LinearWeight> head_;  // the same object when tied
   std::vector<Layer> layers_;
   Norm final_norm_;
-  std::int64_t wide_features_ = 0;
-  std::int64_t inner_features_ = 0;
+  std::vector<std::size_t> scratch_nbytes_;  // of a token: the most that a layer needs of each scratch matrix
+  std::size_t nbytes_ = 0;
 };
 
 }  // namespace based

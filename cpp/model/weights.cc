@@ -111,12 +111,14 @@ std::shared_ptr<const backend::LinearWeight> WeightLoader::linear(const std::vec
   }
   auto packed = backend.pack_linear(parts, dtype);
   source.release();
+  nbytes += packed->nbytes();
   return packed;
 }
 
 backend::Buffer WeightLoader::vector(const std::string& name, const std::vector<std::int64_t>& shape) {
   auto packed = backend.pack_float32(source.take(name, shape));
   source.release();
+  nbytes += packed.nbytes;
   return packed;
 }
 

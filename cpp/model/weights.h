@@ -61,7 +61,8 @@ class RandomWeights final : public WeightSource {
 struct WeightLoader {
   backend::Backend& backend;
   WeightSource& source;
-  DType dtype;  // of matrices; vectors are float32
+  DType dtype;             // of matrices; vectors are float32
+  std::size_t nbytes = 0;  // of all that was loaded, on the device
 
   struct Matrix {
     std::string name;  // without ".weight" / ".bias"

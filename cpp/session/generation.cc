@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <deque>
+#include <exception>
 #include <limits>
 #include <random>
 #include <span>
@@ -26,7 +27,7 @@ class Generator::Impl {
  public:
   Impl(std::unique_ptr<Session::Impl> owned, Session* session, std::vector<GenerationRequest> requests);
 
-  bool done() const { return waiting_.empty() && active_.empty() && ready_.empty(); }
+  bool done() const { return waiting_.empty() && active_.empty() && ready_.empty() && !failure_; }
   std::vector<TokenEvent> next(const InterruptCheck& interrupt);
   void finish(int request, int sample);
 
@@ -51,6 +52,7 @@ class Generator::Impl {
   // Which sequence each entry of a sampled step belongs to.
   using Step = std::vector<std::uint64_t>;
 
+  void advance(const InterruptCheck& interrupt);
   bool can_admit() const { return !waiting_.empty() && waiting_.front().samples.size() <= free_slots_.size(); }
   void check_prompt(std::size_t index) const;
   void admit(const InterruptCheck& interrupt);
@@ -78,6 +80,7 @@ class Generator::Impl {
   std::vector<std::int32_t> first_rows_;  // of the sequences that are being admitted: each one's row of logits
   std::deque<Step> steps_;                // sampled, not taken
   std::vector<TokenEvent> ready_;         // taken, not yet returned
+  std::exception_ptr failure_;            // what the next call throws
   std::uint64_t last_serial_ = 0;
   bool broken_ = false;  // a session has moved on without its tokens
 };
@@ -312,22 +315,32 @@ void Generator::Impl::settle() {
 }
 
 std::vector<TokenEvent> Generator::Impl::next(const InterruptCheck& interrupt) {
+  if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   if (broken_) throw Error("generate: an earlier call failed half-way, this generator cannot go on");
   if (ready_.empty() && !done()) {
     const Session::Impl::Turn turn(session_);
     if (interrupt) interrupt();
-    if (steps_.empty()) launch();
-    // One step ahead of what is known here: a sequence that ends now was fed its last token meanwhile, no more.
-    if (!steps_.empty() && session_.backend().asynchronous() && !can_admit()) launch();
-    if (!steps_.empty()) take();
-    drop_ended();
-    if (steps_.empty() && can_admit()) {
-      admit(interrupt);
-      if (!steps_.empty()) take();
+    try {
+      advance(interrupt);
+    } catch (...) {
+      if (ready_.empty()) throw;
+      failure_ = std::current_exception();  // the tokens first: a session may have been fed them
     }
-    settle();
   }
   return std::exchange(ready_, {});
+}
+
+void Generator::Impl::advance(const InterruptCheck& interrupt) {
+  if (steps_.empty()) launch();
+  // One step ahead of what is known here: a sequence that ends now was fed its last token meanwhile, no more.
+  if (!steps_.empty() && session_.backend().asynchronous() && !can_admit()) launch();
+  if (!steps_.empty()) take();
+  drop_ended();
+  if (steps_.empty() && can_admit()) {
+    admit(interrupt);
+    if (!steps_.empty()) take();
+  }
+  settle();
 }
 
 void Generator::Impl::finish(int request_index, int sample_index) {

@@ -470,7 +470,7 @@ void Session::Impl::save(const std::filesystem::path& path) const {
 }
 
 void Session::Impl::load(const std::filesystem::path& path) {
-  const StateReader reader(path, *model);
+  const StateFileReader reader(path, *model);
   if (reader.num_sequences() != slots_.size())
     throw StateError(path.string() + ": holds " + std::to_string(reader.num_sequences()) +
                      " sequences, the session has " + std::to_string(batch_size()));

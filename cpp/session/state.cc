@@ -29,7 +29,7 @@ std::shared_ptr<const State> State::load(const std::filesystem::path& path, std:
                                          std::optional<int> sequence) {
   const auto lease = model->impl().executors.lease();
   backend::Backend& backend = lease->backend();
-  StateReader reader(path, *model);
+  StateFileReader reader(path, *model);
   const auto count = static_cast<int>(reader.num_sequences());
   if (!sequence && count != 1)
     throw StateError(path.string() + ": holds " + std::to_string(count) + " sequences: say which one, 0 to " +

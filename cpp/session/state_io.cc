@@ -32,7 +32,8 @@ class Arranger {
   std::vector<backend::NamedView> arrange(const ModelConfig& config) {
     for (std::size_t i = 0; i < config.layers.size(); ++i) {
       prefix_ = "layers." + std::to_string(i) + ".";
-      std::visit([this](const auto& mixer) { take_layer(mixer); }, config.layers[i]);
+      for (const StatePart& part : mixer_state(config.layers[i]))
+        std::visit([this](const auto& state) { take_part(state); }, part);
     }
     if (!by_name_.empty())
       throw FormatError(where_ + ": tensor " + by_name_.begin()->first + " has no place in this model");
@@ -42,23 +43,21 @@ class Arranger {
  private:
   using Tensors = std::map<std::string, TensorView>;
 
-  void take_layer(const GatedConvConfig& c) { take("conv", {c.kernel_size - 1, c.inner_size}, false); }
+  void take_part(const DenseState& state) { take(state.name, state.shape, state.dtype == StateDType::model); }
 
-  void take_layer(const LinearAttentionConfig& c) {
-    take("taylor", {c.num_heads, c.num_features(), c.head_dim + 1}, false);
-    take_pending(c);
+  void take_part(const RingState& state) {
+    for (const char* name : {"keys", "values"}) take(name, state.saved_shape(num_tokens_), true);
   }
 
-  void take_layer(const SlidingWindowConfig& c) {
-    const std::vector<std::int64_t> shape{std::min(num_tokens_, c.window), c.num_kv_heads, c.head_dim};
-    take("keys", shape, true);
-    take("values", shape, true);
+  void take_part(const TaylorState& state) {
+    take("taylor", state.saved_shape(), false);
+    take_pending(state);
   }
 
   // `may_be_half`: bfloat16 or float16 too; everything else is float32.
-  void take(const char* name, const std::vector<std::int64_t>& shape, bool may_be_half) {
-    const auto it = by_name_.find(prefix_ + name);
-    if (it == by_name_.end()) throw FormatError(where_ + ": tensor " + prefix_ + name + " is missing");
+  void take(std::string_view name, const std::vector<std::int64_t>& shape, bool may_be_half) {
+    const auto it = by_name_.find(prefix_ + std::string(name));
+    if (it == by_name_.end()) throw FormatError(where_ + ": tensor " + prefix_ + std::string(name) + " is missing");
     if (it->second.shape != shape) refuse(it, "shape " + shape_str(it->second.shape), shape_str(shape));
     const DType dtype = it->second.dtype;
     if (dtype != DType::float32 && !(may_be_half && is_half_or_single(dtype)))
@@ -67,7 +66,7 @@ class Arranger {
   }
 
   // A layer without them has 0 of them, as has one whose tensors are empty.
-  void take_pending(const LinearAttentionConfig& c) {
+  void take_pending(const TaylorState& state) {
     const auto keys = by_name_.find(prefix_ + "pending_keys"), values = by_name_.find(prefix_ + "pending_values");
     const bool has_keys = keys != by_name_.end(), has_values = values != by_name_.end();
     if (has_keys != has_values || (!has_keys && num_pending_.value_or(0) > 0))
@@ -77,8 +76,8 @@ class Arranger {
     if (has_keys) {
       const TensorView &k = keys->second, &v = values->second;
       n = k.shape.empty() ? 0 : k.shape[0];
-      for (const auto& [it, width] : {std::pair(keys, c.feature_dim), std::pair(values, c.head_dim)}) {
-        const std::vector<std::int64_t> shape{n, c.num_heads, width};
+      for (const auto& [it, width] : {std::pair(keys, state.feature_dim), std::pair(values, state.head_dim)}) {
+        const std::vector<std::int64_t> shape{n, state.num_heads, width};
         if (it->second.shape != shape) refuse(it, "shape " + shape_str(it->second.shape), shape_str(shape));
         if (!is_half_or_single(it->second.dtype))
           refuse(it, "dtype " + std::string(name_of(it->second.dtype)), kHalfOrSingle);
@@ -223,7 +222,7 @@ void save_states(const std::filesystem::path& path, const Model& model, backend:
   io::write_state_file(path, model.fingerprint(), saved);
 }
 
-StateReader::StateReader(const std::filesystem::path& path, const Model& model) : model_(model) {
+StateFileReader::StateFileReader(const std::filesystem::path& path, const Model& model) : model_(model) {
   io::StateFile file = io::StateFile::open(path, model.fingerprint());
   file_ = std::move(file.file);
   for (std::size_t b = 0; b < file.states.size(); ++b) {
@@ -238,7 +237,7 @@ StateReader::StateReader(const std::filesystem::path& path, const Model& model) 
   }
 }
 
-Progress StateReader::read(int which, backend::Backend& backend, backend::StatePool& states, int slot) const {
+Progress StateFileReader::read(int which, backend::Backend& backend, backend::StatePool& states, int slot) const {
   const Sequence& sequence = sequences_[static_cast<std::size_t>(which)];
   backend.import_state(states, slot, sequence.num_tokens, sequence.tensors);
   Progress progress;

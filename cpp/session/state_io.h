@@ -25,9 +25,9 @@ void save_states(const std::filesystem::path& path, const Model& model, backend:
 
 /// A state file of this model, every tensor checked to have the name, dtype and shape that the config, the token counts
 /// and the numbers of pending tokens give. Throws IoError, FormatError, StateError.
-class StateReader {
+class StateFileReader {
  public:
-  StateReader(const std::filesystem::path& path, const Model& model);
+  StateFileReader(const std::filesystem::path& path, const Model& model);
 
   std::size_t num_sequences() const { return sequences_.size(); }
 

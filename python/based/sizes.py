@@ -5,16 +5,24 @@ All of it follows from a ModelConfig alone; no weights are needed.
 
 import json
 from collections.abc import Callable, Iterable
-from typing import Any
+from math import prod
+from typing import Any, ClassVar, Protocol, SupportsIndex
 
-from based._core import (
-    GatedConvConfig,
-    LinearAttentionConfig,
-    ModelConfig,
-    SlidingWindowConfig,
-)
+from based._core import ModelConfig, Projection, StateTensor
 
-Mixer = GatedConvConfig | LinearAttentionConfig | SlidingWindowConfig
+
+class Mixer(Protocol):
+    """What the configs of all mixers have (`ModelConfig.layers`)."""
+
+    mixer: ClassVar[str]
+
+    @property
+    def state(self) -> list[StateTensor]:
+        """The tensors of a layer in a state file."""
+
+    def projections(self, hidden_size: SupportsIndex) -> list[Projection]:
+        """The matrices that each token is multiplied by."""
+
 
 ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of one number, by the name of its dtype."""
@@ -37,14 +45,17 @@ def mixer_nbytes(mixer: Mixer, ring_dtype: str, num_tokens: int | None = None) -
     ring_dtype: of a window's keys and values, the model's. All other state is float32. A device may round up, keep the
     inputs of convolutions in the model's dtype, and a few tokens of linear layers beside their sums.
     """
-    match mixer:
-        case GatedConvConfig():
-            return (mixer.kernel_size - 1) * mixer.inner_size * ITEM_SIZE["float32"]
-        case LinearAttentionConfig():
-            return mixer.num_heads * mixer.num_features * (mixer.head_dim + 1) * ITEM_SIZE["float32"]
-        case SlidingWindowConfig():
-            keys = mixer.window if num_tokens is None else min(mixer.window, num_tokens)
-            return 2 * keys * mixer.num_kv_heads * mixer.head_dim * ITEM_SIZE[ring_dtype]
+    return sum(
+        prod(_rows(tensor, num_tokens)) * ITEM_SIZE[ring_dtype if tensor.dtype == "model" else "float32"]
+        for tensor in mixer.state
+    )
+
+
+def _rows(tensor: StateTensor, num_tokens: int | None) -> list[int]:
+    """The tensor's shape; of a ring, in a sequence of `num_tokens` tokens."""
+    if tensor.kind == "ring" and num_tokens is not None:
+        return [min(tensor.shape[0], num_tokens), *tensor.shape[1:]]
+    return tensor.shape
 
 
 def state_nbytes(config: ModelConfig, ring_dtype: str, num_tokens: int | None = None) -> int:
@@ -59,16 +70,19 @@ def mixer_step_nbytes(mixer: Mixer, dtype: str, num_tokens: int, *, on_gpu: bool
     convolution, one row of a window, and the sums of a linear layer, on a GPU by one step in W = PENDING_TOKENS: there
     0 to W - 1 tokens, as k and v, wait beside them, and are read too; a step that adds none to the sums writes its own.
     """
-    item = ITEM_SIZE[dtype]
-    match mixer:
-        case GatedConvConfig() if on_gpu:
-            return 2 * (mixer.kernel_size - 1) * mixer.inner_size * item
-        case LinearAttentionConfig() if on_gpu:
-            sums, share = mixer_nbytes(mixer, dtype), 1 / PENDING_TOKENS
-            token = mixer.num_heads * (mixer.feature_dim + mixer.head_dim) * item
-            return (1 + share) * sums + ((PENDING_TOKENS - 1) / 2 + 1 - share) * token
-        case _:
-            return mixer_nbytes(mixer, dtype, num_tokens) + mixer_nbytes(mixer, dtype, 1)  # a window's: one row
+    step = 0.0
+    for tensor in mixer.state:
+        item = ITEM_SIZE[dtype if tensor.dtype == "model" or (on_gpu and tensor.dtype == "projection") else "float32"]
+        match tensor.kind:
+            case "ring":  # reads what it has, writes one row
+                step += (prod(_rows(tensor, num_tokens)) + prod(_rows(tensor, 1))) * item
+            case "taylor" if on_gpu:
+                step += (1 + 1 / PENDING_TOKENS) * prod(tensor.shape) * item
+            case "pending" if on_gpu:
+                step += ((PENDING_TOKENS - 1) / 2 + 1 - 1 / PENDING_TOKENS) * prod(tensor.shape[1:]) * item
+            case _:  # the CPU leaves no tokens pending
+                step += 2 * prod(tensor.shape) * item
+    return step
 
 
 def kv_cache_nbytes(config: ModelConfig, dtype: str, num_tokens: int) -> int:
@@ -88,16 +102,14 @@ def gemm_shapes(config: ModelConfig) -> list[tuple[int, int]]:
     return [shape for mixer in config.layers for shape in (*_mixer_shapes(mixer, d), *products)]
 
 
-def _mixer_shapes(mixer: Mixer, d: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    match mixer:
-        case GatedConvConfig():
-            return (2 * mixer.inner_size, d), (d, mixer.inner_size)
-        case LinearAttentionConfig():
-            inner = mixer.num_heads * mixer.head_dim
-            return (2 * mixer.num_heads * mixer.feature_dim + inner, d), (d, inner)
-        case SlidingWindowConfig():
-            inner = mixer.num_heads * mixer.head_dim
-            return (inner + 2 * mixer.num_kv_heads * mixer.head_dim, d), (d, inner)
+def _mixer_shapes(mixer: Mixer, d: int) -> list[tuple[int, int]]:
+    shapes: list[tuple[int, int]] = []
+    for p in mixer.projections(d):
+        if p.stacked:
+            shapes[-1] = (shapes[-1][0] + p.rows, p.cols)
+        else:
+            shapes.append((p.rows, p.cols))
+    return shapes
 
 
 def recipe(

@@ -86,6 +86,10 @@ class FaultyBackend final : public backend::Backend {
   int num_threads() const override { return inner_->num_threads(); }
   std::string kernel_isa() const override { return inner_->kernel_isa(); }
   DType activation_dtype(DType weights) const override { return inner_->activation_dtype(weights); }
+  bool supports(const MixerConfig& mixer) const override { return inner_->supports(mixer); }
+  std::size_t state_nbytes(const ModelConfig& config, DType dtype) const override {
+    return inner_->state_nbytes(config, dtype);
+  }
   DType projection_dtype(DType weights) const override { return inner_->projection_dtype(weights); }
   std::int64_t chunk_tokens() const override { return inner_->chunk_tokens(); }
   std::int64_t step_rows(std::int64_t num_sequences) const override { return inner_->step_rows(num_sequences); }

@@ -13,7 +13,7 @@ from based.torch import ops
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.reference.model import rotate
-from tests.reference.torch_mixers import conv_reference, taylor_reference, window_reference
+from tests.reference.torch_model import conv_reference, taylor_reference, window_reference
 
 TOLERANCE = {"float64": 1e-13, "float32": 2e-6}  # rel-L2
 FACTOR = 2.0  # of the error of a plain 16-bit evaluation

@@ -11,7 +11,7 @@ namespace based::cpu {
 /// The CPU device. Weights are packed for kernels of the best instruction set of this machine; all operations are
 /// synchronous and run on the pool. Kernels are in kernels/, one file per operation; the methods here cut an operation
 /// into tasks for the pool.
-class CpuBackend final : public backend::Backend {
+class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
  public:
   CpuBackend(std::shared_ptr<ThreadPool> pool, Isa isa,
              std::shared_ptr<backend::MemoryCounters> counters = std::make_shared<backend::MemoryCounters>());
@@ -71,6 +71,7 @@ class CpuBackend final : public backend::Backend {
   std::unique_ptr<backend::Sampler> make_sampler(std::int64_t vocab_size, int num_rows) override;
 
   // cpu_states.cc
+  std::size_t state_nbytes(const ModelConfig& config, DType dtype) const override;
   std::unique_ptr<backend::StatePool> make_states(const ModelConfig& config, DType dtype, int capacity) override;
   void copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot) override;
   void reset_state(backend::StatePool& states, int slot) override;

@@ -125,7 +125,7 @@ struct TaylorPlan {
   ThreadFloats scratch;
 
   TaylorPlan(Carver& carver, const LinearAttentionConfig& config, const Lengths& lengths, Isa isa, int num_threads)
-      : layout(config),
+      : layout(config.taylor()),
         pairs(lengths.num_sequences() * config.num_heads),
         cols(share_cols(layout.cols, pairs, num_threads)),
         shares(ceil_div(layout.cols, cols)),

@@ -72,7 +72,7 @@ struct WindowPlan {
   }
   // Floats of the keys and values of one kv head.
   static std::int64_t copy_size(const SlidingWindowConfig& config, std::int64_t num_blocks) {
-    return num_blocks * kKeyBlock * (config.head_dim + RingLayout(config).cols);
+    return num_blocks * kKeyBlock * (config.head_dim + RingLayout(config.ring()).cols);
   }
   static std::int64_t count_fills(const SlidingWindowConfig& config, const Lengths& lengths) {
     std::int64_t count = 0;
@@ -115,7 +115,7 @@ class SlidingWindow {
         states_(states),
         layer_(layer),
         out_(out),
-        ring_(config) {}
+        ring_(config.ring()) {}
 
   void run() {
     make_rotary_table();

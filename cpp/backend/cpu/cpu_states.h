@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "backend/state_layout.h"
 #include "based/config.h"
 #include "io/half.h"
 
@@ -26,54 +27,55 @@ struct TaylorLayout {
   std::int64_t size_z = 0;
   std::int64_t head_size = 0;  // floats
 
-  explicit TaylorLayout(const LinearAttentionConfig& config);
+  explicit TaylorLayout(const TaylorState& state);
 };
 
 /// Of one kv head, in the ring's dtype, position p in ring slot p mod slots: keys in blocks of kStateLanes slots, block
 /// b being (head_dim, kStateLanes); then values (slots, cols). A key's lane is thus that of its position, wherever it
 /// comes from, and sums over keys have one order.
 struct RingLayout {
-  std::int64_t slots = 0;  // window up to a multiple of kStateLanes
+  std::int64_t slots = 0;  // rows up to a multiple of kStateLanes
   std::int64_t cols = 0;   // head_dim up to a multiple of kStateLanes
   std::int64_t keys_size = 0;
   std::int64_t head_size = 0;  // elements
 
-  explicit RingLayout(const SlidingWindowConfig& config);
+  explicit RingLayout(const RingState& state);
 };
 
 class CpuBackend;
 
-/// Slots of equal size, each one contiguous: layer after layer, every layer aligned to 64 bytes. A conv layer is
-/// (K − 1, e), oldest first.
+/// The layout of a slot: every part aligned to 64 bytes. Dense parts are as in the saved form; those of the
+/// projections' dtype are float32. `model`: the model's dtype. Throws std::bad_alloc for a size that cannot be.
+backend::StateLayout state_layout(const ModelConfig& config, DType model);
+
 class CpuStatePool final : public backend::StatePool {
  public:
-  /// Memory is taken when it is first written: a pool whose layers are large costs addresses until then. Throws
+  /// Memory is taken when it is first written: a pool whose parts are large costs addresses until then. Throws
   /// std::bad_alloc, also when the size overflows.
-  CpuStatePool(const ModelConfig& config, DType ring_dtype, int capacity, CpuBackend& memory);
+  CpuStatePool(const ModelConfig& config, DType dtype, int capacity, CpuBackend& memory);
 
   int capacity() const override { return capacity_; }
-  std::size_t nbytes_per_slot() const override { return slot_nbytes_; }
+  std::size_t nbytes_per_slot() const override { return layout_.slot_nbytes(); }
 
-  const std::vector<MixerConfig>& layers() const { return layers_; }
-  DType ring_dtype() const { return ring_dtype_; }
+  const backend::StateLayout& layout() const { return layout_; }
+  DType ring_dtype() const { return dtype_; }  // the model's
 
   /// Zeros; what a large ring has taken of memory goes back to the system.
   void reset(int slot) const;
 
-  std::byte* slot(int slot) const { return data_ + static_cast<std::size_t>(slot) * slot_nbytes_; }
+  std::byte* slot(int slot) const { return data_ + static_cast<std::size_t>(slot) * layout_.slot_nbytes(); }
 
+  /// A part of a layer's state.
   template <typename T>
-  T* layer(int slot, int layer) const {
-    return reinterpret_cast<T*>(this->slot(slot) + offsets_[static_cast<std::size_t>(layer)]);
+  T* layer(int slot, int layer, int part = 0) const {
+    return reinterpret_cast<T*>(this->slot(slot) + layout_.offset(layer, part));
   }
 
  private:
-  std::vector<MixerConfig> layers_;
-  DType ring_dtype_;
+  backend::StateLayout layout_;
+  DType dtype_;
   int capacity_;
-  std::vector<std::size_t> offsets_;
-  std::vector<bool> large_rings_;  // by layer
-  std::size_t slot_nbytes_ = 0;
+  std::vector<bool> large_rings_;  // by part of the layout
   backend::Buffer buffer_;
   std::byte* data_ = nullptr;
 };

@@ -4,9 +4,14 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <variant>
 #include <vector>
 
+#include "based/mixers/description.h"
+#include "based/mixers/gated_conv.h"
+#include "based/mixers/linear_attention.h"
+#include "based/mixers/sliding_window.h"
 #include "based/tensor.h"
 
 namespace based {
@@ -16,45 +21,25 @@ enum class NormKind : std::uint8_t { rms_norm, layer_norm };
 /// gelu is the exact (erf) form, gelu_tanh its tanh approximation, relu_squared relu(x)².
 enum class Activation : std::uint8_t { identity, silu, gelu, gelu_tanh, sigmoid, relu, relu_squared };
 
-/// [u₁|u₂] = W_in x + b;  y = W_out(SiLU(conv(u₁)) ⊙ u₂) + b, conv depthwise and causal without bias.
-struct GatedConvConfig {
-  std::int64_t inner_size = 0;   // e: channels of u₁ and of u₂
-  std::int64_t kernel_size = 0;  // K taps; the state holds the last K − 1 values of u₁
-  bool bias = false;             // on W_in and W_out
-  friend bool operator==(const GatedConvConfig&, const GatedConvConfig&) = default;
-};
-
-/// y_t = Σ_{j≤t} p(q_t·k_j/√f) v_j / (Σ_{j≤t} p(q_t·k_j/√f) + eps) with p(s) = 1 + s + s²/2.
-struct LinearAttentionConfig {
-  std::int64_t num_heads = 0;
-  std::int64_t feature_dim = 0;  // f: size of q and k per head
-  std::int64_t head_dim = 0;     // size of v per head
-  double eps = 0;
-
-  /// Size of the packed feature map: 1 + f + f(f+1)/2.
-  std::int64_t num_features() const { return 1 + feature_dim + feature_dim * (feature_dim + 1) / 2; }
-  friend bool operator==(const LinearAttentionConfig&, const LinearAttentionConfig&) = default;
-};
-
-/// Softmax attention of query i over keys max(0, i − window + 1) … i.
-struct SlidingWindowConfig {
-  std::int64_t num_heads = 0;
-  std::int64_t num_kv_heads = 0;  // divides num_heads; query head h reads kv head ⌊h·num_kv_heads/num_heads⌋
-  std::int64_t head_dim = 0;
-  std::int64_t window = 0;  // keys attended, the query's own included
-  double scale = 0;         // of q·k before the softmax
-  bool qkv_bias = false;
-  bool out_bias = false;
-  std::int64_t rotary_dim = 0;  // R; 0: no rotary. Pairs n = ⌈R/2⌉; angle_i = position · rotary_base^(−2i/R)
-  double rotary_base = 10000.0;
-  bool rotary_interleaved = false;  // pairs (x[2i], x[2i+1]) instead of (x[i], x[i+n])
-  friend bool operator==(const SlidingWindowConfig&, const SlidingWindowConfig&) = default;
-};
-
+/// A layer's mixer. To add one, see CONTRIBUTING.md.
 using MixerConfig = std::variant<GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig>;
 
-/// "gated_conv", "linear_attention" or "sliding_window".
+/// Calls f(std::type_identity<Config>{}) for every kind of mixer.
+template <class F>
+constexpr void for_each_mixer(F&& f) {
+  [&]<class... Configs>(std::type_identity<std::variant<Configs...>>) {
+    (f(std::type_identity<Configs>{}), ...);
+  }(std::type_identity<MixerConfig>{});
+}
+
+/// kName, projections(hidden_size), parameters() and state() of the kind at hand.
 std::string_view mixer_name(const MixerConfig& mixer);
+std::vector<Projection> mixer_projections(const MixerConfig& mixer, std::int64_t hidden_size);
+std::vector<Parameter> mixer_parameters(const MixerConfig& mixer);
+std::vector<StatePart> mixer_state(const MixerConfig& mixer);
+
+/// The tensors that the parts of a state are saved as, in order.
+std::vector<StateTensor> state_tensors(const std::vector<StatePart>& parts);
 
 /// gated: y = W₂(h[:m] ⊙ act(h[m:])) with h = W₁x + b₁ of 2m numbers; otherwise y = W₂ act(W₁x + b₁).
 struct MlpConfig {

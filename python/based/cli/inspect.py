@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from based import ModelConfig
 
 _CONTEXTS = (1024, 8192, 131072)
-_LETTERS = {"gated_conv": "c", "linear_attention": "L", "sliding_window": "W"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,14 +35,14 @@ def run(args: argparse.Namespace) -> None:
     if (args.model is None) == (args.size is None):
         raise UsageError("give a model or --size")
     if args.size is not None:
-        facts = _describe(named_config(args.size), "bfloat16")
-        facts = {"model": args.size} | facts
+        config = named_config(args.size)
+        facts = {"model": args.size} | _describe(config, "bfloat16")
     else:
         directory = model_directory(args.model, args.revision)
         config, dtype, files = read_directory(directory)
         facts = {"model": args.model, "directory": str(directory)} | _describe(config, dtype)
         facts["files"] = files
-    print(json.dumps(facts, ensure_ascii=False) if args.json else _format(facts))
+    print(json.dumps(facts, ensure_ascii=False) if args.json else _format(facts, config))
 
 
 def read_directory(directory: Path) -> tuple["ModelConfig", str, dict[str, int]]:
@@ -78,16 +77,17 @@ def _describe(config: "ModelConfig", dtype: str) -> dict[str, Any]:
     return {
         "num_parameters": config.num_parameters,
         "dtype": dtype,
-        "pattern": "".join(_LETTERS[mixer.mixer] for mixer in config.layers),
+        "pattern": "".join(mixer.letter for mixer in config.layers),
         "config": document,
         "state_nbytes": {"total": state, **by_kind},
         "transformer_kv_cache_nbytes": {str(t): sizes.kv_cache_nbytes(config, ring_dtype, t) for t in _CONTEXTS},
     }
 
 
-def _format(facts: dict[str, Any]) -> str:
+def _format(facts: dict[str, Any], model: "ModelConfig") -> str:
+    from based._core import MIXERS
+
     config = facts["config"]
-    mlp, layers = config["mlp"], config["layers"]
     weights = f"{facts['num_parameters']:,} parameters, {facts['dtype']}"
     if "files" in facts:
         sizes = facts["files"].values()
@@ -98,16 +98,18 @@ def _format(facts: dict[str, Any]) -> str:
         f"  vocabulary  {config['vocab_size']:,} tokens, {config['padded_vocab_size']:,} rows, "
         + ("tied to the head" if config["tie_embeddings"] else "with a head of its own"),
         f"  width       {config['hidden_size']}, {config['norm']['type']} (eps {config['norm']['eps']:g})",
-        f"  mlp         {_mlp(mlp)}",
-        f"  layers      {len(layers)}: {facts['pattern']}",
+        f"  mlp         {_mlp(config["mlp"])}",
+        f"  layers      {len(model.layers)}: {facts['pattern']}",
     ]
-    for kind, letter in _LETTERS.items():
-        shapes = Counter(_shape(layer) for layer in layers if layer["mixer"] == kind)
-        lines += [f"    {letter} {kind:16}  {count:3} x {shape}" for shape, count in shapes.items()]
+    for kind in MIXERS:
+        shapes = Counter(layer.summary for layer in model.layers if layer.mixer == kind.mixer)
+        lines += [f"    {kind.letter} {kind.mixer:16}  {count:3} x {shape}" for shape, count in shapes.items()]
 
     state = facts["state_nbytes"]
     lines += ["", f"state of a sequence of any length{'':8}{_common.nbytes(state['total']):>10}"]
-    lines += [f"    {_LETTERS[kind]} {kind:35}{_common.nbytes(state[kind]):>10}" for kind in _LETTERS if kind in state]
+    for kind in MIXERS:
+        if kind.mixer in state:
+            lines.append(f"    {kind.letter} {kind.mixer:35}{_common.nbytes(state[kind.mixer]):>10}")
     lines.append("KV cache of a transformer of the same width and depth")
     for tokens, nbytes in facts["transformer_kv_cache_nbytes"].items():
         ratio = nbytes / state["total"]
@@ -120,18 +122,3 @@ def _mlp(mlp: dict[str, Any] | None) -> str:
         return "none"
     biases = [f", {name} bias" for name in ("fc1", "fc2") if mlp[f"{name}_bias"]]
     return f"{'gated ' if mlp['gated'] else ''}{mlp['activation']} of {mlp['inner_size']}{''.join(biases)}"
-
-
-def _shape(layer: dict[str, Any]) -> str:
-    match layer["mixer"]:
-        case "gated_conv":
-            return f"{layer['inner_size']} channels, kernel {layer['kernel_size']}" + (
-                ", biases" if layer["bias"] else ""
-            )
-        case "linear_attention":
-            return f"{layer['num_heads']} heads of {layer['head_dim']}, feature size {layer['feature_dim']}"
-        case _:
-            heads = f"{layer['num_heads']} heads of {layer['head_dim']}"
-            if layer["num_kv_heads"] != layer["num_heads"]:
-                heads += f" on {layer['num_kv_heads']} key heads"
-            return f"{heads}, {layer['window']} keys, rotary on {layer['rotary_dim']}"

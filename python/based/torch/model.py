@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from based import _core
+from based import _core, sizes
 from based._core import (
     Activation,
     FormatError,
@@ -21,6 +21,7 @@ from based._core import (
     ModelConfig,
     NormKind,
     SlidingWindowConfig,
+    UnsupportedError,
 )
 from based._loading import model_directory
 from based.convert import StrPath, atomic_directory, find_tokenizer, open_weights, sync
@@ -298,6 +299,11 @@ class _Layer(nn.Module):
     def __init__(self, config: ModelConfig, mixer: Any, factory: dict[str, Any]) -> None:
         super().__init__()
         self.norm1 = _Norm(config, factory)
+        if type(mixer) not in _MIXERS:
+            raise UnsupportedError(
+                f"the mixer {mixer.mixer} has no PyTorch module: found it in the config, expected one of "
+                + ", ".join(kind.mixer for kind in _MIXERS)
+            )
         self.mixer = _MIXERS[type(mixer)](mixer, config.hidden_size, factory)
         self.norm2 = None if config.mlp is None else _Norm(config, factory)
         self.mlp = None if config.mlp is None else _Mlp(config.mlp, config.hidden_size, factory)
@@ -326,13 +332,18 @@ class _Norm(nn.Module):
         return y.to(self.weight.dtype)
 
 
+def _projection(config: sizes.Mixer, name: str, d: int, factory: dict[str, Any]) -> nn.Linear:
+    """The projection of this name in the mixer's description."""
+    (p,) = (p for p in config.projections(d) if p.name == name)
+    return nn.Linear(p.cols, p.rows, bias=p.bias, **factory)
+
+
 class _GatedConv(nn.Module):
     def __init__(self, config: GatedConvConfig, d: int, factory: dict[str, Any]) -> None:
         super().__init__()
-        e = config.inner_size
-        self.in_proj = nn.Linear(d, 2 * e, bias=config.bias, **factory)
-        self.conv = _GatedShortConv(e, config.kernel_size, factory)
-        self.out_proj = nn.Linear(e, d, bias=config.bias, **factory)
+        self.in_proj = _projection(config, "in_proj", d, factory)
+        self.conv = _GatedShortConv(config.inner_size, config.kernel_size, factory)
+        self.out_proj = _projection(config, "out_proj", d, factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.out_proj(self.conv(self.in_proj(x)))
@@ -351,10 +362,10 @@ class _LinearAttention(nn.Module):
     def __init__(self, config: LinearAttentionConfig, d: int, factory: dict[str, Any]) -> None:
         super().__init__()
         self.num_heads, self.eps = config.num_heads, config.eps
-        self.proj_q = nn.Linear(d, config.num_heads * config.feature_dim, bias=False, **factory)
-        self.proj_k = nn.Linear(d, config.num_heads * config.feature_dim, bias=False, **factory)
-        self.proj_v = nn.Linear(d, config.num_heads * config.head_dim, bias=False, **factory)
-        self.out_proj = nn.Linear(config.num_heads * config.head_dim, d, bias=False, **factory)
+        self.proj_q = _projection(config, "proj_q", d, factory)
+        self.proj_k = _projection(config, "proj_k", d, factory)
+        self.proj_v = _projection(config, "proj_v", d, factory)
+        self.out_proj = _projection(config, "out_proj", d, factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.proj_q, self.proj_k, self.proj_v))
@@ -372,8 +383,8 @@ class _SlidingWindow(nn.Module):
             "base": config.rotary_base,
             "interleaved": config.rotary_interleaved,
         }
-        self.qkv_proj = nn.Linear(d, (h + 2 * h_kv) * config.head_dim, bias=config.qkv_bias, **factory)
-        self.out_proj = nn.Linear(h * config.head_dim, d, bias=config.out_bias, **factory)
+        self.qkv_proj = _projection(config, "qkv_proj", d, factory)
+        self.out_proj = _projection(config, "out_proj", d, factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         qkv = self.qkv_proj(x).unflatten(-1, (sum(self.heads), -1))
@@ -384,7 +395,7 @@ class _SlidingWindow(nn.Module):
         return self.out_proj(y.flatten(2))
 
 
-_MIXERS: dict[type, Callable[[Any, int, dict[str, Any]], nn.Module]] = {
+_MIXERS: dict[type[sizes.Mixer], Callable[[Any, int, dict[str, Any]], nn.Module]] = {
     GatedConvConfig: _GatedConv,
     LinearAttentionConfig: _LinearAttention,
     SlidingWindowConfig: _SlidingWindow,
