@@ -8,7 +8,7 @@ import numpy
 import numpy.typing
 import os
 import typing
-__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Error', 'FinishReason', 'FormatError', 'GatedConvConfig', 'Generator', 'LinearAttentionConfig', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'SafetensorsFile', 'SamplingParams', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'StateError', 'Tensor', 'TokenEvent', 'UnsupportedError', 'add_cublas_path', 'build_info', 'check_config', 'convert_dtype', 'cuda_problem', 'devices', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'synchronize', 'write_safetensors']
+__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Error', 'FinishReason', 'FormatError', 'GatedConvConfig', 'Generator', 'LinearAttentionConfig', 'MIXERS', 'MixerField', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'Parameter', 'Projection', 'SafetensorsFile', 'SamplingParams', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'State', 'StateError', 'StateTensor', 'Tensor', 'TokenEvent', 'UnsupportedError', 'add_cublas_path', 'build_info', 'check_config', 'convert_dtype', 'cuda_problem', 'devices', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'synchronize', 'write_safetensors']
 class Error(Exception):
     """
     Base of the failures that are particular to this library.
@@ -103,85 +103,275 @@ class Activation(enum.Enum):
     @classmethod
     def __new__(cls, value):
         ...
+class MixerField:
+    """
+    A key of a mixer in config.json.
+    """
+    @property
+    def domain(self) -> str:
+        """
+        The values that it may have, in words; empty for a bool.
+        """
+    @property
+    def high(self) -> int | None:
+        """
+        Of an int: the greatest value; None where it depends on other keys.
+        """
+    @property
+    def key(self) -> str:
+        ...
+    @property
+    def low(self) -> int | None:
+        """
+        Of an int: the least value; None for others.
+        """
+    @property
+    def meaning(self) -> str:
+        ...
+    @property
+    def type(self) -> str:
+        """
+        "int", "float" or "bool".
+        """
+class Projection:
+    """
+    y = x Wᵀ (+ b), W (rows, cols): "{name}.weight", "{name}.bias".
+    """
+    @property
+    def bias(self) -> bool:
+        ...
+    @property
+    def cols(self) -> int:
+        ...
+    @property
+    def name(self) -> str:
+        ...
+    @property
+    def rows(self) -> int:
+        ...
+    @property
+    def stacked(self) -> bool:
+        """
+        On the projection before it: both are one product.
+        """
+class Parameter:
+    """
+    A tensor of a mixer's weights that is no projection.
+    """
+    @property
+    def name(self) -> str:
+        ...
+    @property
+    def shape(self) -> list[int]:
+        ...
+class StateTensor:
+    """
+    A tensor of a state file: "layers.{i}.{name}".
+    """
+    @property
+    def dtype(self) -> str:
+        """
+        "float32"; "model": the dtype that the model runs in; "projection": on a GPU the model's, on the CPU and in state files float32.
+        """
+    @property
+    def kind(self) -> str:
+        """
+        "dense"; "ring": one row for each of the last tokens; "taylor": packed sums; "pending": a row for each token that is not in the sums yet.
+        """
+    @property
+    def name(self) -> str:
+        ...
+    @property
+    def shape(self) -> list[int]:
+        """
+        First extent of a ring: rows of a full one; of pending tokens: 0.
+        """
 class GatedConvConfig:
     """
     A gated short convolution.
     """
     __hash__: typing.ClassVar[None] = None
+    letter: typing.ClassVar[str] = 'c'
     mixer: typing.ClassVar[str] = 'gated_conv'
+    @staticmethod
+    def fields() -> list[MixerField]:
+        """
+        The keys of config.json beside "mixer", in order.
+        """
     def __eq__(self, arg0: GatedConvConfig) -> bool:
         ...
+    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+        """
+        The matrices that each token is multiplied by, in order.
+        """
     @property
     def bias(self) -> bool:
-        ...
+        """
+        on W_in and W_out; the convolution has none
+        """
     @property
     def inner_size(self) -> int:
-        ...
+        """
+        e, channels of u₁ and of u₂
+        """
     @property
     def kernel_size(self) -> int:
-        ...
+        """
+        K, taps of the convolution
+        """
+    @property
+    def parameters(self) -> list[Parameter]:
+        """
+        The other tensors of its weights.
+        """
+    @property
+    def state(self) -> list[StateTensor]:
+        """
+        The tensors of a layer in a state file.
+        """
+    @property
+    def summary(self) -> str:
+        """
+        The shape, in words.
+        """
 class LinearAttentionConfig:
     """
     Second-order Taylor linear attention.
     """
     __hash__: typing.ClassVar[None] = None
+    letter: typing.ClassVar[str] = 'L'
     mixer: typing.ClassVar[str] = 'linear_attention'
+    @staticmethod
+    def fields() -> list[MixerField]:
+        """
+        The keys of config.json beside "mixer", in order.
+        """
     def __eq__(self, arg0: LinearAttentionConfig) -> bool:
         ...
+    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+        """
+        The matrices that each token is multiplied by, in order.
+        """
     @property
     def eps(self) -> float:
-        ...
+        """
+        added to the denominator
+        """
     @property
     def feature_dim(self) -> int:
-        ...
+        """
+        f, size of q and k per head
+        """
     @property
     def head_dim(self) -> int:
-        ...
+        """
+        size of v per head
+        """
     @property
     def num_features(self) -> int:
         ...
     @property
     def num_heads(self) -> int:
-        ...
+        """
+        H
+        """
+    @property
+    def parameters(self) -> list[Parameter]:
+        """
+        The other tensors of its weights.
+        """
+    @property
+    def state(self) -> list[StateTensor]:
+        """
+        The tensors of a layer in a state file.
+        """
+    @property
+    def summary(self) -> str:
+        """
+        The shape, in words.
+        """
 class SlidingWindowConfig:
     """
     Sliding-window attention.
     """
     __hash__: typing.ClassVar[None] = None
+    letter: typing.ClassVar[str] = 'W'
     mixer: typing.ClassVar[str] = 'sliding_window'
+    @staticmethod
+    def fields() -> list[MixerField]:
+        """
+        The keys of config.json beside "mixer", in order.
+        """
     def __eq__(self, arg0: SlidingWindowConfig) -> bool:
         ...
+    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+        """
+        The matrices that each token is multiplied by, in order.
+        """
     @property
     def head_dim(self) -> int:
-        ...
+        """
+        size of q, k and v per head
+        """
     @property
     def num_heads(self) -> int:
-        ...
+        """
+        H
+        """
     @property
     def num_kv_heads(self) -> int:
-        ...
+        """
+        H_kv; query head h reads kv head ⌊h · H_kv / H⌋
+        """
     @property
     def out_bias(self) -> bool:
-        ...
+        """
+        whether `out_proj` has a bias
+        """
+    @property
+    def parameters(self) -> list[Parameter]:
+        """
+        The other tensors of its weights.
+        """
     @property
     def qkv_bias(self) -> bool:
-        ...
+        """
+        whether `qkv_proj` has a bias
+        """
     @property
     def rotary_base(self) -> float:
-        ...
+        """
+        of the angles
+        """
     @property
     def rotary_dim(self) -> int:
-        ...
+        """
+        R; 0 for no rotary embedding. n = ⌈R/2⌉ pairs (x[i], x[i+n]) turn by position · rotary_base^(−2i/R)
+        """
     @property
     def rotary_interleaved(self) -> bool:
-        ...
+        """
+        the pairs are (x[2i], x[2i+1])
+        """
     @property
     def scale(self) -> float:
-        ...
+        """
+        of q·k before the softmax
+        """
+    @property
+    def state(self) -> list[StateTensor]:
+        """
+        The tensors of a layer in a state file.
+        """
+    @property
+    def summary(self) -> str:
+        """
+        The shape, in words.
+        """
     @property
     def window(self) -> int:
         """
-        Keys attended, the query's own included.
+        keys attended, the query's own included
         """
 class MlpConfig:
     __hash__: typing.ClassVar[None] = None
@@ -467,9 +657,34 @@ class Model:
     @property
     def weight_nbytes(self) -> int:
         ...
+class State:
+    """
+    What one sequence has seen, at one moment. Immutable; any number of sessions may start from it.
+    """
+    @staticmethod
+    def load(path: os.PathLike | str | bytes, model: typing.Any, sequence: typing.SupportsIndex | None = None) -> State:
+        """
+        Sequence `sequence` of a state file; None: the only one. Raises StateError, FormatError, OSError.
+        """
+    def __repr__(self) -> str:
+        ...
+    def save(self, path: os.PathLike | str | bytes) -> None:
+        """
+        Saves it as a state file of one sequence: written aside, then renamed. Raises OSError.
+        """
+    @property
+    def nbytes(self) -> int:
+        """
+        Device memory that it holds; 0 when nothing has been seen.
+        """
+    @property
+    def num_tokens(self) -> int:
+        """
+        Tokens seen.
+        """
 class Checkpoint:
     """
-    A copy of all states of one session at one moment.
+    The states of all sequences of one session at one moment.
     """
     @property
     def num_tokens(self) -> list[int]:
@@ -477,10 +692,21 @@ class Checkpoint:
     @property
     def state_nbytes(self) -> int:
         ...
+    @property
+    def states(self) -> list[State]:
+        """
+        By sequence; each may be restored alone.
+        """
 class Session:
     """
     The states of B sequences that are advanced together. One thread at a time.
     """
+    @typing.overload
+    def __init__(self, model: Model, states: collections.abc.Sequence[State]) -> None:
+        """
+        Sequence i starts from states[i].
+        """
+    @typing.overload
     def __init__(self, model: Model, batch_size: typing.SupportsIndex = 1) -> None:
         ...
     def checkpoint(self) -> Checkpoint:
@@ -501,10 +727,18 @@ class Session:
         """
         Forgets what one sequence, or every one, has seen.
         """
+    def restore(self, sequence: typing.SupportsIndex, state: State) -> None:
+        """
+        Makes a sequence what the state says.
+        """
     def rollback(self, checkpoint: Checkpoint) -> None:
         ...
     def save_state(self, path: os.PathLike | str | bytes) -> None:
         ...
+    def snapshot(self, sequence: typing.SupportsIndex) -> State:
+        """
+        The state of one sequence.
+        """
     def step(self, tokens: collections.abc.Sequence[int] | numpy.ndarray, sequences: collections.abc.Sequence[typing.SupportsIndex] | None = None) -> Tensor:
         """
         Feeds one token to each listed sequence. Logits (B, padded_vocab_size) float32.
@@ -521,6 +755,7 @@ class Session:
     def state_nbytes(self) -> int:
         ...
 class FinishReason(enum.Enum):
+    error: typing.ClassVar[FinishReason]
     length: typing.ClassVar[FinishReason]
     none: typing.ClassVar[FinishReason]
     stop: typing.ClassVar[FinishReason]
@@ -531,6 +766,11 @@ class TokenEvent:
     """
     One new token of one sample of one request.
     """
+    @property
+    def error(self) -> str:
+        """
+        Why there is no token, when finish is error.
+        """
     @property
     def finish(self) -> FinishReason:
         ...
@@ -566,7 +806,7 @@ class Generator:
     @typing.overload
     def __init__(self, session: Session, prompts: collections.abc.Sequence[collections.abc.Sequence[int] | numpy.ndarray], params: collections.abc.Sequence[SamplingParams]) -> None:
         """
-        On a session: request i continues sequence i; every n must be 1.
+        On a session: request i continues sequence i, from where it is when its prompt is empty; every n must be 1.
         """
     def cancel(self) -> None:
         """
@@ -652,3 +892,4 @@ def write_safetensors(path: os.PathLike | str | bytes, tensors: collections.abc.
     """
     Writes (name, array, dtype name) in this order to a temporary file beside `path` and renames it. Arrays are C-contiguous and hold the dtype's bits (bfloat16 as uint16). Raises OSError, TypeError, ValueError.
     """
+MIXERS: tuple = (GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig)

@@ -340,6 +340,18 @@ def test_compiles_in_one_graph(name, backend):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("t", [128, 256, 300])
+def test_taylor_linear_attention_of_one_head_compiles(t):
+    """Then the result is a view of what it is made of, and nothing is to be copied."""
+    inputs = [x[:1, :, :1].detach().requires_grad_() for x in taylor_inputs(t, 8, 8, "float32")]
+    dy = random(1, t, 1, 8, dtype="float32", seed=9).detach()
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.taylor_linear_attention, backend="eager", fullgraph=True)
+    found, expected = (with_gradients(f, inputs, dy) for f in (compiled, ops.taylor_linear_attention))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_compiles_in_one_graph_for_all_lengths(name):
     function, make = OPERATIONS[name]
