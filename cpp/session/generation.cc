@@ -103,6 +103,7 @@ Generator::Impl::Impl(std::unique_ptr<Session::Impl> owned, Session* session, st
   }
   const int capacity = session_.batch_size();
   if (!owned_) {
+    for (std::size_t i = 0; i < requests_.size(); ++i) check_prompt(i);
     if (requests_.size() != static_cast<std::size_t>(capacity))
       throw InvalidArgument("generate: " + std::to_string(requests_.size()) + " prompts, the session has " +
                             std::to_string(capacity) + " sequences");
@@ -110,7 +111,6 @@ Generator::Impl::Impl(std::unique_ptr<Session::Impl> owned, Session* session, st
       if (r.params.n != 1)
         throw InvalidArgument("generate: n is " + std::to_string(r.params.n) +
                               ", a session continues its own sequences: expected 1 (fork the session for more)");
-    for (std::size_t i = 0; i < requests_.size(); ++i) check_prompt(i);
   }
   sampler_ = session_.backend().make_sampler(vocab_size, capacity);
   for (int i = capacity; i-- > 0;) free_slots_.push_back(i);
@@ -124,14 +124,15 @@ Generator::Impl::Impl(std::unique_ptr<Session::Impl> owned, Session* session, st
 // An empty prompt goes on from what the sequence has seen.
 void Generator::Impl::check_prompt(std::size_t index) const {
   const auto slot = static_cast<int>(index);
-  session_.check_whole(slot);
-  if (!requests_[index].prompt.empty() || session_.has_last_logits(slot)) return;
+  const bool exists = slot < session_.batch_size();
+  if (exists) session_.check_whole(slot);
+  if (!requests_[index].prompt.empty() || (exists && session_.has_last_logits(slot))) return;
   const std::string what = "generate: prompt " + std::to_string(index) + " is empty, and its sequence has ";
-  throw InvalidArgument(session_.num_tokens(slot) == 0
-                            ? what + "seen nothing: expected at least one token"
-                            : what +
-                                  "a state that was saved without what going on needs (by an older version), or "
-                                  "whose last token could not be sampled: expected at least one token");
+  if (!exists || session_.num_tokens(slot) == 0)
+    throw InvalidArgument(what + "seen nothing: expected at least one token");
+  throw InvalidArgument(what +
+                        "a state that was saved without what going on needs (by an older version), or whose last token "
+                        "could not be sampled: expected at least one token");
 }
 
 // Prefills as many waiting groups as find slots, and samples their first tokens. A batch has either prompts or empty
