@@ -8,7 +8,7 @@ import numpy
 import numpy.typing
 import os
 import typing
-__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Error', 'FinishReason', 'FormatError', 'GatedConvConfig', 'Generator', 'LinearAttentionConfig', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'SafetensorsFile', 'SamplingParams', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'StateError', 'Tensor', 'TokenEvent', 'UnsupportedError', 'add_cublas_path', 'build_info', 'check_config', 'convert_dtype', 'cuda_problem', 'devices', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'synchronize', 'write_safetensors']
+__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Error', 'FinishReason', 'FormatError', 'GatedConvConfig', 'Generator', 'LinearAttentionConfig', 'MIXERS', 'MixerField', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'Parameter', 'Projection', 'SafetensorsFile', 'SamplingParams', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'StateError', 'StateTensor', 'Tensor', 'TokenEvent', 'UnsupportedError', 'add_cublas_path', 'build_info', 'check_config', 'convert_dtype', 'cuda_problem', 'devices', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'synchronize', 'write_safetensors']
 class Error(Exception):
     """
     Base of the failures that are particular to this library.
@@ -103,85 +103,275 @@ class Activation(enum.Enum):
     @classmethod
     def __new__(cls, value):
         ...
+class MixerField:
+    """
+    A key of a mixer in config.json.
+    """
+    @property
+    def domain(self) -> str:
+        """
+        The values that it may have, in words; empty for a bool.
+        """
+    @property
+    def high(self) -> int | None:
+        """
+        Of an int: the greatest value; None where it depends on other keys.
+        """
+    @property
+    def key(self) -> str:
+        ...
+    @property
+    def low(self) -> int | None:
+        """
+        Of an int: the least value; None for others.
+        """
+    @property
+    def meaning(self) -> str:
+        ...
+    @property
+    def type(self) -> str:
+        """
+        "int", "float" or "bool".
+        """
+class Projection:
+    """
+    y = x Wᵀ (+ b), W (rows, cols): "{name}.weight", "{name}.bias".
+    """
+    @property
+    def bias(self) -> bool:
+        ...
+    @property
+    def cols(self) -> int:
+        ...
+    @property
+    def name(self) -> str:
+        ...
+    @property
+    def rows(self) -> int:
+        ...
+    @property
+    def stacked(self) -> bool:
+        """
+        On the projection before it: both are one product.
+        """
+class Parameter:
+    """
+    A tensor of a mixer's weights that is no projection.
+    """
+    @property
+    def name(self) -> str:
+        ...
+    @property
+    def shape(self) -> list[int]:
+        ...
+class StateTensor:
+    """
+    A tensor of a state file: "layers.{i}.{name}".
+    """
+    @property
+    def dtype(self) -> str:
+        """
+        "float32"; "model": the dtype that the model runs in; "projection": on a GPU the model's, on the CPU and in state files float32.
+        """
+    @property
+    def kind(self) -> str:
+        """
+        "dense"; "ring": one row for each of the last tokens; "taylor": packed sums; "pending": a row for each token that is not in the sums yet.
+        """
+    @property
+    def name(self) -> str:
+        ...
+    @property
+    def shape(self) -> list[int]:
+        """
+        First extent of a ring: rows of a full one; of pending tokens: 0.
+        """
 class GatedConvConfig:
     """
     A gated short convolution.
     """
     __hash__: typing.ClassVar[None] = None
+    letter: typing.ClassVar[str] = 'c'
     mixer: typing.ClassVar[str] = 'gated_conv'
+    @staticmethod
+    def fields() -> list[MixerField]:
+        """
+        The keys of config.json beside "mixer", in order.
+        """
     def __eq__(self, arg0: GatedConvConfig) -> bool:
         ...
+    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+        """
+        The matrices that each token is multiplied by, in order.
+        """
     @property
     def bias(self) -> bool:
-        ...
+        """
+        on W_in and W_out; the convolution has none
+        """
     @property
     def inner_size(self) -> int:
-        ...
+        """
+        e, channels of u₁ and of u₂
+        """
     @property
     def kernel_size(self) -> int:
-        ...
+        """
+        K, taps of the convolution
+        """
+    @property
+    def parameters(self) -> list[Parameter]:
+        """
+        The other tensors of its weights.
+        """
+    @property
+    def state(self) -> list[StateTensor]:
+        """
+        The tensors of a layer in a state file.
+        """
+    @property
+    def summary(self) -> str:
+        """
+        The shape, in words.
+        """
 class LinearAttentionConfig:
     """
     Second-order Taylor linear attention.
     """
     __hash__: typing.ClassVar[None] = None
+    letter: typing.ClassVar[str] = 'L'
     mixer: typing.ClassVar[str] = 'linear_attention'
+    @staticmethod
+    def fields() -> list[MixerField]:
+        """
+        The keys of config.json beside "mixer", in order.
+        """
     def __eq__(self, arg0: LinearAttentionConfig) -> bool:
         ...
+    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+        """
+        The matrices that each token is multiplied by, in order.
+        """
     @property
     def eps(self) -> float:
-        ...
+        """
+        added to the denominator
+        """
     @property
     def feature_dim(self) -> int:
-        ...
+        """
+        f, size of q and k per head
+        """
     @property
     def head_dim(self) -> int:
-        ...
+        """
+        size of v per head
+        """
     @property
     def num_features(self) -> int:
         ...
     @property
     def num_heads(self) -> int:
-        ...
+        """
+        H
+        """
+    @property
+    def parameters(self) -> list[Parameter]:
+        """
+        The other tensors of its weights.
+        """
+    @property
+    def state(self) -> list[StateTensor]:
+        """
+        The tensors of a layer in a state file.
+        """
+    @property
+    def summary(self) -> str:
+        """
+        The shape, in words.
+        """
 class SlidingWindowConfig:
     """
     Sliding-window attention.
     """
     __hash__: typing.ClassVar[None] = None
+    letter: typing.ClassVar[str] = 'W'
     mixer: typing.ClassVar[str] = 'sliding_window'
+    @staticmethod
+    def fields() -> list[MixerField]:
+        """
+        The keys of config.json beside "mixer", in order.
+        """
     def __eq__(self, arg0: SlidingWindowConfig) -> bool:
         ...
+    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+        """
+        The matrices that each token is multiplied by, in order.
+        """
     @property
     def head_dim(self) -> int:
-        ...
+        """
+        size of q, k and v per head
+        """
     @property
     def num_heads(self) -> int:
-        ...
+        """
+        H
+        """
     @property
     def num_kv_heads(self) -> int:
-        ...
+        """
+        H_kv; query head h reads kv head ⌊h · H_kv / H⌋
+        """
     @property
     def out_bias(self) -> bool:
-        ...
+        """
+        whether `out_proj` has a bias
+        """
+    @property
+    def parameters(self) -> list[Parameter]:
+        """
+        The other tensors of its weights.
+        """
     @property
     def qkv_bias(self) -> bool:
-        ...
+        """
+        whether `qkv_proj` has a bias
+        """
     @property
     def rotary_base(self) -> float:
-        ...
+        """
+        of the angles
+        """
     @property
     def rotary_dim(self) -> int:
-        ...
+        """
+        R; 0 for no rotary embedding. n = ⌈R/2⌉ pairs (x[i], x[i+n]) turn by position · rotary_base^(−2i/R)
+        """
     @property
     def rotary_interleaved(self) -> bool:
-        ...
+        """
+        the pairs are (x[2i], x[2i+1])
+        """
     @property
     def scale(self) -> float:
-        ...
+        """
+        of q·k before the softmax
+        """
+    @property
+    def state(self) -> list[StateTensor]:
+        """
+        The tensors of a layer in a state file.
+        """
+    @property
+    def summary(self) -> str:
+        """
+        The shape, in words.
+        """
     @property
     def window(self) -> int:
         """
-        Keys attended, the query's own included.
+        keys attended, the query's own included
         """
 class MlpConfig:
     __hash__: typing.ClassVar[None] = None
@@ -652,3 +842,4 @@ def write_safetensors(path: os.PathLike | str | bytes, tensors: collections.abc.
     """
     Writes (name, array, dtype name) in this order to a temporary file beside `path` and renames it. Arrays are C-contiguous and hold the dtype's bits (bfloat16 as uint16). Raises OSError, TypeError, ValueError.
     """
+MIXERS: tuple = (GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig)
