@@ -1,6 +1,6 @@
 """Every kind of mixer: the bindings, the sizes, `based inspect` and the documents say what its description says.
 
-`python tests/python/test_mixers.py` writes the tables of fields in docs/model-format.md anew.
+`python -m tests.python.test_mixers` writes the tables of fields in docs/model-format.md anew.
 """
 
 import json
@@ -27,7 +27,9 @@ KINDS = pytest.mark.parametrize("kind", MIXERS, ids=lambda kind: kind.mixer)
 
 def example(kind: Any, **values: Any) -> dict[str, Any]:
     """A layer of config.json: every integer 2, every real 0.5, every flag true, but for `values`."""
-    layer = {"mixer": kind.mixer} | {field.key: {"int": 2, "float": 0.5, "bool": True}[field.type] for field in kind.fields()}
+    layer = {"mixer": kind.mixer} | {
+        field.key: {"int": 2, "float": 0.5, "bool": True}[field.type] for field in kind.fields()
+    }
     return layer | values
 
 
@@ -138,7 +140,7 @@ def field_table(kind: Any) -> str:
     def power(match: re.Match[str]) -> str:
         value = int(match[0])
         exponent = value.bit_length() - 1
-        return f"2{str(exponent).translate(_EXPONENTS)}" if value == 1 << exponent and exponent > 12 else match[0]
+        return f"2{str(exponent).translate(_EXPONENTS)}" if exponent > 12 and value == 1 << exponent else match[0]
 
     rows = ["| key | meaning | domain |", "|---|---|---|"]
     for field in kind.fields():
@@ -157,7 +159,7 @@ def with_field_tables(text: str) -> str:
 
 def test_the_documented_fields_are_those_of_the_descriptions() -> None:
     text = MODEL_FORMAT.read_text(encoding="utf-8")
-    assert with_field_tables(text) == text, f"run python {Path(__file__).relative_to(ROOT)}"
+    assert with_field_tables(text) == text, "run python -m tests.python.test_mixers"
 
 
 def with_letters(kind: Any) -> tuple[Any, dict[str, int]]:
@@ -189,13 +191,15 @@ def first_shape(text: str, values: dict[str, int]) -> list[int]:
     python = text[begin + 1 : i].replace("−", "-").replace("·", "*").replace("/", "//")
     python = re.sub(r"\b(\d+) ?(?=[A-Za-z])", r"\1*", python)
     python = re.sub(r"\b([a-z])\(", r"\1*(", python)
-    return list(eval(f"({python},)", {"min": min}, values))  # noqa: S307: our own documents
+    return list(eval(f"({python},)", {"min": min}, values))
 
 
 @KINDS
 def test_the_documented_weights_are_those_of_the_descriptions(kind: Any) -> None:
     mixer, values = with_letters(kind)
-    section = re.search(rf"(?m)^\| \*\*{kind.mixer}\*\* \|.*\n((?:\| `.*\n)+)", MODEL_FORMAT.read_text(encoding="utf-8"))
+    section = re.search(
+        rf"(?m)^\| \*\*{kind.mixer}\*\* \|.*\n((?:\| `.*\n)+)", MODEL_FORMAT.read_text(encoding="utf-8")
+    )
     assert section, f"{MODEL_FORMAT.name} has no tensors of **{kind.mixer}**"
     documented = {}
     for row in section[1].splitlines():

@@ -12,8 +12,8 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
-_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64"}
-_NUMPY = {"F32": "<f4", "BF16": "<u2", "F16": "<f2", "I64": "<i8"}
+_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64", "int32": "I32", "bool": "BOOL"}
+_NUMPY = {"F32": "<f4", "BF16": "<u2", "F16": "<f2", "I64": "<i8", "I32": "<i4", "BOOL": "?"}
 
 
 def round_to(values: Array, dtype: str) -> Array:
@@ -109,7 +109,6 @@ def _natural(name: str) -> list[str | int]:
 
 def write_state(path: Path, states: Sequence[tuple[int, Mapping[str, tuple[str, Array]]]], **metadata: str) -> None:
     """A state file from scratch (docs/state-format.md), with a true checksum unless `metadata` says otherwise."""
-    codes = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32"}
     header: dict[str, Any] = {}
     data = hashed = b""
     for b, (num_tokens, tensors) in enumerate(states):
@@ -117,7 +116,7 @@ def write_state(path: Path, states: Sequence[tuple[int, Mapping[str, tuple[str, 
         for name, (dtype, bits) in sorted(tensors.items(), key=lambda item: _natural(item[0])):
             shape, raw = list(bits.shape), bits.tobytes()
             header[f"sequences.{b}.{name}"] = {
-                "dtype": codes[dtype],
+                "dtype": _CODES[dtype],
                 "shape": shape,
                 "data_offsets": [len(data), len(data) + len(raw)],
             }

@@ -98,7 +98,7 @@ def _format(facts: dict[str, Any], model: "ModelConfig") -> str:
         f"  vocabulary  {config['vocab_size']:,} tokens, {config['padded_vocab_size']:,} rows, "
         + ("tied to the head" if config["tie_embeddings"] else "with a head of its own"),
         f"  width       {config['hidden_size']}, {config['norm']['type']} (eps {config['norm']['eps']:g})",
-        f"  mlp         {_mlp(config["mlp"])}",
+        f"  mlp         {_mlp(config['mlp'])}",
         f"  layers      {len(model.layers)}: {facts['pattern']}",
     ]
     for kind in MIXERS:
