@@ -5,6 +5,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "based/device.h"
@@ -14,10 +15,11 @@
 
 namespace based::cuda {
 
-std::unique_ptr<backend::Backend> make_cuda_backend(int index);
+std::unique_ptr<backend::Backend> make_cuda_backend(int index, bool deterministic);
 std::vector<DeviceDescription> cuda_devices();
 std::string cuda_problem();
 void synchronize(int index);
+void release(Tensor tensor, bool on_legacy_stream) noexcept;
 
 namespace {
 
@@ -94,7 +96,14 @@ void synchronize(int index) {
   synchronize_device("synchronize");
 }
 
-std::unique_ptr<backend::Backend> make_cuda_backend(int index) {
+void release(Tensor tensor, bool on_legacy_stream) noexcept {
+  const int index = tensor.device().index;
+  std::shared_ptr<void> memory = tensor.storage();
+  tensor = {};
+  release_lent(index, std::move(memory), on_legacy_stream);
+}
+
+std::unique_ptr<backend::Backend> make_cuda_backend(int index, bool deterministic) {
   const std::string where = "device cuda:" + std::to_string(index) + " is not available: ";
   std::string problem;
   const int count = count_devices(problem);
@@ -105,7 +114,7 @@ std::unique_ptr<backend::Backend> make_cuda_backend(int index) {
   problem = describe(index).problem;
   if (!problem.empty()) throw UnsupportedError(where + problem);
   require_cublas_lt();
-  return std::make_unique<CudaBackend>(index, std::make_shared<backend::MemoryCounters>());
+  return std::make_unique<CudaBackend>(index, deterministic);
 }
 
 }  // namespace based::cuda

@@ -1,5 +1,6 @@
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "backend/backend.h"
 #include "backend/cpu/cpu_backend.h"
@@ -9,20 +10,22 @@
 #ifdef BASED_CUDA
 // cuda/make_cuda_backend.cc
 namespace based::cuda {
-std::unique_ptr<backend::Backend> make_cuda_backend(int index);
+std::unique_ptr<backend::Backend> make_cuda_backend(int index, bool deterministic);
 std::vector<DeviceDescription> cuda_devices();
 std::string cuda_problem();
 void synchronize(int index);
+void release(Tensor tensor, bool on_legacy_stream) noexcept;
 void add_library_path(std::string path);
 }  // namespace based::cuda
 #else
 namespace based::cuda {
 namespace {
 constexpr const char* kNoCuda = "this build has no CUDA (it was made without a CUDA compiler)";
-std::unique_ptr<backend::Backend> make_cuda_backend(int) { throw UnsupportedError(kNoCuda); }
+std::unique_ptr<backend::Backend> make_cuda_backend(int, bool) { throw UnsupportedError(kNoCuda); }
 std::vector<DeviceDescription> cuda_devices() { return {}; }
 std::string cuda_problem() { return kNoCuda; }
 void synchronize(int) { throw UnsupportedError(kNoCuda); }
+void release(const Tensor&, bool) noexcept {}
 void add_library_path(const std::string&) {}
 }  // namespace
 }  // namespace based::cuda
@@ -42,15 +45,19 @@ void synchronize(Device device) {
   if (device.type == Device::Type::cuda) cuda::synchronize(device.index);
 }
 
+void release_lent(Tensor tensor, bool on_legacy_stream) noexcept {
+  if (tensor.device().type == Device::Type::cuda) cuda::release(std::move(tensor), on_legacy_stream);
+}
+
 void add_cublas_path(const std::string& path) { cuda::add_library_path(path); }
 
 namespace backend {
 
-std::unique_ptr<Backend> make_backend(Device device, int num_threads) {
+std::unique_ptr<Backend> make_backend(Device device, int num_threads, bool deterministic) {
   if (num_threads < 0 || num_threads > 1024)
     throw InvalidArgument("num_threads is " + std::to_string(num_threads) +
                           ", expected 0 (the CPUs that this process may use) to 1024");
-  if (device.type == Device::Type::cuda) return cuda::make_cuda_backend(device.index);
+  if (device.type == Device::Type::cuda) return cuda::make_cuda_backend(device.index, deterministic);
   if (device.index != 0)
     throw UnsupportedError("there is one CPU device, index 0: found index " + std::to_string(device.index));
   auto pool = std::make_shared<cpu::ThreadPool>(num_threads == 0 ? cpu::available_cpus() : num_threads);

@@ -97,7 +97,7 @@ Model::Model(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Model::~Model() = default;
 
 std::shared_ptr<const Model> Model::load(const std::filesystem::path& directory, const LoadOptions& options) {
-  auto backend = backend::make_backend(options.device, options.num_threads);
+  auto backend = backend::make_backend(options.device, options.num_threads, options.deterministic);
   const auto config_path = directory / "config.json";
   const auto config = ModelConfig::from_json(io::read_file(config_path, kMaxConfigBytes), config_path.string());
   FileWeights weights(io::WeightFiles::open(directory), directory.string());
@@ -112,8 +112,9 @@ std::shared_ptr<const Model> Model::load(const std::filesystem::path& directory,
 std::shared_ptr<const Model> Model::random(const ModelConfig& config, std::uint64_t seed, const LoadOptions& options) {
   config.validate("config");
   RandomWeights weights(seed);
-  auto impl = std::make_unique<Impl>(config, backend::make_backend(options.device, options.num_threads), weights,
-                                     choose_dtype(options, DType::float32));
+  auto impl =
+      std::make_unique<Impl>(config, backend::make_backend(options.device, options.num_threads, options.deterministic),
+                             weights, choose_dtype(options, DType::float32));
   io::Fnv1a hash;
   hash.add(config.to_json());
   hash.add("random " + std::to_string(seed));
