@@ -155,7 +155,7 @@ class Batch {
 
  private:
   template <typename T>
-  const T* keep(const std::vector<T>& host) {
+  T* keep(const std::vector<T>& host) {
     memory_.emplace_back(host);
     return memory_.back().as<T>();
   }
