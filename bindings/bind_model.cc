@@ -19,8 +19,9 @@ namespace based::python {
 namespace {
 
 LoadOptions load_options(const std::string& device, const std::optional<std::string>& dtype,
-                         const Arg<std::optional<int>>& num_threads) {
+                         const Arg<std::optional<int>>& num_threads, const Arg<bool>& deterministic) {
   LoadOptions options;
+  options.deterministic = deterministic.get("deterministic");
   options.device = Device::parse(device);
   if (dtype) options.dtype = parse_dtype(*dtype);
   if (const auto threads = num_threads.get("num_threads")) {
@@ -75,26 +76,28 @@ void bind_model(py::module_& m) {
       .def_static(
           "load",
           [](const std::filesystem::path& directory, const std::string& device, const std::optional<std::string>& dtype,
-             const Arg<std::optional<int>>& num_threads) {
-            const LoadOptions options = load_options(device, dtype, num_threads);
+             const Arg<std::optional<int>>& num_threads, const Arg<bool>& deterministic) {
+            const LoadOptions options = load_options(device, dtype, num_threads, deterministic);
             const py::gil_scoped_release nogil;
             return mutable_holder(Model::load(directory, options));
           },
           py::arg("directory"), py::kw_only(), py::arg("device") = Device{}.str(), py::arg("dtype") = py::none(),
-          py::arg("num_threads") = py::none(),
+          py::arg("num_threads") = py::none(), py::arg("deterministic") = false,
           "Reads config.json and model.safetensors (or its shards). Raises OSError, FormatError, UnsupportedError, "
           "ValueError.")
       .def_static(
           "random",
           [](const ModelConfig& config, const Arg<std::uint64_t>& seed, const std::string& device,
-             const std::optional<std::string>& dtype, const Arg<std::optional<int>>& num_threads) {
-            const LoadOptions options = load_options(device, dtype, num_threads);
+             const std::optional<std::string>& dtype, const Arg<std::optional<int>>& num_threads,
+             const Arg<bool>& deterministic) {
+            const LoadOptions options = load_options(device, dtype, num_threads, deterministic);
             const std::uint64_t number = seed.get("seed");
             const py::gil_scoped_release nogil;
             return mutable_holder(Model::random(config, number, options));
           },
           py::arg("config"), py::arg("seed") = 0, py::kw_only(), py::arg("device") = Device{}.str(),
-          py::arg("dtype") = py::none(), py::arg("num_threads") = py::none(), "Seeded random weights of this shape.")
+          py::arg("dtype") = py::none(), py::arg("num_threads") = py::none(), py::arg("deterministic") = false,
+          "Seeded random weights of this shape.")
       .def_property_readonly("config", &Model::config, py::return_value_policy::copy)
       .def_property_readonly("device", [](const Model& model) { return model.device().str(); })
       .def_property_readonly("dtype", [](const Model& model) { return name_of(model.dtype()); })

@@ -53,25 +53,19 @@ std::pair<std::int32_t, std::int32_t> dlpack_device(const PyTensor& array) {
   return {device.type == Device::Type::cpu ? dlpack::kCpu : dlpack::kCuda, device.index};
 }
 
-// A consumer on a GPU gives memory back while its own work on it may be under way, on a stream that it does not name.
-void wait_for_consumer(Device device) noexcept {
-  try {
-    synchronize(device);
-  } catch (...) {  // the device failed: nothing runs there any more
-  }
-}
-
 /// What a capsule owns: the DLPack structure, and what its pointers point into.
 template <typename Managed>
 struct Export {
   Managed managed{};
   Tensor tensor;
+  bool on_legacy_stream = false;  // the consumer's work
   std::vector<std::int64_t> shape, strides;
 };
 
 template <typename Managed>
-py::object export_dlpack(const PyTensor& array, bool copied) {
+py::object export_dlpack(const PyTensor& array, bool copied, bool on_legacy_stream) {
   auto owner = std::make_unique<Export<Managed>>();
+  owner->on_legacy_stream = on_legacy_stream;
   owner->tensor = array.tensor;
   owner->shape = array.shape;
   owner->strides = array.strides();
@@ -87,7 +81,7 @@ py::object export_dlpack(const PyTensor& array, bool copied) {
   managed.context = owner.get();
   managed.deleter = [](Managed* self) {
     auto* exported = static_cast<Export<Managed>*>(self->context);
-    wait_for_consumer(exported->tensor.device());
+    release_lent(std::move(exported->tensor), exported->on_legacy_stream);
     delete exported;
   };
   if constexpr (std::is_same_v<Managed, dlpack::ManagedTensorVersioned>) {
@@ -136,8 +130,12 @@ py::object to_dlpack(const PyTensor& array, const py::object& stream,
   const bool copies = to_host || copy.value_or(false);
   if (!copies) complete(array);
   const PyTensor source = copies ? copied_to(array, to_host ? Device{} : array.tensor.device()) : array;
-  if (max_version && max_version->first >= 1) return export_dlpack<dlpack::ManagedTensorVersioned>(source, copies);
-  return export_dlpack<dlpack::ManagedTensor>(source, copies);
+  // A consumer gives memory back while its own work on it may be under way: by DLPack's names, on the legacy default
+  // stream (1), or on one that may be gone by then or be another thread's.
+  const bool legacy = !stream.is_none() && stream.equal(py::int_(1));
+  if (max_version && max_version->first >= 1)
+    return export_dlpack<dlpack::ManagedTensorVersioned>(source, copies, legacy);
+  return export_dlpack<dlpack::ManagedTensor>(source, copies, legacy);
 }
 
 }  // namespace
@@ -197,7 +195,10 @@ void bind_tensor(py::module_& m) {
           "A NumPy array on the same memory, or on a copy of a GPU's.")
       .def("__dlpack__", &to_dlpack, py::kw_only(), py::arg("stream") = py::none(), py::arg("max_version") = py::none(),
            py::arg("dl_device") = py::none(), py::arg("copy") = py::none(),
-           "Contents are complete: no `stream` has to wait.")
+           "Contents are complete: no `stream` has to wait. A consumer that names the legacy default stream (1, as "
+           "PyTorch does for its default stream) works on that one alone, and gives a GPU's memory back without "
+           "waiting; for "
+           "every other one, giving it back waits for the device.")
       .def("__dlpack_device__", &dlpack_device)
       .def("__len__",
            [](const PyTensor& a) {

@@ -11,6 +11,10 @@
 
 namespace based::cuda {
 
+/// Tokens of a segment of a sequence that has `length` tokens in the batch: a multiple of kTileTokens; the last segment
+/// may be shorter. A function of the length alone, for the order of sums follows from it.
+int segment_tokens(std::int64_t length);
+
 /// Copies batches to the device, at an address that changes only when a batch is larger than all before. What a batch
 /// of single tokens occupies depends on its number of rows alone, so that a recorded step finds every later batch where
 /// it found its own. One thread at a time; the work is in the order of `stream`.

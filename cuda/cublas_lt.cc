@@ -3,8 +3,11 @@
 #include <dlfcn.h>
 #include <library_types.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <filesystem>
 #include <mutex>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -17,18 +20,22 @@ namespace {
 
 // The part of cuBLASLt's ABI that is used here. It is the same in its major versions 12 and 13.
 using Status = int;
-constexpr Status kSuccess = 0;
+constexpr Status kSuccess = 0, kNotSupported = 15;
 constexpr int kCompute32f = 68;
 constexpr std::int32_t kTranspose = 1;
 enum DescAttribute : int { kTransposeA = 3, kEpilogue = 7, kBiasPointer = 8 };
 enum Epilogue : std::uint32_t { kEpilogueDefault = 1, kEpilogueBias = 4 };
-enum PreferenceAttribute : int { kMaxWorkspaceBytes = 1, kMinAlignmentA = 5, kMinAlignmentD = 8 };
-
-struct Algorithm {
-  std::uint64_t data[8];
+enum PreferenceAttribute : int {
+  kMaxWorkspaceBytes = 1,
+  kReductionSchemeMask = 3,
+  kMinAlignmentA = 5,
+  kMinAlignmentD = 8
 };
+enum AlgorithmAttribute : int { kSplitK = 2, kReductionScheme = 3 };
+constexpr std::uint32_t kNoReduction = 0;
+
 struct HeuristicResult {
-  Algorithm algorithm;
+  std::uint64_t algorithm[8];
   std::size_t workspace_bytes;
   Status state;
   float waves;
@@ -53,9 +60,12 @@ struct Library {
   Status (*preference_set)(void*, int attribute, const void*, std::size_t);
   Status (*heuristic)(void* handle, void* desc, void* a, void* b, void* c, void* d, void* preference, int requested,
                       HeuristicResult*, int* found);
+  Status (*algorithm_check)(void* handle, void* desc, void* a, void* b, void* c, void* d, const void* algorithm,
+                            HeuristicResult*);
+  Status (*algorithm_get)(const void* algorithm, int attribute, void*, std::size_t, std::size_t* written);
   Status (*matmul)(void* handle, void* desc, const void* alpha, const void* a, void* a_layout, const void* b,
                    void* b_layout, const void* beta, const void* c, void* c_layout, void* d, void* d_layout,
-                   const Algorithm*, void* workspace, std::size_t workspace_bytes, cudaStream_t);
+                   const void* algorithm, void* workspace, std::size_t workspace_bytes, cudaStream_t);
 };
 
 std::mutex& paths_mutex() {
@@ -73,14 +83,13 @@ const char* environment(const char* name) {
   return value != nullptr && *value != '\0' ? value : nullptr;
 }
 
-/// What to give to dlopen, in order. A name without a slash: wherever the system's loader looks.
+/// What to give to dlopen, in order.
 std::vector<std::string> candidates() {
   if (const char* only = environment("BASED_CUBLASLT")) return {only};
-  const std::vector<std::string> names = {"libcublasLt.so.13", "libcublasLt.so.12"};
-  std::vector<std::string> folders;
+  std::vector<std::string> added, folders;
   {
     const std::lock_guard lock(paths_mutex());
-    folders = added_paths();
+    added = added_paths();
   }
   for (const char* variable : {"CUDA_HOME", "CUDA_PATH"}) {
     if (const char* root = environment(variable)) {
@@ -91,17 +100,7 @@ std::vector<std::string> candidates() {
   for (const char* root : {"/usr/local/cuda", "/usr/local/cuda-13", "/usr/local/cuda-12"})
     folders.push_back(std::string(root) + "/lib64");
 
-  std::vector<std::string> all;
-  for (const std::string& name : names) {
-    all.push_back(name);
-    for (const std::string& folder : folders) {
-      if (folder.find(".so") == std::string::npos) all.push_back(folder + "/" + name);
-    }
-  }
-  for (const std::string& folder : folders) {
-    if (folder.find(".so") != std::string::npos) all.push_back(folder);
-  }
-  return all;
+  return library_candidates(added, folders);
 }
 
 /// Null when a function is missing.
@@ -124,6 +123,8 @@ bool resolve_all(void* module, Library& library) {
          resolve(module, "cublasLtMatmulPreferenceDestroy", library.preference_destroy) &&
          resolve(module, "cublasLtMatmulPreferenceSetAttribute", library.preference_set) &&
          resolve(module, "cublasLtMatmulAlgoGetHeuristic", library.heuristic) &&
+         resolve(module, "cublasLtMatmulAlgoCheck", library.algorithm_check) &&
+         resolve(module, "cublasLtMatmulAlgoConfigGetAttribute", library.algorithm_get) &&
          resolve(module, "cublasLtMatmul", library.matmul);
 }
 
@@ -205,6 +206,24 @@ void add_library_path(std::string path) {
 
 void require_cublas_lt() { library(); }
 
+std::vector<std::string> library_candidates(const std::vector<std::string>& added,
+                                            const std::vector<std::string>& folders) {
+  constexpr const char* kNames[] = {"libcublasLt.so.13", "libcublasLt.so.12"};
+  std::vector<std::string> all;
+  for (const std::string& path : added) {
+    std::error_code unknown;  // a path that cannot be looked at is tried as a file, and dlopen says what is wrong
+    if (std::filesystem::is_directory(path, unknown))
+      for (const char* name : kNames) all.push_back(path + "/" + name);
+    else
+      all.push_back(path);
+  }
+  for (const char* name : kNames) {
+    all.emplace_back(name);  // wherever the system's loader looks
+    for (const std::string& folder : folders) all.push_back(folder + "/" + name);
+  }
+  return all;
+}
+
 // Row-major y = x Wᵀ is column-major D (rows, M) = Aᵀ B with A = W (k, rows) and B = x (k, M).
 struct CublasLt::Plan {
   Handle desc{library().desc_destroy};
@@ -212,14 +231,40 @@ struct CublasLt::Plan {
   Algorithm algorithm{};
 };
 
-CublasLt::CublasLt(void* workspace, std::size_t workspace_bytes)
-    : workspace_(workspace), workspace_bytes_(workspace_bytes) {
+namespace {
+
+// At most `wanted` algorithms for the product that `plan` describes, likeliest to be fast first; `whole`: of those that
+// sum over k in one piece.
+template <typename Plan>
+std::vector<HeuristicResult> propose(const Library& lt, void* handle, const Plan& plan, std::size_t workspace_bytes,
+                                     int wanted, bool whole) {
+  Handle preference{lt.preference_destroy};
+  check_status(lt.preference_create(preference.out()), "linear");
+  set(lt.preference_set, preference.get(), kMaxWorkspaceBytes, workspace_bytes);
+  if (whole) set(lt.preference_set, preference.get(), kReductionSchemeMask, kNoReduction);
+  for (int operand = kMinAlignmentA; operand <= kMinAlignmentD; ++operand)
+    set(lt.preference_set, preference.get(), operand, std::uint32_t{16});
+  std::vector<HeuristicResult> results(static_cast<std::size_t>(wanted));
+  int found = 0;
+  const Status status = lt.heuristic(handle, plan.desc.get(), plan.a.get(), plan.b.get(), plan.d.get(), plan.d.get(),
+                                     preference.get(), wanted, results.data(), &found);
+  if (status == kNotSupported) return {};  // none
+  check_status(status, "linear");
+  results.resize(static_cast<std::size_t>(found));
+  std::erase_if(results, [](const HeuristicResult& result) { return result.state != kSuccess; });
+  return results;
+}
+
+}  // namespace
+
+CublasLt::CublasLt(void* workspace, std::size_t workspace_bytes, bool row_invariant)
+    : workspace_(workspace), workspace_bytes_(workspace_bytes), row_invariant_(row_invariant) {
   check_status(library().create(&handle_), "cublasLtCreate");
 }
 
 CublasLt::~CublasLt() {
   plans_.clear();
-  library().destroy(handle_);
+  library().destroy(handle_);  // nothing uses the handle any more: a failure can only leave it where it is
 }
 
 bool CublasLt::takes(const Product& product) {
@@ -229,7 +274,7 @@ bool CublasLt::takes(const Product& product) {
   const auto aligned = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; };
   return product.rows > 0 && product.k > 0 && product.m > 0 && fills(product.k, product.dtype) &&
          fills(product.rows, product.dtype) && aligned(product.weight) && aligned(product.x) && aligned(product.y) &&
-         aligned(product.bias);
+         aligned(product.bias) && (!row_invariant_ || invariant_algorithm(product));
 }
 
 const CublasLt::Plan& CublasLt::plan_for(const Product& product) {
@@ -239,6 +284,23 @@ const CublasLt::Plan& CublasLt::plan_for(const Product& product) {
   if (const auto found = plans_.find(key); found != plans_.end()) return *found->second;
   if (plans_.size() >= kMaxPlans) plans_.clear();
 
+  const Library& lt = library();
+  auto plan = describe(product);
+  if (row_invariant_) {
+    plan->algorithm = *invariant_algorithm(product);
+    if (!accepts(*plan, plan->algorithm))
+      throw UnsupportedError("linear: deterministic: cuBLASLt's algorithm for a weight of " +
+                             std::to_string(product.rows) + " x " + std::to_string(product.k) + " does not take " +
+                             std::to_string(product.m) + " rows; load the model without deterministic");
+    return *plans_.emplace(key, std::move(plan)).first->second;
+  }
+  const std::vector<HeuristicResult> results = propose(lt, handle_, *plan, workspace_bytes_, 1, false);
+  if (results.empty()) throw UnsupportedError("linear: cuBLASLt knows no algorithm for this product");
+  std::ranges::copy(results[0].algorithm, plan->algorithm.data);
+  return *plans_.emplace(key, std::move(plan)).first->second;
+}
+
+std::unique_ptr<CublasLt::Plan> CublasLt::describe(const Product& product) const {
   const Library& lt = library();
   auto plan = std::make_unique<Plan>();
   check_status(lt.desc_create(plan->desc.out(), kCompute32f, CUDA_R_32F), "linear");
@@ -253,20 +315,51 @@ const CublasLt::Plan& CublasLt::plan_for(const Product& product) {
   check_status(lt.layout_create(plan->b.out(), type, k, m, product.k), "linear");
   check_status(lt.layout_create(plan->d.out(), data_type(product.y_dtype), rows, m, product.rows), "linear");
 
-  Handle preference{lt.preference_destroy};
-  check_status(lt.preference_create(preference.out()), "linear");
-  set(lt.preference_set, preference.get(), kMaxWorkspaceBytes, workspace_bytes_);
-  for (int operand = kMinAlignmentA; operand <= kMinAlignmentD; ++operand)
-    set(lt.preference_set, preference.get(), operand, std::uint32_t{16});
+  return plan;
+}
+
+bool CublasLt::accepts(const Plan& plan, const Algorithm& algorithm) const {
   HeuristicResult result{};
-  int found = 0;
-  check_status(lt.heuristic(handle_, plan->desc.get(), plan->a.get(), plan->b.get(), plan->d.get(), plan->d.get(),
-                            preference.get(), 1, &result, &found),
-               "linear");
-  if (found == 0) throw UnsupportedError("linear: cuBLASLt knows no algorithm for this product");
-  check_status(result.state, "linear");
-  plan->algorithm = result.algorithm;
-  return *plans_.emplace(key, std::move(plan)).first->second;
+  const Status status = library().algorithm_check(handle_, plan.desc.get(), plan.a.get(), plan.b.get(), plan.d.get(),
+                                                  plan.d.get(), &algorithm, &result);
+  return status == kSuccess && result.workspace_bytes <= workspace_bytes_;
+}
+
+// An algorithm is a kernel with its tiles. Without split K one block makes an element of y, and adds over k in the
+// order that the tile gives: the same for every M. Whether it takes every M is asked for many of them.
+const std::optional<CublasLt::Algorithm>& CublasLt::invariant_algorithm(const Product& product) {
+  constexpr std::int64_t kReferenceRows = 128;  // tiles that suit a decode step of many sequences, and prompts
+  constexpr std::int64_t kRows[] = {1, 2, 3, 4, 7, 8, 9, 16, 31, 64, 100, 127, 129, 256, 300, 1000, 1024, 2048, 8192};
+  constexpr int kProposals = 32;
+  const Key key{product.dtype,      product.y_dtype,        product.rows, product.k, 0,
+                product.accumulate, product.bias != nullptr};
+  if (const auto found = invariant_.find(key); found != invariant_.end()) return found->second;
+
+  const auto plan_of = [&](std::int64_t m) {
+    Product sized = product;
+    sized.m = m;
+    return describe(sized);
+  };
+  const Library& lt = library();
+  const auto reference = plan_of(kReferenceRows);
+  std::vector<std::unique_ptr<Plan>> plans;
+  for (const std::int64_t m : kRows) plans.push_back(plan_of(m));
+  const auto value = [&](const void* algorithm, int attribute) {
+    std::uint32_t number = 0;
+    std::size_t written = 0;
+    check_status(lt.algorithm_get(algorithm, attribute, &number, sizeof number, &written), "linear");
+    return number;
+  };
+  std::optional<Algorithm> chosen;
+  for (const HeuristicResult& result : propose(lt, handle_, *reference, 0, kProposals, true)) {
+    if (value(result.algorithm, kSplitK) > 1 || value(result.algorithm, kReductionScheme) != kNoReduction) continue;
+    Algorithm algorithm{};
+    std::ranges::copy(result.algorithm, algorithm.data);
+    if (!std::ranges::all_of(plans, [&](const auto& plan) { return accepts(*plan, algorithm); })) continue;
+    chosen = algorithm;
+    break;
+  }
+  return invariant_.emplace(key, chosen).first->second;
 }
 
 void CublasLt::matmul(cudaStream_t stream, const Product& product) {

@@ -1,6 +1,6 @@
 #include "cuda_backend.h"
 
-#include <algorithm>
+#include <mutex>
 #include <utility>
 
 #include "based/error.h"
@@ -52,32 +52,40 @@ QkvView columns(const Matrix& qkv, std::int64_t num_qk_heads, std::int64_t qk_di
 
 }  // namespace
 
-CudaBackend::CudaBackend(int device, std::shared_ptr<backend::MemoryCounters> counters)
-    : device_(device), counters_(std::move(counters)), stream_(std::make_shared<Stream>(device)), batches_(stream_) {
+CudaBackend::CudaBackend(int device, bool deterministic)
+    : CudaBackend(std::shared_ptr<Shared>(
+          new Shared{device, deterministic, std::make_shared<backend::MemoryCounters>(), MemoryReturn(device)})) {}
+
+CudaBackend::CudaBackend(std::shared_ptr<Shared> shared)
+    : shared_(std::move(shared)),
+      device_(shared_->device),
+      stream_(std::make_shared<Stream>(device_)),
+      batches_(stream_),
+      recorder_(stream_) {
   const UseDevice use(device_);
   const std::lock_guard lock(recording_mutex());
   cublas_workspace_ = allocate(CublasLt::kWorkspaceBytes, MemoryKind::workspace);
-  cublas_lt_ = std::make_unique<CublasLt>(cublas_workspace_.data.get(), CublasLt::kWorkspaceBytes);
+  cublas_lt_ =
+      std::make_unique<CublasLt>(cublas_workspace_.data.get(), CublasLt::kWorkspaceBytes, shared_->deterministic);
 }
 
 CudaBackend::~CudaBackend() {
   try {
     const UseDevice use(device_);
     const std::lock_guard lock(recording_mutex());
-    recorded_.clear();
+    recorder_.clear();
     cublas_lt_.reset();
     cublas_workspace_ = {};
     scratch_ = {};
     weight_upload_.reset();
-    stream_->synchronize("ending a backend");
-    trim_memory(device_);
+    stream_->synchronize("ending a backend");  // so that what was freed can go back to the device
   } catch (const std::exception&) {
-    // A device that has failed: there is nothing left to give back.
+    // A device that has failed: there is nothing left to wait for.
   }
 }
 
 std::unique_ptr<backend::Backend> CudaBackend::sibling() const {
-  return std::make_unique<CudaBackend>(device_, counters_);
+  return std::unique_ptr<backend::Backend>(new CudaBackend(shared_));
 }
 
 std::string CudaBackend::kernel_isa() const {
@@ -88,7 +96,7 @@ std::string CudaBackend::kernel_isa() const {
 // ---- memory --------------------------------------------------------------------------------------------------------
 
 Buffer CudaBackend::allocate(std::size_t nbytes, MemoryKind kind) {
-  return backend::counted({stream_->allocate(nbytes), nbytes}, counters_, kind);
+  return backend::counted({stream_->allocate(nbytes), nbytes}, shared_->counters, kind);
 }
 
 Buffer CudaBackend::allocate_workspace(std::size_t nbytes) { return allocate(nbytes, MemoryKind::workspace); }
@@ -129,7 +137,7 @@ void CudaBackend::trim() noexcept {
 // Scratch of one operation: the next one may use it too, for they run in order.
 void* CudaBackend::scratch(std::size_t nbytes) {
   if (nbytes > scratch_.nbytes) {
-    if (recording_ != nullptr) throw Error("a recorded step needs more scratch memory than the step before it");
+    if (recorder_.recording()) throw Error("a recorded step needs more scratch memory than the step before it");
     scratch_ = {};
     scratch_ = allocate(nbytes, MemoryKind::workspace);
     ++scratch_generation_;
@@ -141,6 +149,7 @@ void* CudaBackend::scratch(std::size_t nbytes) {
 
 void CudaBackend::begin(const RaggedBatch& batch) {
   const UseDevice use(device_);
+  report_failures();
   device_batch_ = batches_.upload(batch);
   batch_ = batch;
 }
@@ -158,57 +167,12 @@ std::int64_t CudaBackend::step_rows(std::int64_t num_sequences) const {
   return (num_sequences + step - 1) / step * step;
 }
 
-void CudaBackend::after_launch(Launched launched) {
-  if (recording_ != nullptr)
-    recording_->launched.push_back(std::move(launched));
-  else
-    launched(batch_);
-}
+void CudaBackend::after_launch(StepRecorder::Launched launched) { recorder_.after_launch(batch_, std::move(launched)); }
 
 void CudaBackend::replay(const backend::StepKey& key, const std::function<void()>& operations) {
   const UseDevice use(device_);
   // Records hold the addresses of scratch memory and of the batch.
-  const std::uint64_t generation = scratch_generation_ + batches_.generation();
-  if (generation != recorded_generation_) recorded_.clear();
-  recorded_generation_ = generation;
-
-  const auto [entry, first] = recorded_.try_emplace(key);
-  Recorded& recorded = entry->second;
-  recorded.last_use = ++num_replays_;
-  if (first) {
-    if (recorded_.size() > kMaxRecorded)
-      recorded_.erase(std::ranges::min_element(recorded_, {}, [](const auto& r) { return r.second.last_use; }));
-    operations();
-    return;
-  }
-  if (!recorded.graph) record(recorded, operations);
-  check(cudaGraphLaunch(recorded.graph.get(), stream()), "a recorded step");
-  note_operation("a recorded step", stream());
-  for (const Launched& launched : recorded.launched) launched(batch_);
-}
-
-void CudaBackend::record(Recorded& recorded, const std::function<void()>& operations) {
-  const std::lock_guard lock(recording_mutex());
-  cudaGraph_t graph = nullptr;
-  check(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeThreadLocal), "recording a step");
-  recording_ = &recorded;
-  try {
-    operations();
-  } catch (...) {
-    recording_ = nullptr;
-    cudaStreamEndCapture(stream(), &graph);
-    if (graph != nullptr) cudaGraphDestroy(graph);
-    recorded.launched.clear();
-    cudaGetLastError();
-    throw;
-  }
-  recording_ = nullptr;
-  check(cudaStreamEndCapture(stream(), &graph), "recording a step");
-  cudaGraphExec_t executable = nullptr;
-  const cudaError_t status = cudaGraphInstantiate(&executable, graph, 0);
-  cudaGraphDestroy(graph);
-  check(status, "recording a step");
-  recorded.graph.reset(executable);
+  recorder_.run(key, scratch_generation_ + batches_.generation(), batch_, operations);
 }
 
 // ---- operations ----------------------------------------------------------------------------------------------------
@@ -265,8 +229,7 @@ void CudaBackend::sliding_window(const SlidingWindowConfig& config, const Ragged
   const DeviceBatch& tokens = device_batch(batch);
   cuda::sliding_window(stream(), config, qkv.dtype, tokens,
                        columns(qkv, config.num_heads, config.head_dim, config.num_kv_heads, config.head_dim),
-                       pool_of(states).layer(layer), out.data, out.cols,
-                       scratch(sliding_window_scratch(config, qkv.dtype, tokens)));
+                       pool_of(states).layer(layer), out.data, out.cols);
 }
 
 void CudaBackend::token_log_probs(const Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,

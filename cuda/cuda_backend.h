@@ -1,7 +1,6 @@
 #pragma once
 
 #include <functional>
-#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -12,6 +11,7 @@
 #include "cublas_lt.h"
 #include "cuda_sampler.h"
 #include "kernels.h"
+#include "step_recorder.h"
 #include "stream.h"
 #include "weight_upload.h"
 
@@ -22,15 +22,15 @@ namespace based::cuda {
 /// instances only states are exchanged, and copy_state() waits for the other's stream.
 class CudaBackend final : public backend::DeviceBackend<CudaBackend>, private SamplerHost {
  public:
-  /// Throws UnsupportedError when the device is missing or too old, or cuBLASLt is not found.
-  CudaBackend(int device, std::shared_ptr<backend::MemoryCounters> counters);
+  /// Of a device that can be used. `deterministic`: see LoadOptions.
+  CudaBackend(int device, bool deterministic);
   ~CudaBackend() override;
   CudaBackend(const CudaBackend&) = delete;
   CudaBackend& operator=(const CudaBackend&) = delete;
 
   std::unique_ptr<backend::Backend> sibling() const override;
   Device device() const override { return {Device::Type::cuda, device_}; }
-  const backend::MemoryCounters& memory() const override { return *counters_; }
+  const backend::MemoryCounters& memory() const override { return *shared_->counters; }
   int num_threads() const override { return 1; }
   std::string kernel_isa() const override;
   DType activation_dtype(DType weights) const override { return weights; }
@@ -80,30 +80,26 @@ class CudaBackend final : public backend::DeviceBackend<CudaBackend>, private Sa
                     std::span<const backend::NamedView> tensors) override;
 
  private:
-  using Launched = std::function<void(const backend::RaggedBatch&)>;
-  struct DestroyGraph {
-    void operator()(CUgraphExec_st* graph) const { cudaGraphExecDestroy(graph); }
+  // What siblings share. It outlives their streams and memory.
+  struct Shared {
+    int device;
+    bool deterministic;
+    std::shared_ptr<backend::MemoryCounters> counters;
+    MemoryReturn memory;
   };
-  // A recorded step. A key's first step runs unrecorded: it loads kernels and sizes scratch memory.
-  struct Recorded {
-    std::unique_ptr<CUgraphExec_st, DestroyGraph> graph;
-    std::vector<Launched> launched;
-    std::uint64_t last_use = 0;
-  };
-  static constexpr std::size_t kMaxRecorded = 32;
+  explicit CudaBackend(std::shared_ptr<Shared> shared);
 
   // SamplerHost
   cudaStream_t stream() const override { return stream_->get(); }
   const DeviceBatch& device_batch(const backend::RaggedBatch& batch) override;
   backend::Buffer allocate_workspace(std::size_t nbytes) override;
-  void after_launch(Launched launched) override;
+  void after_launch(StepRecorder::Launched launched) override;
 
-  void record(Recorded& recorded, const std::function<void()>& operations);
   void* scratch(std::size_t nbytes);
   WeightUpload& weight_upload();
 
+  const std::shared_ptr<Shared> shared_;
   const int device_;
-  const std::shared_ptr<backend::MemoryCounters> counters_;
   const std::shared_ptr<Stream> stream_;
   backend::Buffer cublas_workspace_;
   std::unique_ptr<CublasLt> cublas_lt_;
@@ -114,10 +110,7 @@ class CudaBackend final : public backend::DeviceBackend<CudaBackend>, private Sa
 
   backend::Buffer scratch_;
   std::uint64_t scratch_generation_ = 0;
-  std::map<backend::StepKey, Recorded> recorded_;
-  std::uint64_t recorded_generation_ = 0;  // of scratch and batches, that the records were made with
-  std::uint64_t num_replays_ = 0;
-  Recorded* recording_ = nullptr;  // while a step is being recorded
+  StepRecorder recorder_;
 
   std::unique_ptr<WeightUpload> weight_upload_;  // from the first weight to synchronize()
 };

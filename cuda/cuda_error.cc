@@ -1,8 +1,11 @@
 #include "cuda_error.h"
 
 #include <array>
+#include <atomic>
 #include <cstdlib>
+#include <mutex>
 #include <string>
+#include <utility>
 
 #include "based/error.h"
 
@@ -16,6 +19,18 @@ struct Recent {
   std::size_t next = 0;
 };
 thread_local Recent recent;
+
+// The first failure kept. `any` is read without the lock: most calls find nothing.
+struct Kept {
+  std::atomic<bool> any = false;
+  std::mutex mutex;
+  cudaError_t status = cudaSuccess;
+  const char* doing = nullptr;
+};
+Kept& kept() {
+  static auto& all = *new Kept;  // never destroyed: memory may be freed after static objects are
+  return all;
+}
 
 bool waits_for_each() {
   static const bool on = [] {
@@ -44,6 +59,34 @@ void check(cudaError_t status, const char* doing) {
     message += "; operations enqueued before, the last one first: " + names;
   if (!waits_for_each()) message += " (BASED_CUDA_SYNC=1 waits for each operation, so that the message names the one)";
   throw DeviceError(message);
+}
+
+void keep_failure(cudaError_t status, const char* doing) noexcept {
+  // At the end of the process the driver may be gone, and everything on the device with it.
+  if (status == cudaSuccess || status == cudaErrorCudartUnloading) return;
+  cudaGetLastError();
+  Kept& all = kept();
+  const std::lock_guard lock(all.mutex);
+  if (all.any) return;
+  all.status = status;
+  all.doing = doing;
+  all.any = true;
+}
+
+void report_failures() {
+  Kept& all = kept();
+  if (!all.any) return;
+  cudaError_t status;
+  const char* doing;
+  {
+    const std::lock_guard lock(all.mutex);
+    status = std::exchange(all.status, cudaSuccess);
+    doing = all.doing;
+    all.any = false;
+  }
+  if (status == cudaSuccess) return;  // another thread reports it
+  throw DeviceError(std::string("an earlier call failed, whose caller could not be told: ") + doing + ": CUDA error " +
+                    std::to_string(static_cast<int>(status)) + ", " + cudaGetErrorString(status));
 }
 
 void note_operation(const char* name, cudaStream_t stream) {

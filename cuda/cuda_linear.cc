@@ -51,7 +51,7 @@ void run_linear(cudaStream_t stream, CublasLt& cublas_lt, const CudaLinearWeight
   part.x = x.data;
   part.y = y.data;
   if (part.m == 0) return;
-  if (skinny_linear_takes(part)) return skinny_linear(stream, part);
+  if (!cublas_lt.row_invariant() && skinny_linear_takes(part)) return skinny_linear(stream, part);
 
   const bool epilogue = needs_epilogue(part), converts = x.dtype != part.dtype;
   const std::int64_t step = epilogue || converts ? std::min(x.rows, kScratchRows) : x.rows;
@@ -77,7 +77,7 @@ void run_linear(cudaStream_t stream, CublasLt& cublas_lt, const CudaLinearWeight
       product.accumulate = accumulate;
       if (part.bias != nullptr) product.bias = y.dtype == DType::float32 ? part.bias : weight.bias_t();
     }
-    if (!CublasLt::takes(product)) {
+    if (!cublas_lt.takes(product)) {
       general_linear(stream, part);
       continue;
     }

@@ -67,7 +67,7 @@ CudaSampler::CudaSampler(SamplerHost& host, std::int64_t vocab_size, int num_row
 }
 
 // The kernels of steps under way write to pinned memory, which is not freed in the order of the stream.
-CudaSampler::~CudaSampler() { cudaStreamSynchronize(host_.stream()); }
+CudaSampler::~CudaSampler() { keep_failure(cudaStreamSynchronize(host_.stream()), "ending a sampler"); }
 
 backend::Buffer CudaSampler::upload(const void* values, std::size_t nbytes) {
   if (nbytes == 0) return {};

@@ -49,11 +49,10 @@ struct DeviceBatch {
   const std::int32_t* longs = nullptr;  // (num_longs) the long sequences
   int num_longs = 0;
 
-  /// The long sequences once more, in pieces of segment_tokens (a multiple of kTileTokens; the last one of a sequence
-  /// may be shorter), chosen so that batch × heads fills the card. Segments of a sequence are consecutive.
+  /// The long sequences once more, in pieces of whole tiles (but for the last one of a sequence) that the
+  /// sequence's length alone decides. Segments of a sequence are consecutive.
   const Tile* segments = nullptr;  // (num_segments)
   int num_segments = 0;
-  int segment_tokens = 0;
   const std::int32_t* first_segments = nullptr;  // (num_longs + 1): segments of longs[i] start at first_segments[i]
 };
 
@@ -70,8 +69,14 @@ struct DeviceInfo {
   int code_capability = 0;  // what the kernels that run on it were compiled for: less when PTX of an older architecture
   int num_sms = 0;
   int max_shared_bytes = 0;  // per block, opt-in
+  bool has_wgmma = false;    // wgmma_code()
 };
 const DeviceInfo& device_info();
+
+/// What CUDA keeps per function and device, set on the current device when a kernel is first given: it may have all
+/// shared memory that a block can have; L1 is to leave as much of it as there is. Any thread.
+void allow_all_shared_memory(const void* kernel, const char* name);
+void prefer_shared_memory(const void* kernel, const char* name);
 
 // ---- embed.cu ------------------------------------------------------------------------------------------------------
 
@@ -103,6 +108,9 @@ struct QkvView {
   std::int64_t q_token = 0, q_head = 0, k_token = 0, k_head = 0, v_token = 0, v_head = 0;
 };
 
+/// From this position on a count of tokens in float32 no longer grows when 1 is added to it.
+constexpr std::int64_t kCountLimit = std::int64_t{1} << 24;
+
 /// W: at most W − 1 tokens of a sequence are pending, in no sum yet. Beyond 8 there is little to gain: a step moves
 /// (1 + 1/W)/2 of the bytes that it would move if it added its token to the sums.
 constexpr int kPendingTokens = 8;
@@ -119,6 +127,7 @@ struct PendingLayout {
 /// the packed order of docs/state-format.md; zeros when fresh: linear_attention_state_bytes(). `pending`: the slot's
 /// pending tokens, all zeros when fresh; with no data, every token is in S and z when the call is done. A sequence of
 /// one token adds its own to them, or all W of them to S and z; before a longer one they are added to S and z.
+/// z's first feature is the number of tokens; of a sequence at a position ≥ kCountLimit it is taken from the position.
 /// `scratch`: linear_attention_scratch() bytes.
 void linear_attention(cudaStream_t stream, const LinearAttentionConfig& config, DType dtype, const DeviceBatch& batch,
                       const QkvView& qkv, StateView state, StateView pending, void* out, std::int64_t out_token,
@@ -126,16 +135,17 @@ void linear_attention(cudaStream_t stream, const LinearAttentionConfig& config, 
 std::size_t linear_attention_scratch(const LinearAttentionConfig& config, DType dtype, const DeviceBatch& batch);
 std::size_t linear_attention_state_bytes(const LinearAttentionConfig& config);
 
+/// DeviceInfo::has_wgmma of the current device: the kernel that uses wgmma was compiled for it.
+bool wgmma_code();
+
 // ---- sliding_window.cu ---------------------------------------------------------------------------------------------
 
 /// backend::Backend::sliding_window on separate q (H heads), k, v (H_kv heads) of head_dim each. Rotates q and k IN
 /// PLACE for long sequences. out at out + n · out_token + h · head_dim, T.
 /// State of a slot: ring of keys (window, H_kv, head_dim) T, already rotated, then of values, the same shape. The key
-/// of position p lies in row p mod window; rows of positions < 0 or ≥ the sequence's own are never read. `scratch`:
-/// sliding_window_scratch() bytes.
+/// of position p lies in row p mod window; rows of positions < 0 or ≥ the sequence's own are never read.
 void sliding_window(cudaStream_t stream, const SlidingWindowConfig& config, DType dtype, const DeviceBatch& batch,
-                    const QkvView& qkv, StateView state, void* out, std::int64_t out_token, void* scratch);
-std::size_t sliding_window_scratch(const SlidingWindowConfig& config, DType dtype, const DeviceBatch& batch);
+                    const QkvView& qkv, StateView state, void* out, std::int64_t out_token);
 
 // ---- linear.cu -----------------------------------------------------------------------------------------------------
 

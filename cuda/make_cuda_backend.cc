@@ -5,6 +5,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "backend/cuda.h"
@@ -90,7 +91,14 @@ void synchronize(int index) {
   synchronize_device("synchronize");
 }
 
-std::unique_ptr<backend::Backend> make_cuda_backend(int index) {
+void release(Tensor tensor, bool on_legacy_stream) noexcept {
+  const int index = tensor.device().index;
+  std::shared_ptr<void> memory = tensor.storage();
+  tensor = {};
+  release_lent(index, std::move(memory), on_legacy_stream);
+}
+
+std::unique_ptr<backend::Backend> make_cuda_backend(int index, bool deterministic) {
   const std::string where = "device cuda:" + std::to_string(index) + " is not available: ";
   std::string problem;
   const int count = count_devices(problem);
@@ -101,7 +109,7 @@ std::unique_ptr<backend::Backend> make_cuda_backend(int index) {
   problem = describe(index).problem;
   if (!problem.empty()) throw UnsupportedError(where + problem);
   require_cublas_lt();
-  return std::make_unique<CudaBackend>(index, std::make_shared<backend::MemoryCounters>());
+  return std::make_unique<CudaBackend>(index, deterministic);
 }
 
 }  // namespace based::cuda

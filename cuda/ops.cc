@@ -1,6 +1,7 @@
 // based/ops.h on the kernels: what a session holds for them (batches, slots of a state) is made here for one call.
 
 #include <algorithm>
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -27,7 +28,8 @@ std::size_t align_16(std::size_t nbytes) { return (nbytes + 15) / 16 * 16; }
 std::size_t floats(std::int64_t count) { return static_cast<std::size_t>(count) * sizeof(float); }
 
 // Batches of B fresh sequences of T tokens. They say nothing but B and T, so one that is on the device serves every
-// later call, on any stream. Never destroyed: the driver may be gone before static objects are.
+// later call, on any stream. A call whose stream is being captured leaves a batch's address in the caller's graph, so
+// that batch stays for ever. Never destroyed: the driver may be gone before static objects are.
 class Batches {
  public:
   static Batches& instance() {
@@ -35,24 +37,23 @@ class Batches {
     return batches;
   }
 
-  // Holding it from here until the kernels are enqueued keeps batches from being freed too early. The caller's device
-  // is the current one.
-  std::mutex mutex;
-
-  const DeviceBatch& get(int device, std::int64_t num_sequences, std::int64_t length) {
-    const Key key{device, num_sequences, length};
-    if (const auto it = entries_.find(key); it != entries_.end()) return it->second->batch;
-    if (entries_.size() >= kMaxEntries) forget(device);
-    auto entry = std::make_unique<Entry>(device);
-    std::vector<std::int32_t> offsets(static_cast<std::size_t>(num_sequences) + 1);
-    std::vector<std::int32_t> slots(static_cast<std::size_t>(num_sequences));
-    const std::vector<std::int64_t> positions(slots.size(), 0);
-    for (std::size_t b = 0; b < offsets.size(); ++b)
-      offsets[b] = static_cast<std::int32_t>(b) * static_cast<std::int32_t>(length);
-    std::iota(slots.begin(), slots.end(), 0);
-    entry->batch = entry->upload.upload({{}, offsets, slots, positions});
-    entry->stream->synchronize("ops");
-    return entries_.emplace(key, std::move(entry)).first->second->batch;
+  // Calls enqueue(batch), which enqueues kernels that read the batch on `stream`. The caller's device is the current
+  // one.
+  template <typename Enqueue>
+  void use(int device, cudaStream_t stream, std::int64_t num_sequences, std::int64_t length, Enqueue&& enqueue) {
+    const std::lock_guard lock(mutex_);
+    cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+    check(cudaStreamIsCapturing(stream, &capturing), "ops");
+    Entry& entry = find(device, num_sequences, length);
+    entry.last_use = ++num_uses_;
+    const bool pinned = entry.pinned || capturing != cudaStreamCaptureStatusNone;
+    entry.pinned = true;  // for ever, should what follows fail half-way
+    enqueue(static_cast<const DeviceBatch&>(entry.batch));
+    if (pinned) return;
+    // Its memory is freed in the order of its own stream, which so comes after all that reads it.
+    entry.used.record(stream, "ops");
+    entry.used.hold(entry.stream->get(), "ops");
+    entry.pinned = false;
   }
 
  private:
@@ -62,16 +63,44 @@ class Batches {
     std::shared_ptr<Stream> stream;
     BatchUpload upload;
     DeviceBatch batch;
+    Event used;
+    std::uint64_t last_use = 0;
+    bool pinned = false;
   };
-  static constexpr std::size_t kMaxEntries = 64;
+  static constexpr std::size_t kMaxEntries = 64;  // of a device, that are not pinned
 
-  // Kernels that read them may still run.
-  void forget(int device) {
-    synchronize_device("ops");
-    std::erase_if(entries_, [device](const auto& entry) { return std::get<0>(entry.first) == device; });
+  Entry& find(int device, std::int64_t num_sequences, std::int64_t length) {
+    const Key key{device, num_sequences, length};
+    if (const auto it = entries_.find(key); it != entries_.end()) return *it->second;
+    const OutsideCapture outside;
+    make_room(device);
+    auto entry = std::make_unique<Entry>(device);
+    std::vector<std::int32_t> offsets(static_cast<std::size_t>(num_sequences) + 1);
+    std::vector<std::int32_t> slots(static_cast<std::size_t>(num_sequences));
+    const std::vector<std::int64_t> positions(slots.size(), 0);
+    for (std::size_t b = 0; b < offsets.size(); ++b)
+      offsets[b] = static_cast<std::int32_t>(b) * static_cast<std::int32_t>(length);
+    std::iota(slots.begin(), slots.end(), 0);
+    entry->batch = entry->upload.upload({{}, offsets, slots, positions});
+    entry->stream->synchronize("ops");
+    return *entries_.emplace(key, std::move(entry)).first->second;
   }
 
+  // Forgets the batch of a device that was used longest ago, when there are too many.
+  void make_room(int device) {
+    std::size_t count = 0;
+    auto oldest = entries_.end();
+    for (auto it = entries_.begin(); it != entries_.end(); ++it) {
+      if (std::get<0>(it->first) != device || it->second->pinned) continue;
+      ++count;
+      if (oldest == entries_.end() || it->second->last_use < oldest->second->last_use) oldest = it;
+    }
+    if (count >= kMaxEntries) entries_.erase(oldest);
+  }
+
+  std::mutex mutex_;
   std::map<Key, std::unique_ptr<Entry>> entries_;
+  std::uint64_t num_uses_ = 0;
 };
 
 // Elements from a token of x (B, T, …) to the next on the packed axis of B · T tokens; 0 when there is none such.
@@ -90,14 +119,13 @@ const void* sequence(const Array& x, std::int64_t b) {
 // Calls enqueue(batch, first sequence): once with all sequences when all arrays can be packed on one axis, otherwise
 // once for each.
 template <typename Enqueue>
-void for_each_batch(int device, std::initializer_list<const Array*> arrays, Enqueue&& enqueue) {
+void for_each_batch(int device, cudaStream_t stream, std::initializer_list<const Array*> arrays, Enqueue&& enqueue) {
   const Array& first = **arrays.begin();
   const std::int64_t b = first.shape[0], t = first.shape[1];
   const bool packed = std::ranges::all_of(arrays, [](const Array* x) { return packed_stride(*x) != 0; });
-  Batches& batches = Batches::instance();
-  const std::lock_guard lock(batches.mutex);
-  const DeviceBatch& batch = batches.get(device, packed ? b : 1, t);
-  for (std::int64_t i = 0; i < (packed ? 1 : b); ++i) enqueue(batch, i);
+  Batches::instance().use(device, stream, packed ? b : 1, t, [&](const DeviceBatch& batch) {
+    for (std::int64_t i = 0; i < (packed ? 1 : b); ++i) enqueue(batch, i);
+  });
 }
 
 QkvView view_of(const Array& q, const Array& k, const Array& v, std::int64_t b) {
@@ -135,7 +163,7 @@ void taylor_linear_attention(const LinearAttentionConfig& config, const Array& q
     copy_rows(stream, state.slot(b) + floats(rows * d), sizeof(float), saved + d, pitch, sizeof(float), height);
   }
 
-  for_each_batch(device, {&q, &k, &v, &out}, [&](const DeviceBatch& batch, std::int64_t b) {
+  for_each_batch(device, stream, {&q, &k, &v, &out}, [&](const DeviceBatch& batch, std::int64_t b) {
     const auto scratch = memory->allocate(linear_attention_scratch(config, q.dtype, batch));
     linear_attention(stream, config, q.dtype, batch, view_of(q, k, v, b), {state.slot(b), slot}, {},
                      const_cast<void*>(sequence(out, b)), token_stride(out), out.strides[2], scratch.get());
@@ -161,10 +189,9 @@ void sliding_window_attention(const SlidingWindowConfig& config, const Array& q,
   check(cudaMemsetAsync(rings.get(), 0, nbytes, stream), "ops");
   const StateView state{static_cast<std::byte*>(rings.get()), slot};
   // Without rotary pairs the kernels only read q and k.
-  for_each_batch(device, {&q, &k, &v, &out}, [&](const DeviceBatch& batch, std::int64_t b) {
-    const auto scratch = memory->allocate(sliding_window_scratch(config, q.dtype, batch));
+  for_each_batch(device, stream, {&q, &k, &v, &out}, [&](const DeviceBatch& batch, std::int64_t b) {
     sliding_window(stream, config, q.dtype, batch, view_of(q, k, v, b), {state.slot(b), slot},
-                   const_cast<void*>(sequence(out, b)), token_stride(out), scratch.get());
+                   const_cast<void*>(sequence(out, b)), token_stride(out));
   });
 }
 
@@ -190,7 +217,7 @@ void gated_short_conv(const GatedConvConfig& config, const Array& u, const Array
   } else {
     check(cudaMemsetAsync(states.get(), 0, height * slot, stream), "ops");
   }
-  for_each_batch(device, {&u, &out}, [&](const DeviceBatch& batch, std::int64_t) {
+  for_each_batch(device, stream, {&u, &out}, [&](const DeviceBatch& batch, std::int64_t) {
     gated_conv(stream, config, u.dtype, static_cast<const float*>(taps.get()), batch, u.data,
                {static_cast<std::byte*>(states.get()), slot}, out.data);
   });

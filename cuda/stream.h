@@ -22,12 +22,15 @@ class UseDevice {
   bool changed_ = false;
 };
 
-/// A stream of one device, and memory in its order. Kept alive by what was allocated on it.
+/// A stream of one device, and memory in its order. Kept alive by what was allocated on it. Memory may be freed by any
+/// thread at any time, while the stream is captured too: it is then freed by a later allocation, free, or
+/// free_waiting() of any stream. A free that fails is reported by report_failures().
 class Stream : public std::enable_shared_from_this<Stream> {
  public:
   explicit Stream(int device);
 
-  /// Another owner's stream, which outlives this object and what was allocated on it.
+  /// Another owner's stream, which outlives this object and what was allocated on it. While its owner captures it,
+  /// what is allocated belongs to the graph, and is freed within it.
   Stream(int device, cudaStream_t borrowed) : device_(device), stream_(borrowed), owned_(false) {}
   ~Stream();
   Stream(const Stream&) = delete;
@@ -48,15 +51,47 @@ class Stream : public std::enable_shared_from_this<Stream> {
   bool owned_ = true;
 };
 
-/// Held while a step is recorded. What waits for a whole device, as taking and freeing page-locked memory and library
-/// handles does, would break the record, from any thread, and holds it too.
+/// Held while a step is recorded. What waits for a whole device, as taking and freeing page-locked memory, graphs and
+/// library handles does, would break the record, from any thread, and holds it too; so does what frees memory in the
+/// order of a stream, for it would become a part of the record.
 std::recursive_mutex& recording_mutex();
+
+/// Frees what was let go while its stream was captured. Frees that still cannot be made wait on.
+void free_waiting() noexcept;
 
 /// Waits for all streams of the current device.
 void synchronize_device(const char* doing);
 
-/// Gives memory that no allocation uses back to the device.
-void trim_memory(int device);
+/// While it lives, this thread may do what CUDA refuses to every thread when somebody captures a stream for all of
+/// them: allocate, free, ask events. None of it is for the captured stream.
+class OutsideCapture {
+ public:
+  OutsideCapture();
+  ~OutsideCapture();
+  OutsideCapture(const OutsideCapture&) = delete;
+  OutsideCapture& operator=(const OutsideCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+/// Keeps `memory` of `device` until what others have enqueued that uses it is done. `on_legacy_stream`: all of that is
+/// on the legacy default stream, and nothing is waited for; otherwise waits for the device. Where a capture forbids
+/// that, the memory is kept until a later call of this, synchronize_device() or Stream::allocate() can do it.
+void release_lent(int device, std::shared_ptr<void> memory, bool on_legacy_stream) noexcept;
+
+/// Shared by those who use a device's memory: when the last one goes, memory that no allocation uses goes back to the
+/// device. Until then it stays with the process, for allocating from the device takes a hundred times as long.
+class MemoryReturn {
+ public:
+  explicit MemoryReturn(int device) : device_(device) {}
+  ~MemoryReturn();
+  MemoryReturn(const MemoryReturn&) = delete;
+  MemoryReturn& operator=(const MemoryReturn&) = delete;
+
+ private:
+  int device_;
+};
 
 /// Page-locked host memory.
 std::shared_ptr<void> allocate_pinned(std::size_t nbytes);
@@ -74,6 +109,12 @@ class Event {
 
   /// Until the point last recorded is reached; at once when there is none.
   void wait(const char* doing) const;
+
+  /// The point last recorded is reached; true when there is none.
+  bool reached(const char* doing) const;
+
+  /// What is enqueued on `stream` from now on comes after the point last recorded, if there is one.
+  void hold(cudaStream_t stream, const char* doing) const;
 
  private:
   cudaEvent_t event_ = nullptr;

@@ -344,8 +344,8 @@ class DeviceBackend : public Backend {
 };
 
 /// The first instance for a device; Backend::sibling() makes others. num_threads: CPU threads, 0 for the CPUs that this
-/// process may use. Throws UnsupportedError for a device that this build or machine does not have, and InvalidArgument
-/// for a number of threads < 0 or > 1024.
-std::unique_ptr<Backend> make_backend(Device device, int num_threads);
+/// process may use. deterministic: LoadOptions::deterministic, which changes nothing on a CPU. Throws UnsupportedError
+/// for a device that this build or machine does not have, and InvalidArgument for a number of threads < 0 or > 1024.
+std::unique_ptr<Backend> make_backend(Device device, int num_threads, bool deterministic = false);
 
 }  // namespace based::backend

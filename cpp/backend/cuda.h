@@ -17,13 +17,16 @@ namespace based::cuda {
 
 // ---- devices (cuda/make_cuda_backend.cc) ---------------------------------------------------------------------------
 
-std::unique_ptr<backend::Backend> make_cuda_backend(int index);
+std::unique_ptr<backend::Backend> make_cuda_backend(int index, bool deterministic);
 
 std::vector<DeviceDescription> cuda_devices();
 
 /// See based::cuda_problem, based::synchronize.
 std::string cuda_problem();
 void synchronize(int index);
+
+/// See based::release_lent.
+void release(Tensor tensor, bool on_legacy_stream) noexcept;
 
 /// A folder of cuBLASLt (or the library file itself) to look into before the system's own places. Called before the
 /// first use of CUDA; later calls change nothing once the library is loaded. Any thread.

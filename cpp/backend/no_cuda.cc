@@ -16,10 +16,11 @@ constexpr const char* kNoCuda = "this build has no CUDA (it was made without a C
 
 using MaybeArray = std::optional<ops::Array>;
 
-std::unique_ptr<backend::Backend> make_cuda_backend(int) { refuse(); }
+std::unique_ptr<backend::Backend> make_cuda_backend(int, bool) { refuse(); }
 std::vector<DeviceDescription> cuda_devices() { return {}; }
 std::string cuda_problem() { return kNoCuda; }
 void synchronize(int) { refuse(); }
+void release(Tensor, bool) noexcept {}
 void add_library_path(std::string) {}  // where to look for libraries that only CUDA needs
 
 void taylor_linear_attention(const LinearAttentionConfig&, const ops::Array&, const ops::Array&, const ops::Array&,

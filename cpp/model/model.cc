@@ -103,7 +103,7 @@ Model::Model(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Model::~Model() = default;
 
 std::shared_ptr<const Model> Model::load(const std::filesystem::path& directory, const LoadOptions& options) {
-  auto backend = backend::make_backend(options.device, options.num_threads);
+  auto backend = backend::make_backend(options.device, options.num_threads, options.deterministic);
   const auto config_path = directory / "config.json";
   const auto config = ModelConfig::from_json(io::read_file(config_path, kMaxConfigBytes), config_path.string());
   FileWeights weights(io::WeightFiles::open(directory), directory.string());
@@ -120,7 +120,7 @@ std::shared_ptr<const Model> Model::random(const ModelConfig& config, std::uint6
   io::Fnv1a hash;
   hash.add(config.to_json());
   hash.add("random " + std::to_string(seed));
-  return Impl::make(config, backend::make_backend(options.device, options.num_threads), weights,
+  return Impl::make(config, backend::make_backend(options.device, options.num_threads, options.deterministic), weights,
                     choose_dtype(options, DType::float32), hash.hex());
 }
 

@@ -78,19 +78,13 @@ __device__ __forceinline__ std::int32_t sequence_of_single(const DeviceBatch& ba
 
 /// Launches with programmatic dependent launch where the kernels were compiled to wait: the kernel may start while its
 /// predecessor on the stream drains. Every thread of every kernel launched this way calls wait_for_predecessors()
-/// before it reads or writes anything but weights, and before it returns.
+/// before it reads or writes anything but weights, and before it returns. After that call all that earlier kernels of
+/// the stream wrote is visible: a grid ends after its predecessor.
 template <typename... Parameters, typename... Arguments>
 void launch(cudaStream_t stream, const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
             std::size_t shared_bytes, Arguments&&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  if (shared_bytes > 48 * 1024) {
-    // The most that there is: the limit is the kernel's, and another thread may launch it with other sizes.
-    cudaFuncAttributes attributes{};
-    check(cudaFuncGetAttributes(&attributes, kernel), name);
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               device_info().max_shared_bytes - static_cast<int>(attributes.sharedSizeBytes)),
-          name);
-  }
+  if (shared_bytes > 48 * 1024) allow_all_shared_memory(reinterpret_cast<const void*>(kernel), name);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;

@@ -83,18 +83,14 @@ constexpr int kPartialStride = 20;  // floats between tokens: 16 rows, stored wi
 
 /// Rows of x up to which the stream was chosen over the matrix library. x must fit into shared memory besides.
 constexpr int kMaxSkinnyRows = 8;
-constexpr int kMaxSkinnyRowsFloat32 = 8;
 
 /// Bytes between rows of x in shared memory: room for whole chunks, and ≡ 64 mod 128, which spares bank conflicts.
 __host__ __device__ __forceinline__ int x_stride_bytes(std::int64_t k, int element_bytes) {
   return static_cast<int>((k * element_bytes + 127) / 128 * 128 + 64);
 }
 
-/// Tiles of 8 tokens: 1, 2 or 4.
-int token_tiles(std::int64_t m) { return m <= 8 ? 1 : m <= 16 ? 2 : 4; }
-
 std::int64_t skinny_shared_bytes(const LinearArguments& a) {
-  const std::int64_t partial = 2 * kWarps * 8 * token_tiles(a.m) * kPartialStride * 4;
+  const std::int64_t partial = 2 * kWarps * kMaxSkinnyRows * kPartialStride * 4;
   return kRingBytes + partial + a.m * x_stride_bytes(a.k, static_cast<int>(size_of(a.dtype)));
 }
 
@@ -106,7 +102,7 @@ __device__ __forceinline__ void stream_16(void* shared, const void* global, bool
                : "memory");
 }
 
-/// 16 bytes of T at element i of a row of x, past L1: the row is another kernel's and this one may have started first.
+/// 16 bytes of T at element i of a row of x, past L1: each row is read once.
 template <typename T>
 __device__ __forceinline__ uint4 load_x(const void* row, DType dtype, int i) {
   if constexpr (!std::is_same_v<T, float>) {
@@ -119,11 +115,11 @@ __device__ __forceinline__ uint4 load_x(const void* row, DType dtype, int i) {
   return __ldcg(reinterpret_cast<const uint4*>(static_cast<const T*>(row) + i));
 }
 
-template <typename T, int kTokenTiles>
+template <typename T>
 __global__ void __launch_bounds__(kWarps * 32)
     skinny_kernel(const __grid_constant__ LinearArguments a, const int num_tiles) {
   constexpr bool kIsFloat = std::is_same_v<T, float>;
-  constexpr int kTokens = 8 * kTokenTiles;
+  constexpr int kTokens = kMaxSkinnyRows;                   // the 8 columns of a tensor-core step
   constexpr int kPiece = 16 / static_cast<int>(sizeof(T));  // elements of 16 bytes
   extern __shared__ __align__(128) std::byte shared[];
   release_successors();
@@ -216,29 +212,23 @@ __global__ void __launch_bounds__(kWarps * 32)
         }
       }
     } else {
-      float sums[kTokenTiles][4] = {};
+      float sums[4] = {};
       for (int chunk = 0; chunk < count; ++chunk, x_piece += kChunkBytes) {
         wait_for_copies<kStages - 1>();
         const uint4 low = *reinterpret_cast<const uint4*>(ring + stage * kStageBytes);
         const uint4 high = *reinterpret_cast<const uint4*>(ring + stage * kStageBytes + kStageBytes / 2);
-#pragma unroll
-        for (int n = 0; n < kTokenTiles; ++n) {
-          uint4 x = {};
-          if (8 * n + g < m) x = *reinterpret_cast<const uint4*>(x_piece + (8 * n + g) * x_stride);
-          mma_16x8x16<T>(sums[n], {low.x, high.x, low.y, high.y}, x.x, x.y);
-          mma_16x8x16<T>(sums[n], {low.z, high.z, low.w, high.w}, x.z, x.w);
-        }
+        uint4 x = {};
+        if (g < m) x = *reinterpret_cast<const uint4*>(x_piece + g * x_stride);
+        mma_16x8x16<T>(sums, {low.x, high.x, low.y, high.y}, x.x, x.y);
+        mma_16x8x16<T>(sums, {low.z, high.z, low.w, high.w}, x.z, x.w);
         fetch(stage);
         if (++stage == kStages) stage = 0;
       }
-#pragma unroll
-      for (int n = 0; n < kTokenTiles; ++n) {
-        float* to = partial + (8 * n + 2 * t) * kPartialStride + g;
-        to[0] = sums[n][0];
-        to[kPartialStride] = sums[n][1];
-        to[8] = sums[n][2];
-        to[kPartialStride + 8] = sums[n][3];
-      }
+      float* to = partial + 2 * t * kPartialStride + g;
+      to[0] = sums[0];
+      to[kPartialStride] = sums[1];
+      to[8] = sums[2];
+      to[kPartialStride + 8] = sums[3];
     }
 
     // At most two outputs per thread; bias and y are asked for before the warps meet.
@@ -476,9 +466,8 @@ __global__ void __launch_bounds__(256)
 }  // namespace
 
 bool skinny_linear_takes(const LinearArguments& a) {
-  const std::int64_t most = a.dtype == DType::float32 ? kMaxSkinnyRowsFloat32 : kMaxSkinnyRows;
   constexpr std::int64_t kMaxExtent = 1 << 24;  // row and column numbers stay far inside int32
-  return a.m <= most && a.k > 0 && a.k < kMaxExtent && a.rows < kMaxExtent &&
+  return a.m <= kMaxSkinnyRows && a.k > 0 && a.k < kMaxExtent && a.rows < kMaxExtent &&
          a.k * static_cast<std::int64_t>(size_of(a.dtype)) % 16 == 0 && is_aligned(a.weight, 16) &&
          is_aligned(a.x, 16) && skinny_shared_bytes(a) <= device_info().max_shared_bytes;
 }
@@ -493,28 +482,10 @@ void skinny_linear(cudaStream_t stream, const LinearArguments& a) {
   const unsigned tiles = blocks_for(outputs_of(a), tile_rows);
   const unsigned rounds = blocks_for(tiles, per_sm * device.num_sms);
   const unsigned blocks = blocks_for(tiles, rounds);
-  const auto run = [&](auto kernel) {
-    launch(stream, "skinny_linear", kernel, blocks, kWarps * 32, static_cast<std::size_t>(shared), a,
+  for_dtype(a.dtype, [&]<typename T>(T) {
+    launch(stream, "skinny_linear", skinny_kernel<T>, blocks, kWarps * 32, static_cast<std::size_t>(shared), a,
            static_cast<int>(tiles));
-  };
-  const auto run_tensor = [&]<typename T>(T) {
-    switch (token_tiles(a.m)) {
-      case 1:
-        return run(skinny_kernel<T, 1>);
-      case 2:
-        return run(skinny_kernel<T, 2>);
-      default:
-        return run(skinny_kernel<T, 4>);
-    }
-  };
-  switch (a.dtype) {
-    case DType::bfloat16:
-      return run_tensor(bf16{});
-    case DType::float16:
-      return run_tensor(fp16{});
-    default:
-      return run(skinny_kernel<float, 1>);
-  }
+  });
 }
 
 void general_linear(cudaStream_t stream, const LinearArguments& a) {

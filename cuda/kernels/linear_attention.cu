@@ -50,9 +50,7 @@ bool decode_bulk_takes(const RecurrentArguments& a) {
 
 template <int kPending>
 void launch_decode_bulk(cudaStream_t stream, const RecurrentArguments& a) {
-  check(cudaFuncSetAttribute(decode_bulk_kernel<kPending>, cudaFuncAttributePreferredSharedMemoryCarveout,
-                             cudaSharedmemCarveoutMaxShared),
-        "linear_attention");
+  prefer_shared_memory(reinterpret_cast<const void*>(decode_bulk_kernel<kPending>), "linear_attention");
   launch(stream, "linear_attention", decode_bulk_kernel<kPending>,
          dim3(blocks_for(static_cast<std::int64_t>(a.batch.num_singles) * a.num_heads, 1)), dim3(kBulkThreads),
          decode_bulk_shared_bytes<kPending>(a.feature_dim, a.num_features, a.head_dim), a,
@@ -66,12 +64,10 @@ void launch_decode(cudaStream_t stream, const RecurrentArguments& a) {
   const int vec = a.head_dim % 4 == 0 ? 4 : 1;
   const int column_threads = std::min(a.head_dim / vec, 256);
   const int num_blocks = a.batch.num_singles * a.num_heads;
-  // A few blocks have to keep as many bytes under way as many do.
-  const int most_threads = num_blocks <= device_info().num_sms ? 1024
-                           : num_blocks <= 2 * device_info().num_sms
-                               ? 512
-                               : 128;  // the longer a block streams, the less its start weighs
-  const int row_groups = std::max(1, std::min(most_threads / column_threads, a.num_features));
+  // More threads keep more bytes under way where blocks are few, fewer weigh less where they are many. The sums follow
+  // the threads, so that it is one number for every batch.
+  constexpr int kThreads = 256;
+  const int row_groups = std::max(1, std::min(kThreads / column_threads, a.num_features));
   const int threads = (column_threads * row_groups + 31) / 32 * 32;
   const std::size_t shared_bytes =
       decode_shared_bytes<kPending>(a.feature_dim, a.num_features, threads, column_threads, vec);
@@ -94,21 +90,19 @@ struct Slices {
   bool state_in_shared;
 };
 
-/// Slices of columns that fill the card and, when possible, lie in shared memory.
-Slices choose_slices(const LinearAttentionConfig& config, const DeviceBatch& batch) {
+/// Equal slices of at most 32 columns which, when possible, lie in shared memory. The model and the card choose them,
+/// not the batch, for the order of sums follows from them.
+Slices choose_slices(const LinearAttentionConfig& config) {
+  constexpr int kMostColumns = 32;
   Slices s{};
   const int head_dim = static_cast<int>(config.head_dim), f = static_cast<int>(config.feature_dim);
   const int num_features = static_cast<int>(config.num_features());
   const auto shared_limit = static_cast<std::size_t>(device_info().max_shared_bytes);
   s.vec = head_dim % 4 == 0 ? 4 : 1;
-  s.dim = std::min(head_dim, kRecurrentThreads * s.vec);
+  const int vectors = head_dim / s.vec, slices = (head_dim + kMostColumns - 1) / kMostColumns;
+  s.dim = (vectors + slices - 1) / slices * s.vec;
   const auto fits = [&] { return recurrent_shared_bytes(f, num_features, s.dim, true) <= shared_limit; };
-  const auto blocks = [&] {
-    return static_cast<std::int64_t>(batch.num_longs) * config.num_heads * ((head_dim + s.dim - 1) / s.dim);
-  };
-  constexpr int kLeastColumns = 16;
-  while (s.dim > s.vec && (!fits() || (s.dim > kLeastColumns && blocks() < 2 * device_info().num_sms)))
-    s.dim = (s.dim / s.vec + 1) / 2 * s.vec;
+  while (s.dim > s.vec && !fits()) s.dim = (s.dim / s.vec + 1) / 2 * s.vec;
   s.state_in_shared = fits();
   s.count = (head_dim + s.dim - 1) / s.dim;
   return s;
@@ -119,7 +113,7 @@ std::size_t recurrent_z_floats(const LinearAttentionConfig& config, const Device
 }
 
 std::size_t recurrent_scratch_bytes(const LinearAttentionConfig& config, const DeviceBatch& batch) {
-  const Slices slices = choose_slices(config, batch);
+  const Slices slices = choose_slices(config);
   std::size_t copies = slices.count > 1 ? 1 : 0;
   if (!slices.state_in_shared) copies += static_cast<std::size_t>(slices.count);
   return recurrent_z_floats(config, batch) * copies * sizeof(float);
@@ -133,7 +127,7 @@ void launch_store_z(cudaStream_t stream, const LinearAttentionConfig& config, co
 }
 
 void launch_recurrent(cudaStream_t stream, const LinearAttentionConfig& config, RecurrentArguments a, void* scratch) {
-  const Slices slices = choose_slices(config, a.batch);
+  const Slices slices = choose_slices(config);
   a.num_slices = slices.count;
   a.slice_dim = slices.dim;
   a.state_in_shared = slices.state_in_shared;
@@ -179,15 +173,9 @@ std::size_t chunked_scratch_bytes(const LinearAttentionConfig& config, const Dev
   return segment_state_bytes(config, batch) + (column_groups(config) > 1 ? z_bytes : 0);
 }
 
-/// Whether wgmma_kernel was compiled for this device.
-bool has_wgmma() {
-  cudaFuncAttributes attributes{};
-  check(cudaFuncGetAttributes(&attributes, wgmma_kernel<true>), "linear_attention");
-  return attributes.sharedSizeBytes > 0;
-}
-
 bool wgmma_takes(const LinearAttentionConfig& config, const void* out, std::int64_t out_token, std::int64_t out_head) {
-  return config.feature_dim == kWgmmaF && is_aligned(out, 16) && (out_token | out_head) % 8 == 0 && has_wgmma();
+  return config.feature_dim == kWgmmaF && is_aligned(out, 16) && (out_token | out_head) % 8 == 0 &&
+         device_info().has_wgmma;
 }
 
 /// The kernels' arguments, all but the columns of a block.
@@ -241,6 +229,13 @@ void launch_chunked(cudaStream_t stream, const LinearAttentionConfig& config, co
 }
 
 }  // namespace
+
+// Of another architecture the kernel is empty and has no shared memory.
+bool wgmma_code() {
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, wgmma_kernel<true>), "linear_attention");
+  return attributes.sharedSizeBytes > 0;
+}
 
 std::size_t linear_attention_state_bytes(const LinearAttentionConfig& config) {
   return align_16(static_cast<std::size_t>(config.num_heads * config.num_features() * (config.head_dim + 1)) *

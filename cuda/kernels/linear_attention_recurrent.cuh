@@ -97,6 +97,12 @@ __device__ __forceinline__ FeaturePair feature_pair(int feature, int f) {
   return {i, j, i == j ? 0.70710678118654752f : 1.0f};
 }
 
+/// z's first feature, the number of tokens in S and z: of the `position` tokens that the sequence has seen, `pending`
+/// are not among them. `stored` is what lies in z, which has stopped to count at kCountLimit.
+__device__ __forceinline__ float token_count(float stored, std::int64_t position, int pending) {
+  return position < kCountLimit ? stored : static_cast<float>(position - pending);
+}
+
 template <int kVec>
 struct Columns {
   float x[kVec];
@@ -155,7 +161,7 @@ __global__ void __launch_bounds__(1024) decode_kernel(RecurrentArguments a, int 
   const int sequence = a.batch.singles ? a.batch.singles[index] : index;
   const int slot = a.batch.slots[sequence];
   if (slot < 0) return;
-  const std::int64_t token = a.batch.offsets[sequence];
+  const std::int64_t token = a.batch.offsets[sequence], position = a.batch.positions[sequence];
   const int tid = static_cast<int>(threadIdx.x), num_threads = static_cast<int>(blockDim.x);
   PendingTokens pending{};
   int count = 0;  // of pending tokens before this one
@@ -248,7 +254,8 @@ __global__ void __launch_bounds__(1024) decode_kernel(RecurrentArguments a, int 
             sum += k;
           }
         if (first_column == 0) {
-          const float old = row == tid ? first_z : z[first_row + row];
+          float old = row == tid ? first_z : z[first_row + row];
+          if (first_row + row == 0) old = token_count(old, position, count);
           partial += q * old;
           if (folds) z[first_row + row] = old + sum;
         }
@@ -387,7 +394,7 @@ __global__ void __launch_bounds__(kBulkThreads, 3) decode_bulk_kernel(RecurrentA
   const int index = static_cast<int>(blockIdx.x) / a.num_heads, head = static_cast<int>(blockIdx.x) % a.num_heads;
   const int sequence = sequence_of_single(a.batch, static_cast<unsigned>(index));
   const int slot = a.batch.slots[sequence];
-  const std::int64_t token = a.batch.offsets[sequence];
+  const std::int64_t token = a.batch.offsets[sequence], position = a.batch.positions[sequence];
   if (slot < 0) return;
 
   float* state = slot_data<float>(a.state, slot);
@@ -459,7 +466,9 @@ __global__ void __launch_bounds__(kBulkThreads, 3) decode_bulk_kernel(RecurrentA
   float partial = 0.0f;
   for (int row = tid; row < num_features; row += kBulkThreads) {
     if (row != tid) pair = feature_pair(row, f);
-    const float q = yq[pair.i] * yq[pair.j] * pair.weight, old = row == tid ? first_z : z[row];
+    const float q = yq[pair.i] * yq[pair.j] * pair.weight;
+    float old = row == tid ? first_z : z[row];
+    if (row == 0) old = token_count(old, position, count);
     phi_q[row] = q;
     partial += q * old;
     if (folds) {
@@ -580,7 +589,7 @@ inline std::size_t fold_shared_bytes(int feature_dim) {
 }
 
 /// One block per (long sequence, head): adds the pending tokens to S and z, so that kernels of many tokens find all
-/// that the sequence has seen. Reads and writes S once when there are any, else nothing but their number.
+/// that the sequence has seen, and puts the count right. Reads and writes S once when there are any.
 __global__ void __launch_bounds__(kFoldThreads) fold_pending_kernel(RecurrentArguments a) {
   extern __shared__ __align__(16) float shared[];
   wait_for_predecessors();
@@ -588,11 +597,12 @@ __global__ void __launch_bounds__(kFoldThreads) fold_pending_kernel(RecurrentArg
   constexpr int kW = kPendingTokens;
   const int f = a.feature_dim, num_features = a.num_features, head_dim = a.head_dim;
   const int index = static_cast<int>(blockIdx.x) / a.num_heads, head = static_cast<int>(blockIdx.x) % a.num_heads;
-  const int slot = a.batch.slots[a.batch.longs[index]];
+  const int sequence = a.batch.longs[index], slot = a.batch.slots[sequence];
   if (slot < 0) return;
   const PendingTokens pending = pending_tokens(a, slot, head);
   const int count = *pending.count, tid = static_cast<int>(threadIdx.x);
-  if (count == 0) return;
+  const std::int64_t position = a.batch.positions[sequence];
+  if (count == 0 && position < kCountLimit) return;
   float* values = shared;                   // (kW, kFoldColumns)
   float* phi = values + kW * kFoldColumns;  // (kFoldRows, kW)
   float* yk = phi + kFoldRows * kW;         // (kW, f + 1)
@@ -600,6 +610,10 @@ __global__ void __launch_bounds__(kFoldThreads) fold_pending_kernel(RecurrentArg
   float* z = state + static_cast<std::int64_t>(a.num_heads) * num_features * head_dim +
              static_cast<std::int64_t>(head) * num_features;
   state += static_cast<std::int64_t>(head) * num_features * head_dim;
+  if (count == 0) {
+    if (tid == 0) z[0] = static_cast<float>(position);
+    return;
+  }
   for (int i = tid; i < kW * (f + 1); i += kFoldThreads) {  // φ(k) of tokens that are not there is 0
     const int j = i / (f + 1), d = i % (f + 1);
     yk[i] = j >= count ? 0.0f : d == f ? 1.0f : load_element(pending.keys, j * f + d, a.dtype) * a.scale;
@@ -624,7 +638,10 @@ __global__ void __launch_bounds__(kFoldThreads) fold_pending_kernel(RecurrentArg
           phi[row * kW + j] = k;
           sum += k;
         }
-        if (first_column == 0) z[first_row + row] += sum;
+        if (first_column == 0) {
+          const bool counts = first_row + row == 0;
+          z[first_row + row] = (counts ? token_count(z[0], position, count) : z[first_row + row]) + sum;
+        }
       }
       __syncthreads();
       float* s = state + static_cast<std::int64_t>(first_row) * head_dim + first_column;
@@ -674,6 +691,7 @@ __global__ void __launch_bounds__(kRecurrentThreads) recurrent_kernel(RecurrentA
   const int slot = a.batch.slots[sequence];
   if (slot < 0) return;
   const int first_token = a.batch.offsets[sequence], num_tokens = a.batch.offsets[sequence + 1] - first_token;
+  const std::int64_t position = a.batch.positions[sequence];
   const int tid = static_cast<int>(threadIdx.x);
   const int row_groups = kRecurrentThreads / column_threads;
   const int group = tid / column_threads, lane_column = (tid % column_threads) * kVec;
@@ -740,6 +758,7 @@ __global__ void __launch_bounds__(kRecurrentThreads) recurrent_kernel(RecurrentA
       for (int row = tid; row < rows; row += kRecurrentThreads) {
         const FeaturePair pair = feature_pair(first_row + row, f);
         float sum = z[first_row + row];
+        const bool counts = first_row + row == 0 && position >= kCountLimit;
         Columns<4> k[kT / 4], q[kT / 4];
 #pragma unroll
         for (int t = 0; t < kT; ++t) {
@@ -747,7 +766,7 @@ __global__ void __launch_bounds__(kRecurrentThreads) recurrent_kernel(RecurrentA
           const float* yq = yk + kT * (f + 1);
           const float phi_k = t < count ? yk[pair.i] * yk[pair.j] * pair.weight : 0.0f;
           const float phi_q = yq[pair.i] * yq[pair.j] * pair.weight;
-          sum += phi_k;
+          sum = counts && t < count ? static_cast<float>(position + begin + t + 1) : sum + phi_k;
           partial[t] += phi_q * sum;
           k[t / 4].x[t % 4] = phi_k;
           q[t / 4].x[t % 4] = phi_q;

@@ -736,7 +736,7 @@ void enqueue(cudaStream_t stream, WindowArguments a) {
 }  // namespace
 
 void sliding_window(cudaStream_t stream, const SlidingWindowConfig& config, DType dtype, const DeviceBatch& batch,
-                    const QkvView& qkv, StateView state, void* out, std::int64_t out_token, void*) {
+                    const QkvView& qkv, StateView state, void* out, std::int64_t out_token) {
   WindowArguments a{};
   a.batch = batch;
   a.qkv = qkv;
@@ -754,7 +754,5 @@ void sliding_window(cudaStream_t stream, const SlidingWindowConfig& config, DTyp
     a.log2_step = -2.0 / static_cast<double>(config.rotary_dim) * std::log2(config.rotary_base);
   for_dtype(dtype, [&]<typename T>(T) { enqueue<T>(stream, a); });
 }
-
-std::size_t sliding_window_scratch(const SlidingWindowConfig&, DType, const DeviceBatch&) { return 0; }
 
 }  // namespace based::cuda

@@ -604,12 +604,12 @@ class Model:
     Immutable weights on one device. Any number of threads.
     """
     @staticmethod
-    def load(directory: os.PathLike | str | bytes, *, device: str = 'cpu', dtype: str | None = None, num_threads: typing.SupportsIndex | None = None) -> Model:
+    def load(directory: os.PathLike | str | bytes, *, device: str = 'cpu', dtype: str | None = None, num_threads: typing.SupportsIndex | None = None, deterministic: bool = False) -> Model:
         """
         Reads config.json and model.safetensors (or its shards). Raises OSError, FormatError, UnsupportedError, ValueError.
         """
     @staticmethod
-    def random(config: ModelConfig, seed: typing.SupportsIndex = 0, *, device: str = 'cpu', dtype: str | None = None, num_threads: typing.SupportsIndex | None = None) -> Model:
+    def random(config: ModelConfig, seed: typing.SupportsIndex = 0, *, device: str = 'cpu', dtype: str | None = None, num_threads: typing.SupportsIndex | None = None, deterministic: bool = False) -> Model:
         """
         Seeded random weights of this shape.
         """

@@ -28,6 +28,7 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     num_threads: int | None = None,
+    deterministic: bool = False,
     revision: str | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> Model:
@@ -45,6 +46,9 @@ def load(
         dtype: Of the weights: "float32", "bfloat16", on a GPU also "float16". "auto" is the files' own when that has 16
             bits and the device takes it; for others float32 on the CPU and bfloat16 on a GPU.
         num_threads: CPU threads of this model; None for the CPUs that this process may use.
+        deterministic: A sequence's results do not depend, to the bit, on what else is in its batch. On a GPU every
+            matrix product then runs by one algorithm for any number of rows, which is slower (docs/performance.md). On
+            the CPU it is always so, and this changes nothing.
         revision: Branch, tag or commit at the hub.
         tokenizer: A tokenizer.json, or a directory that holds one. By default the model's own; the published models
             have none and use GPT-2's, which is fetched from the hub when text is first needed.
@@ -57,7 +61,7 @@ def load(
         MemoryError: The device has less memory than the weights need.
         ValueError: An argument outside its domain.
     """
-    options = core_options(device, dtype, num_threads)
+    options = core_options(device, dtype, num_threads, deterministic)
     source = _locate(path_or_id, revision)
     lazy_tokenizer = _tokenizer_of(source, tokenizer)
     return Model(_core.Model.load(_in_our_format(source), **options), lazy_tokenizer)

@@ -22,7 +22,7 @@ MAX_BATCH_SIZE = 32
 Params: TypeAlias = _core.SamplingParams | None
 
 
-def core_options(device: str, dtype: str, num_threads: int | None) -> dict[str, Any]:
+def core_options(device: str, dtype: str, num_threads: int | None, deterministic: bool = False) -> dict[str, Any]:
     """Arguments of _core.Model.load and .random. Raises ValueError."""
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16', not {dtype!r}")
@@ -30,6 +30,7 @@ def core_options(device: str, dtype: str, num_threads: int | None) -> dict[str, 
         "device": choose_device(device),
         "dtype": None if dtype == "auto" else dtype,
         "num_threads": num_threads,
+        "deterministic": deterministic,
     }
 
 
@@ -64,9 +65,10 @@ class Model:
         device: str = "auto",
         dtype: str = "auto",
         num_threads: int | None = None,
+        deterministic: bool = False,
     ) -> "Model":
         """A model of this shape with seeded random weights and no tokenizer, for benchmarks."""
-        core = _core.Model.random(config, seed, **core_options(device, dtype, num_threads))
+        core = _core.Model.random(config, seed, **core_options(device, dtype, num_threads, deterministic))
         return cls(core, LazyTokenizer(None))
 
     # ---- what it is ------------------------------------------------------------------------------------------------

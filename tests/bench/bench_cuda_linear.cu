@@ -157,7 +157,7 @@ Product product_of(const Context& context, const LinearArguments& a) {
 
 bool takes(Way way, const Context& context, const LinearArguments& a) {
   if (way == Way::skinny) return skinny_linear_takes(a);
-  return way == Way::general || (a.x_dtype == a.dtype && CublasLt::takes(product_of(context, a)));
+  return way == Way::general || (a.x_dtype == a.dtype && context.library->takes(product_of(context, a)));
 }
 
 void run(Way way, const Context& context, const LinearArguments& a) {
@@ -495,7 +495,7 @@ int bench(int argc, char** argv) {
   };
   require_cublas_lt();
   const DeviceMemory workspace(CublasLt::kWorkspaceBytes);
-  CublasLt library(workspace.data(), workspace.nbytes());
+  CublasLt library(workspace.data(), workspace.nbytes(), false);
   Context context;
   context.library = &library;
   check(cudaStreamCreateWithFlags(&context.stream, cudaStreamNonBlocking), "stream");

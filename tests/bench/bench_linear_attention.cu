@@ -152,7 +152,7 @@ struct Batch {
     static_assert(sizeof(Tile) == 12);
     device.segments = reinterpret_cast<const Tile*>(upload(raw));
     device.num_segments = static_cast<int>(segments.size());
-    device.segment_tokens = segment_tokens;
+    device.positions = reinterpret_cast<const std::int64_t*>(upload(std::vector<std::int32_t>(2 * lengths.size())));
   }
   Batch(const Batch&) = delete;
   Batch& operator=(const Batch&) = delete;

@@ -155,7 +155,7 @@ class Batch {
 
  private:
   template <typename T>
-  const T* keep(const std::vector<T>& host) {
+  T* keep(const std::vector<T>& host) {
     memory_.emplace_back(host);
     return memory_.back().as<T>();
   }
@@ -214,13 +214,12 @@ void check_sliding_window(const SlidingWindowConfig& c, DType dtype, const std::
   const DeviceMemory device_qkv(dtype, qkv), device_states(dtype, states);
   const std::int64_t out_row = c.num_heads * hd + (aligned ? 8 : 1);
   const DeviceMemory out(static_cast<std::size_t>(batch.view.num_tokens * out_row) * bytes_of(dtype));
-  const DeviceMemory scratch(sliding_window_scratch(c, dtype, batch.view));
   const auto at = [&](std::int64_t element) {
     return device_qkv.as<char>() + static_cast<std::size_t>(element) * bytes_of(dtype);
   };
   const QkvView view{at(0), at(c.num_heads * hd), at((c.num_heads + kv) * hd), row, hd, row, hd, row, hd};
   sliding_window(main_stream(), c, dtype, batch.view, view, {device_states.as<std::byte>(), slot_stride},
-                 out.as<void>(), out_row, scratch.as<void>());
+                 out.as<void>(), out_row);
   check(cudaDeviceSynchronize(), "sliding_window");
 
   const Floats got = out.download(dtype), got_states = device_states.download(dtype);
@@ -587,13 +586,12 @@ void time_shape(int size, int length) {
     const int inputs = inputs_for(nbytes);
     const Inputs qkv(inputs, tokens * 3 * d * 2, kT), out(inputs, tokens * d * 2, kT), states(inputs * size, state, kT);
     const std::vector<Batch> all = batches(inputs);
-    const DeviceMemory scratch(sliding_window_scratch(config, kT, all[0].view));
     report("sliding_window" + suffix, nbytes, inputs, [&](int i, cudaStream_t stream) {
       const std::int64_t row = 3 * 1792;
       const char* q = qkv[i];
       sliding_window(stream, config, kT, all[static_cast<std::size_t>(i)].view,
                      {q, q + 1792 * 2, q + 2 * 1792 * 2, row, 112, row, 112, row, 112},
-                     {states.memory.as<std::byte>(), states.each}, out[i], 1792, scratch.as<void>());
+                     {states.memory.as<std::byte>(), states.each}, out[i], 1792);
     });
   }
 }

@@ -151,6 +151,8 @@ def test_number_of_threads_changes_nothing(model, golden):
     ids = golden("based-tiny")["input_ids"][0]
     alone = based.load(GOLDEN / "based-tiny", num_threads=1)
     assert alone.num_threads == 1
+    same = based.load(GOLDEN / "based-tiny", device="cpu", deterministic=True)  # as it is on a CPU anyway
+    np.testing.assert_array_equal(same.forward([1, 2, 3]), alone.forward([1, 2, 3]))
     np.testing.assert_array_equal(alone.forward(ids), model.forward(ids))
 
 

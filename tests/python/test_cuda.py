@@ -1,7 +1,7 @@
 """Models on a GPU: the golden cases, the laws of docs/architecture.md, memory. BASED_LONG=1 runs the long forms.
 
-The CPU is bit for bit independent of neighbours and cuts; a GPU chooses kernels by the shape of a batch, so there the
-same law holds within the golden files' tolerance.
+The CPU is bit for bit independent of neighbours and cuts; a GPU chooses the kernels of matrix products by the shape of
+a batch, so there the same law holds within the golden files' tolerance, and to the bit with `deterministic`.
 """
 
 import asyncio
@@ -11,6 +11,8 @@ import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import based
@@ -538,6 +540,81 @@ def test_torch_reads_without_a_copy(load):
     np.testing.assert_array_equal(
         np.asarray(model.forward(torch.tensor([1, 2], device="cuda"))), np.asarray(model.forward([1, 2]))
     )
+
+
+@pytest.mark.parametrize("side_stream", [False, True])
+def test_torch_gives_memory_back_after_its_work(load, side_stream):
+    """Without waiting on PyTorch's default stream, and safely on any other."""
+    torch = pytest.importorskip("torch")
+    model = load()
+    session = model.session(2)
+    values = np.asarray(session.fork().prefill([[1, 2], [3]]))
+    stream = torch.cuda.Stream() if side_stream else torch.cuda.default_stream()
+    done = torch.cuda.Event()
+    shared = torch.from_dlpack(session.prefill([[1, 2], [3]]))
+    torch.cuda.synchronize()
+    del shared  # loads what PyTorch needs
+    session.reset()
+    with torch.cuda.stream(stream):
+        shared = torch.from_dlpack(session.prefill([[1, 2], [3]]))
+        torch.cuda._sleep(400_000_000)  # clock cycles
+        copy = shared.clone()
+        done.record()
+        del shared
+    assert done.query() == side_stream
+    for token in range(20):  # would take the memory
+        session.step([token, token])
+    torch.cuda.synchronize()
+    np.testing.assert_array_equal(copy.cpu().numpy(), values)
+
+
+def test_tensors_may_be_dropped_by_other_threads(load):
+    """While the session's thread records steps of ever other sizes."""
+    model = load()
+    workspace = model.memory.workspace
+    session = model.session(24)
+    queue: SimpleQueue[Any] = SimpleQueue()
+
+    def drop() -> None:
+        while queue.get() is not None:
+            pass
+
+    thread = Thread(target=drop)
+    thread.start()
+    try:
+        for size in [n for n in range(1, 25) for _ in range(4)]:
+            queue.put(session.step([size] * size, list(range(size))))
+    finally:
+        queue.put(None)
+        thread.join()
+    assert np.isfinite(np.asarray(session.step([1] * 24))).all()
+    del session
+    gc.collect()
+    assert model.memory.workspace == workspace
+
+
+# ---- deterministic ---------------------------------------------------------------------------------------------------
+
+
+@HALF_OR_SINGLE
+def test_deterministic_results_do_not_depend_on_the_batch(dtype, tmp_path):
+    model = based.load(GOLDEN / "based-tiny", device=CUDA, dtype=dtype, deterministic=True)
+    tokens = tokens_of(model, 240)
+
+    def run(neighbours: int) -> list[Any]:
+        session = model.session(neighbours + 1)
+        rows = [session.prefill([tokens[:200], *(tokens[n % 90 : n % 90 + 7] for n in range(neighbours))])]
+        for i, token in enumerate(tokens[200:220]):
+            rows.append(session.step([token, *([i] * neighbours)]))
+            if i == 9:
+                session.save_state(tmp_path / "state")
+                session = session.fork()
+                session.load_state(tmp_path / "state")
+        return [np.asarray(row)[0].copy() for row in rows]
+
+    alone = run(0)
+    for neighbours in (1, 7, 40, 300):
+        np.testing.assert_array_equal(run(neighbours), alone)
 
 
 # ---- bfloat16 --------------------------------------------------------------------------------------------------------

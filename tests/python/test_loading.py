@@ -109,6 +109,7 @@ def test_cache_directory(monkeypatch):
         ({"device": "cuda:62"}, based.UnsupportedError, "(?i)cuda"),
         ({"device": "cuda:63"}, based.UnsupportedError, "(?i)cuda"),
         ({"num_threads": 0}, ValueError, "num_threads"),
+        ({"deterministic": 1}, TypeError, "deterministic"),
         ({"num_threads": 1 << 20}, ValueError, "1048576"),
         ({"num_threads": 1.0}, TypeError, "num_threads must be an integer"),
         ({"revision": "main"}, ValueError, "revision='main' is for models at the hub"),

@@ -255,3 +255,33 @@ def test_checks_of_the_core(change, fragment):
     with pytest.raises(ValueError, match=r".") as caught:
         based._core.op_taylor_linear_attention(**arguments)
     assert fragment in str(caught.value)
+
+
+@gpu
+def test_a_captured_graph_outlives_calls_of_other_shapes():
+    """What a graph of the caller's reads stays, however many shapes come after it."""
+    static_q, static_k, static_v = (random(2, 70, 3, 16, dtype="bfloat16", seed=seed) for seed in range(3))
+    inputs = (static_q, static_k, static_v)
+    expected = ops.taylor_linear_attention(*inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # of a shape that is new inside it, too
+        y = ops.taylor_linear_attention(*inputs)
+        short = ops.taylor_linear_attention(*(x[:, :33] for x in inputs))
+    for length in range(2, 202):
+        ops.sliding_window_attention(*(random(1, length, 1, 8) for _ in range(3)), window=3)
+    for _ in range(2):
+        y.zero_()
+        short.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, expected)
+        assert torch.equal(short, ops.taylor_linear_attention(*(x[:, :33].contiguous() for x in inputs)))
+
+
+@gpu
+def test_long_and_short_sequences_are_independent_of_the_batch():
+    for length in (3, 900, 5000):
+        q, k, v = (random(12, length, 2, 16, dtype="bfloat16", seed=seed) for seed in range(3))
+        together = ops.taylor_linear_attention(q, k, v)
+        alone = ops.taylor_linear_attention(q[4:5], k[4:5], v[4:5])
+        assert torch.equal(together[4:5], alone)

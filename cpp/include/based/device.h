@@ -26,6 +26,11 @@ std::string cuda_problem();
 /// Waits for everything that was enqueued on a device, by this library or another.
 void synchronize(Device device);
 
+/// Lets go of a tensor that another library has used: a GPU's memory is not freed before what that library has enqueued
+/// by now is done. `on_legacy_stream`: all of that is on CUDA's legacy default stream, and nothing is waited for here;
+/// otherwise this waits for the device. Any thread.
+void release_lent(Tensor tensor, bool on_legacy_stream) noexcept;
+
 /// Folders, or library files, to look into for cuBLASLt before the system's own. Before the first use of CUDA.
 void add_cublas_path(const std::string& path);
 

@@ -23,6 +23,10 @@ struct LoadOptions {
   std::optional<DType> dtype;  // float32, bfloat16 or (CUDA) float16; none: as a 16-bit file's, for a float32 file
                                // float32 on the CPU and bfloat16 on a GPU
   int num_threads = 0;         // CPU threads of this model; 0: the CPUs that this process may use
+
+  /// A sequence's results do not depend, to the bit, on what else is in its batch. On a GPU every matrix product then
+  /// runs by one algorithm for any number of rows, which is slower. On the CPU it is always so: nothing changes.
+  bool deterministic = false;
 };
 
 /// Bytes of the device's memory that one model and its sessions hold now.
