@@ -130,7 +130,7 @@ void CudaBackend::synchronize() {
 }
 
 void CudaBackend::trim() noexcept {
-  recorded_.clear();
+  recorder_.clear();
   scratch_ = {};
 }
 

@@ -18,8 +18,8 @@
 namespace based::cuda {
 
 /// A CUDA device. Every instance has a stream of its own, on which all its operations run asynchronously and in order,
-/// and scratch memory of its own; weights are finished when the instance that loaded them is synchronised. Between
-/// instances only states are exchanged, and copy_state() waits for the other's stream.
+/// and scratch memory of its own; weights are finished when the instance that loaded them is synchronised. States may be
+/// used by one instance after another: each is synchronised before the next one begins (Executors::Lease).
 class CudaBackend final : public backend::DeviceBackend<CudaBackend>, private SamplerHost {
  public:
   /// Of a device that can be used. `deterministic`: see LoadOptions.
