@@ -43,7 +43,7 @@ class Tensor:
         """
     def __dlpack__(self, *, stream: typing.Any = None, max_version: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex] | None = None, dl_device: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex] | None = None, copy: bool | None = None) -> typing.Any:
         """
-        Contents are complete: no `stream` has to wait.
+        Contents are complete: no `stream` has to wait. A consumer that names the legacy default stream (1, as PyTorch does for its default stream) works on that one alone, and gives a GPU's memory back without waiting; for every other one, giving it back waits for the device.
         """
     def __dlpack_device__(self) -> tuple[int, int]:
         ...
