@@ -21,7 +21,7 @@ class CpuSampler final : public backend::Sampler {
 
   void assign(int row, const SamplingParams& params, std::uint64_t seed, std::uint32_t sequence,
               std::span<const std::int32_t> prompt, std::span<const std::int32_t> stop_ids,
-              std::span<const backend::SeenToken> seen) override;
+              std::span<const backend::SeenToken> seen = {}) override;
   void sample(const backend::Matrix& logits, const backend::RaggedBatch& batch) override;
   std::vector<backend::SampledToken> take() override;
 
