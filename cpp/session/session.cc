@@ -158,7 +158,7 @@ std::size_t Session::Impl::hidden_nbytes() const {
 Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts, std::span<const std::int32_t> slots,
                               const InterruptCheck& interrupt) {
   const auto count = static_cast<std::int64_t>(prompts.size());
-  const backend::Buffer last = backend().allocate(prompts.size() * hidden_nbytes(), backend::MemoryKind::states);
+  const backend::Buffer last = backend().allocate(prompts.size() * hidden_nbytes(), backend::MemoryKind::workspace);
   const backend::Matrix last_x{last.data.get(), transformer().activation_dtype(), count, config().hidden_size};
   const Tensor logits = transformer().new_logits(backend(), count);
   std::size_t most = 0;
@@ -258,7 +258,7 @@ std::int64_t Session::Impl::reserve_step(std::size_t count) {
 
 LastHidden Session::Impl::own_copy(const LastHidden& last) const {
   const std::size_t nbytes = hidden_nbytes();
-  const LastHidden copy{backend().allocate(nbytes, backend::MemoryKind::states), 0};
+  const LastHidden copy{backend().allocate(nbytes, backend::MemoryKind::workspace), 0};
   const auto* rows = static_cast<const std::byte*>(last.rows.data.get());
   backend().copy(copy.rows.data.get(), rows + static_cast<std::size_t>(last.row) * nbytes, nbytes);
   return copy;

@@ -246,7 +246,7 @@ Progress StateFileReader::read(int which, backend::Backend& backend, backend::St
   if (sequence.last_hidden.data != nullptr) {
     const Tensor hidden = Tensor::empty(model_.impl().transformer.activation_dtype(), sequence.last_hidden.shape);
     io::convert(sequence.last_hidden, hidden.dtype(), hidden.data());
-    progress.last.rows = backend.allocate(hidden.nbytes(), backend::MemoryKind::states);
+    progress.last.rows = backend.allocate(hidden.nbytes(), backend::MemoryKind::workspace);
     backend.copy_from_host(progress.last.rows.data.get(), hidden.data(), hidden.nbytes());
   }
   return progress;

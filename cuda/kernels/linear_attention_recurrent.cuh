@@ -479,6 +479,7 @@ __global__ void __launch_bounds__(kBulkThreads, 3) decode_bulk_kernel(RecurrentA
         phi_k[row * kPending + j] = k;
         sum += k;
       }
+      if (row == 0 && position >= kCountLimit) sum = static_cast<float>(position + 1);  // one by one none would count
       z[row] = sum;
     }
   }

@@ -52,23 +52,17 @@ struct Mixer {
   std::vector<float> taps;  // of a gated conv
 
   explicit Mixer(MixerConfig mixer) : config(std::move(mixer)) {
-    if (const auto* conv = std::get_if<GatedConvConfig>(&config))
-      taps = random_floats(static_cast<std::size_t>(conv->inner_size * conv->kernel_size), 77, 0.5);
+    for (const Parameter& p : mixer_parameters(config))
+      taps = random_floats(static_cast<std::size_t>(num_elements(p.shape)), 77, 0.5);
   }
 
+  // The last projection is the output's, all others are stacked.
   std::int64_t input_width() const {
-    if (const auto* conv = std::get_if<GatedConvConfig>(&config)) return 2 * conv->inner_size;
-    if (const auto* linear = std::get_if<LinearAttentionConfig>(&config))
-      return linear->num_heads * (2 * linear->feature_dim + linear->head_dim);
-    const auto& window = std::get<SlidingWindowConfig>(config);
-    return (window.num_heads + 2 * window.num_kv_heads) * window.head_dim;
+    std::int64_t rows = -1;  // the output projection's, of hidden size 1
+    for (const Projection& p : mixer_projections(config, 1)) rows += p.rows;
+    return rows;
   }
-  std::int64_t output_width() const {
-    if (const auto* conv = std::get_if<GatedConvConfig>(&config)) return conv->inner_size;
-    if (const auto* linear = std::get_if<LinearAttentionConfig>(&config)) return linear->num_heads * linear->head_dim;
-    const auto& window = std::get<SlidingWindowConfig>(config);
-    return window.num_heads * window.head_dim;
-  }
+  std::int64_t output_width() const { return mixer_projections(config, 1).back().cols; }
   std::unique_ptr<backend::StatePool> states(CpuBackend& cpu, DType ring, int capacity) const {
     ModelConfig model;
     model.layers = {config};
@@ -76,13 +70,18 @@ struct Mixer {
   }
   void run(CpuBackend& cpu, const RaggedBatch& batch, const Matrix& in, backend::StatePool& states,
            const Matrix& out) const {
-    if (const auto* conv = std::get_if<GatedConvConfig>(&config)) {
-      cpu.gated_conv(*conv, taps.data(), batch, in, states, 0, out);
-    } else if (const auto* linear = std::get_if<LinearAttentionConfig>(&config)) {
-      cpu.linear_attention(*linear, batch, in, states, 0, out);
-    } else {
-      cpu.sliding_window(std::get<SlidingWindowConfig>(config), batch, in, states, 0, out);
-    }
+    struct Run {
+      CpuBackend& cpu;
+      const float* taps;
+      const RaggedBatch& batch;
+      const Matrix& in;
+      backend::StatePool& states;
+      const Matrix& out;
+      void operator()(const GatedConvConfig& c) const { cpu.gated_conv(c, taps, batch, in, states, 0, out); }
+      void operator()(const LinearAttentionConfig& c) const { cpu.linear_attention(c, batch, in, states, 0, out); }
+      void operator()(const SlidingWindowConfig& c) const { cpu.sliding_window(c, batch, in, states, 0, out); }
+    };
+    std::visit(Run{cpu, taps.data(), batch, in, states, out}, config);
   }
   // Input of one sequence.
   std::vector<float> input(std::int64_t tokens, std::uint64_t seed) const {

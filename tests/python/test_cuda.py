@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import random
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -238,7 +239,8 @@ def test_pending_tokens_of_another_device(load, tmp_path, count, saved, dtype):
     source, expected, found = cpu.session(), cpu.session(), gpu.session()
     source.prefill(tokens_of(cpu, 60))
     source.save_state(tmp_path / "state")
-    tensors = {name.split(".", 2)[2]: tensor for name, tensor in read_safetensors(tmp_path / "state").items()}
+    saved_tensors = {name.split(".", 2)[2]: tensor for name, tensor in read_safetensors(tmp_path / "state").items()}
+    tensors = {name: tensor for name, tensor in saved_tensors.items() if name.startswith("layers.")}
     normal = np.random.default_rng(count).normal
     for i, mixer in enumerate(cpu.config.layers):
         if isinstance(mixer, based.LinearAttentionConfig):
@@ -398,6 +400,88 @@ def test_models_and_threads_share_a_gpu(load):
 def test_float32_files_run_in_bfloat16_by_default():
     assert based.load(GOLDEN / "based-tiny", device=CUDA).dtype == "bfloat16"
     assert based.load(GOLDEN / "based-tiny-bf16", device="cuda").dtype == "bfloat16"
+
+
+# ---- failures of one row, going on -----------------------------------------------------------------------------------
+
+
+@HALF_OR_SINGLE
+def test_a_row_that_cannot_go_on_has_seen_what_it_yielded(load, dtype):
+    """The next step is enqueued before the failure is known: on the device it leaves the row alone."""
+    model = load(dtype=dtype)
+    vocabulary = model.config.vocab_size
+    prompt = [token for token in range(vocabulary) if token != 7]
+    params = SamplingParams(
+        temperature=0, max_tokens=9, repetition_penalty=1e300, logit_bias=dict.fromkeys(range(vocabulary), -100.0)
+    )
+    good = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    session, replay, alone = model.session(3), model.session(), model.session()
+    outputs = session.generate([prompt, [1, 2, 3], prompt[:5]], [params, good, good])
+    failed = outputs[0].outputs[0]
+    assert (failed.token_ids, failed.finish_reason) == ([7], "error")
+    assert "leave no token" in failed.error
+    assert session.num_tokens == [vocabulary, 12, 14]
+    (expected,) = alone.generate([1, 2, 3], good)
+    assert outputs[1].outputs[0].token_ids == expected.outputs[0].token_ids
+    replay.prefill([[*prompt, 7]])
+    CHECKS[dtype](np.asarray(session.step([5], [0])), np.asarray(replay.step([5])))
+
+
+@HALF_OR_SINGLE
+def test_a_session_goes_on_without_a_prompt(load, tmp_path, dtype):
+    model = load(dtype=dtype)
+    greedy = {"temperature": 0, "ignore_eos": True}
+    session = model.session(2)
+    first = session.generate([[1, 2, 3], [4, 5]], SamplingParams(max_tokens=5, **greedy))
+    state = session.state(1)
+    session.save_state(tmp_path / "state")
+    second = session.generate([[], []], SamplingParams(max_tokens=6, **greedy))
+    loaded = model.session(2)
+    loaded.load_state(tmp_path / "state")
+    again = loaded.generate([[], []], SamplingParams(max_tokens=6, **greedy))
+    assert [o.outputs[0].token_ids for o in again] == [o.outputs[0].token_ids for o in second]
+    (one,) = model.session(states=[state]).generate([[]], SamplingParams(max_tokens=6, **greedy))
+    assert one.outputs[0].token_ids == second[1].outputs[0].token_ids
+    whole = model.session(2).generate([[1, 2, 3], [4, 5]], SamplingParams(max_tokens=11, **greedy))
+    if dtype == "float32":
+        for a, b, c in zip(first, second, whole, strict=True):
+            assert a.outputs[0].token_ids + b.outputs[0].token_ids == c.outputs[0].token_ids
+
+
+def test_sessions_of_many_threads_share_executors(load):
+    """Each is what it is alone; states go from one executor to another."""
+    model = load(dtype="float32")
+    prompts = [tokens_of(model, 20 + 7 * i, i) for i in range(6)]
+    expected = []
+    for prompt in prompts:
+        session = model.session()
+        session.prefill([prompt])
+        expected.append([np.asarray(session.step([token]))[0] for token in range(8)])
+    sessions = [model.session() for _ in prompts]
+    found: list[Any] = [[] for _ in prompts]
+    errors: list[BaseException] = []
+
+    def work(i: int) -> None:
+        try:
+            sessions[i].prefill([prompts[i]])
+            for token in range(8):
+                found[i].append(np.asarray(sessions[i].step([token]))[0])
+                model.score([1, 2, 3])
+        except BaseException as error:
+            errors.append(error)
+
+    for _ in range(3):
+        for session, rows in zip(sessions, found, strict=True):
+            session.reset()
+            rows.clear()
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors
+        for rows, rows_alone in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(rows, rows_alone)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
