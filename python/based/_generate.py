@@ -178,7 +178,7 @@ class _Sample:
         """The last chunk of a sample that cannot go on, with the text that was held back."""
         text = "" if self._decoder is None else self._decoder.flush()
         text, _ = self._stops.add(text, may_stop=False)
-        logprobs = None if self._params.logprobs is None else []
+        logprobs: list[dict[int, Logprob]] | None = None if self._params.logprobs is None else []
         return StreamChunk(self._index, text + self._stops.flush(), [], 0.0, logprobs, "error", None, error)
 
     def _logprobs(self, event: _core.TokenEvent) -> list[dict[int, Logprob]] | None:

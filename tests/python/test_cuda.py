@@ -23,7 +23,7 @@ from based import SamplingParams, sizes
 
 from tests.reference.checkpoints import RandomModel, Seeded, random_model
 from tests.reference.compare import max_abs, rel_l2
-from tests.reference.files import read_safetensors, round_to, write_state
+from tests.reference.files import read_layers, read_safetensors, round_to, write_state
 from tests.reference.model import Model as Reference
 
 pytestmark = pytest.mark.gpu
@@ -239,8 +239,7 @@ def test_pending_tokens_of_another_device(load, tmp_path, count, saved, dtype):
     source, expected, found = cpu.session(), cpu.session(), gpu.session()
     source.prefill(tokens_of(cpu, 60))
     source.save_state(tmp_path / "state")
-    saved_tensors = {name.split(".", 2)[2]: tensor for name, tensor in read_safetensors(tmp_path / "state").items()}
-    tensors = {name: tensor for name, tensor in saved_tensors.items() if name.startswith("layers.")}
+    tensors = read_layers(tmp_path / "state")[0]
     normal = np.random.default_rng(count).normal
     for i, mixer in enumerate(cpu.config.layers):
         if isinstance(mixer, based.LinearAttentionConfig):

@@ -23,7 +23,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from tests.reference.checkpoints import RandomModel
 from tests.reference.checkpoints import models as random_models
 from tests.reference.compare import rel_l2
-from tests.reference.files import read_safetensors, round_to, to_float64, write_state
+from tests.reference.files import read_layers, round_to, to_float64, write_state
 from tests.reference.model import Model, taylor_features
 
 FLOAT32 = 2e-5  # rel-L2 of logits and states in float32; the worst of 2,500 random architectures was 9e-6
@@ -173,15 +173,13 @@ def saved_state(session: based.Session) -> list[tuple[int, dict[str, np.ndarray]
         path = Path(folder) / "state"
         session.save_state(path)
         content = path.read_bytes()
-        tensors = read_safetensors(path)
+        layers = read_layers(path)
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     result: list[tuple[int, dict[str, np.ndarray]]] = [
         (int(count), {}) for count in header["__metadata__"]["num_tokens"].split(",")
     ]
-    for name, (dtype, bits) in tensors.items():
-        _, sequence, rest = name.split(".", 2)
-        if rest.startswith("layers."):
-            result[int(sequence)][1][rest] = to_float64(bits, dtype)
+    for sequence, tensors in layers.items():
+        result[sequence][1].update({name: to_float64(bits, dtype) for name, (dtype, bits) in tensors.items()})
     return result
 
 
@@ -242,11 +240,8 @@ def test_pending_tokens_of_another_device_are_added(data, random, count, dtype):
         before = saved_state(session)
         content = path.read_bytes()
         metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-        states = [(seen, {}) for seen, _ in before]
-        for name, tensor in read_safetensors(path).items():
-            _, b, rest = name.split(".", 2)
-            if rest.startswith("layers."):
-                states[int(b)][1][rest] = tensor
+        layers = read_layers(path)
+        states = [(seen, layers[b]) for b, (seen, _) in enumerate(before)]
         added: dict[tuple[int, int], np.ndarray] = {}
         for b, (seen, tensors) in enumerate(states):
             n = min(count, seen)

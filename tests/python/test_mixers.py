@@ -15,7 +15,7 @@ import pytest
 from based import cli, sizes
 from based._core import MIXERS
 
-from tests.reference.files import read_safetensors, write_model
+from tests.reference.files import read_layers, write_model
 
 ROOT = Path(__file__).parents[2]
 MODEL_FORMAT = ROOT / "docs" / "model-format.md"
@@ -107,11 +107,11 @@ def test_a_model_runs_and_its_sizes_are_those_told(kind: Any, tmp_path: Path, ca
         session.reset()
         session.prefill([list(range(count))])
         session.save_state(tmp_path / "state")
-        saved = read_safetensors(tmp_path / "state")
+        saved = read_layers(tmp_path / "state")[0]
         assert sum(bits.nbytes for _, bits in saved.values()) == sizes.state_nbytes(config, "float32", count)
-        names = {n for n in saved if n.startswith("sequences.0.layers.1.")}
+        names = {n for n in saved if n.startswith("layers.1.")}
         kept = {t.name for t in config.layers[1].state if t.kind != "pending"}
-        assert names == {f"sequences.0.layers.1.{name}" for name in kept}
+        assert names == {f"layers.1.{name}" for name in kept}
     full = sizes.state_nbytes(config, "float32")
     assert facts["state_nbytes"] == {"total": full, kind.mixer: full}
     assert 0 < full <= model.state_nbytes

@@ -63,6 +63,16 @@ def read_safetensors(path: Path) -> dict[str, tuple[str, Array]]:
     return result
 
 
+def read_layers(path: Path) -> dict[int, dict[str, tuple[str, Array]]]:
+    """The layers' tensors of a state file by sequence: name → (dtype, bits). What going on needs is left out."""
+    result: dict[int, dict[str, tuple[str, Array]]] = {}
+    for name, tensor in read_safetensors(path).items():
+        _, sequence, rest = name.split(".", 2)
+        if rest.startswith("layers."):
+            result.setdefault(int(sequence), {})[rest] = tensor
+    return result
+
+
 def read_model(directory: Path) -> tuple[dict[str, Any], dict[str, Array]]:
     """config.json and the weights in float64 of a model directory with one model.safetensors."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
