@@ -266,7 +266,8 @@ std::unique_ptr<backend::StatePool> CudaBackend::make_states(const ModelConfig& 
   return pool;
 }
 
-void CudaBackend::copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot) {
+void CudaBackend::copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot,
+                             std::int64_t) {
   copy(pool_of(to).slot(to_slot), pool_of(from).slot(from_slot), from.nbytes_per_slot());
 }
 

@@ -18,8 +18,8 @@
 namespace based::cuda {
 
 /// A CUDA device. Every instance has a stream of its own, on which all its operations run asynchronously and in order,
-/// and scratch memory of its own; weights are finished when the instance that loaded them is synchronised. States may be
-/// used by one instance after another: each is synchronised before the next one begins (Executors::Lease).
+/// and scratch memory of its own; weights are finished when the instance that loaded them is synchronised. States may
+/// be used by one instance after another: each is synchronised before the next one begins (Executors::Lease).
 class CudaBackend final : public backend::DeviceBackend<CudaBackend>, private SamplerHost {
  public:
   /// Of a device that can be used. `deterministic`: see LoadOptions.
@@ -72,10 +72,11 @@ class CudaBackend final : public backend::DeviceBackend<CudaBackend>, private Sa
 
   std::size_t state_nbytes(const ModelConfig& config, DType dtype) const override;
   std::unique_ptr<backend::StatePool> make_states(const ModelConfig& config, DType dtype, int capacity) override;
-  void copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot) override;
+  void copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot,
+                  std::int64_t num_tokens = kAnyNumber) override;
   void reset_state(backend::StatePool& states, int slot) override;
   std::vector<backend::NamedTensor> export_state(const backend::StatePool& states, int slot,
-                                                 std::int64_t num_tokens) override;
+                                                 std::int64_t num_tokens = kAnyNumber) override;
   void import_state(backend::StatePool& states, int slot, std::int64_t num_tokens,
                     std::span<const backend::NamedView> tensors) override;
 

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <span>
 #include <string>
@@ -295,8 +296,11 @@ class Backend {
   /// All slots fresh. `dtype`: the model's. Throws OutOfMemory.
   virtual std::unique_ptr<StatePool> make_states(const ModelConfig& config, DType dtype, int capacity) = 0;
 
-  /// to[to_slot] = from[from_slot]; pools of the same config and dtype.
-  virtual void copy_state(const StatePool& from, int from_slot, StatePool& to, int to_slot) = 0;
+  /// to[to_slot] = from[from_slot]; pools of the same config and dtype. num_tokens: at least as many as the sequence
+  /// has seen; what a shorter one does not use of a long state need not be copied.
+  virtual void copy_state(const StatePool& from, int from_slot, StatePool& to, int to_slot,
+                          std::int64_t num_tokens = kAnyNumber) = 0;
+  static constexpr std::int64_t kAnyNumber = std::numeric_limits<std::int64_t>::max();
 
   /// Makes a slot fresh.
   virtual void reset_state(StatePool& states, int slot) = 0;

@@ -133,7 +133,7 @@ void Session::Impl::undo(std::span<const std::int32_t> slots,
     Slot& slot = at(slots[i]);
     try {
       if (states[i]) {
-        backend().copy_state(*states[i]->impl().states, 0, *states_, slots[i]);
+        backend().copy_state(*states[i]->impl().states, 0, *states_, slots[i], states[i]->num_tokens());
       } else {
         backend().reset_state(*states_, slots[i]);
       }
@@ -375,7 +375,7 @@ void Session::Impl::copy(int from, int to) {
   if (progress.last.rows.data && progress.last.rows.data == step_output_.hidden.data)
     progress.last = own_copy(progress.last);
   const std::int32_t one[] = {to};
-  change(one, "a copy failed", [&] { backend().copy_state(*states_, from, *states_, to); });
+  change(one, "a copy failed", [&] { backend().copy_state(*states_, from, *states_, to, num_tokens(from)); });
   at(to).set(std::move(progress));
   at(to).broken = nullptr;
   at(to).snapshot = at(from).snapshot;
@@ -398,7 +398,7 @@ std::shared_ptr<const State> Session::Impl::snapshot(int slot) const {
   impl->progress.seen.settle();
   if (num_tokens(slot) > 0) {
     impl->states = backend().make_states(config(), model->dtype(), 1);
-    backend().copy_state(*states_, slot, *impl->states, 0);
+    backend().copy_state(*states_, slot, *impl->states, 0, num_tokens(slot));
     if (source.last.rows.data) impl->progress.last = own_copy(source.last);
     backend().synchronize();
   }
@@ -420,7 +420,7 @@ void Session::Impl::restore(int slot, const State& state) {
   const std::int32_t one[] = {slot};
   change(one, "restoring a state failed", [&] {
     if (state.impl().states)
-      backend().copy_state(*state.impl().states, 0, *states_, slot);
+      backend().copy_state(*state.impl().states, 0, *states_, slot, state.num_tokens());
     else
       backend().reset_state(*states_, slot);
     backend().synchronize();
@@ -447,7 +447,7 @@ void Session::Impl::restore_all(std::span<const std::shared_ptr<const State>> st
 void Session::Impl::copy_all(const Impl& from) {
   for (int slot = 0; slot < batch_size(); ++slot) {
     from.check_whole(slot);
-    from.backend().copy_state(*from.states_, slot, *states_, slot);
+    from.backend().copy_state(*from.states_, slot, *states_, slot, from.num_tokens(slot));
     Progress progress = from.at(slot).progress();
     if (progress.last.rows.data && progress.last.rows.data == from.step_output_.hidden.data)
       progress.last = from.own_copy(progress.last);

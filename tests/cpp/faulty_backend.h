@@ -186,9 +186,10 @@ class FaultyBackend final : public backend::Backend {
     faults_->tick("make_states");
     return inner_->make_states(config, dtype, capacity);
   }
-  void copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot) override {
+  void copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot,
+                  std::int64_t num_tokens) override {
     faults_->tick("copy_state");
-    inner_->copy_state(from, from_slot, to, to_slot);
+    inner_->copy_state(from, from_slot, to, to_slot, num_tokens);
   }
   void reset_state(backend::StatePool& states, int slot) override {
     faults_->tick("reset_state");

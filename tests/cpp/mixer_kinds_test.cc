@@ -278,8 +278,9 @@ class WithoutWindows final : public backend::DeviceBackend<WithoutWindows> {
   std::unique_ptr<backend::StatePool> make_states(const ModelConfig& config, DType dtype, int capacity) override {
     return cpu_.make_states(config, dtype, capacity);
   }
-  void copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot) override {
-    cpu_.copy_state(from, from_slot, to, to_slot);
+  void copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot,
+                  std::int64_t num_tokens) override {
+    cpu_.copy_state(from, from_slot, to, to_slot, num_tokens);
   }
   void reset_state(backend::StatePool& states, int slot) override { cpu_.reset_state(states, slot); }
   std::vector<backend::NamedTensor> export_state(const backend::StatePool& states, int slot,

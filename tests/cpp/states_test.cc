@@ -20,6 +20,8 @@
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/cpu_states.h"
 #include "based/error.h"
+#include "based/session.h"
+#include "tiny_model.h"
 
 namespace based::cpu {
 namespace {
@@ -437,6 +439,43 @@ TEST(States, ALargeWindowTakesMemoryWhenItIsUsed) {
     EXPECT_TRUE(is_zero(begin, 2 * kMegabyte));
     EXPECT_TRUE(is_zero(end - 2 * kMegabyte, 2 * kMegabyte));
   }
+}
+
+// What a session does with a long state costs what the sequence has seen of it.
+TEST(States, ForksAndCheckpointsOfLongWindowsTakeWhatTheyHold) {
+#ifdef __SANITIZE_THREAD__
+  GTEST_SKIP() << "the sanitizer keeps memory of its own beside every page";
+#endif
+  constexpr std::size_t kMegabyte = std::size_t{1} << 20;
+  ModelConfig config = test::tiny_config();
+  SlidingWindowConfig window = std::get<SlidingWindowConfig>(config.layers[2]);
+  window.num_heads = window.num_kv_heads = 4;
+  window.head_dim = 64;
+  window.window = 131'072;
+  config.layers[2] = window;
+  const auto model = Model::random(config, 3);
+  EXPECT_GT(model->state_nbytes(), 256 * kMegabyte);
+  Session session(model, 2);
+  const std::vector<std::vector<std::int32_t>> prompts{test::random_tokens(40, 1), test::random_tokens(300, 2)};
+  session.prefill(prompts);
+  const std::vector<std::int32_t> next{3, 4};
+  const std::size_t before = resident_nbytes();
+  std::vector<std::unique_ptr<Session>> forks;
+  std::vector<std::unique_ptr<Checkpoint>> checkpoints;
+  for (int i = 0; i < 6; ++i) {
+    forks.push_back(session.fork());
+    forks.back()->step(next);
+    checkpoints.push_back(forks.back()->checkpoint());
+  }
+  EXPECT_LT(resident_nbytes(), before + 100 * kMegabyte);  // 7 GB would be all of them
+  forks[0]->prefill(prompts);
+  forks[0]->rollback(*checkpoints[0]);
+  forks[1]->copy(0, 1);
+  forks[1]->copy(1, 0);
+  session.step(next);
+  const Tensor again = forks[0]->step(next), twice = session.step(next);
+  EXPECT_EQ(std::memcmp(again.data(), twice.data(), again.nbytes()), 0);
+  EXPECT_LT(resident_nbytes(), before + 100 * kMegabyte);
 }
 #endif
 

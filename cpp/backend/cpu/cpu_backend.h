@@ -73,10 +73,11 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
   // cpu_states.cc
   std::size_t state_nbytes(const ModelConfig& config, DType dtype) const override;
   std::unique_ptr<backend::StatePool> make_states(const ModelConfig& config, DType dtype, int capacity) override;
-  void copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot) override;
+  void copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot,
+                  std::int64_t num_tokens = kAnyNumber) override;
   void reset_state(backend::StatePool& states, int slot) override;
   std::vector<backend::NamedTensor> export_state(const backend::StatePool& states, int slot,
-                                                 std::int64_t num_tokens) override;
+                                                 std::int64_t num_tokens = kAnyNumber) override;
   void import_state(backend::StatePool& states, int slot, std::int64_t num_tokens,
                     std::span<const backend::NamedView> tensors) override;
 

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <new>
 #include <string>
+#include <tuple>
 
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/cpu_operands.h"
@@ -81,6 +82,22 @@ void for_each_feature(const TaylorState& state, Float* data, Visit&& visit) {
   for (std::int64_t head = 0; head < state.num_heads; ++head, data += layout.head_size)
     for (std::int64_t p = 0; p < layout.num_features; ++p, saved += state.head_dim + 1)
       visit(saved, data + p * layout.cols, data + layout.rows * layout.cols + p);
+}
+
+// Copies the slots of a ring that a sequence of num_tokens tokens has written, and gives back the memory of the others.
+void copy_ring(const RingState& state, std::size_t width, const std::byte* from, std::byte* to,
+               std::int64_t num_tokens) {
+  const RingLayout ring(state);
+  const std::int64_t used = round_up(std::min(num_tokens, state.rows), kStateLanes);
+  for (std::int64_t head = 0; head < state.num_heads; ++head) {
+    for (const auto& [first, count, size] : {std::tuple(std::int64_t{0}, used * state.head_dim, ring.keys_size),
+                                             {ring.keys_size, used * ring.cols, ring.head_size - ring.keys_size}}) {
+      const std::size_t at = static_cast<std::size_t>(head * ring.head_size + first) * width;
+      const std::size_t nbytes = static_cast<std::size_t>(count) * width;
+      std::memcpy(to + at, from + at, nbytes);
+      give_back(to + at + nbytes, static_cast<std::size_t>(size) * width - nbytes);
+    }
+  }
 }
 
 // ---- by the kind of a part ------------------------------------------------------------------------------------------
@@ -217,6 +234,19 @@ void CpuStatePool::reset(int slot) const {
   }
 }
 
+void CpuStatePool::copy(int to_slot, const std::byte* from, std::int64_t num_tokens) const {
+  std::byte* const to = slot(to_slot);
+  if (to == from) return;
+  const auto& parts = layout_.parts();
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    const std::size_t begin = parts[i].offset, end = i + 1 < parts.size() ? parts[i + 1].offset : layout_.slot_nbytes();
+    if (large_rings_[i])
+      copy_ring(std::get<RingState>(parts[i].state), size_of(dtype_), from + begin, to + begin, num_tokens);
+    else
+      std::memcpy(to + begin, from + begin, end - begin);
+  }
+}
+
 std::size_t CpuBackend::state_nbytes(const ModelConfig& config, DType dtype) const {
   return state_layout(config, dtype).slot_nbytes();
 }
@@ -227,10 +257,9 @@ std::unique_ptr<backend::StatePool> CpuBackend::make_states(const ModelConfig& c
   return std::make_unique<CpuStatePool>(config, dtype, capacity, *this);
 }
 
-void CpuBackend::copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot) {
-  const std::byte* source = pool_of(from).slot(from_slot);
-  std::byte* target = pool_of(to).slot(to_slot);
-  if (source != target) std::memcpy(target, source, from.nbytes_per_slot());
+void CpuBackend::copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot,
+                            std::int64_t num_tokens) {
+  pool_of(to).copy(to_slot, pool_of(from).slot(from_slot), num_tokens);
 }
 
 void CpuBackend::reset_state(backend::StatePool& states, int slot) { pool_of(states).reset(slot); }

@@ -63,6 +63,9 @@ class CpuStatePool final : public backend::StatePool {
   /// Zeros; what a large ring has taken of memory goes back to the system.
   void reset(int slot) const;
 
+  /// Makes a slot equal to another one at `from`, of this layout; see Backend::copy_state.
+  void copy(int to_slot, const std::byte* from, std::int64_t num_tokens) const;
+
   std::byte* slot(int slot) const { return data_ + static_cast<std::size_t>(slot) * layout_.slot_nbytes(); }
 
   /// A part of a layer's state.
