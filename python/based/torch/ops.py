@@ -152,7 +152,8 @@ class _Chunks:
     def _join(self, x: torch.Tensor) -> torch.Tensor:
         """What _split made of a (B, T, H, n), as that."""
         x = x.permute(0, 2, 3, 1, 4).flatten(1, 2)
-        return _result(x[:, : self.num_tokens], self.result_dtype)
+        # Always a copy: of one head the rest is a view of what it is made of (_cast).
+        return x[:, : self.num_tokens].to(self.result_dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 class _Pairs:
@@ -428,7 +429,7 @@ class _GatedShortConv(torch.autograd.Function):
         if _has_conv_kernel(u, weight):
             return _conv_kernel(u, weight)
         u1, u2, w = _widened(u, weight)
-        return _result(functional.silu(_causal_conv(u1, w)) * u2, u.dtype)
+        return _cast(functional.silu(_causal_conv(u1, w)) * u2, u.dtype)
 
     @staticmethod
     @once_differentiable
@@ -526,7 +527,7 @@ class _Swiglu(torch.autograd.Function):
         if h.dtype != torch.float64 and _triton_takes(h):
             return _swiglu_kernel(h)
         value, gate = h.to(_accumulation_dtype(h)).chunk(2, -1)
-        return _result(value * functional.silu(gate), h.dtype)
+        return _cast(value * functional.silu(gate), h.dtype)
 
     @staticmethod
     @once_differentiable
@@ -594,14 +595,9 @@ def _check_tensors(*arguments: tuple[str, torch.Tensor, str], names: dict[str, s
             raise TypeError(f"{name} is {_name(tensor)}, expected {_name(first)}, which {first_name} is")
 
 
-def _result(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """y.to(dtype).contiguous(), without those of these calls that would return y itself.
-
-    Where a forward pass ends in such a call, PyTorch 2.11 compiles it to gradients of zero (pytorch#180642).
-    """
-    if y.dtype != dtype:
-        y = y.to(dtype)
-    return y if y.is_contiguous() else y.contiguous()
+def _cast(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """y.to(dtype) without its call where y is what it returns: compiled by PyTorch 2.11 the gradients would be zero."""
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 def _name(tensor: torch.Tensor) -> str:
