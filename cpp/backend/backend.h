@@ -324,8 +324,8 @@ class Backend {
   }
 };
 
-/// Which operations of a device each kind of mixer needs. That they are implemented is read off their addresses: the
-/// address of a member that Device does not declare itself is a pointer to a member of Backend.
+/// Which operations of a device each kind of mixer needs. Device implements an operation when its class declares it.
+/// The compiler tells: &Device::f has the type of a pointer to a member of Device then, and otherwise of Backend.
 template <class Device>
 struct Implements {
   bool operator()(const GatedConvConfig&) const { return declares(&Device::gated_conv); }

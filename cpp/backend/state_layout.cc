@@ -68,11 +68,11 @@ std::byte* StateWriter::add(int layer, std::string_view name, DType dtype, std::
   return tensors.back().tensor.data_as<std::byte>();
 }
 
-std::optional<PendingTokens> StateReader::take_pending() {
+std::optional<SavedPending> StateReader::take_pending() {
   if (next_ == end_ || !next_->name.ends_with(".pending_keys")) return std::nullopt;
   const TensorView& keys = take();
   const TensorView& values = take();
-  return PendingTokens{keys, values};
+  return SavedPending{keys, values};
 }
 
 void save_dense(const DenseState& state, const StateDTypes& dtypes, const std::byte* data, int layer,
@@ -97,7 +97,7 @@ std::vector<float> to_floats(const TensorView& tensor) {
   return x;
 }
 
-void fold_pending(const TaylorState& state, std::span<float> taylor, const PendingTokens& pending) {
+void fold_pending(const TaylorState& state, std::span<float> taylor, const SavedPending& pending) {
   const std::vector<float> keys = to_floats(pending.keys), values = to_floats(pending.values);
   const auto f = static_cast<std::size_t>(state.feature_dim), head_dim = static_cast<std::size_t>(state.head_dim);
   const auto heads = static_cast<std::size_t>(state.num_heads);

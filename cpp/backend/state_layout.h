@@ -67,7 +67,7 @@ class StateWriter {
 };
 
 /// A layer's pending tokens in a state's saved form: keys (n, H, f), values (n, H, head_dim), n ≥ 1.
-struct PendingTokens {
+struct SavedPending {
   TensorView keys, values;
 };
 
@@ -78,7 +78,7 @@ class StateReader {
 
   const TensorView& take() { return (next_++)->view; }
   /// Nothing when other tensors follow.
-  std::optional<PendingTokens> take_pending();
+  std::optional<SavedPending> take_pending();
 
  private:
   std::span<const NamedView>::iterator next_, end_;
@@ -95,6 +95,6 @@ std::vector<float> to_floats(const TensorView& tensor);
 
 /// taylor (H, num_features, head_dim + 1) += Σ_j φ(k_j) [v_j | 1]ᵀ in float32 over n tokens, keys (n, H, f), values
 /// (n, H, head_dim): for a device that cannot keep these pending tokens as they are.
-void fold_pending(const TaylorState& state, std::span<float> taylor, const PendingTokens& pending);
+void fold_pending(const TaylorState& state, std::span<float> taylor, const SavedPending& pending);
 
 }  // namespace based::backend

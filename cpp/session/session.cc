@@ -37,6 +37,22 @@ Session::Impl::Impl(std::shared_ptr<const Model> m, std::int64_t batch_size, boo
   lease->backend().synchronize();
 }
 
+Session::Impl::Impl(const Impl& other)
+    : model(other.model), keeps_seen_(other.keeps_seen_), use_(model->impl().executors), slots_(other.slots_.size()) {
+  backend::Backend& backend = other.backend();
+  states_ = backend.make_states(config(), model->dtype(), batch_size());
+  for (int slot = 0; slot < batch_size(); ++slot) {
+    other.check_whole(slot);
+    backend.copy_state(*other.states_, slot, *states_, slot, other.num_tokens(slot));
+    Progress progress = other.at(slot).progress();
+    if (progress.last.rows.data && progress.last.rows.data == other.step_output_.hidden.data)
+      progress.last = other.own_copy(progress.last);
+    at(slot).set(std::move(progress));
+    at(slot).snapshot = other.at(slot).snapshot;
+  }
+  backend.synchronize();
+}
+
 Session::Impl::Turn::Turn(const Impl& impl) : impl_(impl) {
   if (impl.busy_.exchange(true, std::memory_order_acquire))
     throw SessionBusyError("this session is in another call: one thread at a time may use a session");
@@ -444,19 +460,6 @@ void Session::Impl::restore_all(std::span<const std::shared_ptr<const State>> st
   });
 }
 
-void Session::Impl::copy_all(const Impl& from) {
-  for (int slot = 0; slot < batch_size(); ++slot) {
-    from.check_whole(slot);
-    from.backend().copy_state(*from.states_, slot, *states_, slot, from.num_tokens(slot));
-    Progress progress = from.at(slot).progress();
-    if (progress.last.rows.data && progress.last.rows.data == from.step_output_.hidden.data)
-      progress.last = from.own_copy(progress.last);
-    at(slot).set(std::move(progress));
-    at(slot).snapshot = from.at(slot).snapshot;
-  }
-  from.backend().synchronize();
-}
-
 void Session::Impl::save(const std::filesystem::path& path) const {
   std::vector<Progress> progress;
   for (int slot = 0; slot < batch_size(); ++slot) {
@@ -544,9 +547,7 @@ Tensor Session::step(std::span<const std::int32_t> tokens, std::span<const int> 
 
 std::unique_ptr<Session> Session::fork() const {
   const Impl::Turn turn(*impl_);
-  auto forked = std::make_unique<Impl>(impl_->model, impl_->batch_size());
-  forked->copy_all(*impl_);
-  return std::unique_ptr<Session>(new Session(std::move(forked)));
+  return std::unique_ptr<Session>(new Session(std::make_unique<Impl>(*impl_)));
 }
 
 std::shared_ptr<const State> Session::snapshot(int sequence) const {

@@ -29,6 +29,10 @@ class Session::Impl {
   /// keeps_seen: penalties of later calls count the tokens of earlier ones.
   Impl(std::shared_ptr<const Model> model, std::int64_t batch_size, bool keeps_seen = true);
 
+  /// A copy of `other`, whose Turn the caller holds.
+  explicit Impl(const Impl& other);
+  Impl& operator=(const Impl&) = delete;
+
   /// Owns the session for one call; throws SessionBusyError when another call does.
   class Turn {
    public:
@@ -108,9 +112,6 @@ class Session::Impl {
 
   void reset_all();
   void restore_all(std::span<const std::shared_ptr<const State>> states);
-
-  /// Makes this session's slots equal to another's, of the same number.
-  void copy_all(const Impl& from);
 
   void save(const std::filesystem::path& path) const;
   void load(const std::filesystem::path& path);

@@ -271,6 +271,39 @@ TEST_P(Failures, OfLoading) {
   EXPECT_EQ(floats(loaded->forward(tokens)), floats(model_->forward(tokens)));
 }
 
+// ---- executors -----------------------------------------------------------------------------------------------------
+
+TEST(Executors, SessionsForksAndCallsShareOne) {
+  const auto faults = std::make_shared<Faults>();
+  const auto model = make_model(faults);
+  const MemoryUse before = model->memory();
+  {
+    std::vector<std::unique_ptr<Session>> sessions;
+    for (int i = 0; i < 10; ++i) {
+      sessions.push_back(std::make_unique<Session>(model, 2));
+      sessions.back()->prefill(Prompts{random_tokens(20, 1), random_tokens(7, 2)});
+      sessions.push_back(sessions.back()->fork());
+      sessions.back()->step(std::vector<std::int32_t>{1, 2});
+      model->forward(random_tokens(9, 3));
+      model->score(random_tokens(9, 3));
+    }
+    {
+      Generator generator(model, {{random_tokens(5, 4), greedy(3)}}, 1);
+      while (!generator.done()) generator.next();
+    }
+    EXPECT_EQ(faults->num_siblings, 0);
+
+    // Two that are busy at once need two, and no third is made after that.
+    for (int i = 0; i < 3; ++i) {
+      sessions[0]->prefill(Prompts{{1}, {2}}, {}, [&] { model->score(random_tokens(9, 3)); });
+      EXPECT_EQ(faults->num_siblings, 1);
+    }
+  }
+  const MemoryUse after = model->memory();
+  EXPECT_EQ(after.states, before.states);
+  EXPECT_EQ(after.workspace, before.workspace);
+}
+
 // ---- failures of one row -------------------------------------------------------------------------------------------
 
 // A request whose logits leave no choice: every token is a stop token, and one must come before any of those.

@@ -31,6 +31,8 @@ class Faults {
   void disarm() { armed_ = false; }
   bool fired() const { return fired_; }
 
+  int num_siblings = 0;  // backends that were made beside the first
+
   void tick(const char* what) {
     if (!armed_) return;
     if (countdown_-- > 0) return;
@@ -71,13 +73,14 @@ class FaultySampler final : public backend::Sampler {
   std::shared_ptr<Faults> faults_;
 };
 
-class FaultyBackend final : public backend::Backend {
+class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
  public:
   FaultyBackend(std::unique_ptr<backend::Backend> inner, std::shared_ptr<Faults> faults)
       : inner_(std::move(inner)), faults_(std::move(faults)) {}
 
   std::unique_ptr<backend::Backend> sibling() const override {
     faults_->tick("sibling");
+    ++faults_->num_siblings;
     return std::make_unique<FaultyBackend>(inner_->sibling(), faults_);
   }
 
@@ -86,7 +89,6 @@ class FaultyBackend final : public backend::Backend {
   int num_threads() const override { return inner_->num_threads(); }
   std::string kernel_isa() const override { return inner_->kernel_isa(); }
   DType activation_dtype(DType weights) const override { return inner_->activation_dtype(weights); }
-  bool supports(const MixerConfig& mixer) const override { return inner_->supports(mixer); }
   std::size_t state_nbytes(const ModelConfig& config, DType dtype) const override {
     return inner_->state_nbytes(config, dtype);
   }

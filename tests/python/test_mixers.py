@@ -15,6 +15,7 @@ import pytest
 from based import cli, sizes
 from based._core import MIXERS
 
+from tests.reference import checkpoints
 from tests.reference.files import read_layers, write_model
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +120,11 @@ def test_a_model_runs_and_its_sizes_are_those_told(kind: Any, tmp_path: Path, ca
     other = model.session()
     other.load_state(tmp_path / "state")
     np.testing.assert_array_equal(np.asarray(other.step([3])), np.asarray(session.step([3])))
+
+
+def test_the_laws_are_tested_for_every_kind() -> None:
+    """By the random models of tests/reference, which compare with the float64 reference."""
+    assert set(checkpoints.MIXERS) == {kind.mixer for kind in MIXERS}
 
 
 @KINDS

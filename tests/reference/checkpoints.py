@@ -136,8 +136,12 @@ def model_tensors(config: Mapping[str, Any], seed: int) -> dict[str, Array]:
     return tensors
 
 
-def _random_mixer(choose: Choose) -> Config:
-    kind = choose.one_of(["gated_conv", "linear_attention", "sliding_window"])
+MIXERS = ("gated_conv", "linear_attention", "sliding_window")
+"""The kinds that random models are made of."""
+
+
+def _random_mixer(choose: Choose, kinds: Sequence[str]) -> Config:
+    kind = choose.one_of(list(kinds))
     if kind == "gated_conv":
         inner_size, kernel_size = choose.integer(1, 40), choose.integer(1, 6)
         return {
@@ -154,6 +158,7 @@ def _random_mixer(choose: Choose) -> Config:
             "head_dim": choose.one_of([16, 1, 3, 7, 8, 20, 33]),
             "eps": choose.one_of([1e-12, 0.0, 1e-3]),
         }
+    assert kind == "sliding_window", f"{kind} has no random shapes"
     num_kv_heads, head_dim = choose.integer(1, 3), choose.one_of([16, 1, 2, 3, 7, 8, 24, 33])
     return {
         "mixer": kind,
@@ -170,7 +175,7 @@ def _random_mixer(choose: Choose) -> Config:
     }
 
 
-def random_model_config(choose: Choose, max_layers: int = 4) -> Config:
+def random_model_config(choose: Choose, max_layers: int = 4, kinds: Sequence[str] = MIXERS) -> Config:
     """Any config that our format allows, small."""
     vocab_size = choose.integer(2, 70)
     config = {
@@ -190,7 +195,7 @@ def random_model_config(choose: Choose, max_layers: int = 4) -> Config:
         "tie_embeddings": choose.one_of([True, False]),
         "bos_token_id": choose.one_of([None, 0]),
         "eos_token_id": choose.one_of([None, vocab_size - 1]),
-        "layers": [_random_mixer(choose) for _ in range(choose.integer(1, max_layers))],
+        "layers": [_random_mixer(choose, kinds) for _ in range(choose.integer(1, max_layers))],
     }
     return config if choose.integer(0, 4) else config | {"mlp": None}
 
@@ -212,8 +217,10 @@ class RandomModel:
         write_model(directory, self.config, model_tensors(self.config, self.seed), self.dtype)
 
 
-def random_model(choose: Choose, max_layers: int = 4, dtypes: Sequence[str] = DTYPES) -> RandomModel:
-    config = random_model_config(choose, max_layers)
+def random_model(
+    choose: Choose, max_layers: int = 4, dtypes: Sequence[str] = DTYPES, kinds: Sequence[str] = MIXERS
+) -> RandomModel:
+    config = random_model_config(choose, max_layers, kinds)
     return RandomModel(config, choose.integer(0, 1 << 30), choose.one_of(dtypes))
 
 
@@ -683,9 +690,11 @@ def write_torch(
 
 
 @st.composite
-def models(draw: Any, max_layers: int = 4, dtypes: Sequence[str] = DTYPES) -> RandomModel:
+def models(
+    draw: Any, max_layers: int = 4, dtypes: Sequence[str] = DTYPES, kinds: Sequence[str] = MIXERS
+) -> RandomModel:
     """Model directories of ours."""
-    return random_model(_Drawn(draw), max_layers, dtypes)
+    return random_model(_Drawn(draw), max_layers, dtypes, kinds)
 
 
 @st.composite

@@ -205,6 +205,7 @@ class Model:
                 shape = (mixer["num_heads"], 1 + f + f * (f + 1) // 2, mixer["head_dim"] + 1)
                 state.tensors[f"layers.{i}.taylor"] = np.zeros(shape)
             else:
+                assert mixer["mixer"] == "sliding_window", f"{mixer['mixer']} has no state here"
                 for name in ("keys", "values"):
                     state.tensors[f"layers.{i}.{name}"] = np.zeros((0, mixer["num_kv_heads"], mixer["head_dim"]))
         return state

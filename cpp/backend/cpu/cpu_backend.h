@@ -8,6 +8,14 @@
 
 namespace based::cpu {
 
+class Lengths;  // cpu_operands.h
+
+/// Bytes of scratch memory that a mixer's operation takes for a batch, one for each mixer; defined beside the
+/// operation.
+std::size_t scratch_nbytes(const GatedConvConfig& config, const Lengths& lengths, Isa isa, int num_threads);
+std::size_t scratch_nbytes(const LinearAttentionConfig& config, const Lengths& lengths, Isa isa, int num_threads);
+std::size_t scratch_nbytes(const SlidingWindowConfig& config, const Lengths& lengths, Isa isa, int num_threads);
+
 /// The CPU device. Weights are packed for kernels of the best instruction set of this machine; all operations are
 /// synchronous and run on the pool. Kernels are in kernels/, one file per operation; the methods here cut an operation
 /// into tasks for the pool.

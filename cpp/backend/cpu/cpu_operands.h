@@ -97,9 +97,4 @@ class Lengths {
   std::span<const std::int64_t> positions_ = {};
 };
 
-// Bytes of a mixer's plan (cpu_mixers.cc, cpu_sliding_window.cc).
-std::size_t scratch_nbytes(const GatedConvConfig& config, const Lengths& lengths, Isa isa, int num_threads);
-std::size_t scratch_nbytes(const LinearAttentionConfig& config, const Lengths& lengths, Isa isa, int num_threads);
-std::size_t scratch_nbytes(const SlidingWindowConfig& config, const Lengths& lengths, Isa isa, int num_threads);
-
 }  // namespace based::cpu

@@ -17,7 +17,7 @@ struct GatedConvTask {
   std::int64_t channel_begin, channel_end;
   void* out;  // the first token's row of (N, e) float, or bfloat16 when out_bf16
   bool out_bf16;
-  float* scratch;  // gated_conv_scratch floats
+  float* scratch;  // kernel_size · (channel_end − channel_begin) floats
 };
 
 struct GatedConvKernels {

@@ -2,13 +2,18 @@
 
 // What a mixer's description is made of. A mixer is described once, by its config struct (the headers beside this one):
 //
-//   kName            its name in config.json, in messages and in Python
+// clang-format off
+//   kName            its name in config.json, in messages and in Python (the class is named after the struct)
 //   kLetter          a letter for patterns of layers, such as cLWcc
 //   kAbout           one sentence: the docstring of the Python class
-//   fields(visitor)  calls visitor(key, pointer to member, domain, meaning) for every field, in the order of
-//   config.json projections(d)   the matrices that activations are multiplied by, d = hidden_size parameters()     the
-//   other tensors of its weights; they are kept in float32 state()          what it keeps of a sequence summary() its
-//   shape in words, for `based inspect` make(weights)    the layer with its weights, defined in cpp/model
+//   fields(visitor)  calls visitor(key, pointer to member, domain, meaning) for every field, in the order of config.json;
+//                    a meaning that begins with "e, " gives the field the letter e in the shapes of the documents
+//   projections(d)   the matrices that activations are multiplied by; d = hidden_size
+//   parameters()     the other tensors of its weights; they are kept in float32
+//   state()          what it keeps of a sequence
+//   summary()        its shape in words, for `based inspect`
+//   make(weights)    the layer with its weights, defined in cpp/model
+// clang-format on
 //
 // Reading, checking, counting and writing of configs, the Python bindings, the loading of weights, state pools, state
 // files and the tables of docs/ follow from it.
@@ -26,8 +31,9 @@ namespace based {
 class Mixer;         // cpp/model/mixer.h
 class MixerWeights;  // cpp/model/mixer.h
 
-/// Upper limits. They are far beyond any model, and small enough that the element count of every matrix and of every
-/// layer's state, a product of at most four of them, fits int64; and that sums of 4096 layers of float32 elements do.
+/// Upper limits, far beyond any model. They keep arithmetic on sizes from overflowing: the number of elements of a
+/// matrix or of a layer's state is a product of at most four of them and fits int64, and so does the sum over 4,096
+/// layers of float32 elements.
 namespace limits {
 inline constexpr std::int64_t kSize = 1 << 24;  // vocabulary, hidden and inner sizes, window
 inline constexpr std::int64_t kLayers = 4096;
