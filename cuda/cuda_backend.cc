@@ -34,6 +34,19 @@ const CudaStatePool& pool_of(const backend::StatePool& states) {
   return pool_of(const_cast<backend::StatePool&>(states));
 }
 
+// Room on the host for the blocks of a state.
+struct HostBlocks {
+  std::vector<CudaStatePool::Block> on_device, blocks;
+  std::vector<std::vector<std::byte>> memory;
+
+  explicit HostBlocks(std::vector<CudaStatePool::Block> source) : on_device(std::move(source)) {
+    for (const auto& [data, nbytes] : on_device) {
+      memory.emplace_back(nbytes);
+      blocks.push_back({memory.back().data(), nbytes});
+    }
+  }
+};
+
 // q, k, v of heads side by side in the columns of one matrix.
 QkvView columns(const Matrix& qkv, std::int64_t num_qk_heads, std::int64_t qk_dim, std::int64_t num_kv_heads,
                 std::int64_t v_dim) {
@@ -229,7 +242,7 @@ void CudaBackend::sliding_window(const SlidingWindowConfig& config, const Ragged
   const DeviceBatch& tokens = device_batch(batch);
   cuda::sliding_window(stream(), config, qkv.dtype, tokens,
                        columns(qkv, config.num_heads, config.head_dim, config.num_kv_heads, config.head_dim),
-                       pool_of(states).layer(layer), out.data, out.cols);
+                       pool_of(states).ring(layer), out.data, out.cols);
 }
 
 void CudaBackend::token_log_probs(const Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
@@ -252,8 +265,8 @@ std::unique_ptr<backend::Sampler> CudaBackend::make_sampler(std::int64_t vocab_s
 
 // ---- states --------------------------------------------------------------------------------------------------------
 
-std::size_t CudaBackend::state_nbytes(const ModelConfig& config, DType dtype) const {
-  return state_layout(config, dtype).slot_nbytes();
+std::size_t CudaBackend::state_nbytes(const ModelConfig& config, DType dtype, std::int64_t num_tokens) const {
+  return StatePlaces(config, dtype).state_nbytes(num_tokens);
 }
 
 std::unique_ptr<backend::StatePool> CudaBackend::make_states(const ModelConfig& config, DType dtype, int capacity) {
@@ -262,33 +275,46 @@ std::unique_ptr<backend::StatePool> CudaBackend::make_states(const ModelConfig& 
   auto pool = std::make_unique<CudaStatePool>(config, dtype, capacity);
   Buffer memory = allocate(pool->nbytes(), MemoryKind::states);
   zero(memory.data.get(), memory.nbytes);
-  pool->attach(std::move(memory), stream_);
+  pool->attach(std::move(memory), stream_, shared_->counters);
   return pool;
 }
 
+void CudaBackend::reserve_states(backend::StatePool& states, std::span<const std::int32_t> slots,
+                                 std::span<const std::int64_t> num_tokens) {
+  CudaStatePool& pool = pool_of(states);
+  for (std::size_t i = 0; i < slots.size(); ++i)
+    if (slots[i] >= 0) pool.reserve(slots[i], num_tokens[i]);
+}
+
 void CudaBackend::copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot,
-                             std::int64_t) {
-  copy(pool_of(to).slot(to_slot), pool_of(from).slot(from_slot), from.nbytes_per_slot());
+                             std::int64_t num_tokens) {
+  pool_of(to).reserve(to_slot, num_tokens);
+  const auto source = pool_of(from).blocks(from_slot, num_tokens), target = pool_of(to).blocks(to_slot, num_tokens);
+  for (std::size_t i = 0; i < source.size(); ++i) copy(target[i].data, source[i].data, source[i].nbytes);
 }
 
 void CudaBackend::reset_state(backend::StatePool& states, int slot) {
-  zero(pool_of(states).slot(slot), states.nbytes_per_slot());
+  pool_of(states).release(slot, *stream_);
+  zero(pool_of(states).slot(slot), pool_of(states).slot_nbytes());
 }
 
 std::vector<backend::NamedTensor> CudaBackend::export_state(const backend::StatePool& states, int slot,
                                                             std::int64_t num_tokens) {
   const CudaStatePool& pool = pool_of(states);
-  std::vector<std::byte> bytes(pool.nbytes_per_slot());
-  copy_to_host(bytes.data(), pool.slot(slot), bytes.size());
-  return pool.save(bytes.data(), num_tokens);
+  HostBlocks host(pool.blocks(slot, num_tokens));
+  for (std::size_t i = 0; i < host.blocks.size(); ++i)
+    copy_to_host(host.blocks[i].data, host.on_device[i].data, host.blocks[i].nbytes);
+  return pool.save(host.blocks, num_tokens);
 }
 
 void CudaBackend::import_state(backend::StatePool& states, int slot, std::int64_t num_tokens,
                                std::span<const backend::NamedView> tensors) {
-  const CudaStatePool& pool = pool_of(states);
-  std::vector<std::byte> bytes(pool.nbytes_per_slot());
-  pool.restore(bytes.data(), num_tokens, tensors);
-  copy_from_host(pool.slot(slot), bytes.data(), bytes.size());
+  CudaStatePool& pool = pool_of(states);
+  pool.reserve(slot, num_tokens);
+  HostBlocks host(pool.blocks(slot, num_tokens));
+  pool.restore(host.blocks, num_tokens, tensors);
+  for (std::size_t i = 0; i < host.blocks.size(); ++i)
+    copy_from_host(host.on_device[i].data, host.blocks[i].data, host.blocks[i].nbytes);
 }
 
 }  // namespace based::cuda

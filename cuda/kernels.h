@@ -63,6 +63,13 @@ struct StateView {
   std::byte* slot(std::int64_t s) const { return data + static_cast<std::size_t>(s) * slot_stride; }
 };
 
+/// One layer's ring of every slot: the key of row r starts `row` elements of T behind that of row r − 1, its value
+/// `values` elements behind its key.
+struct RingView {
+  StateView keys;
+  std::int64_t row = 0, values = 0;
+};
+
 /// Properties of the current device that choose a kernel; one query per process and device.
 struct DeviceInfo {
   int compute_capability = 0;  // 10 · major + minor
@@ -142,10 +149,13 @@ bool wgmma_code();
 
 /// backend::Backend::sliding_window on separate q (H heads), k, v (H_kv heads) of head_dim each. Rotates q and k IN
 /// PLACE for long sequences. out at out + n · out_token + h · head_dim, T.
-/// State of a slot: ring of keys (window, H_kv, head_dim) T, already rotated, then of values, the same shape. The key
-/// of position p lies in row p mod window; rows of positions < 0 or ≥ the sequence's own are never read.
+/// State of a slot: a ring of `window` rows, keys (H_kv, head_dim) T, already rotated, and values, the same shape. The
+/// key of position p lies in row p mod window; rows of positions < 0 or ≥ the sequence's own are never read.
 void sliding_window(cudaStream_t stream, const SlidingWindowConfig& config, DType dtype, const DeviceBatch& batch,
-                    const QkvView& qkv, StateView state, void* out, std::int64_t out_token);
+                    const QkvView& qkv, RingView ring, void* out, std::int64_t out_token);
+
+/// The ring that is one block of memory: keys (window, H_kv, head_dim), then values.
+RingView contiguous_ring(const SlidingWindowConfig& config, StateView state);
 
 // ---- linear.cu -----------------------------------------------------------------------------------------------------
 

@@ -190,7 +190,7 @@ void sliding_window_attention(const SlidingWindowConfig& config, const Array& q,
   const StateView state{static_cast<std::byte*>(rings.get()), slot};
   // Without rotary pairs the kernels only read q and k.
   for_each_batch(device, stream, {&q, &k, &v, &out}, [&](const DeviceBatch& batch, std::int64_t b) {
-    sliding_window(stream, config, q.dtype, batch, view_of(q, k, v, b), {state.slot(b), slot},
+    sliding_window(stream, config, q.dtype, batch, view_of(q, k, v, b), contiguous_ring(config, {state.slot(b), slot}),
                    const_cast<void*>(sequence(out, b)), token_stride(out));
   });
 }

@@ -136,19 +136,13 @@ std::shared_ptr<void> Stream::allocate(std::size_t nbytes) {
   void* data = nullptr;
   cudaError_t status = cudaMallocFromPoolAsync(&data, size, pool, stream_);
   if (status == cudaErrorMemoryAllocation) {
-    // What other streams have freed, and what the pool keeps in pieces too small, may do.
     cudaGetLastError();
-    const std::lock_guard lock(recording_mutex());
-    synchronize_device("allocate");
-    check(cudaMemPoolTrimTo(pool, 0), "allocate");
+    return_unused(device_, "allocate");
     status = cudaMallocFromPoolAsync(&data, size, pool, stream_);
   }
   if (status == cudaErrorMemoryAllocation) {
     cudaGetLastError();
-    std::size_t free = 0, total = 0;
-    check(cudaMemGetInfo(&free, &total), "allocate");
-    throw OutOfMemory("out of memory on cuda:" + std::to_string(device_) + ": " + std::to_string(nbytes) +
-                      " bytes are needed, " + std::to_string(free) + " of " + std::to_string(total) + " are free");
+    throw_out_of_memory(device_, nbytes);
   }
   check(status, "allocate");
   allocation->data = data;
@@ -258,6 +252,19 @@ void synchronize_device(const char* doing) {
     check(status, doing);
     done.swap(before);
   }
+}
+
+void return_unused(int device, const char* doing) {
+  const std::lock_guard lock(recording_mutex());
+  synchronize_device(doing);
+  check(cudaMemPoolTrimTo(pool_of(device), 0), doing);
+}
+
+void throw_out_of_memory(int device, std::size_t nbytes) {
+  std::size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total), "out of memory");
+  throw OutOfMemory("out of memory on cuda:" + std::to_string(device) + ": " + std::to_string(nbytes) +
+                    " bytes are needed, " + std::to_string(free) + " of " + std::to_string(total) + " are free");
 }
 
 MemoryReturn::~MemoryReturn() {

@@ -62,6 +62,13 @@ void free_waiting() noexcept;
 /// Waits for all streams of the current device.
 void synchronize_device(const char* doing);
 
+/// For an allocation that failed, on the current device: waits for what other streams have freed, and gives back to the
+/// device what no allocation uses.
+void return_unused(int device, const char* doing);
+
+/// Throws OutOfMemory with the bytes needed and free, on the current device.
+[[noreturn]] void throw_out_of_memory(int device, std::size_t nbytes);
+
 /// While it lives, this thread may do what CUDA refuses to every thread when somebody captures a stream for all of
 /// them: allocate, free, ask events. None of it is for the captured stream.
 class OutsideCapture {

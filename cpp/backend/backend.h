@@ -106,7 +106,7 @@ class StatePool : public Identified {
  public:
   virtual ~StatePool() = default;
   virtual int capacity() const = 0;
-  virtual std::size_t nbytes_per_slot() const = 0;
+  virtual std::size_t nbytes_per_slot() const = 0;  // of a sequence that fills every part
 };
 
 /// A tensor of a state's saved form.
@@ -290,19 +290,27 @@ class Backend {
 
   // ---- states ------------------------------------------------------------------------------------------------
 
-  /// Bytes of one slot of such a pool, without making one.
-  virtual std::size_t state_nbytes(const ModelConfig& config, DType dtype) const = 0;
+  /// Bytes that a slot of such a pool takes when its sequence has seen num_tokens tokens: a long part takes memory when
+  /// it is used. Any thread.
+  virtual std::size_t state_nbytes(const ModelConfig& config, DType dtype,
+                                   std::int64_t num_tokens = kAnyNumber) const = 0;
+  static constexpr std::int64_t kAnyNumber = std::numeric_limits<std::int64_t>::max();
 
   /// All slots fresh. `dtype`: the model's. Throws OutOfMemory.
   virtual std::unique_ptr<StatePool> make_states(const ModelConfig& config, DType dtype, int capacity) = 0;
 
-  /// to[to_slot] = from[from_slot]; pools of the same config and dtype. num_tokens: at least as many as the sequence
-  /// has seen; what a shorter one does not use of a long state need not be copied.
-  virtual void copy_state(const StatePool& from, int from_slot, StatePool& to, int to_slot,
-                          std::int64_t num_tokens = kAnyNumber) = 0;
-  static constexpr std::int64_t kAnyNumber = std::numeric_limits<std::int64_t>::max();
+  /// Takes the memory that the slots of sequences of so many tokens need; those of a longer one keep theirs. Comes
+  /// before the batch that makes them so long. Throws OutOfMemory, and then every state is as before. Does nothing
+  /// where the system hands out memory at its first use.
+  virtual void reserve_states(StatePool&, std::span<const std::int32_t> /*slots*/,
+                              std::span<const std::int64_t> /*num_tokens*/) {}
 
-  /// Makes a slot fresh.
+  /// to[to_slot] = from[from_slot], the state of a sequence that has seen num_tokens tokens; pools of the same config
+  /// and dtype. Takes memory as reserve_states() does.
+  virtual void copy_state(const StatePool& from, int from_slot, StatePool& to, int to_slot,
+                          std::int64_t num_tokens) = 0;
+
+  /// Makes a slot fresh, and gives back what a long part has taken.
   virtual void reset_state(StatePool& states, int slot) = 0;
 
   /// The saved form of a slot whose sequence has seen num_tokens tokens, in layer order: the tensors
@@ -312,7 +320,7 @@ class Backend {
 
   /// Inverse of export_state: the tensors have its names, order and shapes (the caller has checked); those of the
   /// model's dtype may be float32, bfloat16 or float16 and are converted. Pending tokens that this pool cannot keep as
-  /// they are, are added to the sums.
+  /// they are, are added to the sums. Takes memory as reserve_states() does.
   virtual void import_state(StatePool& states, int slot, std::int64_t num_tokens,
                             std::span<const NamedView> tensors) = 0;
 

@@ -42,10 +42,11 @@ class StateLayout {
   std::size_t slot_nbytes() const { return slot_nbytes_; }
   const std::vector<Part>& parts() const { return parts_; }
 
-  /// Of a part of a layer, in the order of its description.
-  std::size_t offset(int layer, int part = 0) const {
-    return offsets_[first_part_[static_cast<std::size_t>(layer)] + static_cast<std::size_t>(part)];
+  /// Into parts(): a part of a layer, in the order of its description.
+  std::size_t index(int layer, int part = 0) const {
+    return first_part_[static_cast<std::size_t>(layer)] + static_cast<std::size_t>(part);
   }
+  std::size_t offset(int layer, int part = 0) const { return offsets_[index(layer, part)]; }
 
   /// Of `capacity` slots. Throws OutOfMemory when it overflows.
   std::size_t pool_nbytes(int capacity) const;

@@ -38,6 +38,8 @@ class OneSequence {
     const std::int32_t slots[] = {0};
     const std::int64_t positions[] = {position_};
     const backend::RaggedBatch batch{tokens, offsets, slots, positions};
+    const std::int64_t length[] = {position_ + n};
+    backend().reserve_states(*states_, slots, length);
     backend().begin(batch);
     const auto r = transformer_.hidden(backend(), batch, *states_, lease_->workspace(), interrupt, trace);
     if (interrupt) interrupt();
@@ -88,7 +90,6 @@ Model::Impl::Impl(const ModelConfig& config, std::unique_ptr<backend::Backend> b
         WeightLoader loader{.backend = lease->backend(), .source = source, .dtype = dtype};
         Transformer loaded(config, loader);
         lease->backend().synchronize();
-        state_nbytes = lease->backend().state_nbytes(config, dtype);
         return loaded;
       }()) {}
 
@@ -130,7 +131,7 @@ DType Model::dtype() const { return impl_->dtype; }
 int Model::num_threads() const { return impl_->executors.device().num_threads(); }
 std::int64_t Model::num_parameters() const { return config().num_parameters(); }
 std::size_t Model::weight_nbytes() const { return impl_->transformer.nbytes(); }
-std::size_t Model::state_nbytes() const { return impl_->state_nbytes; }
+std::size_t Model::state_nbytes() const { return impl_->state_nbytes_of(backend::Backend::kAnyNumber); }
 MemoryUse Model::memory() const {
   const auto& nbytes = impl_->executors.device().memory().nbytes;
   const auto of = [&](backend::MemoryKind kind) { return nbytes[static_cast<std::size_t>(kind)].load(); };

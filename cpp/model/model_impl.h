@@ -20,9 +20,13 @@ class Model::Impl {
   static std::shared_ptr<const Model> make(const ModelConfig& config, std::unique_ptr<backend::Backend> backend,
                                            WeightSource& source, DType dtype, std::string fingerprint);
 
+  /// Device memory of the state of a sequence that has seen num_tokens tokens.
+  std::size_t state_nbytes_of(std::int64_t num_tokens) const {
+    return executors.device().state_nbytes(transformer.config(), dtype, num_tokens);
+  }
+
   mutable Executors executors;
   DType dtype;
-  std::size_t state_nbytes = 0;
   Transformer transformer;
   std::string fingerprint;
 };

@@ -127,6 +127,19 @@ void Session::Impl::check_whole(int slot) const {
               ". Its state is neither the old nor the new one: reset it, roll it back or load a state");
 }
 
+std::size_t Session::Impl::state_nbytes() const {
+  std::size_t total = 0;
+  for (int slot = 0; slot < batch_size(); ++slot) total += model->impl().state_nbytes_of(num_tokens(slot));
+  return total;
+}
+
+// Memory for `more` tokens of each of these sequences.
+void Session::Impl::reserve_states(std::span<const std::int32_t> slots, std::span<const std::int64_t> more) {
+  std::vector<std::int64_t> lengths;
+  for (std::size_t i = 0; i < slots.size(); ++i) lengths.push_back(num_tokens(slots[i]) + more[i]);
+  backend().reserve_states(*states_, slots, lengths);
+}
+
 // ---- failures ------------------------------------------------------------------------------------------------------
 
 // Calls f, which changes these slots. When f throws, they are broken: copying them first would cost more than f.
@@ -148,11 +161,10 @@ void Session::Impl::undo(std::span<const std::int32_t> slots,
   for (std::size_t i = 0; i < slots.size(); ++i) {
     Slot& slot = at(slots[i]);
     try {
-      if (states[i]) {
-        backend().copy_state(*states[i]->impl().states, 0, *states_, slots[i], states[i]->num_tokens());
-      } else {
+      if (states[i])
+        put(slots[i], *states[i]);
+      else
         backend().reset_state(*states_, slots[i]);
-      }
       slot.snapshot = states[i];
     } catch (...) {
       slot.broken = kBroken;
@@ -178,8 +190,13 @@ Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts
   const backend::Matrix last_x{last.data.get(), transformer().activation_dtype(), count, config().hidden_size};
   const Tensor logits = transformer().new_logits(backend(), count);
   std::size_t most = 0;
-  for (const auto& prompt : prompts) most += prompt.size();
+  std::vector<std::int64_t> lengths;
+  for (const auto& prompt : prompts) {
+    most += prompt.size();
+    lengths.push_back(static_cast<std::int64_t>(prompt.size()));
+  }
   transformer().reserve(backend(), workspace(), std::min(static_cast<std::int64_t>(most), backend().chunk_tokens()));
+  reserve_states(slots, lengths);
   std::vector<SeenTokens> seen;
   if (keeps_seen_) {
     for (std::size_t i = 0; i < prompts.size(); ++i) {
@@ -189,8 +206,12 @@ Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts
   }
 
   // A fresh sequence is put back by making it fresh again: only the others are copied.
+  std::vector<std::int32_t> used(slots.begin(), slots.end());
+  std::erase_if(used, [&](std::int32_t slot) { return num_tokens(slot) == 0; });
+  const auto copies = snapshots(used);
   std::vector<std::shared_ptr<const State>> before;
-  for (const std::int32_t slot : slots) before.push_back(num_tokens(slot) > 0 ? snapshot(slot) : nullptr);
+  for (auto copy = copies.begin(); const std::int32_t slot : slots)
+    before.push_back(num_tokens(slot) > 0 ? *copy++ : nullptr);
   try {
     feed(prompts, slots, last_x, interrupt);
     transformer().logits(backend(), last_x, {logits.data(), DType::float32, count, config().padded_vocab_size});
@@ -300,6 +321,7 @@ void Session::Impl::advance(std::span<const std::int32_t> tokens, std::span<cons
   padded_slots.resize(static_cast<std::size_t>(rows), -1);
   positions.resize(static_cast<std::size_t>(rows), 0);
   std::iota(offsets.begin(), offsets.end(), 0);
+  reserve_states(slots, std::vector<std::int64_t>(slots.size(), 1));
   keep_hidden_of_others(slots);
 
   const backend::RaggedBatch batch{padded_tokens, offsets, padded_slots, positions, tokens.empty() ? sampler : nullptr};
@@ -391,6 +413,8 @@ void Session::Impl::copy(int from, int to) {
   if (progress.last.rows.data && progress.last.rows.data == step_output_.hidden.data)
     progress.last = own_copy(progress.last);
   const std::int32_t one[] = {to};
+  const std::int64_t length[] = {num_tokens(from)};
+  backend().reserve_states(*states_, one, length);
   change(one, "a copy failed", [&] { backend().copy_state(*states_, from, *states_, to, num_tokens(from)); });
   at(to).set(std::move(progress));
   at(to).broken = nullptr;
@@ -404,23 +428,27 @@ void Session::Impl::settle(int changed_slot) {
   at(changed_slot).snapshot = snapshot;
 }
 
-std::shared_ptr<const State> Session::Impl::snapshot(int slot) const {
-  check_whole(slot);
-  const Slot& source = at(slot);
-  if (auto same = source.snapshot.lock()) return same;
-  auto impl = std::make_unique<State::Impl>();
-  impl->model = model;
-  impl->progress = source.progress();
-  impl->progress.seen.settle();
-  if (num_tokens(slot) > 0) {
-    impl->states = backend().make_states(config(), model->dtype(), 1);
-    backend().copy_state(*states_, slot, *impl->states, 0, num_tokens(slot));
-    if (source.last.rows.data) impl->progress.last = own_copy(source.last);
-    backend().synchronize();
+std::vector<std::shared_ptr<const State>> Session::Impl::snapshots(std::span<const std::int32_t> slots) const {
+  std::vector<std::shared_ptr<const State>> result;
+  for (const std::int32_t slot : slots) {
+    check_whole(slot);
+    const Slot& source = at(slot);
+    result.push_back(source.snapshot.lock());
+    if (result.back()) continue;
+    auto impl = std::make_unique<State::Impl>();
+    impl->model = model;
+    impl->progress = source.progress();
+    impl->progress.seen.settle();
+    if (num_tokens(slot) > 0) {
+      impl->states = backend().make_states(config(), model->dtype(), 1);
+      backend().copy_state(*states_, slot, *impl->states, 0, num_tokens(slot));
+      if (source.last.rows.data) impl->progress.last = own_copy(source.last);
+    }
+    result.back() = std::make_shared<State>(std::move(impl));
   }
-  auto state = std::make_shared<State>(std::move(impl));
-  source.snapshot = state;
-  return state;
+  backend().synchronize();
+  for (std::size_t i = 0; i < slots.size(); ++i) at(slots[i]).snapshot = result[i];
+  return result;
 }
 
 void Session::Impl::check_model(const State& state) const {
@@ -430,20 +458,32 @@ void Session::Impl::check_model(const State& state) const {
         "loaded twice is two models: a state goes from one to the other through a file)");
 }
 
-void Session::Impl::restore(int slot, const State& state) {
-  check_model(state);
-  Progress progress = state.impl().progress;
-  const std::int32_t one[] = {slot};
-  change(one, "restoring a state failed", [&] {
-    if (state.impl().states)
-      backend().copy_state(*state.impl().states, 0, *states_, slot, state.num_tokens());
-    else
-      backend().reset_state(*states_, slot);
+void Session::Impl::restore(std::span<const std::int32_t> slots, std::span<const State* const> states) {
+  std::vector<Progress> progress;
+  std::vector<std::int64_t> lengths;
+  for (const State* state : states) {
+    check_model(*state);
+    progress.push_back(state->impl().progress);
+    lengths.push_back(state->num_tokens());
+  }
+  backend().reserve_states(*states_, slots, lengths);
+  change(slots, "restoring a state failed", [&] {
+    for (std::size_t i = 0; i < slots.size(); ++i) put(slots[i], *states[i]);
     backend().synchronize();
   });
-  at(slot).set(std::move(progress));
-  at(slot).broken = nullptr;
-  at(slot).snapshot = state.weak_from_this();
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    at(slots[i]).set(std::move(progress[i]));
+    at(slots[i]).broken = nullptr;
+    at(slots[i]).snapshot = states[i]->weak_from_this();
+  }
+}
+
+// Returns before it is done where the device is asynchronous.
+void Session::Impl::put(int slot, const State& state) {
+  if (state.impl().states)
+    backend().copy_state(*state.impl().states, 0, *states_, slot, state.num_tokens());
+  else
+    backend().reset_state(*states_, slot);
 }
 
 void Session::Impl::reset_all() {
@@ -454,10 +494,9 @@ void Session::Impl::reset_all() {
 }
 
 void Session::Impl::restore_all(std::span<const std::shared_ptr<const State>> states) {
-  for (const auto& state : states) check_model(*state);
-  change(all_slots(), "restoring a state failed", [&] {
-    for (int slot = 0; slot < batch_size(); ++slot) restore(slot, *states[static_cast<std::size_t>(slot)]);
-  });
+  std::vector<const State*> pointers;
+  for (const auto& state : states) pointers.push_back(state.get());
+  restore(all_slots(), pointers);
 }
 
 void Session::Impl::save(const std::filesystem::path& path) const {
@@ -499,7 +538,7 @@ std::span<const std::shared_ptr<const State>> Checkpoint::states() const { retur
 std::size_t Checkpoint::state_nbytes() const {
   std::size_t total = 0;
   for (const auto& state : impl_->states)
-    if (state->impl().states) total += state->impl().states->nbytes_per_slot();
+    if (state->impl().states) total += state->model()->impl().state_nbytes_of(state->num_tokens());
   return total;
 }
 
@@ -519,9 +558,7 @@ Session::~Session() = default;
 
 const std::shared_ptr<const Model>& Session::model() const { return impl_->model; }
 int Session::batch_size() const { return impl_->batch_size(); }
-std::size_t Session::state_nbytes() const {
-  return impl_->model->state_nbytes() * static_cast<std::size_t>(impl_->batch_size());
-}
+std::size_t Session::state_nbytes() const { return impl_->state_nbytes(); }
 
 std::vector<std::int64_t> Session::num_tokens() const {
   std::vector<std::int64_t> result;
@@ -553,22 +590,23 @@ std::unique_ptr<Session> Session::fork() const {
 std::shared_ptr<const State> Session::snapshot(int sequence) const {
   const Impl::Turn turn(*impl_);
   impl_->check_sequence(sequence, "snapshot");
-  return impl_->snapshot(sequence);
+  const std::int32_t one[] = {sequence};
+  return impl_->snapshots(one).front();
 }
 
 void Session::restore(int sequence, const State& state) {
   const Impl::Turn turn(*impl_);
   impl_->check_sequence(sequence, "restore");
-  impl_->restore(sequence, state);
+  const std::int32_t one[] = {sequence};
+  const State* const states[] = {&state};
+  impl_->restore(one, states);
 }
 
 std::unique_ptr<Checkpoint> Session::checkpoint() const {
   const Impl::Turn turn(*impl_);
   auto saved = std::make_unique<Checkpoint::Impl>();
-  for (int slot = 0; slot < impl_->batch_size(); ++slot) {
-    saved->states.push_back(impl_->snapshot(slot));
-    saved->num_tokens.push_back(saved->states.back()->num_tokens());
-  }
+  saved->states = impl_->snapshots(impl_->all_slots());
+  for (const auto& state : saved->states) saved->num_tokens.push_back(state->num_tokens());
   return std::unique_ptr<Checkpoint>(new Checkpoint(std::move(saved)));
 }
 

@@ -58,11 +58,13 @@ class Session::Impl {
   };
 
   int batch_size() const { return static_cast<int>(slots_.size()); }
+  std::vector<std::int32_t> all_slots() const;
   const Transformer& transformer() const { return model->impl().transformer; }
   const ModelConfig& config() const { return model->config(); }
 
   /// Any thread, at any time.
   std::int64_t num_tokens(int slot) const { return at(slot).num_tokens.load(std::memory_order_relaxed); }
+  std::size_t state_nbytes() const;
 
   // The caller of these holds a Turn.
 
@@ -107,8 +109,8 @@ class Session::Impl {
   void reset(int slot);
   void copy(int from, int to);
   void settle(int changed_slot);
-  std::shared_ptr<const State> snapshot(int slot) const;
-  void restore(int slot, const State& state);
+  std::vector<std::shared_ptr<const State>> snapshots(std::span<const std::int32_t> slots) const;
+  void restore(std::span<const std::int32_t> slots, std::span<const State* const> states);
 
   void reset_all();
   void restore_all(std::span<const std::shared_ptr<const State>> states);
@@ -137,14 +139,15 @@ class Session::Impl {
     backend::Buffer logits;     // (rows, padded_vocab_size) float32
   };
 
-  std::vector<std::int32_t> all_slots() const;
   void check_model(const State& state) const;
+  void put(int slot, const State& state);
   Slot& at(int slot) { return slots_[static_cast<std::size_t>(slot)]; }
   const Slot& at(int slot) const { return slots_[static_cast<std::size_t>(slot)]; }
   Workspace& workspace() const { return (*lease_)->workspace(); }
   std::size_t hidden_nbytes() const;
   LastHidden own_copy(const LastHidden& last) const;
   void keep_hidden_of_others(std::span<const std::int32_t> slots);
+  void reserve_states(std::span<const std::int32_t> slots, std::span<const std::int64_t> more);
   void feed(std::span<const std::vector<std::int32_t>> prompts, std::span<const std::int32_t> slots,
             const backend::Matrix& last_x, const InterruptCheck& interrupt);
   void advance(std::span<const std::int32_t> tokens, std::span<const std::int32_t> slots, std::int64_t rows,

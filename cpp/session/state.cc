@@ -15,7 +15,8 @@ State::~State() = default;
 const std::shared_ptr<const Model>& State::model() const { return impl_->model; }
 std::int64_t State::num_tokens() const { return impl_->progress.num_tokens; }
 std::size_t State::nbytes() const {
-  return (impl_->states ? impl_->states->nbytes_per_slot() : 0) + impl_->progress.last.rows.nbytes;
+  const std::size_t nbytes = impl_->states ? impl_->model->impl().state_nbytes_of(num_tokens()) : 0;
+  return nbytes + impl_->progress.last.rows.nbytes;
 }
 
 void State::save(const std::filesystem::path& path) const {

@@ -16,7 +16,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 struct WindowArguments {
   DeviceBatch batch;
   QkvView qkv;
-  StateView state;
+  RingView ring;
   void* out;
   std::int64_t out_token;
   int num_heads, num_kv_heads, head_dim, window;
@@ -28,10 +28,8 @@ struct WindowArguments {
   __device__ int kv_head(int head) const {
     return num_heads == num_kv_heads ? head : head / (num_heads / num_kv_heads);  // no division where none is needed
   }
-  // Elements of T from a row of the ring to the next.
-  __device__ __host__ std::int64_t ring_row() const { return static_cast<std::int64_t>(num_kv_heads) * head_dim; }
-  __device__ std::byte* slot(std::int32_t sequence) const {
-    return state.data + static_cast<std::size_t>(batch.slots[sequence]) * state.slot_stride;
+  __device__ std::byte* ring_keys(std::int32_t sequence) const {
+    return ring.keys.data + static_cast<std::size_t>(batch.slots[sequence]) * ring.keys.slot_stride;
   }
   __device__ int first_of_pair(int pair) const { return interleaved ? 2 * pair : pair; }
   __device__ int second_of_pair(int pair) const { return interleaved ? 2 * pair + 1 : pair + num_pairs; }
@@ -192,14 +190,14 @@ __global__ void __launch_bounds__(kDecodeThreads, 3) decode_kernel(const WindowA
   const int first_head = static_cast<int>(blockIdx.x % parts) * heads, head = first_head + local_head;
   if (a.batch.slots[sequence] < 0) return;
   const std::int64_t token = a.batch.offsets[sequence], position = a.batch.positions[sequence];
-  T* ring_keys = reinterpret_cast<T*>(a.slot(sequence)) + a.kv_head(head) * hd + lane * n;
-  T* ring_values = ring_keys + a.window * a.ring_row();
+  T* ring_keys = reinterpret_cast<T*>(a.ring_keys(sequence)) + a.kv_head(head) * hd + lane * n;
+  T* ring_values = ring_keys + a.ring.values;
   // Softmax does not mind the order: rows in theirs, but for the one that leaves the window.
   const int own_row = static_cast<int>(position % a.window);
   const int count = static_cast<int>(min(position, static_cast<std::int64_t>(a.window - 1)));
 
   // Of 16 bytes: addresses are a good part of the kernel's instructions.
-  const std::uint32_t row_words = static_cast<std::uint32_t>(a.ring_row() / n);
+  const std::uint32_t row_words = static_cast<std::uint32_t>(a.ring.row / n);
   const int num_steps = (count + kLoads * splits - 1) / (kLoads * splits);
   const int hop = num_groups * hd * static_cast<int>(sizeof(T));  // from a key of a step to the next, then its values
   std::byte* const mine = ring + group * hd * static_cast<int>(sizeof(T)) + lane * 16;
@@ -211,8 +209,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 3) decode_kernel(const WindowA
         const int i = (step * kLoads + j) * splits + split;
         const bool valid = i < count;
         const std::uint32_t row = static_cast<std::uint32_t>(valid ? i + (i >= own_row ? 1 : 0) : 0);
-        copy_async_16(to + j * hop, reinterpret_cast<const uint4*>(ring_keys) + row * row_words, valid);
-        copy_async_16(to + (kLoads + j) * hop, reinterpret_cast<const uint4*>(ring_values) + row * row_words, valid);
+        const std::uint64_t word = std::uint64_t{row} * row_words;
+        copy_async_16(to + j * hop, reinterpret_cast<const uint4*>(ring_keys) + word, valid);
+        copy_async_16(to + (kLoads + j) * hop, reinterpret_cast<const uint4*>(ring_values) + word, valid);
       }
     }
     commit_copies();  // empty at the end, so that the count of groups stays that of stages
@@ -271,8 +270,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 3) decode_kernel(const WindowA
     l = 1;
     unpack<T>(own_value, sum);
     if (active && head % (a.num_heads / a.num_kv_heads) == 0) {
-      *reinterpret_cast<uint4*>(ring_keys + own_row * a.ring_row()) = own_key;
-      *reinterpret_cast<uint4*>(ring_values + own_row * a.ring_row()) = own_value;
+      *reinterpret_cast<uint4*>(ring_keys + own_row * a.ring.row) = own_key;
+      *reinterpret_cast<uint4*>(ring_values + own_row * a.ring.row) = own_value;
     }
   }
 
@@ -373,11 +372,11 @@ struct KeySource {
   int start_row, window;
 
   __device__ KeySource(const WindowArguments& a, std::int32_t sequence, int kv_head)
-      : ring_keys(reinterpret_cast<const T*>(a.slot(sequence)) + kv_head * a.head_dim),
-        ring_values(ring_keys + a.window * a.ring_row()),
+      : ring_keys(reinterpret_cast<const T*>(a.ring_keys(sequence)) + kv_head * a.head_dim),
+        ring_values(ring_keys + a.ring.values),
         keys(static_cast<const T*>(a.qkv.k) + a.batch.offsets[sequence] * a.qkv.k_token + kv_head * a.qkv.k_head),
         values(static_cast<const T*>(a.qkv.v) + a.batch.offsets[sequence] * a.qkv.v_token + kv_head * a.qkv.v_head),
-        ring_row(a.ring_row()),
+        ring_row(a.ring.row),
         k_token(a.qkv.k_token),
         v_token(a.qkv.v_token),
         start_row(static_cast<int>(a.batch.positions[sequence] % a.window)),
@@ -655,13 +654,13 @@ __global__ void __launch_bounds__(kRingThreads) ring_kernel(const WindowArgument
   const int begin = static_cast<int>(blockIdx.x % kParts) * kRingTokens;
   if (begin >= item.count || a.batch.slots[item.sequence] < 0) return;
   const std::int64_t offset = a.batch.offsets[item.sequence], end = a.batch.offsets[item.sequence + 1];
-  Word* const ring_keys = reinterpret_cast<Word*>(a.slot(item.sequence));
-  Word* const ring_values = ring_keys + a.window * a.ring_row() / n;
+  Word* const ring_keys = reinterpret_cast<Word*>(a.ring_keys(item.sequence));
+  Word* const ring_values = ring_keys + a.ring.values / n;
   const int words = a.head_dim / n;
   for (int i = 0; i < kRingTokens && begin + i < item.count; ++i) {
     const std::int64_t token = item.first + begin + i;
     if (token < end - a.window) continue;
-    const std::int64_t row = (a.batch.positions[item.sequence] + token - offset) % a.window * (a.ring_row() / n);
+    const std::int64_t row = (a.batch.positions[item.sequence] + token - offset) % a.window * (a.ring.row / n);
     const Word* keys = static_cast<const Word*>(a.qkv.k) + token * a.qkv.k_token / n;
     const Word* values = static_cast<const Word*>(a.qkv.v) + token * a.qkv.v_token / n;
     for (int j = static_cast<int>(threadIdx.x); j < a.num_kv_heads * words; j += kRingThreads) {
@@ -695,7 +694,8 @@ void enqueue(cudaStream_t stream, WindowArguments a) {
   const bool vectors = hd % n == 0 && in_vectors(a.qkv.q, a.qkv.q_token, a.qkv.q_head) &&
                        in_vectors(a.qkv.k, a.qkv.k_token, a.qkv.k_head) &&
                        in_vectors(a.qkv.v, a.qkv.v_token, a.qkv.v_head) && in_vectors(a.out, a.out_token, 0) &&
-                       is_aligned(a.state.data, 16) && a.state.slot_stride % 16 == 0;
+                       is_aligned(a.ring.keys.data, 16) && a.ring.keys.slot_stride % 16 == 0 && a.ring.row % n == 0 &&
+                       a.ring.values % n == 0;
   if (vectors && hd * sizeof(T) <= kMaxRowBytes) {
     const DecodeShape shape = decode_shape(a, hd * sizeof(T));
     launch(stream, "sliding_window", decode_kernel<T>,
@@ -736,11 +736,11 @@ void enqueue(cudaStream_t stream, WindowArguments a) {
 }  // namespace
 
 void sliding_window(cudaStream_t stream, const SlidingWindowConfig& config, DType dtype, const DeviceBatch& batch,
-                    const QkvView& qkv, StateView state, void* out, std::int64_t out_token) {
+                    const QkvView& qkv, RingView ring, void* out, std::int64_t out_token) {
   WindowArguments a{};
   a.batch = batch;
   a.qkv = qkv;
-  a.state = state;
+  a.ring = ring;
   a.out = out;
   a.out_token = out_token;
   a.num_heads = static_cast<int>(config.num_heads);
@@ -753,6 +753,11 @@ void sliding_window(cudaStream_t stream, const SlidingWindowConfig& config, DTyp
   if (config.rotary_dim > 0)
     a.log2_step = -2.0 / static_cast<double>(config.rotary_dim) * std::log2(config.rotary_base);
   for_dtype(dtype, [&]<typename T>(T) { enqueue<T>(stream, a); });
+}
+
+RingView contiguous_ring(const SlidingWindowConfig& config, StateView state) {
+  const std::int64_t row = config.num_kv_heads * config.head_dim;
+  return {state, row, config.window * row};
 }
 
 }  // namespace based::cuda

@@ -218,8 +218,8 @@ void check_sliding_window(const SlidingWindowConfig& c, DType dtype, const std::
     return device_qkv.as<char>() + static_cast<std::size_t>(element) * bytes_of(dtype);
   };
   const QkvView view{at(0), at(c.num_heads * hd), at((c.num_heads + kv) * hd), row, hd, row, hd, row, hd};
-  sliding_window(main_stream(), c, dtype, batch.view, view, {device_states.as<std::byte>(), slot_stride},
-                 out.as<void>(), out_row);
+  sliding_window(main_stream(), c, dtype, batch.view, view,
+                 contiguous_ring(c, {device_states.as<std::byte>(), slot_stride}), out.as<void>(), out_row);
   check(cudaDeviceSynchronize(), "sliding_window");
 
   const Floats got = out.download(dtype), got_states = device_states.download(dtype);
@@ -591,7 +591,7 @@ void time_shape(int size, int length) {
       const char* q = qkv[i];
       sliding_window(stream, config, kT, all[static_cast<std::size_t>(i)].view,
                      {q, q + 1792 * 2, q + 2 * 1792 * 2, row, 112, row, 112, row, 112},
-                     {states.memory.as<std::byte>(), states.each}, out[i], 1792);
+                     contiguous_ring(config, {states.memory.as<std::byte>(), states.each}), out[i], 1792);
     });
   }
 }

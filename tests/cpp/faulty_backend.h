@@ -89,8 +89,8 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
   int num_threads() const override { return inner_->num_threads(); }
   std::string kernel_isa() const override { return inner_->kernel_isa(); }
   DType activation_dtype(DType weights) const override { return inner_->activation_dtype(weights); }
-  std::size_t state_nbytes(const ModelConfig& config, DType dtype) const override {
-    return inner_->state_nbytes(config, dtype);
+  std::size_t state_nbytes(const ModelConfig& config, DType dtype, std::int64_t num_tokens) const override {
+    return inner_->state_nbytes(config, dtype, num_tokens);
   }
   DType projection_dtype(DType weights) const override { return inner_->projection_dtype(weights); }
   std::int64_t chunk_tokens() const override { return inner_->chunk_tokens(); }
@@ -187,6 +187,11 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
   std::unique_ptr<backend::StatePool> make_states(const ModelConfig& config, DType dtype, int capacity) override {
     faults_->tick("make_states");
     return inner_->make_states(config, dtype, capacity);
+  }
+  void reserve_states(backend::StatePool& states, std::span<const std::int32_t> slots,
+                      std::span<const std::int64_t> num_tokens) override {
+    faults_->tick("reserve_states");
+    inner_->reserve_states(states, slots, num_tokens);
   }
   void copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot,
                   std::int64_t num_tokens) override {

@@ -272,8 +272,8 @@ class WithoutWindows final : public backend::DeviceBackend<WithoutWindows> {
   std::unique_ptr<backend::Sampler> make_sampler(std::int64_t vocab_size, int num_rows) override {
     return cpu_.make_sampler(vocab_size, num_rows);
   }
-  std::size_t state_nbytes(const ModelConfig& config, DType dtype) const override {
-    return cpu_.state_nbytes(config, dtype);
+  std::size_t state_nbytes(const ModelConfig& config, DType dtype, std::int64_t num_tokens) const override {
+    return cpu_.state_nbytes(config, dtype, num_tokens);
   }
   std::unique_ptr<backend::StatePool> make_states(const ModelConfig& config, DType dtype, int capacity) override {
     return cpu_.make_states(config, dtype, capacity);

@@ -290,9 +290,9 @@ TEST(States, CopyAndReset) {
   advance(cpu, *states, 0, 0, 30);
   advance(cpu, *states, 1, 0, 12, 3);
   const auto first = cpu.export_state(*states, 0, 30);
-  cpu.copy_state(*states, 0, *states, 2);
-  cpu.copy_state(*states, 0, *fresh, 0);
-  cpu.copy_state(*states, 0, *states, 0);
+  cpu.copy_state(*states, 0, *states, 2, 30);
+  cpu.copy_state(*states, 0, *fresh, 0, 30);
+  cpu.copy_state(*states, 0, *states, 0, 30);
   expect_equal(cpu.export_state(*states, 2, 30), first);
   expect_equal(cpu.export_state(*fresh, 0, 30), first);
   EXPECT_EQ(advance(cpu, *states, 2, 30, 45), advance(cpu, *fresh, 0, 30, 45));
@@ -468,6 +468,8 @@ TEST(States, ForksAndCheckpointsOfLongWindowsTakeWhatTheyHold) {
     checkpoints.push_back(forks.back()->checkpoint());
   }
   EXPECT_LT(resident_nbytes(), before + 100 * kMegabyte);  // 7 GB would be all of them
+  EXPECT_LT(session.state_nbytes(), 2 * kMegabyte);
+  EXPECT_LT(session.snapshot(0)->nbytes(), session.snapshot(1)->nbytes());
   forks[0]->prefill(prompts);
   forks[0]->rollback(*checkpoints[0]);
   forks[1]->copy(0, 1);

@@ -50,6 +50,24 @@ ModelConfig no_mlp_config() {
   return config;
 }
 
+// Rings whose memory is mapped as they fill: two of one length, which tests fill, and a third that they do not.
+ModelConfig long_config() {
+  ModelConfig config = fast_config();
+  SlidingWindowConfig window = std::get<SlidingWindowConfig>(config.layers[2]);
+  window.num_heads = window.num_kv_heads = 16;
+  window.head_dim = 256;
+  window.scale = 0.0625;
+  window.window = 600;
+  config.layers = {GatedConvConfig{256, 3, true}, window, LinearAttentionConfig{4, 16, 32, 1e-12}, window};
+  window.num_heads = 2;
+  window.num_kv_heads = 1;
+  window.head_dim = 32;
+  window.scale = 0.177;
+  window.window = 131'072;
+  config.layers.push_back(window);
+  return config;
+}
+
 // Of float32 arithmetic, and of 16-bit activations through five layers of a few dozen numbers each.
 double tolerance(DType dtype) { return dtype == DType::float32 ? 2e-5 : dtype == DType::float16 ? 1e-2 : 6e-2; }
 
@@ -79,7 +97,9 @@ INSTANTIATE_TEST_SUITE_P(Models, CudaSmall,
                                            Case{"FastSizesBfloat16", fast_config, DType::bfloat16},
                                            Case{"FastSizesFloat16", fast_config, DType::float16},
                                            Case{"NoMlpFloat32", no_mlp_config, DType::float32},
-                                           Case{"NoMlpBfloat16", no_mlp_config, DType::bfloat16}),
+                                           Case{"NoMlpBfloat16", no_mlp_config, DType::bfloat16},
+                                           Case{"LongWindowsFloat32", long_config, DType::float32},
+                                           Case{"LongWindowsBfloat16", long_config, DType::bfloat16}),
                          [](const auto& param) { return std::string(param.param.name); });
 
 TEST_P(CudaSmall, EveryLayerMatchesTheCpu) {
@@ -444,6 +464,66 @@ void use_memory(std::uint32_t seed) {
     for (const auto& session : sessions) slots += static_cast<std::size_t>(session->batch_size());
     EXPECT_EQ(model->memory().states, slots * model->state_nbytes());
   }
+}
+
+// What is held is what state_nbytes() says, and a reset gives it back.
+TEST_F(CudaTest, LongWindowsTakeMemoryAsTheyFill) {
+  const auto model = Model::random(long_config(), 5, on(kCuda, DType::bfloat16));
+  const auto states = [&] { return static_cast<std::size_t>(model->memory().states); };
+  const std::size_t full = model->state_nbytes();
+  Session session(model, 3);
+  const std::size_t fresh = states();
+  EXPECT_EQ(fresh, session.state_nbytes());
+  EXPECT_LT(fresh, full / 10);
+  std::size_t held = fresh;
+  for (std::uint32_t round = 0; round < 12; ++round) {  // 1 to 1,500 tokens: the rings of 600 are full after five
+    SCOPED_TRACE(round);
+    session.prefill(
+        Prompts{random_tokens(1, round, 500), random_tokens(127, round, 500), random_tokens(20, round, 500)});
+    EXPECT_EQ(states(), session.state_nbytes());
+    EXPECT_GE(states(), held);
+    held = states();
+  }
+  EXPECT_GT(held, fresh);
+  EXPECT_LT(session.state_nbytes(), 3 * full);
+
+  const auto fork = session.fork();
+  EXPECT_EQ(states(), 2 * held);
+  const auto state = session.snapshot(1);
+  EXPECT_GT(state->nbytes(), session.snapshot(0)->nbytes());
+  const TemporaryFolder folder;
+  session.save_state(folder / "state");
+  session.reset();
+  EXPECT_EQ(session.state_nbytes(), fresh);
+  EXPECT_EQ(states(), fresh + held + model->impl().state_nbytes_of(state->num_tokens()));
+  session.load_state(folder / "state");
+  session.restore(0, *state);
+  for (std::uint32_t t = 0; t < 300; ++t) {  // recorded steps across the ends of mapped memory
+    const auto next = random_tokens(3, 70 + t, 500);
+    const auto a = host_floats(session.step(next)), b = host_floats(fork->step(next));
+    const auto row = static_cast<std::ptrdiff_t>(a.size() / 3);
+    ASSERT_TRUE(std::equal(a.begin() + row, a.end(), b.begin() + row)) << t;
+  }
+}
+
+TEST_F(CudaTest, ALongWindowThatDoesNotFitChangesNothing) {
+  ModelConfig config = long_config();
+  auto& window = std::get<SlidingWindowConfig>(config.layers[4]);
+  window.num_heads = window.num_kv_heads = 64;
+  window.head_dim = 256;
+  window.window = 1 << 23;  // 550 GB when full
+  const auto model = Model::random(config, 5, on(kCuda, DType::bfloat16));
+  Session session(model, 2);
+  session.prefill(Prompts{random_tokens(300, 1, 500), random_tokens(5, 2, 500)});
+  const std::size_t held = model->memory().states;
+  EXPECT_LT(held, std::size_t{1} << 30);
+  const auto before = session.checkpoint();
+  EXPECT_THROW(session.prefill(Prompts{random_tokens(4'000'000, 3, 500)}, std::vector<int>{0}), OutOfMemory);
+  EXPECT_EQ(session.num_tokens(), (std::vector<std::int64_t>{300, 5}));
+  EXPECT_EQ(session.snapshot(0), before->states()[0]);
+  const auto fork = session.fork();
+  const auto next = random_tokens(2, 9, 500);
+  EXPECT_EQ(host_floats(session.step(next)), host_floats(fork->step(next)));
 }
 
 // The driver keeps memory for kernels and recorded steps when it first meets them; what leaks is lost in every round.

@@ -79,13 +79,13 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
   std::unique_ptr<backend::Sampler> make_sampler(std::int64_t vocab_size, int num_rows) override;
 
   // cpu_states.cc
-  std::size_t state_nbytes(const ModelConfig& config, DType dtype) const override;
+  std::size_t state_nbytes(const ModelConfig& config, DType dtype, std::int64_t num_tokens = kAnyNumber) const override;
   std::unique_ptr<backend::StatePool> make_states(const ModelConfig& config, DType dtype, int capacity) override;
   void copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot,
-                  std::int64_t num_tokens = kAnyNumber) override;
+                  std::int64_t num_tokens) override;
   void reset_state(backend::StatePool& states, int slot) override;
   std::vector<backend::NamedTensor> export_state(const backend::StatePool& states, int slot,
-                                                 std::int64_t num_tokens = kAnyNumber) override;
+                                                 std::int64_t num_tokens) override;
   void import_state(backend::StatePool& states, int slot, std::int64_t num_tokens,
                     std::span<const backend::NamedView> tensors) override;
 

@@ -84,11 +84,23 @@ void for_each_feature(const TaylorState& state, Float* data, Visit&& visit) {
       visit(saved, data + p * layout.cols, data + layout.rows * layout.cols + p);
 }
 
+// Ring slots that a sequence of num_tokens tokens has written, in whole blocks.
+std::int64_t used_slots(const RingState& state, std::int64_t num_tokens) {
+  return round_up(std::min(num_tokens, state.rows), kStateLanes);
+}
+
+// Bytes of a ring beyond them.
+std::size_t unused_nbytes(const RingState& state, std::size_t width, std::int64_t num_tokens) {
+  const RingLayout ring(state);
+  const std::int64_t unused = ring.slots - used_slots(state, num_tokens);
+  return static_cast<std::size_t>(state.num_heads * unused * (state.head_dim + ring.cols)) * width;
+}
+
 // Copies the slots of a ring that a sequence of num_tokens tokens has written, and gives back the memory of the others.
 void copy_ring(const RingState& state, std::size_t width, const std::byte* from, std::byte* to,
                std::int64_t num_tokens) {
   const RingLayout ring(state);
-  const std::int64_t used = round_up(std::min(num_tokens, state.rows), kStateLanes);
+  const std::int64_t used = used_slots(state, num_tokens);
   for (std::int64_t head = 0; head < state.num_heads; ++head) {
     for (const auto& [first, count, size] : {std::tuple(std::int64_t{0}, used * state.head_dim, ring.keys_size),
                                              {ring.keys_size, used * ring.cols, ring.head_size - ring.keys_size}}) {
@@ -222,15 +234,19 @@ CpuStatePool::CpuStatePool(const ModelConfig& config, DType dtype, int capacity,
   data_ = static_cast<std::byte*>(buffer_.data.get());
 }
 
+std::size_t CpuStatePool::part_nbytes(std::size_t part) const {
+  const auto& parts = layout_.parts();
+  return (part + 1 < parts.size() ? parts[part + 1].offset : layout_.slot_nbytes()) - parts[part].offset;
+}
+
 void CpuStatePool::reset(int slot) const {
   std::byte* const begin = this->slot(slot);
   const auto& parts = layout_.parts();
   for (std::size_t i = 0; i < parts.size(); ++i) {
-    const std::size_t end = i + 1 < parts.size() ? parts[i + 1].offset : layout_.slot_nbytes();
     if (large_rings_[i])
-      give_back(begin + parts[i].offset, end - parts[i].offset);
+      give_back(begin + parts[i].offset, part_nbytes(i));
     else
-      std::memset(begin + parts[i].offset, 0, end - parts[i].offset);
+      std::memset(begin + parts[i].offset, 0, part_nbytes(i));
   }
 }
 
@@ -239,16 +255,21 @@ void CpuStatePool::copy(int to_slot, const std::byte* from, std::int64_t num_tok
   if (to == from) return;
   const auto& parts = layout_.parts();
   for (std::size_t i = 0; i < parts.size(); ++i) {
-    const std::size_t begin = parts[i].offset, end = i + 1 < parts.size() ? parts[i + 1].offset : layout_.slot_nbytes();
+    const std::size_t begin = parts[i].offset;
     if (large_rings_[i])
       copy_ring(std::get<RingState>(parts[i].state), size_of(dtype_), from + begin, to + begin, num_tokens);
     else
-      std::memcpy(to + begin, from + begin, end - begin);
+      std::memcpy(to + begin, from + begin, part_nbytes(i));
   }
 }
 
-std::size_t CpuBackend::state_nbytes(const ModelConfig& config, DType dtype) const {
-  return state_layout(config, dtype).slot_nbytes();
+std::size_t CpuBackend::state_nbytes(const ModelConfig& config, DType dtype, std::int64_t num_tokens) const {
+  const backend::StateLayout layout = state_layout(config, dtype);
+  std::size_t unused = 0;
+  for (const auto& part : layout.parts())
+    if (std::visit(IsLargeRing{dtypes_of(dtype)}, part.state))
+      unused += unused_nbytes(std::get<RingState>(part.state), size_of(dtype), num_tokens);
+  return layout.slot_nbytes() - unused;
 }
 
 std::unique_ptr<backend::StatePool> CpuBackend::make_states(const ModelConfig& config, DType dtype, int capacity) {

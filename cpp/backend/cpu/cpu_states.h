@@ -68,6 +68,9 @@ class CpuStatePool final : public backend::StatePool {
 
   std::byte* slot(int slot) const { return data_ + static_cast<std::size_t>(slot) * layout_.slot_nbytes(); }
 
+  /// Of `part` in the layout, in a slot that is full.
+  std::size_t part_nbytes(std::size_t part) const;
+
   /// A part of a layer's state.
   template <typename T>
   T* layer(int slot, int layer, int part = 0) const {
