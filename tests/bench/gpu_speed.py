@@ -69,9 +69,9 @@ class Figures:
 class Speed:
     """One model and what is measured on it."""
 
-    def __init__(self, device: str, size: str, quick: int, figures: Figures) -> None:
+    def __init__(self, device: str, size: str, quick: int, deterministic: bool, figures: Figures) -> None:
         self._config = sizes.named_config(size)
-        self._model = Model.random(self._config, device=device, dtype="bfloat16")
+        self._model = Model.random(self._config, device=device, dtype="bfloat16", deterministic=deterministic)
         self._core = self._model._core
         self._figures = figures
         self._bandwidth = memory_bandwidth(self._core)
@@ -152,6 +152,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="such as cuda:1 (default: cuda)")
     parser.add_argument("--size", default="1.3b", choices=sizes.SIZES, help="the bars are those of 1.3b")
     parser.add_argument("--quick", type=int, default=1, metavar="N", help="steps and prompts an Nth as long")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="based.load(deterministic=True); the bars are not of it"
+    )
     parser.add_argument("--directory", type=Path, help="where the model to load is written (default: for temporaries)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     args = parser.parse_args()
@@ -165,7 +168,7 @@ def main() -> None:
     speed: Speed | None = None
     start = time.perf_counter()
     if chosen != ["load"]:
-        speed = Speed(args.device, args.size, args.quick, figures)
+        speed = Speed(args.device, args.size, args.quick, args.deterministic, figures)
         tests: dict[str, Callable[[], None]] = {
             "decode": speed.decode,
             "prefill": speed.prefill,
@@ -181,8 +184,10 @@ def main() -> None:
     missed = [r["what"] for r in figures.records if r["kept"] is False]
 
     card = next((d.name for d in _core.devices() if d.device != "cpu"), "no GPU")
-    facts = {"card": card, "device": args.device, "size": args.size, "quick": args.quick} | build_info()
-    print(f"\n{args.size}, bfloat16, {card}; measured in {time.perf_counter() - start:.0f} s")
+    facts = {"card": card, "device": args.device, "size": args.size, "quick": args.quick}
+    facts |= {"deterministic": args.deterministic} | build_info()
+    how = "bfloat16, deterministic" if args.deterministic else "bfloat16"
+    print(f"\n{args.size}, {how}, {card}; measured in {time.perf_counter() - start:.0f} s")
     figures.show()
     if args.json is not None:
         args.json.write_text(json.dumps(facts | {"figures": figures.records, "missed": missed}, indent=2) + "\n")

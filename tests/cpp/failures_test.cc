@@ -11,6 +11,7 @@
 #include "based/generation.h"
 #include "based/session.h"
 #include "faulty_backend.h"
+#include "filled_memory.h"
 #include "tiny_model.h"
 
 namespace based {
@@ -19,6 +20,7 @@ namespace {
 using test::Faults;
 using test::FaultyBackend;
 using test::floats;
+using test::greedy;
 using test::PlantedFault;
 using test::random_tokens;
 using test::read_bytes;
@@ -31,14 +33,6 @@ std::shared_ptr<const Model> make_model(const std::shared_ptr<Faults>& faults) {
   RandomWeights weights(31);
   auto backend = std::make_unique<FaultyBackend>(backend::make_backend({}, 1), faults);
   return Model::Impl::make(tiny_config(), std::move(backend), weights, DType::float32, "0123456789abcdef");
-}
-
-SamplingParams greedy(std::int64_t max_tokens) {
-  SamplingParams params;
-  params.temperature = 0;
-  params.max_tokens = max_tokens;
-  params.ignore_eos = true;
-  return params;
 }
 
 class Failures : public ::testing::TestWithParam<bool> {  // whether every later call fails too
@@ -99,6 +93,15 @@ class Failures : public ::testing::TestWithParam<bool> {  // whether every later
   std::shared_ptr<Faults> faults_ = std::make_shared<Faults>();
   std::shared_ptr<const Model> model_ = make_model(faults_);
 };
+
+TEST(Memory, NothingIsReadBeforeItIsWritten) {
+  for (const DType dtype : {DType::float32, DType::bfloat16}) {
+    const auto results = [&](int fill) {
+      return test::results_in_filled_memory(tiny_config(), backend::make_backend({}, 2), dtype, std::byte(fill));
+    };
+    EXPECT_EQ(results(0), results(0xff)) << name_of(dtype);
+  }
+}
 
 INSTANTIATE_TEST_SUITE_P(Cpu, Failures, ::testing::Bool(),
                          [](const auto& param) { return param.param ? "FromThereOn" : "Once"; });

@@ -1,8 +1,10 @@
 #pragma once
 
-// A CPU backend that fails on purpose: at the k-th operation or allocation from when it is armed.
+// A backend that fails on purpose: at the k-th operation or allocation from when it is armed. It also hands out memory
+// with contents that a test chooses.
 
 #include <memory>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -31,7 +33,8 @@ class Faults {
   void disarm() { armed_ = false; }
   bool fired() const { return fired_; }
 
-  int num_siblings = 0;  // backends that were made beside the first
+  int num_siblings = 0;           // backends that were made beside the first
+  std::optional<std::byte> fill;  // every byte of memory that is allocated
 
   void tick(const char* what) {
     if (!armed_) return;
@@ -100,7 +103,12 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
 
   backend::Buffer allocate(std::size_t nbytes, backend::MemoryKind kind) override {
     faults_->tick("allocate");
-    return inner_->allocate(nbytes, kind);
+    backend::Buffer buffer = inner_->allocate(nbytes, kind);
+    if (faults_->fill) {
+      const std::vector<std::byte> contents(nbytes, *faults_->fill);
+      inner_->copy_from_host(buffer.data.get(), contents.data(), nbytes);
+    }
+    return buffer;
   }
   void zero(void* data, std::size_t nbytes) override {
     faults_->tick("zero");

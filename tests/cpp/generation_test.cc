@@ -12,6 +12,7 @@ namespace based {
 namespace {
 
 using test::floats;
+using test::greedy;
 using test::random_tokens;
 using test::tiny_config;
 
@@ -23,14 +24,6 @@ std::map<Key, std::vector<std::int32_t>> run(Generator& generator) {
     for (const TokenEvent& event : generator.next()) out[{event.request, event.sample}].push_back(event.token);
   EXPECT_TRUE(generator.next().empty());
   return out;
-}
-
-SamplingParams greedy(std::int64_t max_tokens) {
-  SamplingParams params;
-  params.temperature = 0;
-  params.max_tokens = max_tokens;
-  params.ignore_eos = true;
-  return params;
 }
 
 std::int32_t argmax(const Tensor& logits) {

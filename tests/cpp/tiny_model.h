@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "based/model.h"
+#include "based/sampling.h"
 #include "io/safetensors.h"
 #include "model/model_impl.h"
 #include "model/weights.h"
@@ -68,6 +69,14 @@ inline void write_model(const std::filesystem::path& directory, const ModelConfi
   const Model::Impl impl(config, backend::make_backend({}, 1), recorder, DType::float32);
   io::write_safetensors(directory / "model.safetensors", recorder.tensors, {});
   std::ofstream(directory / "config.json") << config.to_json();
+}
+
+inline SamplingParams greedy(std::int64_t max_tokens) {
+  SamplingParams params;
+  params.temperature = 0;
+  params.max_tokens = max_tokens;
+  params.ignore_eos = true;
+  return params;
 }
 
 inline std::vector<float> floats(const Tensor& tensor) {

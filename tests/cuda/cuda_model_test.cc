@@ -9,6 +9,7 @@
 #include "based/generation.h"
 #include "based/session.h"
 #include "cuda_test.h"
+#include "filled_memory.h"
 
 namespace based {
 namespace {
@@ -138,6 +139,16 @@ TEST_P(CudaSmall, RaggedPrefillsAndStepsMatchTheCpu) {
     expect_close(a.step(next, some), b.step(next, some));
   }
   EXPECT_EQ(a.num_tokens(), b.num_tokens());
+}
+
+TEST_P(CudaSmall, NothingIsReadBeforeItIsWritten) {
+  for (const bool deterministic : {false, true}) {
+    const auto results = [&](int fill) {
+      return test::results_in_filled_memory(GetParam().config(), backend::make_backend(kCuda, 0, deterministic),
+                                            GetParam().dtype, std::byte(fill));
+    };
+    EXPECT_EQ(results(0), results(0xff)) << deterministic;
+  }
 }
 
 TEST_P(CudaSmall, CutsAndStatesAgree) {
