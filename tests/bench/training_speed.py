@@ -157,22 +157,34 @@ def measure_taylor(bars: Bars, record: dict[str, Any]) -> None:
 # ---- steps -----------------------------------------------------------------------------------------------------------
 
 
+def _window_flops(mixer: SlidingWindowConfig, length: int) -> float:
+    w = min(mixer.window, length)
+    keys = w - w * (w - 1) / 2 / length  # the first w − 1 queries see fewer
+    return 4 * keys * mixer.head_dim * mixer.num_heads
+
+
+def _taylor_flops(mixer: LinearAttentionConfig, _length: int) -> float:
+    f = mixer.feature_dim
+    return 4 * (f + 1) * (f + 2) / 2 * (mixer.head_dim + 1) * mixer.num_heads
+
+
+def _conv_flops(mixer: GatedConvConfig, _length: int) -> float:
+    return 2 * mixer.kernel_size * mixer.inner_size
+
+
+# Of a mixer's own operation, forward, per token.
+MIXER_FLOPS: dict[type, Callable[[Any, int], float]] = {
+    SlidingWindowConfig: _window_flops,
+    LinearAttentionConfig: _taylor_flops,
+    GatedConvConfig: _conv_flops,
+}
+
+
 def flops_per_token(config: ModelConfig, length: int) -> float:
     """See above."""
     model = BasedForCausalLM(config, device="meta")
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and not n.endswith("conv.weight"))
-    forward = 0.0
-    for mixer in config.layers:
-        if isinstance(mixer, SlidingWindowConfig):
-            w = min(mixer.window, length)
-            keys = w - w * (w - 1) / 2 / length  # the first w − 1 queries see fewer
-            forward += 4 * keys * mixer.head_dim * mixer.num_heads
-        elif isinstance(mixer, LinearAttentionConfig):
-            f = mixer.feature_dim
-            forward += 4 * (f + 1) * (f + 2) / 2 * (mixer.head_dim + 1) * mixer.num_heads
-        elif isinstance(mixer, GatedConvConfig):
-            forward += 2 * mixer.kernel_size * mixer.inner_size
-    return 6 * matrices + 3 * forward
+    return 6 * matrices + 3 * sum(MIXER_FLOPS[type(mixer)](mixer, length) for mixer in config.layers)
 
 
 class Steps:
