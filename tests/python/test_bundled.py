@@ -53,6 +53,15 @@ def test_the_package_has_the_model_and_its_papers() -> None:
     assert "PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2" in (DIRECTORY / "LICENSE").read_text()
 
 
+def test_the_package_has_its_licence() -> None:
+    metadata = importlib.metadata.metadata("based")
+    assert metadata["License-Expression"] == "Apache-2.0 AND PSF-2.0"
+    assert metadata.get_all("License-File") == ["LICENSE", "python/based/models/based-bytes/LICENSE"]
+    files = importlib.metadata.files("based") or []
+    licence = next(path.read_text() for path in files if path.match("licenses/LICENSE"))
+    assert "Apache License" in licence and "Copyright 2026 The based authors" in licence
+
+
 def test_its_shape() -> None:
     config, dtype, _ = inspect.read_directory(DIRECTORY)
     assert dtype == "bfloat16"
