@@ -26,6 +26,7 @@ from based._core import (
 from based._loading import model_directory
 from based.convert import StrPath, atomic_directory, find_tokenizer, open_weights, sync
 from based.torch import ops
+from based.torch._autograd import is_transformed
 from based.torch.loss import IGNORED, linear_cross_entropy
 
 _FILE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -176,7 +177,7 @@ class BasedForCausalLM(nn.Module):
         device = self.embedding.weight.device
         if tokens.device != device:
             raise ValueError(f"{name} is on {tokens.device}, expected {device}, where the model is")
-        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed():
             foreign = (tokens < 0) | (tokens >= self.config.vocab_size)
             if ignored is not None:
                 foreign &= tokens != ignored
