@@ -1,9 +1,12 @@
 """based.torch.BasedForCausalLM: the runtime's model, whatever the architecture, with gradients."""
 
 import contextlib
+import copy
+import io
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -376,6 +379,38 @@ def test_gradients_of_each_sample():
     losses = torch.func.vmap(loss_of, (0, None))(ensemble, tokens[0])
     for index in range(2):
         assert losses[index] == pytest.approx(float(loss_of({n: w[index] for n, w in ensemble.items()}, tokens[0])))
+
+
+# ---- copies ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [sizes.named_config("tiny"), sizes.named_config("360m")])
+def test_copies_of_a_config(config):
+    for part in (config, config.mlp, *config.layers):
+        for other in (copy.copy(part), copy.deepcopy(part), pickle.loads(pickle.dumps(part))):
+            assert other == part and hash(other) == hash(part) and type(other) is type(part)
+    assert len({config, copy.copy(config), sizes.named_config("60m")}) == 2
+    assert len({copy.copy(mixer) for mixer in config.layers}) == len({mixer.mixer for mixer in config.layers})
+
+
+@pytest.mark.parametrize("activation", [a.name for a in based._core.Activation])
+@pytest.mark.parametrize("gated", [False, True])
+def test_copies_of_a_model(activation, gated):
+    config = json.loads(shape("cLW", window=3).to_json())
+    config["mlp"] |= {"activation": activation, "gated": gated}
+    model = BasedForCausalLM(based.ModelConfig.from_json(json.dumps(config)))
+    model.tokenizer_json = b"{}"
+    tokens = torch.from_numpy(draw_tokens({"vocab_size": 32}, 2, 9))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    for other in (copy.deepcopy(model), averaged.module, torch.load(file, weights_only=False)):
+        assert torch.equal(other(tokens), model(tokens))
+        assert other.config == model.config and other.tokenizer_json == b"{}"
+        with torch.no_grad():
+            other.embedding.weight.zero_()
+        assert model.embedding.weight.any()
 
 
 # ---- model directories -----------------------------------------------------------------------------------------------

@@ -419,7 +419,7 @@ def test_second_derivatives(name):
     vectors = tuple(random(*x.shape, seed=9).detach() for x in inputs)
     for inner in (lambda x: x, torch.sin):
         found, expected = (
-            torch.autograd.functional.hvp(lambda *x, f=f: energy(f)(*map(inner, x)), inputs, vectors)[1]
+            torch.autograd.functional.hvp(lambda *x, f=f, inner=inner: energy(f)(*map(inner, x)), inputs, vectors)[1]
             for f in (function, reference)
         )
         assert_equal(found, expected)

@@ -40,9 +40,7 @@ def linear_cross_entropy(
     return total / (targets != IGNORED).sum()
 
 
-def _plain_total(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, num_classes: int
-) -> torch.Tensor:
+def _plain_total(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, num_classes: int) -> torch.Tensor:
     """The sum of the losses, by operations that can be differentiated again."""
     with torch.autocast(hidden.device.type, enabled=False):
         logits = hidden @ weight[:num_classes].t()

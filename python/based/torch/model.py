@@ -31,14 +31,29 @@ from based.torch.loss import IGNORED, linear_cross_entropy
 
 _FILE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DTYPES = (torch.float64, *_FILE_DTYPES.values())
+
+
+# With names, so that pickle finds them.
+def _identity(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+def _relu_squared(x: torch.Tensor) -> torch.Tensor:
+    return functional.relu(x).square()
+
+
 _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
-    Activation.identity: lambda x: x,
+    Activation.identity: _identity,
     Activation.silu: functional.silu,
     Activation.gelu: functional.gelu,
-    Activation.gelu_tanh: lambda x: functional.gelu(x, approximate="tanh"),
+    Activation.gelu_tanh: _gelu_tanh,
     Activation.sigmoid: torch.sigmoid,
     Activation.relu: functional.relu,
-    Activation.relu_squared: lambda x: functional.relu(x).square(),
+    Activation.relu_squared: _relu_squared,
 }
 _ONTO_RESIDUAL = ("mixer.out_proj.weight", "mlp.fc2.weight")
 

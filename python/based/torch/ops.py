@@ -102,14 +102,14 @@ class _Chunks:
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk_size: int) -> None:
         self.num_tokens, f, self.head_dim = q.shape[1], q.shape[3], v.shape[3]
         self.scale = f**-0.5
-        # float16 cannot hold sums over many tokens, of which the states consist. A CPU multiplies in float32 anyway, and
-        # states that are not rounded keep y exact where φ(q)·S cancels: for q at right angles to long keys.
+        # float16 cannot hold sums over many tokens, of which the states consist. A CPU multiplies in float32 anyway:
+        # states that are not rounded keep y exact where φ(q)·S cancels, for q at right angles to long keys.
         self.dtype = _accumulation_dtype(q) if q.dtype == torch.float16 or not q.is_cuda else q.dtype
         self.result_dtype = q.dtype
         # One chunk, or at least two: a compiled graph is for one of these, whatever the number of tokens.
         self.several = self.num_tokens > chunk_size
         self.chunk = chunk_size if self.several else self.num_tokens
-        self.num_chunks = -(-self.num_tokens // chunk_size) if self.several else 1
+        self.num_chunks = (self.num_tokens + chunk_size - 1) // chunk_size if self.several else 1
         self.q, self.k = self._split(q), self._split(k)
         ones = functional.pad(v, (0, 1), value=1)
         self.v = self._split(functional.pad(ones, (0, -ones.shape[-1] % _ALIGNMENT)))
@@ -171,12 +171,12 @@ class _Chunks:
 
 
 def _add_to_later(x: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-    """x (B, H, N, …) with `rest` added to all chunks but the first."""
+    """Adds `rest` to x (B, H, N, …), in all chunks but the first."""
     return torch.cat([x[:, :, :1], x[:, :, 1:] + rest], 2)
 
 
 def _add_to_earlier(x: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-    """x (B, H, N, …) with `rest` added to all chunks but the last."""
+    """Adds `rest` to x (B, H, N, …), in all chunks but the last."""
     return torch.cat([x[:, :, :-1] + rest, x[:, :, -1:]], 2)
 
 
@@ -328,8 +328,10 @@ def sliding_window_attention(
 
 
 class _TwiceDifferentiable(torch.autograd.Function):
-    """y as it is. PyTorch's kernels of attention have no second derivatives: where these are asked for, the gradients
-    of q, k and v are those of the definition, and y has none."""
+    """Gives y as it is, and second derivatives, which PyTorch's kernels of attention have not.
+
+    Where these are asked for, the gradients of q, k and v are those of the definition, and y has none.
+    """
 
     @staticmethod
     def forward(
