@@ -86,6 +86,26 @@ std::string class_name(std::string_view mixer) {
   return name + "Config";
 }
 
+// Copies, pickles and hashes of a config struct, of its fields by name: each_field(config, visit) calls
+// visit(name, a reference to the member) for every one.
+template <class Config, class EachField>
+void def_state(py::class_<Config>& type, EachField each_field) {
+  const auto get = [each_field](const Config& config) {
+    py::dict state;
+    each_field(config, [&](std::string_view name, const auto& value) { state[py::str(name)] = value; });
+    return state;
+  };
+  const auto set = [each_field](const py::dict& state) {
+    Config config;
+    each_field(config, [&](std::string_view name, auto& value) {
+      value = state[py::str(name)].template cast<std::remove_reference_t<decltype(value)>>();
+    });
+    return config;
+  };
+  type.def(py::pickle(get, set));
+  type.def("__hash__", [get](const Config& config) { return py::hash(py::tuple(get(config).attr("items")())); });
+}
+
 // The Python class of a mixer's config struct, from its description (based/mixers/description.h).
 template <class Config>
 py::object bind_mixer(py::module_& m) {
@@ -112,6 +132,10 @@ py::object bind_mixer(py::module_& m) {
       .def(py::self == py::self);
   Config{}.fields([&](std::string_view key, auto member, const auto&, std::string_view meaning) {
     type.def_readonly(std::string(key).c_str(), member, std::string(meaning).c_str());
+  });
+  def_state(type, [](auto& config, auto visit) {
+    config.fields(
+        [&](std::string_view key, auto member, const auto&, std::string_view) { visit(key, config.*member); });
   });
   if constexpr (requires { &Config::num_features; }) type.def_property_readonly("num_features", &Config::num_features);
   return type;
@@ -168,13 +192,20 @@ void bind_config(py::module_& m) {
   for_each_mixer([&]<class Config>(std::type_identity<Config>) { mixers.append(bind_mixer<Config>(m)); });
   m.attr("MIXERS") = py::tuple(mixers);
 
-  py::class_<MlpConfig>(m, "MlpConfig")
-      .def_readonly("gated", &MlpConfig::gated)
+  py::class_<MlpConfig> mlp(m, "MlpConfig");
+  mlp.def_readonly("gated", &MlpConfig::gated)
       .def_readonly("activation", &MlpConfig::activation)
       .def_readonly("inner_size", &MlpConfig::inner_size)
       .def_readonly("fc1_bias", &MlpConfig::fc1_bias)
       .def_readonly("fc2_bias", &MlpConfig::fc2_bias)
       .def(py::self == py::self);
+  def_state(mlp, [](auto& config, auto visit) {
+    visit("gated", config.gated);
+    visit("activation", config.activation);
+    visit("inner_size", config.inner_size);
+    visit("fc1_bias", config.fc1_bias);
+    visit("fc2_bias", config.fc2_bias);
+  });
 
   py::class_<ModelConfig>(m, "ModelConfig", "Every number that the maths needs: a model directory's config.json.")
       .def_static("from_json", &ModelConfig::from_json, py::arg("text"), py::arg("where") = "config",
@@ -192,6 +223,9 @@ void bind_config(py::module_& m) {
       .def_readonly("layers", &ModelConfig::layers)
       .def_property_readonly("num_parameters", &ModelConfig::num_parameters)
       .def(py::self == py::self)
+      .def("__hash__", [](const ModelConfig& c) { return py::hash(py::str(c.to_json())); })
+      .def(py::pickle([](const ModelConfig& c) { return c.to_json(); },
+                      [](const std::string& text) { return ModelConfig::from_json(text, "pickled config"); }))
       .def("__repr__", [](const ModelConfig& c) {
         return "ModelConfig(hidden_size=" + std::to_string(c.hidden_size) +
                ", layers=" + std::to_string(c.layers.size()) + ", vocab_size=" + std::to_string(c.vocab_size) + ", …)";

@@ -190,7 +190,6 @@ class GatedConvConfig:
     """
     A gated short convolution.
     """
-    __hash__: typing.ClassVar[None] = None
     letter: typing.ClassVar[str] = 'c'
     mixer: typing.ClassVar[str] = 'gated_conv'
     @staticmethod
@@ -199,6 +198,12 @@ class GatedConvConfig:
         The keys of config.json beside "mixer", in order.
         """
     def __eq__(self, arg0: GatedConvConfig) -> bool:
+        ...
+    def __getstate__(self) -> dict:
+        ...
+    def __hash__(self) -> int:
+        ...
+    def __setstate__(self, arg0: dict) -> None:
         ...
     def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
         """
@@ -238,7 +243,6 @@ class LinearAttentionConfig:
     """
     Second-order Taylor linear attention.
     """
-    __hash__: typing.ClassVar[None] = None
     letter: typing.ClassVar[str] = 'L'
     mixer: typing.ClassVar[str] = 'linear_attention'
     @staticmethod
@@ -247,6 +251,12 @@ class LinearAttentionConfig:
         The keys of config.json beside "mixer", in order.
         """
     def __eq__(self, arg0: LinearAttentionConfig) -> bool:
+        ...
+    def __getstate__(self) -> dict:
+        ...
+    def __hash__(self) -> int:
+        ...
+    def __setstate__(self, arg0: dict) -> None:
         ...
     def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
         """
@@ -294,7 +304,6 @@ class SlidingWindowConfig:
     """
     Sliding-window attention.
     """
-    __hash__: typing.ClassVar[None] = None
     letter: typing.ClassVar[str] = 'W'
     mixer: typing.ClassVar[str] = 'sliding_window'
     @staticmethod
@@ -303,6 +312,12 @@ class SlidingWindowConfig:
         The keys of config.json beside "mixer", in order.
         """
     def __eq__(self, arg0: SlidingWindowConfig) -> bool:
+        ...
+    def __getstate__(self) -> dict:
+        ...
+    def __hash__(self) -> int:
+        ...
+    def __setstate__(self, arg0: dict) -> None:
         ...
     def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
         """
@@ -374,8 +389,13 @@ class SlidingWindowConfig:
         keys attended, the query's own included
         """
 class MlpConfig:
-    __hash__: typing.ClassVar[None] = None
     def __eq__(self, arg0: MlpConfig) -> bool:
+        ...
+    def __getstate__(self) -> dict:
+        ...
+    def __hash__(self) -> int:
+        ...
+    def __setstate__(self, arg0: dict) -> None:
         ...
     @property
     def activation(self) -> Activation:
@@ -396,7 +416,6 @@ class ModelConfig:
     """
     Every number that the maths needs: a model directory's config.json.
     """
-    __hash__: typing.ClassVar[None] = None
     @staticmethod
     def from_json(text: str, where: str = 'config') -> ModelConfig:
         """
@@ -404,7 +423,13 @@ class ModelConfig:
         """
     def __eq__(self, arg0: ModelConfig) -> bool:
         ...
+    def __getstate__(self) -> str:
+        ...
+    def __hash__(self) -> int:
+        ...
     def __repr__(self) -> str:
+        ...
+    def __setstate__(self, arg0: str) -> None:
         ...
     def to_json(self) -> str:
         """

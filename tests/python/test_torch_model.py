@@ -1,9 +1,12 @@
 """based.torch.BasedForCausalLM: the runtime's model, whatever the architecture, with gradients."""
 
 import contextlib
+import copy
+import io
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -53,6 +56,12 @@ def tiny(num_layers: int, **changes: Any) -> based.ModelConfig:
     """The first layers of the size "tiny": convolution, Taylor attention, window, convolutions."""
     config = json.loads(sizes.named_config("tiny").to_json())
     return based.ModelConfig.from_json(json.dumps(config | changes | {"layers": config["layers"][:num_layers]}))
+
+
+def shape(layers: str, **changes: Any) -> based.ModelConfig:
+    """Small layers of these kinds."""
+    recipe = {"hidden_size": 16, "num_heads": 2, "inner_size": 24, "feature_dim": 4, "vocab_size": 32}
+    return based.ModelConfig.from_json(json.dumps(sizes.recipe(layers, **recipe | changes, end_token_id=31)))
 
 
 def logits_of(model: BasedForCausalLM, tokens: np.ndarray) -> np.ndarray:
@@ -323,14 +332,85 @@ def test_the_loss_of_many_tokens_never_holds_all_logits(monkeypatch):
         assert (a - b.grad).norm() <= 1e-12 * b.grad.norm()
 
 
-def test_second_derivatives_of_the_loss_are_refused():
-    """Its gradients are made in the forward pass: they would be taken for constants."""
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(n, 4, dtype=torch.float64, generator=generator).requires_grad_() for n in (6, 5))
-    found = loss.linear_cross_entropy(hidden, weight, torch.arange(6) % 5, 5)
-    gradients = torch.autograd.grad(found, (hidden, weight), create_graph=True)
-    with pytest.raises(RuntimeError, match="twice"):
-        (gradients[0].sum() + hidden.sum()).backward()
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_products_with_the_hessian_of_a_model(checkpointing):
+    """Against differences of gradients; all kinds of layers, and a window that ends within the tokens."""
+    torch.manual_seed(0)
+    model = BasedForCausalLM(shape("cLW", window=3), activation_checkpointing=checkpointing, dtype=torch.float64)
+    tokens = torch.from_numpy(draw_tokens({"vocab_size": 32}, 2, 9))
+    parameters = list(model.parameters())
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.mul_(10 if parameter.ndim == 2 else 1)  # far enough from a linear model
+    directions = [torch.randn_like(p) for p in parameters]
+
+    def gradients(create_graph: bool = False) -> Any:
+        return torch.autograd.grad(model(tokens, labels=tokens), parameters, create_graph=create_graph)
+
+    product = sum((g * d).sum() for g, d in zip(gradients(create_graph=True), directions, strict=True))
+    found = torch.autograd.grad(product, parameters)
+    step, sides = 1e-6, []
+    for shift in (step, -2 * step):
+        with torch.no_grad():
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter.add_(direction, alpha=shift)
+        sides.append(gradients())
+    for a, left, right in zip(found, *sides, strict=True):
+        expected = (left - right) / (2 * step)
+        assert (a - expected).norm() <= 1e-6 * expected.norm() + 1e-8
+
+
+def test_gradients_of_each_sample():
+    """torch.func: grad and vmap over the tokens, and over the weights of an ensemble."""
+    torch.manual_seed(0)
+    model = BasedForCausalLM(shape("cLW", window=3), dtype=torch.float64)
+    tokens = torch.from_numpy(draw_tokens({"vocab_size": 32}, 3, 9))
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss_of(weights: Any, tokens: Any) -> Any:
+        return torch.func.functional_call(model, weights, (tokens[None],), {"labels": tokens[None]})
+
+    each = torch.func.vmap(torch.func.grad(loss_of), (None, 0))(weights, tokens)
+    for row in range(3):
+        expected = torch.autograd.grad(model(tokens[row : row + 1], labels=tokens[row : row + 1]), model.parameters())
+        for name, gradient in zip(weights, expected, strict=True):
+            assert rel_l2(each[name][row].numpy(), gradient.numpy()) <= FLOAT64
+    ensemble = {name: torch.stack([w, 2 * w]) for name, w in weights.items()}
+    losses = torch.func.vmap(loss_of, (0, None))(ensemble, tokens[0])
+    for index in range(2):
+        assert losses[index] == pytest.approx(float(loss_of({n: w[index] for n, w in ensemble.items()}, tokens[0])))
+
+
+# ---- copies ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [sizes.named_config("tiny"), sizes.named_config("360m")])
+def test_copies_of_a_config(config):
+    for part in (config, config.mlp, *config.layers):
+        for other in (copy.copy(part), copy.deepcopy(part), pickle.loads(pickle.dumps(part))):
+            assert other == part and hash(other) == hash(part) and type(other) is type(part)
+    assert len({config, copy.copy(config), sizes.named_config("60m")}) == 2
+    assert len({copy.copy(mixer) for mixer in config.layers}) == len({mixer.mixer for mixer in config.layers})
+
+
+@pytest.mark.parametrize("activation", [a.name for a in based._core.Activation])
+@pytest.mark.parametrize("gated", [False, True])
+def test_copies_of_a_model(activation, gated):
+    config = json.loads(shape("cLW", window=3).to_json())
+    config["mlp"] |= {"activation": activation, "gated": gated}
+    model = BasedForCausalLM(based.ModelConfig.from_json(json.dumps(config)))
+    model.tokenizer_json = b"{}"
+    tokens = torch.from_numpy(draw_tokens({"vocab_size": 32}, 2, 9))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    for other in (copy.deepcopy(model), averaged.module, torch.load(file, weights_only=False)):
+        assert torch.equal(other(tokens), model(tokens))
+        assert other.config == model.config and other.tokenizer_json == b"{}"
+        with torch.no_grad():
+            other.embedding.weight.zero_()
+        assert model.embedding.weight.any()
 
 
 # ---- model directories -----------------------------------------------------------------------------------------------

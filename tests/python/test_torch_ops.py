@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 torch.set_num_threads(1)  # tensors are small here, and a thread that waits for its turn stops all
 
 from based.torch import ops
+from based.torch.loss import linear_cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.reference.model import rotate
@@ -364,17 +365,166 @@ def test_compiles_in_one_graph_for_all_lengths(name):
             assert error(a, b.double()) <= TOLERANCE["float32"]
 
 
-@pytest.mark.parametrize("name", ["taylor", "conv", "swiglu"])
-@pytest.mark.parametrize("constant", [True, False])
-def test_second_derivatives_are_refused(name, constant):
-    """Also where the gradient of the result is a constant: that of the inputs is none."""
+# ---- derivatives of other kinds --------------------------------------------------------------------------------------
+
+
+def taylor_case(t: int, chunk_size: int) -> tuple[Callable[..., Any], Callable[..., Any], Tensors]:
+    return (
+        lambda q, k, v: ops.taylor_linear_attention(q, k, v, chunk_size=chunk_size),
+        taylor_reference,
+        tuple(random(1, t, 2, n, seed=seed).detach() for seed, n in enumerate((3, 3, 2))),
+    )
+
+
+def window_case(t: int, size: int) -> tuple[Callable[..., Any], Callable[..., Any], Tensors]:
+    inputs = tuple(random(1, t, heads, 3, seed=seed).detach() for seed, heads in enumerate((2, 1, 1)))
+    return window(size), lambda q, k, v: window_reference(q, k, v, size, 3**-0.5), inputs
+
+
+# The operation, its definition, and inputs: of one chunk or block and of several.
+DERIVED: dict[str, tuple[Callable[..., Any], Callable[..., Any], Tensors]] = {
+    "taylor of one chunk": taylor_case(6, 128),
+    "taylor of three": taylor_case(10, 4),
+    "window of one block": window_case(6, 3),
+    "window of all": window_case(6, 9),
+    "window of two blocks": window_case(70, 3),
+    "conv": (
+        ops.gated_short_conv,
+        lambda u, w: conv_reference(u, w)[0],
+        tuple(x.detach() for x in conv_inputs(5, 3, 2)),
+    ),
+    "swiglu": (ops.swiglu, swiglu_reference, (random(1, 3, 6).detach(),)),
+    "loss": (
+        lambda h, w: linear_cross_entropy(h, w, torch.tensor([1, 2, -100, 0, 5]), 6),
+        lambda h, w: torch.nn.functional.cross_entropy(h @ w[:6].T, torch.tensor([1, 2, -100, 0, 5])),
+        (random(5, 4).detach(), random(7, 4, seed=1).detach()),
+    ),
+}
+BATCHED = [name for name in DERIVED if name != "loss"]
+
+
+def energy(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *inputs: function(*inputs).square().sum()
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert error(a, b) <= TOLERANCE["float64"]
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_second_derivatives(name):
+    """Products with the Hessian, where every input has a part, and where the inputs are results of something else."""
+    function, reference, inputs = DERIVED[name]
+    vectors = tuple(random(*x.shape, seed=9).detach() for x in inputs)
+    for inner in (lambda x: x, torch.sin):
+        found, expected = (
+            torch.autograd.functional.hvp(lambda *x, f=f, inner=inner: energy(f)(*map(inner, x)), inputs, vectors)[1]
+            for f in (function, reference)
+        )
+        assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_a_gradient_penalty(name):
+    """By a backward pass for some of the inputs, which leaves other nodes of the graph out."""
+    function, reference, inputs = DERIVED[name]
+    results = []
+    for f in (function, reference):
+        x = [x.clone().requires_grad_() for x in inputs]
+        penalties = torch.autograd.grad(energy(f)(*x), x, create_graph=True)
+        penalty = sum(g.square().sum() for g in penalties)
+        results.append(torch.autograd.grad(penalty, x, retain_graph=True))
+        (penalty + x[0].square().sum()).backward(inputs=[x[0]])
+        results[-1] += (x[0].grad,)
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("name", ["taylor of three", "conv", "swiglu"])
+def test_third_derivatives(name):
+    function, _, inputs = DERIVED[name]
+    assert torch.autograd.gradgradcheck(function, [x.clone().requires_grad_() for x in inputs])
+
+
+@pytest.mark.parametrize("operation", ["taylor", "window"])
+def test_one_tensor_as_two_inputs(operation):
+    name = f"{operation} of {'three' if operation == 'taylor' else 'two blocks'}"
+    function, reference, (_, x, v) = DERIVED[name]
+    results = (
+        torch.autograd.functional.hvp(lambda x, v, f=f: energy(f)(x, x, v), (x, v), (x.cos(), v.cos()))[1]
+        for f in (function, lambda q, k, v: reference(q, k, v))
+    )
+    assert_equal(*results)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # of torch.func.jvp itself
+@pytest.mark.parametrize("name", BATCHED)
+def test_functional_transforms(name):
+    """grad, jvp, and vmap of both, over each input by itself."""
+    function, reference, inputs = DERIVED[name]
+    vectors = tuple(random(*x.shape, seed=9).detach() for x in inputs)
+    numbers = tuple(range(len(inputs)))
+    transforms = (
+        lambda f: torch.func.grad(energy(f), numbers)(*inputs),
+        lambda f: torch.func.jvp(f, inputs, vectors),
+        lambda f: torch.func.jvp(torch.func.grad(energy(f), numbers), inputs, vectors)[1],
+        lambda f: torch.func.jacrev(torch.func.grad(energy(f)))(*(x[:, :4] if x.ndim > 2 else x for x in inputs)),
+    )
+    for transform in transforms:
+        for a, b in zip(flat(transform(function)), flat(transform(reference)), strict=True):
+            assert error(a, b) <= TOLERANCE["float64"]
+    for number in numbers:
+        dims = tuple(0 if i == number else None for i in numbers)
+        batch = tuple(torch.stack([x, x.cos()]) if i == number else x for i, x in enumerate(inputs))
+        for f, g in ((function, reference), *((torch.func.grad(energy(h)) for h in (function, reference)),)):
+            found = torch.func.vmap(f, dims)(*batch)
+            for row in range(2):
+                expected = g(*(x[row] if i == number else x for i, x in enumerate(batch)))
+                assert error(found[row], expected) <= TOLERANCE["float64"]
+
+
+def flat(x: Any) -> list[Any]:
+    return [x] if isinstance(x, torch.Tensor) else [leaf for part in x for leaf in flat(part)]
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_jacobians_by_batched_gradients(name):
+    function, reference, inputs = DERIVED[name]
+    found, expected = (
+        torch.autograd.functional.jacobian(f, inputs, vectorize=vectorize)
+        for f, vectorize in ((function, not name.startswith("window")), (reference, False))
+    )
+    assert_equal(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # of torch.func.jvp itself
+def test_forward_mode():
+    function, reference, inputs = DERIVED["taylor of three"]
+    found, expected = (
+        torch.autograd.functional.jacobian(f, inputs, vectorize=True, strategy="forward-mode")
+        for f in (function, reference)
+    )
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["taylor", "window", "conv", "swiglu"])
+def test_second_derivatives_in_bfloat16_and_under_autocast(name):
+    """A penalty on the gradient, whose own gradient is as near to float64 as rounded first gradients let it be."""
     function, make = OPERATIONS[name]
-    inputs = make(5, "float64")
-    y = function(*inputs)
-    loss = y.sum() if constant else y.square().sum()
-    gradients = torch.autograd.grad(loss, inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match="twice"):
-        (gradients[0].sum() + inputs[0].sum()).backward()
+
+    def penalty_gradients(inputs: Tensors) -> Tensors:
+        first = torch.autograd.grad(energy(function)(*inputs), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.float().square().sum() for g in first), inputs)
+
+    inputs = make(40, "bfloat16")
+    expected = penalty_gradients(double(inputs))
+    for a, b in zip(penalty_gradients(inputs), expected, strict=True):
+        assert a.dtype == torch.bfloat16 and error(a, b) <= 2e-2
+    wide = tuple(x.detach().float().requires_grad_() for x in inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = penalty_gradients(wide)
+    for a, b in zip(under_autocast, expected, strict=True):
+        assert error(a, b) <= 2e-2
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

@@ -1,20 +1,37 @@
 """What the operations share of differentiation."""
 
-import functools
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-from torch.autograd import function
+from torch.autograd import forward_ad
 
 
-def once_differentiable(backward: Any) -> Any:
-    """PyTorch's once_differentiable, which by itself takes second derivatives for zero where dy is a constant."""
-    once = function.once_differentiable(backward)
+def is_differentiated() -> bool:
+    """In a backward pass: whether it is to be differentiated itself, as with create_graph=True.
 
-    @functools.wraps(backward)
-    def checked(ctx: Any, dy: torch.Tensor) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not dy.requires_grad:
-            dy = dy.detach().requires_grad_()
-        return once(ctx, dy)
+    Compiled backward passes never are: PyTorch refuses that.
+    """
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
-    return checked
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, …) or forward-mode differentiation is under way.
+
+    These see through PyTorch's own operations only.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    active: bool = torch._C._are_functorch_transforms_active()
+    return active or forward_ad._current_level >= 0
+
+
+def gradients(
+    function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], wanted: Sequence[bool], dy: torch.Tensor
+) -> list[torch.Tensor | None]:
+    """Of Σ function(*inputs) · dy, by PyTorch's own differentiation, and differentiable; None where not wanted."""
+    # Views: one tensor may be given as two inputs, each of which has a gradient of its own.
+    views = [x.view_as(x) for x in inputs]
+    y = function(*views)
+    chosen = [view for view, is_wanted in zip(views, wanted, strict=True) if is_wanted]
+    found = iter(torch.autograd.grad(y, chosen, dy.to(y.dtype), create_graph=True))
+    return [next(found) if is_wanted else None for is_wanted in wanted]

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from based.torch._autograd import once_differentiable
+from based.torch._autograd import gradients, is_differentiated, is_transformed
 from based.torch.kernels import HAS_TRITON
 
 IGNORED = -100
@@ -17,7 +17,8 @@ def linear_cross_entropy(
     """The mean of −log softmax(weight · hidden)[target] over all targets that count.
 
     The gradients of hidden and weight are made in the forward pass, from one block of tokens' logits after the other:
-    so no logits are kept, and none are made twice. Second derivatives are refused with RuntimeError.
+    so no logits are kept, and none are made twice. Where derivatives of higher order are asked for, or torch.func
+    transforms the call, all logits are made at once and kept.
 
     Args:
         hidden: (N, d).
@@ -32,9 +33,19 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if is_transformed():
+        return _plain_total(hidden, weight, targets, num_classes) / (targets != IGNORED).sum()
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     total: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, num_classes, wanted)
     return total / (targets != IGNORED).sum()
+
+
+def _plain_total(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """The sum of the losses, by operations that can be differentiated again."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = hidden @ weight[:num_classes].t()
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return torch.nn.functional.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="sum")
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -58,15 +69,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     d_weight = _add_product(d_weight, gradient.t(), h)
         if wanted:
             assert d_weight is not None
-            ctx.save_for_backward(torch.cat(d_hidden), d_weight)
-        ctx.dtypes = hidden.dtype, weight.dtype
+            ctx.save_for_backward(torch.cat(d_hidden), d_weight, hidden, weight, targets)
+        ctx.num_classes = num_classes
         return total
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
-        d_hidden, d_weight = ctx.saved_tensors
-        return (d_hidden * d_total).to(ctx.dtypes[0]), (d_weight * d_total).to(ctx.dtypes[1]), None, None, None
+    def backward(ctx: Any, d_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        d_hidden, d_weight, hidden, weight, targets = ctx.saved_tensors
+        if not is_differentiated():
+            return (d_hidden * d_total).to(hidden.dtype), (d_weight * d_total).to(weight.dtype), None, None, None
+
+        def total(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return _plain_total(hidden, weight, targets, ctx.num_classes)
+
+        return *gradients(total, (hidden, weight), ctx.needs_input_grad[:2], d_total), None, None, None
 
 
 def _losses(

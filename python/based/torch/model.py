@@ -26,18 +26,34 @@ from based._core import (
 from based._loading import model_directory
 from based.convert import StrPath, atomic_directory, find_tokenizer, open_weights, sync
 from based.torch import ops
+from based.torch._autograd import is_transformed
 from based.torch.loss import IGNORED, linear_cross_entropy
 
 _FILE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DTYPES = (torch.float64, *_FILE_DTYPES.values())
+
+
+# With names, so that pickle finds them.
+def _identity(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+def _relu_squared(x: torch.Tensor) -> torch.Tensor:
+    return functional.relu(x).square()
+
+
 _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
-    Activation.identity: lambda x: x,
+    Activation.identity: _identity,
     Activation.silu: functional.silu,
     Activation.gelu: functional.gelu,
-    Activation.gelu_tanh: lambda x: functional.gelu(x, approximate="tanh"),
+    Activation.gelu_tanh: _gelu_tanh,
     Activation.sigmoid: torch.sigmoid,
     Activation.relu: functional.relu,
-    Activation.relu_squared: lambda x: functional.relu(x).square(),
+    Activation.relu_squared: _relu_squared,
 }
 _ONTO_RESIDUAL = ("mixer.out_proj.weight", "mlp.fc2.weight")
 
@@ -176,7 +192,7 @@ class BasedForCausalLM(nn.Module):
         device = self.embedding.weight.device
         if tokens.device != device:
             raise ValueError(f"{name} is on {tokens.device}, expected {device}, where the model is")
-        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed():
             foreign = (tokens < 0) | (tokens >= self.config.vocab_size)
             if ignored is not None:
                 foreign &= tokens != ignored

@@ -2,11 +2,13 @@
 
 Inputs are float64, float32, bfloat16 or float16 tensors on any device. Sums of 16-bit numbers are kept in float32.
 Under autocast, inputs other than float64 are cast to autocast's dtype, as those of matrix products are. Every function
-raises TypeError or ValueError with what was found and what is expected. The backward passes of taylor_linear_attention,
-gated_short_conv and swiglu cannot be differentiated: they raise RuntimeError when they are to be.
+raises TypeError or ValueError with what was found and what is expected. Derivatives of any order are right: a backward
+pass with create_graph=True, a transform of torch.func, and forward-mode differentiation use PyTorch's own operations
+instead of the kernels, and keep what these need.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from based import _core
 from based import ops as kernels
-from based.torch._autograd import once_differentiable
+from based.torch._autograd import gradients, is_differentiated, is_transformed
 from based.torch.kernels import HAS_TRITON
 
 __all__ = ["gated_short_conv", "rotary_embedding", "sliding_window_attention", "swiglu", "taylor_linear_attention"]
@@ -59,6 +61,9 @@ def taylor_linear_attention(
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected ≥ 1")
     q, k, v = _as_autocast(q, k, v)
+    if is_transformed():
+        with torch.autocast(q.device.type, enabled=False):
+            return _Chunks(q, k, v, chunk_size).forward(eps)
     return _TaylorLinearAttention.apply(q, k, v, eps, chunk_size)
 
 
@@ -74,10 +79,9 @@ class _TaylorLinearAttention(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
         q, k, v, y = ctx.saved_tensors
-        if _has_kernel(q, v) and _triton_takes(q, k, v, y, dy):
+        if _has_kernel(q, v) and _triton_takes(q, k, v, y, dy) and not is_differentiated():
             return *_taylor_backward_kernel(q, k, v, y, dy, ctx.eps), None, None
         with torch.autocast(q.device.type, enabled=False):
             return *_Chunks(q, k, v, ctx.chunk_size).backward(y, dy, ctx.eps), None, None
@@ -91,29 +95,37 @@ class _Chunks:
     denominator is one more column. The numerators and denominators of chunk n are
     tril(p(Q Kᵀ)) V + φ(Q) S_n, with S_n = W Σ φ(K)ᵀ V over the chunks before n. The first chunk has nothing before it,
     the last one nothing after: S stands for chunks 1 … N − 1.
+
+    Nothing here is changed in place, so that autograd and torch.func can differentiate and batch it.
     """
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk_size: int) -> None:
         self.num_tokens, f, self.head_dim = q.shape[1], q.shape[3], v.shape[3]
         self.scale = f**-0.5
-        # float16 cannot hold sums over many tokens, of which the states consist.
-        self.dtype = torch.float32 if q.dtype == torch.float16 else q.dtype
+        # float16 cannot hold sums over many tokens, of which the states consist. A CPU multiplies in float32 anyway:
+        # states that are not rounded keep y exact where φ(q)·S cancels, for q at right angles to long keys.
+        self.dtype = _accumulation_dtype(q) if q.dtype == torch.float16 or not q.is_cuda else q.dtype
         self.result_dtype = q.dtype
-        self.chunk = min(chunk_size, self.num_tokens)
-        self.pairs = _Pairs(f, q.device, _accumulation_dtype(q))
+        # One chunk, or at least two: a compiled graph is for one of these, whatever the number of tokens.
+        self.several = self.num_tokens > chunk_size
+        self.chunk = chunk_size if self.several else self.num_tokens
+        self.num_chunks = (self.num_tokens + chunk_size - 1) // chunk_size if self.several else 1
         self.q, self.k = self._split(q), self._split(k)
         ones = functional.pad(v, (0, 1), value=1)
         self.v = self._split(functional.pad(ones, (0, -ones.shape[-1] % _ALIGNMENT)))
         self.s = _product(self.q, self.k.mT) * self.scale
         self.p = torch.tril(1 + self.s + self.s * self.s / 2)  # (B, H, N, C, C)
-        self.phi_q, self.phi_k = self.pairs.features(self.q[:, :, 1:]), self.pairs.features(self.k[:, :, :-1])
-        increments = _product(self.phi_k.mT, self.v[:, :, :-1])  # (B, H, N − 1, F, E)
-        self.states = (increments.cumsum(2) * self.pairs.weight).to(self.dtype)
+        if self.several:
+            self.pairs = _Pairs(f, q.device, _accumulation_dtype(q))
+            self.phi_q, self.phi_k = self.pairs.features(self.q[:, :, 1:]), self.pairs.features(self.k[:, :, :-1])
+            increments = _product(self.phi_k.mT, self.v[:, :, :-1])  # (B, H, N − 1, F, E)
+            self.states = (increments.cumsum(2) * self.pairs.weight).to(self.dtype)
 
     def forward(self, eps: float) -> torch.Tensor:
         """The operation's result, (B, T, H, D)."""
         sums = _product(self.p.to(self.dtype), self.v)
-        sums[:, :, 1:] += _product(self.phi_q, self.states)
+        if self.several:
+            sums = _add_to_later(sums, _product(self.phi_q, self.states))
         d = self.head_dim
         return self._join(sums[..., :d] / (sums[..., d : d + 1] + eps))
 
@@ -123,7 +135,8 @@ class _Chunks:
         """Gradients of q, k and v."""
         d = self.head_dim
         denominator = self.p.sum(-1, keepdim=True)
-        denominator[:, :, 1:] += _product(self.phi_q, self.states[..., d : d + 1])
+        if self.several:
+            denominator = _add_to_later(denominator, _product(self.phi_q, self.states[..., d : d + 1]))
         # y = a/b: da = dy/b, db = −(dy·y)/b
         dy = self._split(dy).to(denominator.dtype) / (denominator + eps)
         db = -(dy * self._split(y)).sum(-1, keepdim=True)
@@ -133,27 +146,38 @@ class _Chunks:
         ds = torch.tril((1 + self.s) * dp * self.scale).to(self.dtype)
         dq, dk = _product(ds, self.k), _product(ds.mT, self.q)
         dv = _product(self.p.to(self.dtype).mT, da)
-
-        dphi_q = _product(da[:, :, 1:], self.states.mT)
-        d_increments = _product(self.phi_q.mT, da[:, :, 1:])  # of S, of chunks 1 … N − 1
-        later = (d_increments.flip(2).cumsum(2).flip(2) * self.pairs.weight).to(self.dtype)
-        dphi_k = _product(self.v[:, :, :-1], later.mT)
-        dv[:, :, :-1] += _product(self.phi_k, later)
-        dq[:, :, 1:] += self.pairs.features_backward(self.q[:, :, 1:], dphi_q)
-        dk[:, :, :-1] += self.pairs.features_backward(self.k[:, :, :-1], dphi_k)
+        if self.several:
+            dphi_q = _product(da[:, :, 1:], self.states.mT)
+            d_increments = _product(self.phi_q.mT, da[:, :, 1:])  # of S, of chunks 1 … N − 1
+            later = (d_increments.flip(2).cumsum(2).flip(2) * self.pairs.weight).to(self.dtype)
+            dphi_k = _product(self.v[:, :, :-1], later.mT)
+            dv = _add_to_earlier(dv, _product(self.phi_k, later))
+            dq = _add_to_later(dq, self.pairs.features_backward(self.q[:, :, 1:], dphi_q))
+            dk = _add_to_earlier(dk, self.pairs.features_backward(self.k[:, :, :-1], dphi_k))
         return self._join(dq), self._join(dk), self._join(dv[..., :d])
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, H, n) → (B, H, N, C, n), zeros after the end."""
-        num_chunks = -(-self.num_tokens // self.chunk)
-        x = functional.pad(x, (0, 0, 0, 0, 0, num_chunks * self.chunk - self.num_tokens))
-        return x.unflatten(1, (num_chunks, self.chunk)).permute(0, 3, 1, 2, 4).to(self.dtype).contiguous()
+        b, _, h, n = x.shape
+        x = functional.pad(x, (0, 0, 0, 0, 0, self.num_chunks * self.chunk - self.num_tokens))
+        return x.reshape(b, self.num_chunks, self.chunk, h, n).permute(0, 3, 1, 2, 4).to(self.dtype).contiguous()
 
     def _join(self, x: torch.Tensor) -> torch.Tensor:
         """What _split made of a (B, T, H, n), as that."""
-        x = x.permute(0, 2, 3, 1, 4).flatten(1, 2)
+        b, h, _, _, n = x.shape
+        x = x.permute(0, 2, 3, 1, 4).reshape(b, self.num_chunks * self.chunk, h, n)
         # Always a copy: of one head the rest is a view of what it is made of (_cast).
-        return x[:, : self.num_tokens].to(self.result_dtype, memory_format=torch.contiguous_format, copy=True)
+        return x.narrow(1, 0, self.num_tokens).to(self.result_dtype, memory_format=torch.contiguous_format, copy=True)
+
+
+def _add_to_later(x: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    """Adds `rest` to x (B, H, N, …), in all chunks but the first."""
+    return torch.cat([x[:, :, :1], x[:, :, 1:] + rest], 2)
+
+
+def _add_to_earlier(x: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    """Adds `rest` to x (B, H, N, …), in all chunks but the last."""
+    return torch.cat([x[:, :, :-1] + rest, x[:, :, -1:]], 2)
 
 
 class _Pairs:
@@ -196,7 +220,7 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The product of matrices with float32 sums and result, float64 of float64."""
     if a.dtype != torch.bfloat16:
         return a @ b
-    if not a.is_cuda:  # products of bfloat16 numbers are exact in float32
+    if is_differentiated():
         return a.float() @ b.float()
     return _bfloat16_product(a, b)
 
@@ -292,27 +316,66 @@ def sliding_window_attention(
     if not 0 < scale < math.inf:
         raise ValueError(f"scale is {scale}, expected a finite number > 0")
     q, k, v = _as_autocast(q, k, v)
+    if is_transformed():
+        return _attend_in_blocks(q, k, v, window, scale, _attend_plainly)
+    if window < t and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and d % 8 == 0 and d <= _FLASH_HEAD_DIM:
+        y = _attend_window(q, k, v, window, scale)
+    else:
+        y = _attend_in_blocks(q, k, v, window, scale, _attend)
+    if torch.compiler.is_compiling() or not y.requires_grad:
+        return y
+    return _TwiceDifferentiable.apply(y, q, k, v, window, scale)
+
+
+class _TwiceDifferentiable(torch.autograd.Function):
+    """Gives y as it is, and second derivatives, which PyTorch's kernels of attention have not.
+
+    Where these are asked for, the gradients of q, k and v are those of the definition, and y has none.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, scale: float
+    ) -> torch.Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.window, ctx.scale = window, scale
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if not is_differentiated():
+            return dy, None, None, None, None, None
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return _attend_in_blocks(q, k, v, ctx.window, ctx.scale, _attend_plainly)
+
+        return None, *gradients(attend, ctx.saved_tensors, ctx.needs_input_grad[1:4], dy), None, None
+
+
+def _attend_in_blocks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, scale: float, attend: "_Attend"
+) -> torch.Tensor:
+    """The same in blocks of queries."""
+    b, t = q.shape[:2]
     if window >= t:
-        return _attend(q, k, v, None, scale)
-
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and d % 8 == 0 and d <= _FLASH_HEAD_DIM:
-        return _attend_window(q, k, v, window, scale)
-
+        return attend(q, k, v, None, scale)
     size = min(max(window - 1, _MIN_BLOCK), t)
     position = torch.arange(2 * size, device=q.device)
     age = position[size:, None] - position  # of a block's queries, to its keys and those of the block before
     mask = (age >= 0) & (age < window)
-    first = _attend(q[:, :size], k[:, :size], v[:, :size], mask[:, size:], scale)
+    first = attend(q[:, :size], k[:, :size], v[:, :size], mask[:, size:], scale)
     if t == size:
         return first
     num_blocks = -(-t // size)
     blocks = [
-        functional.pad(x, (0, 0, 0, 0, 0, num_blocks * size - t)).unflatten(1, (num_blocks, size)) for x in (q, k, v)
+        functional.pad(x, (0, 0, 0, 0, 0, num_blocks * size - t)).reshape(b, num_blocks, size, *x.shape[2:])
+        for x in (q, k, v)
     ]
     own = [x[:, 1:].flatten(0, 1) for x in blocks]  # (B · (blocks − 1), size, heads, D)
     before = [x[:, :-1].flatten(0, 1) for x in blocks[1:]]
     keys, values = (torch.cat(pair, 1) for pair in zip(before, own[1:], strict=True))
-    others = _attend(own[0], keys, values, mask, scale).unflatten(0, (-1, num_blocks - 1)).flatten(1, 2)
+    others = attend(own[0], keys, values, mask, scale)
+    others = others.reshape(b, (num_blocks - 1) * size, *others.shape[2:])
     return torch.cat([first, others[:, : t - size]], 1)
 
 
@@ -338,6 +401,22 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
     q, k, v = (x.transpose(1, 2) for x in (q, *_as_many_heads(q, k, v)))
     y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     return y.transpose(1, 2)
+
+
+def _attend_plainly(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """The same by operations that can be differentiated again, and with sums in float32 at least."""
+    result_dtype, dtype = q.dtype, _accumulation_dtype(q)
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, *_as_many_heads(q, k, v)))
+    if mask is None:
+        mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+    with torch.autocast(q.device.type, enabled=False):
+        scores = (q @ k.mT * scale).masked_fill(~mask, -math.inf)
+        return _cast((scores.softmax(-1) @ v).transpose(1, 2), result_dtype)
+
+
+_Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float], torch.Tensor]
 
 
 def rotary_embedding(
@@ -417,7 +496,12 @@ def gated_short_conv(u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     (u,) = _as_autocast(u)
     if weight.dtype not in (u.dtype, _accumulation_dtype(u)):
         raise TypeError(f"weight is {_name(weight)}, expected {_name(u)}")
-    return _GatedShortConv.apply(u, weight)
+    return _plain_conv(u, weight) if is_transformed() else _GatedShortConv.apply(u, weight)
+
+
+def _plain_conv(u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    u1, u2, w = _widened(u, weight)
+    return _cast(functional.silu(_causal_conv(u1, w)) * u2, u.dtype)
 
 
 class _GatedShortConv(torch.autograd.Function):
@@ -428,14 +512,12 @@ class _GatedShortConv(torch.autograd.Function):
         ctx.save_for_backward(u, weight)
         if _has_conv_kernel(u, weight):
             return _conv_kernel(u, weight)
-        u1, u2, w = _widened(u, weight)
-        return _cast(functional.silu(_causal_conv(u1, w)) * u2, u.dtype)
+        return _plain_conv(u, weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         u, weight = ctx.saved_tensors
-        if _has_conv_kernel(u, weight):
+        if _has_conv_kernel(u, weight) and not is_differentiated():
             du, dw = _conv_gradients_kernel(u, weight, dy)
             return du, dw.to(weight.dtype)
         u1, u2, w = _widened(u, weight)
@@ -517,7 +599,12 @@ def swiglu(h: torch.Tensor) -> torch.Tensor:
     if h.shape[2] % 2 != 0:
         raise ValueError(f"h has shape {tuple(h.shape)}, expected (B, T, 2m)")
     (h,) = _as_autocast(h)
-    return _Swiglu.apply(h)
+    return _plain_swiglu(h) if is_transformed() else _Swiglu.apply(h)
+
+
+def _plain_swiglu(h: torch.Tensor) -> torch.Tensor:
+    value, gate = h.to(_accumulation_dtype(h)).chunk(2, -1)
+    return _cast(value * functional.silu(gate), h.dtype)
 
 
 class _Swiglu(torch.autograd.Function):
@@ -526,14 +613,12 @@ class _Swiglu(torch.autograd.Function):
         ctx.save_for_backward(h)
         if h.dtype != torch.float64 and _triton_takes(h):
             return _swiglu_kernel(h)
-        value, gate = h.to(_accumulation_dtype(h)).chunk(2, -1)
-        return _cast(value * functional.silu(gate), h.dtype)
+        return _plain_swiglu(h)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
         (h,) = ctx.saved_tensors
-        if h.dtype != torch.float64 and _triton_takes(h):
+        if h.dtype != torch.float64 and _triton_takes(h) and not is_differentiated():
             return _swiglu_gradient_kernel(h, dy)
         value, gate = h.to(_accumulation_dtype(h)).chunk(2, -1)
         silu, slope = _silu(gate)
