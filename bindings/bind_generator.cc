@@ -1,4 +1,5 @@
 #include <pybind11/native_enum.h>
+#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include <atomic>
@@ -40,6 +41,9 @@ class SharedGenerator {
   }
   void finish(int request, int sample) {
     guarded([&] { generator_.finish(request, sample); });
+  }
+  int add(GenerationRequest request) {
+    return guarded([&] { return generator_.add(std::move(request)); });
   }
   void cancel() { cancelled_->store(true); }
 
@@ -87,6 +91,24 @@ void bind_generator(py::module_& m) {
       .def_readonly("stop_token", &TokenEvent::stop_token)
       .def_readonly("error", &TokenEvent::error, "Why there is no token, when finish is error.");
 
+  m.def(
+      "check_prompt",
+      [](const TokenIds& ids, std::int64_t vocab_size, const std::string& name) {
+        const auto tokens = token_ids(ids, vocab_size, name);
+        return py::array_t<std::int32_t>(static_cast<py::ssize_t>(tokens.size()), tokens.data());
+      },
+      py::arg("prompt"), py::arg("vocab_size"), py::arg("name"),
+      "Token ids as an array. Raises TypeError and ValueError, in which `name` is the prompt's.");
+
+  m.def(
+      "check_batch_size",
+      [](const Arg<int>& size) {
+        const int batch = size.get("max_batch_size");
+        if (batch < 1) throw py::value_error("max_batch_size is " + std::to_string(batch) + ", expected ≥ 1");
+        return batch;
+      },
+      py::arg("max_batch_size"), "The number itself. Raises TypeError and ValueError.");
+
   using NoGil = py::call_guard<py::gil_scoped_release>;
   py::class_<SharedGenerator>(m, "Generator", "Runs requests to their ends, one token per sequence and call.")
       .def(py::init([](const std::shared_ptr<Model>& model, const Prompts& prompt_ids,
@@ -111,6 +133,16 @@ void bind_generator(py::module_& m) {
            "Advances every running sequence by one token. Empty only when done().")
       .def("finish", &SharedGenerator::finish, py::arg("request"), py::arg("sample"), NoGil(),
            "Ends a sample early. No effect on one that has ended.")
+      .def(
+          "add",
+          [](SharedGenerator& self, const TokenIds& ids, const TextSamplingParams& params) {
+            constexpr std::int64_t kAnyId = std::int64_t{1} << 31;  // the generator knows the vocabulary
+            GenerationRequest request{token_ids(ids, kAnyId, "prompt"), params};
+            const py::gil_scoped_release nogil;
+            return self.add(std::move(request));
+          },
+          py::arg("prompt"), py::arg("params"),
+          "One more request for a generator with a session of its own; its number.")
       .def("cancel", &SharedGenerator::cancel,
            "Makes a next() that another thread is in, and every later one, raise Error soon. From any thread.");
 }

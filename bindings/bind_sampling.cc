@@ -45,45 +45,56 @@ void bind_sampling(py::module_& m) {
 
 Applied in this order: logit_bias, min_tokens, penalties, temperature, min_p, top_k, top_p. Raises TypeError for a value
 of a wrong type and ValueError for one outside its domain. Lists and dicts are copied: assign a new one to change them.)");
-  cls.def(
-      py::init([](const Arg<int>& n, const Arg<std::int64_t>& max_tokens, const Arg<std::int64_t>& min_tokens,
-                  const Arg<double>& temperature, const Arg<double>& top_p, const Arg<std::int64_t>& top_k,
-                  const Arg<double>& min_p, const Arg<double>& repetition_penalty, const Arg<double>& presence_penalty,
-                  const Arg<double>& frequency_penalty, const Arg<std::optional<std::uint64_t>>& seed,
-                  const Arg<std::vector<std::string>>& stop, const Arg<std::vector<std::int64_t>>& stop_token_ids,
-                  const Arg<bool>& ignore_eos, const Arg<std::optional<int>>& logprobs,
-                  const Arg<LogitBias>& logit_bias, const Arg<bool>& include_stop_str_in_output) {
-        Params p;
-        p.n = n.get("n");
-        p.max_tokens = max_tokens.get("max_tokens");
-        p.min_tokens = min_tokens.get("min_tokens");
-        p.temperature = temperature.get("temperature");
-        p.top_p = top_p.get("top_p");
-        p.top_k = top_k.get("top_k");
-        p.min_p = min_p.get("min_p");
-        p.repetition_penalty = repetition_penalty.get("repetition_penalty");
-        p.presence_penalty = presence_penalty.get("presence_penalty");
-        p.frequency_penalty = frequency_penalty.get("frequency_penalty");
-        p.seed = seed.get("seed");
-        p.stop = stop.get("stop");
-        p.stop_token_ids = stop_token_ids.get("stop_token_ids");
-        p.ignore_eos = ignore_eos.get("ignore_eos");
-        p.logprobs = logprobs.get("logprobs");
-        p.logit_bias = logit_bias.get("logit_bias");
-        p.include_stop_str_in_output = include_stop_str_in_output.get("include_stop_str_in_output");
-        p.validate(std::numeric_limits<std::int64_t>::max());  // token ids: once the vocabulary is known
-        return p;
-      }),
-      py::kw_only(), py::arg("n") = d.n, py::arg("max_tokens") = d.max_tokens, py::arg("min_tokens") = d.min_tokens,
-      py::arg("temperature") = d.temperature, py::arg("top_p") = d.top_p, py::arg("top_k") = d.top_k,
-      py::arg("min_p") = d.min_p, py::arg("repetition_penalty") = d.repetition_penalty,
-      py::arg("presence_penalty") = d.presence_penalty, py::arg("frequency_penalty") = d.frequency_penalty,
-      py::arg("seed") = d.seed, py::arg("stop") = py::none(), py::arg("stop_token_ids") = py::none(),
-      py::arg("ignore_eos") = d.ignore_eos, py::arg("logprobs") = d.logprobs, py::arg("logit_bias") = py::none(),
-      py::arg("include_stop_str_in_output") = d.include_stop_str_in_output);
+  cls.def(py::init([](const Arg<int>& n, const Arg<std::optional<std::int64_t>>& max_tokens,
+                      const Arg<std::int64_t>& min_tokens, const Arg<double>& temperature, const Arg<double>& top_p,
+                      const Arg<std::int64_t>& top_k, const Arg<double>& min_p, const Arg<double>& repetition_penalty,
+                      const Arg<double>& presence_penalty, const Arg<double>& frequency_penalty,
+                      const Arg<std::optional<std::uint64_t>>& seed, const Arg<std::vector<std::string>>& stop,
+                      const Arg<std::vector<std::int64_t>>& stop_token_ids, const Arg<bool>& ignore_eos,
+                      const Arg<std::optional<int>>& logprobs, const Arg<LogitBias>& logit_bias,
+                      const Arg<bool>& include_stop_str_in_output, const Arg<bool>& skip_special_tokens) {
+            Params p;
+            p.n = n.get("n");
+            p.max_tokens = max_tokens.get("max_tokens").value_or(Params::kNoLimit);
+            p.min_tokens = min_tokens.get("min_tokens");
+            p.temperature = temperature.get("temperature");
+            p.top_p = top_p.get("top_p");
+            p.top_k = top_k.get("top_k");
+            p.min_p = min_p.get("min_p");
+            p.repetition_penalty = repetition_penalty.get("repetition_penalty");
+            p.presence_penalty = presence_penalty.get("presence_penalty");
+            p.frequency_penalty = frequency_penalty.get("frequency_penalty");
+            p.seed = seed.get("seed");
+            p.stop = stop.get("stop");
+            p.stop_token_ids = stop_token_ids.get("stop_token_ids");
+            p.ignore_eos = ignore_eos.get("ignore_eos");
+            p.logprobs = logprobs.get("logprobs");
+            p.logit_bias = logit_bias.get("logit_bias");
+            p.include_stop_str_in_output = include_stop_str_in_output.get("include_stop_str_in_output");
+            p.skip_special_tokens = skip_special_tokens.get("skip_special_tokens");
+            p.validate(std::numeric_limits<std::int64_t>::max());  // token ids: once the vocabulary is known
+            return p;
+          }),
+          py::kw_only(), py::arg("n") = d.n, py::arg("max_tokens") = d.max_tokens, py::arg("min_tokens") = d.min_tokens,
+          py::arg("temperature") = d.temperature, py::arg("top_p") = d.top_p, py::arg("top_k") = d.top_k,
+          py::arg("min_p") = d.min_p, py::arg("repetition_penalty") = d.repetition_penalty,
+          py::arg("presence_penalty") = d.presence_penalty, py::arg("frequency_penalty") = d.frequency_penalty,
+          py::arg("seed") = d.seed, py::arg("stop") = py::none(), py::arg("stop_token_ids") = py::none(),
+          py::arg("ignore_eos") = d.ignore_eos, py::arg("logprobs") = d.logprobs, py::arg("logit_bias") = py::none(),
+          py::arg("include_stop_str_in_output") = d.include_stop_str_in_output,
+          py::arg("skip_special_tokens") = d.skip_special_tokens);
 
   field(cls, "n", &Params::n, "Samples per prompt, ≥ 1.");
-  field(cls, "max_tokens", &Params::max_tokens, "Tokens to generate at most, ≥ 1.");
+  cls.def_property(
+      "max_tokens",
+      [](const Params& p) {
+        return p.max_tokens == Params::kNoLimit ? std::nullopt : std::optional<std::int64_t>(p.max_tokens);
+      },
+      [](Params& p, const Arg<std::optional<std::int64_t>>& value) {
+        p.max_tokens = value.get("max_tokens").value_or(Params::kNoLimit);
+      },
+      "Tokens to generate at most, ≥ 1; None: no limit.");
+  field_names.push_back("max_tokens");
   field(cls, "min_tokens", &Params::min_tokens, "Nothing stops a sequence before so many tokens; 0 … max_tokens.");
   field(cls, "temperature", &Params::temperature, "≥ 0; 0 is greedy.");
   field(cls, "top_p", &Params::top_p, "(0, 1].");
@@ -101,6 +112,8 @@ of a wrong type and ValueError for one outside its domain. Lists and dicts are c
   field(cls, "logit_bias", &Params::logit_bias, "Number in [-100, 100] added to the logit, by token id.");
   field(cls, "include_stop_str_in_output", &Params::include_stop_str_in_output,
         "Cut the text after what stopped it instead.");
+  field(cls, "skip_special_tokens", &Params::skip_special_tokens,
+        "Leave special tokens out of the text; stop strings may hold them either way.");
 
   cls.def("__eq__", [](const py::object& self, const py::object& other) -> py::object {
     if (!py::isinstance<Params>(other)) return py::reinterpret_borrow<py::object>(Py_NotImplemented);

@@ -45,6 +45,7 @@ struct PyTensor {
 struct TextSamplingParams : SamplingParams {
   std::vector<std::string> stop;
   bool include_stop_str_in_output = false;
+  bool skip_special_tokens = true;
 };
 
 /// Raises what a signal handler raised (KeyboardInterrupt), within some 20 ms of the signal; raises based.Error once

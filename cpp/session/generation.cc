@@ -30,8 +30,15 @@ class Generator::Impl {
   bool done() const { return waiting_.empty() && active_.empty() && ready_.empty() && !failure_; }
   std::vector<TokenEvent> next(const InterruptCheck& interrupt);
   void finish(int request, int sample);
+  int add(GenerationRequest request);
 
  private:
+  struct Entry {
+    GenerationRequest request;
+    std::uint64_t seed = 0;
+    std::vector<std::int32_t> stop_ids;  // stop_token_ids and the model's end token
+    int num_running = 0;                 // samples that have not ended
+  };
   // Samples of one request that share one prefill.
   struct Group {
     int request;
@@ -54,7 +61,7 @@ class Generator::Impl {
 
   void advance(const InterruptCheck& interrupt);
   bool can_admit() const { return !waiting_.empty() && waiting_.front().samples.size() <= free_slots_.size(); }
-  void check_prompt(std::size_t index) const;
+  void check_prompt(int slot) const;
   void admit(const InterruptCheck& interrupt);
   bool begin_sample(const Group& group, int sample, std::int32_t prefilled_slot, std::int32_t slot);
   void sample_first(const Tensor& logits);
@@ -65,14 +72,19 @@ class Generator::Impl {
   void fail(int request, int sample, std::string why);
   void drop_ended();
   void settle();
-  const GenerationRequest& request(int index) const { return requests_[static_cast<std::size_t>(index)]; }
+  int num_requests() const { return num_dropped_ + static_cast<int>(entries_.size()); }
+  Entry& entry(int index) { return entries_[static_cast<std::size_t>(index - num_dropped_)]; }
+  const Entry& entry(int index) const { return entries_[static_cast<std::size_t>(index - num_dropped_)]; }
+  const GenerationRequest& request(int index) const { return entry(index).request; }
+  void enter(GenerationRequest request);
+  void wait(int index);
+  void end_sample(int request);
 
   std::unique_ptr<Session::Impl> owned_;
   Session::Impl& session_;
   Session::Impl::Hold hold_{session_};  // the sampler's work is on this executor
-  std::vector<GenerationRequest> requests_;
-  std::vector<std::uint64_t> seeds_;                 // per request
-  std::vector<std::vector<std::int32_t>> stop_ids_;  // per request: stop_token_ids and the model's end token
+  std::deque<Entry> entries_;           // per request; those at the front that have ended are dropped
+  int num_dropped_ = 0;
   std::unique_ptr<backend::Sampler> sampler_;
   std::deque<Group> waiting_;
   std::vector<std::int32_t> free_slots_;  // taken from the back
@@ -86,48 +98,75 @@ class Generator::Impl {
 };
 
 Generator::Impl::Impl(std::unique_ptr<Session::Impl> owned, Session* session, std::vector<GenerationRequest> requests)
-    : owned_(std::move(owned)), session_(owned_ ? *owned_ : session->impl()), requests_(std::move(requests)) {
+    : owned_(std::move(owned)), session_(owned_ ? *owned_ : session->impl()) {
   const Session::Impl::Turn turn(session_);
-  const std::int64_t vocab_size = session_.config().vocab_size;
-  if (requests_.size() > static_cast<std::size_t>(std::numeric_limits<int>::max()))
+  if (requests.size() > static_cast<std::size_t>(std::numeric_limits<int>::max()))
     throw InvalidArgument("generate: too many requests");
-  for (std::size_t i = 0; i < requests_.size(); ++i) {
-    if (owned_ || !requests_[i].prompt.empty())
-      check_tokens(requests_[i].prompt, vocab_size, "generate: prompt " + std::to_string(i));
-    requests_[i].params.validate(vocab_size);
-    seeds_.push_back(requests_[i].params.seed.value_or(fresh_seed()));
-    const SamplingParams& params = requests_[i].params;
-    stop_ids_.emplace_back(params.stop_token_ids.begin(), params.stop_token_ids.end());
-    if (const auto eos = session_.config().eos_token_id; eos && !params.ignore_eos)
-      stop_ids_.back().push_back(static_cast<std::int32_t>(*eos));
-  }
+  for (GenerationRequest& request : requests) enter(std::move(request));
   const int capacity = session_.batch_size();
   if (!owned_) {
-    for (std::size_t i = 0; i < requests_.size(); ++i) check_prompt(i);
-    if (requests_.size() != static_cast<std::size_t>(capacity))
-      throw InvalidArgument("generate: " + std::to_string(requests_.size()) + " prompts, the session has " +
+    for (int r = 0; r < num_requests(); ++r) check_prompt(r);
+    if (num_requests() != capacity)
+      throw InvalidArgument("generate: " + std::to_string(num_requests()) + " prompts, the session has " +
                             std::to_string(capacity) + " sequences");
-    for (const auto& r : requests_)
-      if (r.params.n != 1)
-        throw InvalidArgument("generate: n is " + std::to_string(r.params.n) +
+    for (const Entry& e : entries_)
+      if (e.request.params.n != 1)
+        throw InvalidArgument("generate: n is " + std::to_string(e.request.params.n) +
                               ", a session continues its own sequences: expected 1 (fork the session for more)");
   }
-  sampler_ = session_.backend().make_sampler(vocab_size, capacity);
+  sampler_ = session_.backend().make_sampler(session_.config().vocab_size, capacity);
   for (int i = capacity; i-- > 0;) free_slots_.push_back(i);
-  for (int r = 0; r < static_cast<int>(requests_.size()); ++r)
-    for (int s = 0; s < request(r).params.n; ++s) {
-      if (s % capacity == 0) waiting_.push_back({r, {}});
-      waiting_.back().samples.push_back(s);
-    }
+  for (int r = 0; r < num_requests(); ++r) wait(r);
+}
+
+// Checks a request and gives it the next number.
+void Generator::Impl::enter(GenerationRequest request) {
+  const std::int64_t vocab_size = session_.config().vocab_size;
+  const SamplingParams& params = request.params;
+  if (owned_ || !request.prompt.empty())
+    check_tokens(request.prompt, vocab_size, "generate: prompt " + std::to_string(num_requests()));
+  params.validate(vocab_size);
+  Entry entry;
+  entry.seed = params.seed.value_or(fresh_seed());
+  entry.num_running = params.n;
+  entry.stop_ids.assign(params.stop_token_ids.begin(), params.stop_token_ids.end());
+  if (const auto eos = session_.config().eos_token_id; eos && !params.ignore_eos)
+    entry.stop_ids.push_back(static_cast<std::int32_t>(*eos));
+  entry.request = std::move(request);
+  entries_.push_back(std::move(entry));
+}
+
+// Puts a request's samples in line, as many together as can share one prefill.
+void Generator::Impl::wait(int index) {
+  for (int s = 0; s < request(index).params.n; ++s) {
+    if (s % session_.batch_size() == 0) waiting_.push_back({index, {}});
+    waiting_.back().samples.push_back(s);
+  }
+}
+
+int Generator::Impl::add(GenerationRequest request) {
+  if (!owned_) throw InvalidArgument("generate: a session's generator takes no more requests than it has sequences");
+  if (num_requests() == std::numeric_limits<int>::max()) throw InvalidArgument("generate: too many requests");
+  enter(std::move(request));
+  wait(num_requests() - 1);
+  return num_requests() - 1;
+}
+
+// A sample has ended: nobody asks for its request again once all of them have.
+void Generator::Impl::end_sample(int request_index) {
+  --entry(request_index).num_running;
+  while (owned_ && !entries_.empty() && entries_.front().num_running == 0) {
+    entries_.pop_front();
+    ++num_dropped_;
+  }
 }
 
 // An empty prompt goes on from what the sequence has seen.
-void Generator::Impl::check_prompt(std::size_t index) const {
-  const auto slot = static_cast<int>(index);
+void Generator::Impl::check_prompt(int slot) const {
   const bool exists = slot < session_.batch_size();
   if (exists) session_.check_whole(slot);
-  if (!requests_[index].prompt.empty() || (exists && session_.has_last_logits(slot))) return;
-  const std::string what = "generate: prompt " + std::to_string(index) + " is empty, and its sequence has ";
+  if (!request(slot).prompt.empty() || (exists && session_.has_last_logits(slot))) return;
+  const std::string what = "generate: prompt " + std::to_string(slot) + " is empty, and its sequence has ";
   if (!exists || session_.num_tokens(slot) == 0)
     throw InvalidArgument(what + "seen nothing: expected at least one token");
   throw InvalidArgument(what +
@@ -179,15 +218,16 @@ void Generator::Impl::admit(const InterruptCheck& interrupt) {
 // Puts the state after a sample's prompt into its slot, and its params into that row of the sampler. False: it cannot
 // go on, and has ended.
 bool Generator::Impl::begin_sample(const Group& group, int sample, std::int32_t prefilled_slot, std::int32_t slot) {
-  const auto r = static_cast<std::size_t>(group.request);
   try {
+    const Entry& of = entry(group.request);
     session_.copy(prefilled_slot, slot);
     std::span<const std::int32_t> prompt;
-    if (owned_) prompt = requests_[r].prompt;  // a caller's session has counted it
-    sampler_->assign(slot, requests_[r].params, seeds_[r], static_cast<std::uint32_t>(sample), prompt, stop_ids_[r],
+    if (owned_) prompt = of.request.prompt;  // a caller's session has counted it
+    sampler_->assign(slot, of.request.params, of.seed, static_cast<std::uint32_t>(sample), prompt, of.stop_ids,
                      session_.seen(slot));
   } catch (const std::exception& error) {
     fail(group.request, sample, error.what());
+    end_sample(group.request);
     return false;
   }
   active_.push_back({group.request, sample, slot, ++last_serial_, session_.num_tokens(slot)});
@@ -273,6 +313,7 @@ void Generator::Impl::take_token(Sequence& sequence, backend::SampledToken& chos
     sequence.finished = true;
     session_.set_num_tokens(sequence.slot, sequence.num_prompt_tokens + sequence.taken);
     fail(sequence.request, sequence.sample, std::move(chosen.failure));
+    end_sample(sequence.request);
     return;
   }
   const SamplingParams& params = request(sequence.request).params;
@@ -283,7 +324,7 @@ void Generator::Impl::take_token(Sequence& sequence, backend::SampledToken& chos
   event.logprob = chosen.logprob;
   event.top_logprobs = std::move(chosen.top_logprobs);
   ++sequence.taken;
-  if (std::ranges::count(stop_ids_[static_cast<std::size_t>(sequence.request)], event.token) > 0) {
+  if (std::ranges::count(entry(sequence.request).stop_ids, event.token) > 0) {
     event.finish = FinishReason::stop;
     event.stop_token = event.token;
   } else if (sequence.taken >= params.max_tokens) {
@@ -292,6 +333,7 @@ void Generator::Impl::take_token(Sequence& sequence, backend::SampledToken& chos
   sequence.finished = event.finish != FinishReason::none;
   session_.add_output(sequence.slot, event.token);
   ready_.push_back(std::move(event));
+  if (sequence.finished) end_sample(sequence.request);
 }
 
 void Generator::Impl::drop_ended() {
@@ -345,15 +387,21 @@ void Generator::Impl::advance(const InterruptCheck& interrupt) {
 }
 
 void Generator::Impl::finish(int request_index, int sample_index) {
-  if (request_index < 0 || request_index >= static_cast<int>(requests_.size()) || sample_index < 0 ||
+  if (request_index >= 0 && request_index < num_dropped_) return;
+  if (request_index < 0 || request_index >= num_requests() || sample_index < 0 ||
       sample_index >= request(request_index).params.n)
     throw InvalidArgument("finish: no sample " + std::to_string(sample_index) + " of request " +
                           std::to_string(request_index));
   const Session::Impl::Turn turn(session_);
+  int ended = 0;
   for (Sequence& sequence : active_)
-    if (sequence.request == request_index && sequence.sample == sample_index) sequence.finished = true;
+    if (sequence.request == request_index && sequence.sample == sample_index && !sequence.finished) {
+      sequence.finished = true;
+      ++ended;
+    }
   for (Group& group : waiting_)
-    if (group.request == request_index) std::erase(group.samples, sample_index);
+    if (group.request == request_index) ended += static_cast<int>(std::erase(group.samples, sample_index));
+  if (ended > 0) end_sample(request_index);
   std::erase_if(waiting_, [](const Group& group) { return group.samples.empty(); });
   settle();
 }
@@ -375,6 +423,7 @@ Generator::~Generator() = default;
 
 bool Generator::done() const { return impl_->done(); }
 std::vector<TokenEvent> Generator::next(const InterruptCheck& interrupt) { return impl_->next(interrupt); }
+int Generator::add(GenerationRequest request) { return impl_->add(std::move(request)); }
 void Generator::finish(int request, int sample) { impl_->finish(request, sample); }
 
 }  // namespace based

@@ -26,6 +26,7 @@ from based._devices import DeviceInfo, devices
 from based._loading import load
 from based._model import MemoryUse, Model
 from based._outputs import CompletionOutput, Logprob, RequestOutput, StreamChunk
+from based._score import ContinuationScore
 from based._session import Session
 
 __version__: str = build_info()["version"]
@@ -33,6 +34,7 @@ __version__: str = build_info()["version"]
 __all__ = [
     "Checkpoint",
     "CompletionOutput",
+    "ContinuationScore",
     "DeviceError",
     "DeviceInfo",
     "Error",

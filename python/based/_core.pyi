@@ -8,7 +8,7 @@ import numpy
 import numpy.typing
 import os
 import typing
-__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Error', 'FinishReason', 'FormatError', 'GatedConvConfig', 'Generator', 'LinearAttentionConfig', 'MIXERS', 'MixerField', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'Parameter', 'Projection', 'SafetensorsFile', 'SamplingParams', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'State', 'StateError', 'StateTensor', 'Tensor', 'TokenEvent', 'UnsupportedError', 'add_cublas_path', 'build_info', 'check_config', 'convert_dtype', 'cuda_problem', 'devices', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'synchronize', 'write_safetensors']
+__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Error', 'FinishReason', 'FormatError', 'GatedConvConfig', 'Generator', 'LinearAttentionConfig', 'MIXERS', 'MixerField', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'Parameter', 'Projection', 'SafetensorsFile', 'SamplingParams', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'State', 'StateError', 'StateTensor', 'Tensor', 'TokenEvent', 'UnsupportedError', 'add_cublas_path', 'build_info', 'check_batch_size', 'check_config', 'check_prompt', 'convert_dtype', 'cuda_problem', 'devices', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'synchronize', 'write_safetensors']
 class Error(Exception):
     """
     Base of the failures that are particular to this library.
@@ -482,7 +482,7 @@ class SamplingParams:
         ...
     def __getstate__(self) -> dict:
         ...
-    def __init__(self, *, n: typing.SupportsIndex = 1, max_tokens: typing.SupportsIndex = 16, min_tokens: typing.SupportsIndex = 0, temperature: typing.SupportsFloat = 1.0, top_p: typing.SupportsFloat = 1.0, top_k: typing.SupportsIndex = 0, min_p: typing.SupportsFloat = 0.0, repetition_penalty: typing.SupportsFloat = 1.0, presence_penalty: typing.SupportsFloat = 0.0, frequency_penalty: typing.SupportsFloat = 0.0, seed: typing.SupportsIndex | None = None, stop: str | collections.abc.Sequence[str] | None = None, stop_token_ids: collections.abc.Sequence[typing.SupportsIndex] | None = None, ignore_eos: bool = False, logprobs: typing.SupportsIndex | None = None, logit_bias: collections.abc.Mapping[typing.SupportsIndex, typing.SupportsFloat] | None = None, include_stop_str_in_output: bool = False) -> None:
+    def __init__(self, *, n: typing.SupportsIndex = 1, max_tokens: typing.SupportsIndex | None = 16, min_tokens: typing.SupportsIndex = 0, temperature: typing.SupportsFloat = 1.0, top_p: typing.SupportsFloat = 1.0, top_k: typing.SupportsIndex = 0, min_p: typing.SupportsFloat = 0.0, repetition_penalty: typing.SupportsFloat = 1.0, presence_penalty: typing.SupportsFloat = 0.0, frequency_penalty: typing.SupportsFloat = 0.0, seed: typing.SupportsIndex | None = None, stop: str | collections.abc.Sequence[str] | None = None, stop_token_ids: collections.abc.Sequence[typing.SupportsIndex] | None = None, ignore_eos: bool = False, logprobs: typing.SupportsIndex | None = None, logit_bias: collections.abc.Mapping[typing.SupportsIndex, typing.SupportsFloat] | None = None, include_stop_str_in_output: bool = False, skip_special_tokens: bool = True) -> None:
         ...
     def __repr__(self) -> str:
         ...
@@ -529,12 +529,12 @@ class SamplingParams:
     def logprobs(self, arg1: typing.SupportsIndex | None) -> None:
         ...
     @property
-    def max_tokens(self) -> int:
+    def max_tokens(self) -> int | None:
         """
-        Tokens to generate at most, ≥ 1.
+        Tokens to generate at most, ≥ 1; None: no limit.
         """
     @max_tokens.setter
-    def max_tokens(self, arg1: typing.SupportsIndex) -> None:
+    def max_tokens(self, arg1: typing.SupportsIndex | None) -> None:
         ...
     @property
     def min_p(self) -> float:
@@ -583,6 +583,14 @@ class SamplingParams:
         """
     @seed.setter
     def seed(self, arg1: typing.SupportsIndex | None) -> None:
+        ...
+    @property
+    def skip_special_tokens(self) -> bool:
+        """
+        Leave special tokens out of the text; stop strings may hold them either way.
+        """
+    @skip_special_tokens.setter
+    def skip_special_tokens(self, arg1: bool) -> None:
         ...
     @property
     def stop(self) -> list[str]:
@@ -833,6 +841,10 @@ class Generator:
         """
         On a session: request i continues sequence i, from where it is when its prompt is empty; every n must be 1.
         """
+    def add(self, prompt: collections.abc.Sequence[int] | numpy.ndarray, params: SamplingParams) -> int:
+        """
+        One more request for a generator with a session of its own; its number.
+        """
     def cancel(self) -> None:
         """
         Makes a next() that another thread is in, and every later one, raise Error soon. From any thread.
@@ -879,9 +891,17 @@ def build_info() -> dict:
     """
     version, compiler, the instruction sets and GPU architectures that kernels were compiled for, and the CUDA toolkit's version (None: a build without CUDA).
     """
+def check_batch_size(max_batch_size: typing.SupportsIndex) -> int:
+    """
+    The number itself. Raises TypeError and ValueError.
+    """
 def check_config(text: str, where: str) -> str:
     """
     The canonical form of a config.json's text. Raises FormatError.
+    """
+def check_prompt(prompt: collections.abc.Sequence[int] | numpy.ndarray, vocab_size: typing.SupportsInt | typing.SupportsIndex, name: str) -> numpy.typing.NDArray[numpy.int32]:
+    """
+    Token ids as an array. Raises TypeError and ValueError, in which `name` is the prompt's.
     """
 def convert_dtype(bits: numpy.ndarray, source: str, target: str) -> numpy.ndarray:
     """

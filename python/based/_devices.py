@@ -34,6 +34,27 @@ def devices() -> list[DeviceInfo]:
     ]
 
 
+def default_batch_size(device: str, state_nbytes: int) -> int:
+    """Sequences that run at once unless a caller says how many: what the device gains from, as far as memory allows.
+
+    On a GPU 1,024, and at most half of its free memory for states; on the CPU 32, and a quarter of what is available.
+    """
+    if device == "cpu":
+        most, memory = 32, _available_memory() // 4
+    else:
+        most, memory = 1024, next(d.free_nbytes for d in devices() if d.device == device) // 2
+    return max(1, min(most, memory // max(state_nbytes, 1)))
+
+
+def _available_memory() -> int:
+    """Bytes that processes may still take, by /proc/meminfo, or else the machine's."""
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def choose_device(device: str) -> str:
     """What "auto" means: $BASED_DEVICE if it is set, the first GPU that can be used, or the CPU and a warning."""
     if device == "auto":

@@ -1,18 +1,22 @@
 """From requests to text: runs the core's generator and turns its tokens into chunks."""
 
-import contextlib
+import functools
+import itertools
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, ParamSpec, TypeAlias, TypeVar
+
+import numpy as np
 
 from based import _core
 from based._outputs import CompletionOutput, Logprob, RequestOutput, StreamChunk
-from based._text import IncrementalDecoder, StopStringFinder
+from based._prompts import as_array
+from based._text import Detokenizer, IncrementalDecoder, StopStringFinder
 from based._tokenizer import LazyTokenizer
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+Params: TypeAlias = _core.SamplingParams | Iterable[_core.SamplingParams] | None
+"""The same for all prompts (None: the defaults), or one each."""
 
 
 @dataclass(slots=True)
@@ -22,37 +26,111 @@ class Request:
     text: str | None
     token_ids: Any
     params: _core.SamplingParams
+    at_start: bool = True
+    """The prompt begins its sequence."""
+    index: int = 0
+    """Position among the prompts."""
+    error: str | None = None
+    """What is wrong with the prompt; token_ids is empty then."""
+
+
+@dataclass(slots=True, frozen=True)
+class PromptReader:
+    """How a model and its sessions read prompts."""
+
+    tokenizer: LazyTokenizer
+    config: _core.ModelConfig
+    split_special_tokens: bool = False
+    """A special token's text in a prompt is letters like any other."""
+
+    def read(self, prompt: Any, *, at_start: bool = True) -> Any:
+        """Token ids of a text; anything else as it is. An empty prompt that begins a sequence is the bos token."""
+        prompt = as_array(prompt)
+        if isinstance(prompt, str):
+            split = self.split_special_tokens
+            prompt = self.tokenizer.encode(prompt, at_start=at_start, split_special_tokens=split)
+        if at_start and self.bos is not None and isinstance(prompt, list | tuple | np.ndarray) and len(prompt) == 0:
+            return [self.bos]
+        return prompt
+
+    @property
+    def bos(self) -> int | None:
+        """The token that starts a text; None if the model's vocabulary has none."""
+        bos = self.config.bos_token_id
+        return bos if bos is not None and bos < self.config.vocab_size else None
+
+    def new_sequence(self, index: int, prompt: Any, params: _core.SamplingParams, *, may_fail: bool) -> Request:
+        """A request of a sequence that starts. may_fail: the request says what is wrong with the prompt."""
+        text = prompt if isinstance(prompt, str) else None
+        if text is not None:
+            self.tokenizer.require("a text prompt")
+        try:
+            ids = _core.check_prompt(self.read(prompt), self.config.vocab_size, f"prompt {index}")
+        except (TypeError, ValueError) as error:
+            if not may_fail:
+                raise
+            return Request(text, [], params, index=index, error=str(error))
+        return Request(text, ids, params, index=index)
 
 
 def make_requests(
-    prompts: Sequence[Any],
-    params: _core.SamplingParams | Sequence[_core.SamplingParams] | None,
-    tokenizer: LazyTokenizer,
-    add_special_tokens: Sequence[bool],
+    prompts: Sequence[Any], params: Params, reader: PromptReader, at_start: Sequence[bool]
 ) -> list[Request]:
-    """Pairs prompts with params, which may be one for all, and tokenizes what is text."""
-    if params is None:
-        params = _core.SamplingParams()
-    each = [params] * len(prompts) if isinstance(params, _core.SamplingParams) else list(params)
-    if len(each) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts, but {len(each)} SamplingParams")
-    for item in each:
-        if not isinstance(item, _core.SamplingParams):
-            raise TypeError(f"params must be SamplingParams, not {type(item).__name__}")
+    """Requests of prompts that must all be right."""
+    pairs = zip(pair_params(prompts, params), at_start, strict=True)
     return [
-        Request(
-            prompt if isinstance(prompt, str) else None, encode(prompt, tokenizer, add_special_tokens=special), item
-        )
-        for prompt, item, special in zip(prompts, each, add_special_tokens, strict=True)
+        Request(prompt if isinstance(prompt, str) else None, reader.read(prompt, at_start=starts), each, starts, index)
+        for index, ((prompt, each), starts) in enumerate(pairs)
     ]
 
 
-def encode(prompt: Any, tokenizer: LazyTokenizer, *, add_special_tokens: bool) -> Any:
-    """Token ids of a text; anything else as it is."""
-    if not isinstance(prompt, str):
-        return prompt
-    ids: list[int] = tokenizer.require("a text prompt").encode(prompt, add_special_tokens=add_special_tokens).ids
-    return ids
+def pair_params(prompts: Iterable[Any], params: Params) -> Iterator[tuple[Any, _core.SamplingParams]]:
+    """Each prompt with its params: the same for all (None: the defaults), or one each."""
+    if params is None:
+        params = _core.SamplingParams()
+    if not isinstance(params, Iterable) or isinstance(params, (Mapping, str)):
+        one = _check_params(params)
+        return ((prompt, one) for prompt in prompts)
+    if isinstance(prompts, Sequence):
+        params = [_check_params(item) for item in params]
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts, but {len(params)} SamplingParams")
+    return _zip_params(prompts, iter(params))
+
+
+def _zip_params(prompts: Iterable[Any], params: Iterator[Any]) -> Iterator[tuple[Any, _core.SamplingParams]]:
+    for count, prompt in enumerate(prompts):
+        found = [_check_params(item) for item in itertools.islice(params, 1)]
+        if not found:
+            raise ValueError(f"more than {count} prompts, but {count} SamplingParams")
+        yield prompt, found[0]
+
+
+def _check_params(params: Any) -> _core.SamplingParams:
+    if isinstance(params, _core.SamplingParams):
+        return params
+    hint = ": write based.SamplingParams(**params)" if isinstance(params, Mapping) else ""
+    raise TypeError(f"params must be SamplingParams, not {type(params).__name__}{hint}")
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def names_sampling_fields(method: Callable[P, R]) -> Callable[P, R]:
+    """Makes a sampling parameter that is given to the method itself an error that says where it belongs."""
+
+    @functools.wraps(method)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if isinstance(getattr(_core.SamplingParams, name, None), property):
+                raise TypeError(
+                    f"{method.__name__} takes no {name}: it is a sampling parameter, "
+                    f"{method.__name__}(…, based.SamplingParams({name}=…))"
+                )
+        return method(*args, **kwargs)
+
+    return wrapper
 
 
 class Run:
@@ -73,12 +151,26 @@ class Run:
             self._generator = _core.Generator(core, ids, params)
         else:
             self._generator = _core.Generator(core, ids, params, max_batch_size)
-        self.requests = requests
-        wants_text = any(r.text is not None or r.params.stop for r in requests)
-        if any(r.params.stop for r in requests):
-            tokenizer.require("a stop string")
-        loaded = tokenizer.get() if wants_text else tokenizer.get_or_warn()
-        self._samples = [[_Sample(r, i, loaded, eos_token_id) for i in range(r.params.n)] for r in requests]
+        self._eos_token_id = eos_token_id
+        self._tokenizer = tokenizer
+        self._running: dict[int, tuple[Request, list[_Sample]]] = {}
+        self.num_running = 0
+        """Samples that have not ended."""
+        for number, request in enumerate(requests):
+            self._begin(number, request)
+
+    def add(self, request: Request) -> None:
+        """One more request, which starts a sequence. Not of a session's run."""
+        self._begin(self._generator.add(request.token_ids, request.params), request)
+
+    def _begin(self, number: int, request: Request) -> None:
+        if request.params.stop:
+            self._tokenizer.require("a stop string")
+        wants_text = request.text is not None or request.params.stop
+        loaded = self._tokenizer.detokenizer() if wants_text else self._tokenizer.detokenizer_or_warn()
+        samples = [_Sample(request, i, loaded, self._eos_token_id) for i in range(request.params.n)]
+        self._running[number] = (request, samples)
+        self.num_running += len(samples)
 
     def chunks(self) -> Iterator[tuple[int, StreamChunk]]:
         """(request, chunk), a chunk per token, until all have finished.
@@ -89,33 +181,87 @@ class Run:
         try:
             while not generator.done():
                 for event in generator.next():
-                    chunk = self._samples[event.request][event.sample].add(event)
-                    if chunk.finish_reason is not None and event.finish is _core.FinishReason.none:
-                        generator.finish(event.request, event.sample)
+                    chunk = self._running[event.request][1][event.sample].add(event)
+                    if chunk.finish_reason is not None:
+                        self.num_running -= 1
+                        if event.finish is _core.FinishReason.none:
+                            generator.finish(event.request, event.sample)
                     yield event.request, chunk
         except BaseException:
             if self._continues_session:
-                for request in range(len(self.requests)):
+                for request in self._running:
                     generator.finish(request, 0)
             raise
 
-    def collect(self, *, progress: bool = False) -> list[RequestOutput]:
-        """Runs to the end."""
-        chunks: list[list[list[StreamChunk]]] = [[[] for _ in range(r.params.n)] for r in self.requests]
-        shown = progress and sys.stderr.isatty()
-        with _ProgressBar(sum(r.params.n for r in self.requests)) if shown else contextlib.nullcontext() as bar:
-            for request, chunk in self.chunks():
-                chunks[request][chunk.index].append(chunk)
-                if bar is not None:
-                    bar.add_token(finished=chunk.finish_reason is not None)
-        return [
-            RequestOutput(request.text, [int(token) for token in request.token_ids], [_join(c) for c in samples])
-            for request, samples in zip(self.requests, chunks, strict=True)
-        ]
+    def outputs(self, on_chunk: Callable[[StreamChunk], None] | None = None) -> Iterator[RequestOutput]:
+        """Each request's output as it ends; between two of them `add` may be called."""
+        for number, chunk in self.chunks():
+            request, samples = self._running[number]
+            samples[chunk.index].output.add(chunk)
+            if on_chunk is not None:
+                on_chunk(chunk)
+            if chunk.finish_reason is not None and all(sample.output.ended for sample in samples):
+                yield _request_output(request, [sample.output.completion() for sample in samples])
+                del self._running[number]
+
+    def collect(self) -> list[RequestOutput]:
+        """Runs to the end; outputs in the order of the requests, of which there must be no more."""
+        return sorted(self.outputs(), key=lambda output: output.index)
 
     def cancel(self) -> None:
         """Makes chunks() raise soon, wherever it is. From any thread."""
         self._generator.cancel()
+
+
+def run_all(
+    start: Callable[[list[Request]], Run],
+    requests: Iterator[Request],
+    max_batch_size: int,
+    on_chunk: Callable[[StreamChunk], None] | None = None,
+) -> Iterator[RequestOutput]:
+    """Each request's output as it ends, a wrong prompt's at once. Takes two batches of requests at most ahead."""
+    ahead = 2 * max_batch_size
+    first: list[Request] = []
+    size = 0
+    for request in requests:
+        if request.error is not None:
+            yield _failed_output(request)
+            continue
+        first.append(request)
+        size += request.params.n
+        if size >= ahead:
+            break
+    if not first:
+        return
+    run = start(first)
+    for output in run.outputs(on_chunk):
+        while run.num_running < ahead and (more := next(requests, None)) is not None:
+            if more.error is not None:
+                yield _failed_output(more)
+            else:
+                run.add(more)
+        yield output
+
+
+def in_order(outputs: Iterator[RequestOutput]) -> Iterator[RequestOutput]:
+    """The outputs of prompts 0, 1, …, each as soon as those before it are there."""
+    early: dict[int, RequestOutput] = {}
+    wanted = 0
+    for output in outputs:
+        early[output.index] = output
+        while wanted in early:
+            yield early.pop(wanted)
+            wanted += 1
+
+
+def _request_output(request: Request, completions: list[CompletionOutput]) -> RequestOutput:
+    return RequestOutput(request.text, [int(token) for token in request.token_ids], completions, request.index)
+
+
+def _failed_output(request: Request) -> RequestOutput:
+    logprobs: list[dict[int, Logprob]] | None = None if request.params.logprobs is None else []
+    failed = [CompletionOutput(i, "", [], 0.0, logprobs, "error", None, request.error) for i in range(request.params.n)]
+    return _request_output(request, failed)
 
 
 async def asynchronously(run: Run) -> AsyncIterator[StreamChunk]:
@@ -141,14 +287,26 @@ async def asynchronously(run: Run) -> AsyncIterator[StreamChunk]:
 class _Sample:
     """One sample's tokens, turned into chunks."""
 
-    def __init__(self, request: Request, index: int, tokenizer: "Tokenizer | None", eos_token_id: int | None) -> None:
+    def __init__(self, request: Request, index: int, texts: Detokenizer | None, eos_token_id: int | None) -> None:
+        params = self._params = request.params
+        self.output = _Output(index)
         self._index = index
-        self._params = request.params
-        self._tokenizer = tokenizer
-        self._eos_token_id = None if request.params.ignore_eos else eos_token_id
+        self._texts = texts
+        self._eos_token_id = None if params.ignore_eos else eos_token_id
         self._num_tokens = 0
-        self._decoder = None if tokenizer is None else IncrementalDecoder(tokenizer, request.token_ids)
-        self._stops = StopStringFinder(request.params.stop, include=request.params.include_stop_str_in_output)
+        stops = params.stop
+        with_hidden = []
+        self._hidden: dict[int, str] = {}  # the texts of special tokens, where stop strings may hold them
+        self._decoder = None
+        if texts is not None:
+            self._decoder = IncrementalDecoder(
+                texts, request.token_ids, skip_special_tokens=params.skip_special_tokens, at_start=request.at_start
+            )
+            if params.skip_special_tokens and (with_hidden := [stop for stop in stops if texts.holds_special(stop)]):
+                self._hidden = texts.special
+        self._stops = StopStringFinder(
+            stops, include=params.include_stop_str_in_output, with_hidden=frozenset(with_hidden)
+        )
 
     def add(self, event: _core.TokenEvent) -> StreamChunk:
         if event.finish is _core.FinishReason.error:
@@ -162,12 +320,13 @@ class _Sample:
         if self._decoder is None:
             return chunk
         # A stop token's own text belongs to the output no more than a stop string does.
-        hidden = event.stop_token is not None and not self._params.include_stop_str_in_output
-        text = "" if hidden else self._decoder.add(event.token)
+        unseen = event.stop_token is not None and not self._params.include_stop_str_in_output
+        text = "" if unseen else self._decoder.add(event.token)
         if ended:
             text += self._decoder.flush()
         may_stop = self._num_tokens >= self._params.min_tokens
-        chunk.text, stop = self._stops.add(text, may_stop=may_stop)
+        hidden = "" if unseen else self._hidden.get(event.token, "")
+        chunk.text, stop = self._stops.add(text, may_stop=may_stop, hidden=hidden)
         if stop is not None:
             chunk.finish_reason, chunk.stop_reason = "stop", stop
         elif ended:
@@ -185,36 +344,55 @@ class _Sample:
         if self._params.logprobs is None:
             return None
         top = {
-            token: Logprob(logprob, rank, self._decode(token))
+            token: Logprob(logprob, rank, self._token_text(token))
             for rank, (token, logprob) in enumerate(event.top_logprobs, start=1)
         }
-        top.setdefault(event.token, Logprob(event.logprob, None, self._decode(event.token)))
+        top.setdefault(event.token, Logprob(event.logprob, None, self._token_text(event.token)))
         return [top]
 
-    def _decode(self, token: int) -> str | None:
-        if self._tokenizer is None:
-            return None
-        text: str = self._tokenizer.decode([token], skip_special_tokens=False)
-        return text
+    def _token_text(self, token: int) -> str | None:
+        return None if self._texts is None else self._texts.token_text(token)
 
 
-def _join(chunks: list[StreamChunk]) -> CompletionOutput:
+class _Output:
     """One sample's chunks as a whole."""
-    last = chunks[-1]
-    assert last.finish_reason is not None
-    return CompletionOutput(
-        index=last.index,
-        text="".join(chunk.text for chunk in chunks),
-        token_ids=[token for chunk in chunks for token in chunk.token_ids],
-        cumulative_logprob=sum(chunk.logprob for chunk in chunks),
-        logprobs=None if last.logprobs is None else [entry for chunk in chunks for entry in chunk.logprobs or ()],
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        error=last.error,
-    )
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self._text: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[dict[int, Logprob]] = []
+        self._cumulative_logprob = 0.0
+        self._last: StreamChunk | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self._last is not None
+
+    def add(self, chunk: StreamChunk) -> None:
+        self._text.append(chunk.text)
+        self._token_ids += chunk.token_ids
+        self._logprobs += chunk.logprobs or ()
+        self._cumulative_logprob += chunk.logprob
+        if chunk.finish_reason is not None:
+            self._last = chunk
+
+    def completion(self) -> CompletionOutput:
+        last = self._last
+        assert last is not None and last.finish_reason is not None
+        return CompletionOutput(
+            index=self._index,
+            text="".join(self._text),
+            token_ids=self._token_ids,
+            cumulative_logprob=self._cumulative_logprob,
+            logprobs=None if last.logprobs is None else self._logprobs,
+            finish_reason=last.finish_reason,
+            stop_reason=last.stop_reason,
+            error=last.error,
+        )
 
 
-class _ProgressBar:
+class ProgressBar:
     """A line on stderr: samples finished, tokens, tokens per second."""
 
     def __init__(self, num_samples: int) -> None:
@@ -224,14 +402,15 @@ class _ProgressBar:
         self._bar: Any = tqdm(total=num_samples, bar_format=form, miniters=0, file=sys.stderr)
         self._tokens = 0
 
-    def __enter__(self) -> "_ProgressBar":
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def add_token(self, *, finished: bool) -> None:
-        self._tokens += 1
+    def add(self, chunk: StreamChunk) -> None:
+        """Counts a chunk of any sample."""
+        self._tokens += len(chunk.token_ids)
         rate = self._tokens / max(self._bar.format_dict["elapsed"], 1e-9)
         self._bar.set_postfix_str(f"{self._tokens} tokens, {rate:.1f} tokens/s", refresh=False)
-        self._bar.update(finished)
+        self._bar.update(chunk.finish_reason is not None)

@@ -1,25 +1,37 @@
 """A model: immutable weights, shared by any number of sessions and threads."""
 
-from collections.abc import AsyncIterator, Generator, Sequence
+import contextlib
+import sys
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from based import _core
-from based._devices import choose_device
-from based._generate import Run, asynchronously, encode, make_requests
+from based._devices import choose_device, default_batch_size
+from based._generate import (
+    Params,
+    ProgressBar,
+    PromptReader,
+    Request,
+    Run,
+    asynchronously,
+    in_order,
+    make_requests,
+    names_sampling_fields,
+    pair_params,
+    run_all,
+)
 from based._outputs import RequestOutput, StreamChunk
-from based._prompts import Prompt, Prompts, as_array, as_list
+from based._prompts import Prompt, Prompts, as_list
+from based._score import ContinuationScore, read_pairs, score_pairs
 from based._session import Logits, Session, vocabulary
 from based._tokenizer import LazyTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-MAX_BATCH_SIZE = 32
-Params: TypeAlias = _core.SamplingParams | None
 
 
 def core_options(device: str, dtype: str, num_threads: int | None, deterministic: bool = False) -> dict[str, Any]:
@@ -48,8 +60,9 @@ class MemoryUse:
 class Model:
     """Weights on one device. Made by `based.load`; any number of threads may use it at once.
 
-    A prompt is a str, a sequence of ints, or a 1-D integer array. Wrong types raise TypeError; empty prompts and token
-    ids outside [0, vocab_size) raise ValueError; so does text when the model has no tokenizer.
+    A prompt is a str, a sequence of ints, or a 1-D integer array. Wrong types raise TypeError; token ids outside
+    [0, vocab_size) raise ValueError; so does text when the model has no tokenizer. An empty prompt is the model's bos
+    token (`config.bos_token_id`); when it has none, ValueError.
     """
 
     def __init__(self, core: _core.Model, tokenizer: LazyTokenizer) -> None:
@@ -144,9 +157,36 @@ class Model:
         logits = self._core.forward(self._encode(token_ids))
         return vocabulary(logits, self.config.vocab_size, include_padding)
 
-    def score(self, token_ids: Prompt) -> npt.NDArray[np.float32]:
-        """Natural-log probability of each token given its past, (T - 1,) float32: the first token has none."""
-        return self._core.score(self._encode(token_ids))
+    @overload
+    def score(self, context: Prompt) -> npt.NDArray[np.float32]: ...
+    @overload
+    def score(self, context: Prompts, continuation: str, *, max_batch_size: int | None = None) -> ContinuationScore: ...
+    @overload
+    def score(
+        self, context: Prompts, continuation: Prompts, *, max_batch_size: int | None = None
+    ) -> ContinuationScore | list[ContinuationScore]: ...
+    def score(
+        self, context: Prompts, continuation: Prompts | None = None, *, max_batch_size: int | None = None
+    ) -> npt.NDArray[np.float32] | ContinuationScore | list[ContinuationScore]:
+        """Natural-log probability of each token given its past, or of continuations given their contexts.
+
+        Args:
+            context: A prompt. With continuations: one for all of them, or one each. An empty one is the bos token.
+            continuation: None: the context itself is scored. Or one prompt, or several. Of two texts the tokens of the
+                text that they make together are taken, and those scored that the context alone does not have.
+            max_batch_size: Continuations that run at once, as in generate. Those of a batch that have the same context
+                share its prefill.
+
+        Returns:
+            Without continuation (T - 1,) float32: the first of T tokens has no probability. Otherwise a
+            ContinuationScore, or a list of them for several continuations.
+        """
+        if continuation is None:
+            return self._core.score(self._encode(context))
+        pairs, is_one = read_pairs(context, continuation, PromptReader(self._tokenizer, self.config))
+        size = self._batch_size(max_batch_size)
+        scores = list(score_pairs(self._core, pairs, size, self.config.vocab_size))
+        return scores[0] if is_one else scores
 
     def trace(self, token_ids: Prompt, *, include_padding: bool = False) -> dict[str, npt.NDArray[np.float32]]:
         """Every layer's activations on one sequence, to compare with another implementation.
@@ -164,38 +204,99 @@ class Model:
 
     # ---- text ------------------------------------------------------------------------------------------------------
 
+    def encode(self, text: str, *, at_start: bool = True, split_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text, as the other calls read prompts.
+
+        Args:
+            text: If it is empty and begins a sequence: the model's bos token.
+            at_start: It begins its sequence, so that the tokenizer puts its start token and prefix space before it.
+            split_special_tokens: A special token's text is letters like any other.
+        """
+        reader = PromptReader(self._tokenizer, self.config, split_special_tokens)
+        ids: list[int] = reader.read(text, at_start=at_start)
+        return ids
+
+    @names_sampling_fields
     def generate(
         self,
         prompts: Prompts,
-        params: Params | Sequence[_core.SamplingParams] = None,
+        params: Params = None,
         *,
-        max_batch_size: int = MAX_BATCH_SIZE,
+        max_batch_size: int | None = None,
         progress: bool = False,
+        split_special_tokens: bool = False,
     ) -> list[RequestOutput]:
         """Continues each prompt; what a prompt gets does not depend on the others.
 
         Args:
-            prompts: One prompt or a list of them.
+            prompts: One prompt or several: a list, an array, or whatever can be iterated over.
             params: For all prompts, or one each; None for the defaults.
-            max_batch_size: Sequences that run at once; each holds `state_nbytes`.
+            max_batch_size: Sequences that run at once; each holds `state_nbytes`. None: 1,024 on a GPU and 32 on the
+                CPU, or fewer where half of the GPU's free memory, or a quarter of the CPU's, holds fewer states.
             progress: Show progress on stderr, if that is a terminal.
+            split_special_tokens: Take a special token's text in a prompt as letters like any other.
 
         Returns:
-            One output per prompt, in order. Text is empty when the model has no tokenizer.
+            One output per prompt, in order. Text is empty when the model has no tokenizer. A prompt among several that
+            cannot be read (an empty one, None, an id outside the vocabulary) loses no other: its outputs have
+            finish_reason "error", and `error` says what is wrong. A single one raises.
         """
-        return self._run(as_list(prompts), params, max_batch_size).collect(progress=progress)
+        listed = as_list(prompts)
+        pairs = list(pair_params(listed, params))
+        bar = ProgressBar(sum(each.n for _, each in pairs)) if progress and sys.stderr.isatty() else None
+        with contextlib.nullcontext() if bar is None else bar:
+            outputs = self._run_all(
+                iter(pairs), max_batch_size, split_special_tokens, len(listed) > 1, None if bar is None else bar.add
+            )
+            return list(in_order(outputs))
 
-    def stream(self, prompt: Prompt, params: Params = None) -> Generator[StreamChunk, None, None]:
+    @names_sampling_fields
+    def generate_iter(
+        self,
+        prompts: Iterable[Prompt | None],
+        params: Params = None,
+        *,
+        max_batch_size: int | None = None,
+        ordered: bool = True,
+        split_special_tokens: bool = False,
+    ) -> Generator[RequestOutput, None, None]:
+        """As generate, lazily: takes prompts as sequences become free, and yields each output when it is there.
+
+        Any number of prompts takes constant memory: at most two batches are taken ahead. A prompt that cannot be read
+        is always an output with finish_reason "error"; what `prompts` itself raises ends the run. Closing the iterator
+        cancels the rest.
+
+        Args:
+            prompts: Several prompts, of whatever can be iterated over.
+            params: For all prompts, or an iterable of one each.
+            max_batch_size: As generate.
+            ordered: Yield outputs in the order of the prompts. False: each as soon as it has ended; `output.index` is
+                the position of its prompt.
+            split_special_tokens: As generate.
+        """
+        if isinstance(prompts, str):
+            raise TypeError("prompts must be several prompts, not a str: generate_iter([prompt])")
+        pairs = pair_params(prompts, params)
+        outputs = self._run_all(pairs, max_batch_size, split_special_tokens, True)
+        return (output for output in (in_order(outputs) if ordered else outputs))
+
+    @names_sampling_fields
+    def stream(
+        self, prompt: Prompt, params: _core.SamplingParams | None = None, *, split_special_tokens: bool = False
+    ) -> Generator[StreamChunk, None, None]:
         """Yields a chunk per new token as it comes; closing the iterator cancels the rest.
 
         With n > 1 the samples' chunks alternate. A sample's texts and token_ids, joined, are what `generate` returns.
         """
-        run = self._run([as_array(prompt)], params)
+        run = self._run([prompt], params, split_special_tokens)
         return (chunk for _, chunk in run.chunks())
 
-    def astream(self, prompt: Prompt, params: Params = None) -> AsyncIterator[StreamChunk]:
+    @names_sampling_fields
+    def astream(
+        self, prompt: Prompt, params: _core.SamplingParams | None = None, *, split_special_tokens: bool = False
+    ) -> AsyncIterator[StreamChunk]:
         """As stream, for `async for`: steps run in a thread; cancelling the task or closing stops them."""
-        return asynchronously(self._run([as_array(prompt)], params))
+        return asynchronously(self._run([prompt], params, split_special_tokens))
 
     def session(self, batch_size: int | None = None, *, states: Sequence[_core.State] | None = None) -> Session:
         """A session of `batch_size` sequences (by default 1) that have seen nothing, or one that starts from states.
@@ -220,11 +321,32 @@ class Model:
             raise ValueError(f"batch_size is {batch_size}, expected {len(states)}, the number of states")
         return Session(_core.Session(self._core, states), self._core, self._tokenizer)
 
-    def _run(
-        self, prompts: list[Any], params: Params | Sequence[_core.SamplingParams], max_batch_size: int = MAX_BATCH_SIZE
-    ) -> Run:
-        requests = make_requests(prompts, params, self._tokenizer, [True] * len(prompts))
+    def _run(self, prompts: list[Any], params: Params, split_special_tokens: bool) -> Run:
+        reader = PromptReader(self._tokenizer, self.config, split_special_tokens)
+        return self._start(make_requests(prompts, params, reader, [True] * len(prompts)), 1)
+
+    def _start(self, requests: list[Request], max_batch_size: int) -> Run:
         return Run(self._core, self.config.eos_token_id, requests, self._tokenizer, max_batch_size)
 
+    def _run_all(
+        self,
+        pairs: Iterator[tuple[Any, _core.SamplingParams]],
+        max_batch_size: int | None,
+        split_special_tokens: bool,
+        may_fail: bool,
+        on_chunk: Callable[[StreamChunk], None] | None = None,
+    ) -> Iterator[RequestOutput]:
+        reader = PromptReader(self._tokenizer, self.config, split_special_tokens)
+        requests = (
+            reader.new_sequence(index, prompt, each, may_fail=may_fail) for index, (prompt, each) in enumerate(pairs)
+        )
+        size = self._batch_size(max_batch_size)
+        return run_all(lambda first: self._start(first, size), requests, size, on_chunk)
+
+    def _batch_size(self, max_batch_size: int | None) -> int:
+        if max_batch_size is None:
+            return default_batch_size(self.device, self.state_nbytes)
+        return _core.check_batch_size(max_batch_size)
+
     def _encode(self, prompt: Any) -> Any:
-        return encode(as_array(prompt), self._tokenizer, add_special_tokens=True)
+        return PromptReader(self._tokenizer, self.config).read(prompt)

@@ -1,6 +1,6 @@
 """What generation returns, under vLLM's names."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "error"]
@@ -42,7 +42,10 @@ class RequestOutput:
     prompt: str | None
     """None when the prompt was given as token ids."""
     prompt_token_ids: list[int]
+    """Empty when the prompt was refused: every output then has finish_reason "error"."""
     outputs: list[CompletionOutput]
+    index: int = field(default=0, compare=False)
+    """Position of the prompt among those that were given."""
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
 """The forms that a prompt may have."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -9,8 +9,8 @@ import numpy.typing as npt
 TokenIds: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
 """A list or tuple of ints, a 1-D integer array, or anything that NumPy takes by DLPack."""
 Prompt: TypeAlias = str | TokenIds
-Prompts: TypeAlias = Sequence[Prompt | int] | npt.NDArray[np.integer[Any]]
-"""A prompt or a list of them (a str is a Sequence of str). Flat, because that is how mypy infers mixed lists."""
+Prompts: TypeAlias = Iterable[Prompt | int] | npt.NDArray[np.integer[Any]]
+"""A prompt or several (a str is an Iterable of str). Flat, because that is how mypy infers mixed lists."""
 
 _DLPACK_CPU = 1
 
@@ -26,11 +26,18 @@ def as_array(value: Any) -> Any:
 
 def as_list(prompts: Any) -> list[Any]:
     """One prompt or several as a list of prompts. What is neither is left for the core to refuse."""
+    return as_rows(prompts)[0]
+
+
+def as_rows(prompts: Any) -> tuple[list[Any], bool]:
+    """The same list, and whether it was one prompt."""
     prompts = as_array(prompts)
     if isinstance(prompts, np.ndarray):
-        return list(prompts) if prompts.ndim == 2 else [prompts]
+        return (list(prompts), False) if prompts.ndim == 2 else ([prompts], True)
+    if isinstance(prompts, Iterable) and not isinstance(prompts, (Sequence, Mapping, Set)):
+        prompts = list(prompts)
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        return [prompts]
+        return [prompts], True
     first = as_array(prompts[0]) if prompts else None
     is_one = first is not None and not isinstance(first, (str, Sequence)) and np.ndim(first) == 0
-    return [prompts] if is_one else [as_array(prompt) for prompt in prompts]
+    return ([prompts], True) if is_one else (list(prompts), False)

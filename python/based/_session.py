@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from based import _core
-from based._generate import Run, encode, make_requests
+from based._generate import Params, PromptReader, Run, make_requests, names_sampling_fields
 from based._outputs import RequestOutput, StreamChunk
 from based._prompts import Prompt, Prompts, TokenIds, as_array, as_list
 from based._tokenizer import LazyTokenizer
@@ -61,6 +61,7 @@ class Session:
         sequences: Sequence[int] | None = None,
         *,
         include_padding: bool = False,
+        split_special_tokens: bool = False,
     ) -> Logits:
         """Feeds a prompt to each sequence, after whatever it has seen; memory does not grow with the prompts' length.
 
@@ -68,16 +69,17 @@ class Session:
             prompts: One per listed sequence (a single one need not be in a list).
             sequences: Which sequences; None for all, in order.
             include_padding: Also return the columns of the embedding's padding rows.
+            split_special_tokens: Take a special token's text in a prompt as letters like any other.
+
+        Text that does not begin its sequence goes on in the middle of a word, if need be: "hel" and "lo" are "hello".
 
         Returns:
             Logits at each prompt's last token, (len(prompts), vocab_size) float32: a NumPy array, or, on a GPU, a
             `based.Tensor`, which torch.from_dlpack takes without a copy and np.asarray with one.
         """
         self._check_idle()
-        ids = [
-            encode(prompt, self._tokenizer, add_special_tokens=self._is_fresh(i, sequences))
-            for i, prompt in enumerate(as_list(prompts))
-        ]
+        reader = self._reader(split_special_tokens)
+        ids = [reader.read(prompt, at_start=self._is_fresh(i, sequences)) for i, prompt in enumerate(as_list(prompts))]
         return vocabulary(self._core.prefill(ids, sequences), self._model.config.vocab_size, include_padding)
 
     def step(
@@ -90,10 +92,13 @@ class Session:
 
     # ---- text ------------------------------------------------------------------------------------------------------
 
+    @names_sampling_fields
     def generate(
         self,
         prompts: Prompts,
-        params: _core.SamplingParams | Sequence[_core.SamplingParams] | None = None,
+        params: Params = None,
+        *,
+        split_special_tokens: bool = False,
     ) -> list[RequestOutput]:
         """Continues each sequence with its prompt, one per sequence; every n must be 1.
 
@@ -103,7 +108,7 @@ class Session:
         that it has; the others are not concerned. When it raises (KeyboardInterrupt too), the session is as it was
         before.
         """
-        run = self._run(as_list(prompts), params)
+        run = self._run(as_list(prompts), params, split_special_tokens)
         before = self._core.checkpoint()
         try:
             return run.collect()
@@ -111,13 +116,16 @@ class Session:
             self._core.rollback(before)
             raise
 
-    def stream(self, prompt: Prompt, params: _core.SamplingParams | None = None) -> Generator[StreamChunk, None, None]:
+    @names_sampling_fields
+    def stream(
+        self, prompt: Prompt, params: _core.SamplingParams | None = None, *, split_special_tokens: bool = False
+    ) -> Generator[StreamChunk, None, None]:
         """As generate, for a session of one sequence: yields a chunk per new token as it comes.
 
         Until it is read to its end or closed, other calls raise SessionBusyError. Closing it ends the generation; the
         session has then seen the prompt and the tokens that were yielded.
         """
-        return self._stream(self._run([as_array(prompt)], params))
+        return self._stream(self._run([prompt], params, split_special_tokens))
 
     def _stream(self, run: Run) -> Generator[StreamChunk, None, None]:
         self._check_idle()
@@ -128,9 +136,13 @@ class Session:
         finally:
             self._streaming = False
 
-    def _run(self, prompts: list[Any], params: _core.SamplingParams | Sequence[_core.SamplingParams] | None) -> Run:
+    def _reader(self, split_special_tokens: bool) -> PromptReader:
+        return PromptReader(self._tokenizer, self._model.config, split_special_tokens)
+
+    def _run(self, prompts: list[Any], params: Params, split_special_tokens: bool) -> Run:
         self._check_idle()
-        requests = make_requests(prompts, params, self._tokenizer, [self._is_fresh(i) for i in range(len(prompts))])
+        at_start = [self._is_fresh(i) for i in range(len(prompts))]
+        requests = make_requests(prompts, params, self._reader(split_special_tokens), at_start)
         return Run(self._core, self._model.config.eos_token_id, requests, self._tokenizer)
 
     # ---- state -----------------------------------------------------------------------------------------------------
@@ -203,7 +215,7 @@ class Session:
             raise _core.SessionBusyError("a stream of this session is open: read it to its end or close it")
 
     def _is_fresh(self, position: int, sequences: Sequence[int] | None = None) -> bool:
-        """Whether prompt `position` begins its sequence, so that the tokenizer may put a start token before it."""
+        """Whether prompt `position` begins its sequence: a tokenizer may put a start token and a space before it."""
         seen = dict(enumerate(self._core.num_tokens))
         sequence = position if sequences is None else dict(enumerate(sequences)).get(position, -1)
         return not seen.get(sequence)

@@ -1,12 +1,14 @@
 """A model's tokenizer, loaded when text is first needed."""
 
+import json
 import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from based._core import FormatError
+from based._text import Detokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -16,14 +18,24 @@ GPT2_VOCAB_SIZE = 50257
 
 
 def read_tokenizer(path: Path) -> "Tokenizer":
-    """Reads a tokenizer.json. Raises OSError or FormatError."""
+    """Reads a tokenizer.json, which then encodes whole texts and nothing else. Raises OSError or FormatError."""
     from tokenizers import Tokenizer
 
     text = path.read_bytes()
     try:
-        return Tokenizer.from_str(text.decode())
+        tokenizer = Tokenizer.from_str(text.decode())
     except Exception as error:  # tokenizers raises bare Exception
         raise FormatError(f"{path}: not a tokenizer that tokenizers can read: {error}") from error
+    reset_for_whole_texts(tokenizer)
+    return tokenizer
+
+
+def reset_for_whole_texts(tokenizer: "Tokenizer") -> None:
+    """Takes out what a tokenizer.json may keep from a training: truncation, padding, and merges left out at random."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None) is not None:
+        tokenizer.model.dropout = None
 
 
 def fetch_gpt2_tokenizer() -> "Tokenizer":
@@ -46,6 +58,8 @@ class LazyTokenizer:
     def __init__(self, load: "Callable[[], Tokenizer] | None") -> None:
         self._load = load  # None: the model has none
         self._tokenizer: Tokenizer | None = None
+        self._detokenizer: Detokenizer | None = None
+        self._encoders: dict[tuple[bool, bool], Tokenizer] = {}
         self._failed = False
         self._lock = threading.Lock()
 
@@ -66,13 +80,81 @@ class LazyTokenizer:
             )
         return tokenizer
 
-    def get_or_warn(self) -> "Tokenizer | None":
-        """As get, for text that nobody asked for: when reading fails, warns once and gives None."""
+    def encode(self, text: str, *, at_start: bool, split_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text. Raises ValueError if the model has no tokenizer, OSError or FormatError as get.
+
+        at_start: the text begins its sequence, so that the tokenizer puts its start token and prefix space before it.
+            Otherwise it goes on in the middle of a word, if need be.
+        split_special_tokens: a special token's text is letters like any other.
+        """
+        tokenizer = self.require("a text prompt")
+        encoder = self._encoder(tokenizer, at_start, split_special_tokens)
+        if at_start or encoder is tokenizer:
+            return list(encoder.encode(text, add_special_tokens=at_start).ids)
+        # The prefix space is missing before `text` only: a special token in it is followed by one as usual.
+        usual = self._encoder(tokenizer, True, split_special_tokens)
+        encoding = usual.encode(text, add_special_tokens=False)
+        added = usual.get_added_tokens_decoder()
+        first = next((i for i, id in enumerate(encoding.ids) if id in added and not split_special_tokens), None)
+        if first is None:
+            return list(encoder.encode(text, add_special_tokens=False).ids)
+        before = text[: encoding.offsets[first][0]]
+        return [*encoder.encode(before, add_special_tokens=False).ids, *encoding.ids[first:]]
+
+    def detokenizer(self) -> Detokenizer | None:
+        """How tokens become text; None if the model has no tokenizer. Raises as get."""
+        tokenizer = self.get()
+        if tokenizer is not None and self._detokenizer is None:
+            self._detokenizer = Detokenizer(tokenizer)
+        return self._detokenizer
+
+    def detokenizer_or_warn(self) -> Detokenizer | None:
+        """As detokenizer, for text that nobody asked for: when reading fails, warns once and gives None."""
         if self._failed:
-            return self._tokenizer
+            return self._detokenizer
         try:
-            return self.get()
+            return self.detokenizer()
         except (OSError, FormatError) as error:
             self._failed = True
             warnings.warn(f"generated text will be empty: {error}", RuntimeWarning, stacklevel=2)
             return None
+
+    def _encoder(self, tokenizer: "Tokenizer", at_start: bool, split_special_tokens: bool) -> "Tokenizer":
+        """The tokenizer, or a copy that differs in what is asked for."""
+        from tokenizers import Tokenizer
+
+        with self._lock:
+            key = at_start, split_special_tokens
+            if key not in self._encoders:
+                description = json.loads(tokenizer.to_str())
+                changed = not at_start and _drop_prefix(description)
+                copy = tokenizer
+                if changed or split_special_tokens:
+                    copy = Tokenizer.from_str(json.dumps(description))
+                    copy.encode_special_tokens = split_special_tokens
+                self._encoders[key] = copy
+            return self._encoders[key]
+
+
+def _drop_prefix(description: dict[str, Any]) -> bool:
+    """Takes what adds or removes a space before a text out of a tokenizer.json; whether there was something."""
+    changed = False
+    for key in ("normalizer", "pre_tokenizer"):
+        steps: list[dict[str, Any]] = [description[key]] if description.get(key) else []
+        for step in steps:  # grows
+            kind = step["type"]
+            if kind == "Sequence":
+                steps += step["normalizers" if key == "normalizer" else "pretokenizers"]
+            elif kind == "Prepend":
+                changed |= step["prepend"] != ""
+                step["prepend"] = ""
+            elif kind == "Strip":
+                changed |= step["strip_left"]
+                step["strip_left"] = False
+            elif kind == "Metaspace":
+                changed |= step["prepend_scheme"] != "never"
+                step["prepend_scheme"] = "never"
+            elif kind == "ByteLevel":
+                changed |= step["add_prefix_space"]
+                step["add_prefix_space"] = False
+    return changed

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 GOLDEN = Path(__file__).parents[1] / "golden" / "based-tiny"
 COMMAND = [sys.executable, "-m", "based.cli"]
 GREEDY = ["--temperature", "0"]
+MAX_TOKENS = 256  # unless --max-tokens says otherwise
 
 
 @pytest.fixture(scope="session")
@@ -131,6 +132,7 @@ def test_a_model_that_is_not_there(command: str, tmp_path: Path) -> None:
 
 
 def expected_text(model: based.Model, prompt: str, **params: Any) -> str:
+    params = {"max_tokens": MAX_TOKENS} | params
     return model.generate(prompt, based.SamplingParams(temperature=0, **params))[0].outputs[0].text
 
 
@@ -223,7 +225,7 @@ def sample(model_directory: Path, *args: object) -> dict[str, Any]:
     return record
 
 
-def greedy_ids(model: based.Model, count: int = 16, **params: Any) -> list[int]:
+def greedy_ids(model: based.Model, count: int = MAX_TOKENS, **params: Any) -> list[int]:
     ids = list(b"Hello, world")
     return model.generate(ids, based.SamplingParams(temperature=0, max_tokens=count, **params))[0].outputs[0].token_ids
 
@@ -236,9 +238,9 @@ def test_every_field_of_sampling_params_is_a_flag() -> None:
     assert sorted(generate._FIELDS) == sorted(fields)
 
 
-def test_defaults_are_those_of_sampling_params(model: based.Model, model_directory: Path) -> None:
+def test_defaults_are_those_of_sampling_params_but_for_max_tokens(model: based.Model, model_directory: Path) -> None:
     record = sample(model_directory, "--seed", 3)
-    params = based.SamplingParams(seed=3)
+    params = based.SamplingParams(seed=3, max_tokens=MAX_TOKENS)
     assert record["token_ids"] == model.generate("Hello, world", params)[0].outputs[0].token_ids
     assert len(record["token_ids"]) == params.max_tokens
 
@@ -268,13 +270,14 @@ def test_sampling_flags_reach_the_sampler(
     flags: list[str], params: dict[str, Any], model: based.Model, model_directory: Path
 ) -> None:
     """Same ids as the library gives for these params, and other ids than without the flag."""
-    plain = {"seed": 7, "temperature": params.get("temperature", 1.0), "max_tokens": params.get("max_tokens", 16)}
+    plain = {"seed": 7, "temperature": params.get("temperature", 1.0), "max_tokens": params.get("max_tokens", MAX_TOKENS)}
     seed = [] if "--seed" in flags else ["--seed", "7"]
     ids = sample(model_directory, *seed, *flags)["token_ids"]
-    params = {"seed": 7} | params
+    alone = len(params) == 1 and set(params) & {"temperature", "max_tokens"}
+    params = {"seed": 7, "max_tokens": MAX_TOKENS} | params
     assert ids == model.generate("Hello, world", based.SamplingParams(**params))[0].outputs[0].token_ids
-    if set(params) & {"temperature", "max_tokens"} and len(params) == 2:
-        plain |= {"temperature": 1.0, "max_tokens": 16}
+    if alone:
+        plain |= {"temperature": 1.0, "max_tokens": MAX_TOKENS}
     assert ids != model.generate("Hello, world", based.SamplingParams(**plain))[0].outputs[0].token_ids
 
 

@@ -126,16 +126,16 @@ def test_end_token(model):
     [
         ("", None, ValueError, "prompt 0 is empty"),
         ([[]], None, ValueError, "prompt 0 is empty"),
-        (["a", ""], None, ValueError, "prompt 1 is empty"),
-        ([[1], [258]], None, ValueError, "prompt 1: token id 258 at index 0"),
         ([1, "a"], None, TypeError, "prompt 0: token id at index 1 must be an integer, not str 'a'"),
-        (["a", 1], None, TypeError, "prompt 1: token ids must be a sequence of integers, not int 1"),
         ([1.5], None, TypeError, "not float 1.5"),
         (None, None, TypeError, "not NoneType None"),
         (np.zeros((1, 2, 3), np.int64), None, ValueError, "must be a 1-D array"),
         (["a", "b"], [GREEDY], ValueError, "2 prompts, but 1 SamplingParams"),
         ("a", [GREEDY, GREEDY], ValueError, "1 prompts, but 2 SamplingParams"),
-        ("a", {"temperature": 0}, TypeError, "params must be SamplingParams, not str"),
+        ("a", {"temperature": 0}, TypeError, r"not dict: write based.SamplingParams\(\*\*params\)"),
+        ("a", "greedy", TypeError, "params must be SamplingParams, not str"),
+        ({"a": 1}, None, TypeError, "must be a sequence of integers, not dict"),
+        ({"a"}, None, TypeError, "must be a sequence of integers, not set"),
         ("a", [None], TypeError, "params must be SamplingParams, not NoneType"),
     ],
 )
@@ -147,8 +147,60 @@ def test_bad_requests(model, prompts, params, error, text):
     assert model.generate([]) == []
 
 
+BAD_ROWS = [
+    ("", "prompt 1 is empty"),
+    ([], "prompt 1 is empty"),
+    ([258], "prompt 1: token id 258 at index 0"),
+    (1, "prompt 1: token ids must be a sequence of integers, not int 1"),
+    (None, "prompt 1: token ids must be a sequence of integers, not NoneType"),
+    (float("nan"), "prompt 1: token ids must be a sequence of integers, not float nan"),
+    (["a"], "prompt 1: token id at index 0 must be an integer, not str 'a'"),
+    (np.zeros((2, 2), np.int64), "prompt 1: token ids must be a 1-D array"),
+]
+
+
+@pytest.mark.parametrize(("row", "text"), BAD_ROWS)
+def test_one_bad_prompt_is_one_failed_result(model, row, text):
+    params = greedy(max_tokens=5, n=2, logprobs=1)
+    for batch in (1, None):
+        first, bad, last = model.generate(["ab", row, "ab"], params, max_batch_size=batch)
+        assert first == last == model.generate("ab", params)[0]
+        assert (bad.prompt, bad.prompt_token_ids, len(bad.outputs)) == ("" if isinstance(row, str) else None, [], 2)
+        for i, output in enumerate(bad.outputs):
+            assert (output.index, output.text, output.token_ids, output.logprobs) == (i, "", [], [])
+            assert output.finish_reason == "error" and text in output.error
+    (only,) = model.generate_iter([row], params)
+    assert only.outputs[0].finish_reason == "error"
+    assert [output.outputs[0].finish_reason for output in model.generate(["", row])] == ["error"] * 2
+    session = model.session(2)
+    with pytest.raises((TypeError, ValueError), match="prompt 1"):
+        session.generate(["ab", row])
+    assert session.num_tokens == [0, 0]
+
+
+def test_what_is_wrong_with_all_prompts_is_raised(model, mute_model):
+    for generate in (mute_model.generate, lambda *args: list(mute_model.generate_iter(*args))):
+        with pytest.raises(ValueError, match="a text prompt needs a tokenizer"):
+            generate(["a", "b"])
+        with pytest.raises(ValueError, match="logit_bias"):
+            generate([[1], [2]], based.SamplingParams(logit_bias={258: 1.0}))
+        with pytest.raises(TypeError, match="not NoneType"):
+            generate([[1], [2]], [GREEDY, None])
+        with pytest.raises(ValueError, match="SamplingParams"):
+            generate([[1], [2]], iter([GREEDY]))
+
+
+def test_sampling_parameters_in_the_wrong_place(model):
+    session = model.session()
+    for call in (model.generate, model.generate_iter, model.stream, model.astream, session.generate, session.stream):
+        with pytest.raises(TypeError, match=r"takes no max_tokens: .*based\.SamplingParams\(max_tokens=…\)"):
+            call("a", max_tokens=5)
+        with pytest.raises(TypeError, match="max_new_tokens"):
+            call("a", max_new_tokens=5)
+
+
 @pytest.mark.parametrize(
-    ("size", "error"), [(0, ValueError), (-1, ValueError), (1.0, TypeError), (True, TypeError), (None, TypeError)]
+    ("size", "error"), [(0, ValueError), (-1, ValueError), (1.0, TypeError), (True, TypeError), ("8", TypeError)]
 )
 def test_bad_max_batch_size(model, size, error):
     with pytest.raises(error, match="max_batch_size"):

@@ -37,7 +37,7 @@ struct TokenEvent {
 /// one that cannot go on ends with FinishReason::error. One thread at a time. Keeps one of the model's executors.
 class Generator {
  public:
-  /// A session of its own, of at most `max_batch_size` sequences.
+  /// A session of its own, of at most `max_batch_size` sequences, and of no more than these requests have samples.
   Generator(std::shared_ptr<const Model> model, std::vector<GenerationRequest> requests, int max_batch_size);
 
   /// On a caller's session, which must outlive this: request i continues sequence i; every n must be 1. When all have
@@ -47,6 +47,10 @@ class Generator {
   ~Generator();
   Generator(const Generator&) = delete;
   Generator& operator=(const Generator&) = delete;
+
+  /// Gives a generator with a session of its own one more request, at any time between two calls; returns its number.
+  /// Of a request that has ended nothing is kept once all before it have ended. Throws InvalidArgument.
+  int add(GenerationRequest request);
 
   bool done() const;
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -12,9 +13,10 @@ namespace based {
 /// Penalties: repetition counts prompt and output tokens, presence and frequency output tokens only.
 struct SamplingParams {
   static constexpr int kMaxSamples = 1 << 14;
+  static constexpr std::int64_t kNoLimit = std::numeric_limits<std::int64_t>::max();
 
   int n = 1;                                 // samples per prompt, 1 … kMaxSamples
-  std::int64_t max_tokens = 16;              // ≥ 1
+  std::int64_t max_tokens = 16;              // ≥ 1; kNoLimit: until something else ends it
   std::int64_t min_tokens = 0;               // 0 … max_tokens
   double temperature = 1.0;                  // ≥ 0; 0 = greedy
   double top_p = 1.0;                        // (0, 1]

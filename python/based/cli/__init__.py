@@ -1,4 +1,4 @@
-"""The command line: `based generate | demo | convert | inspect | tokenize | bench | train | recall`.
+"""The command line: `based generate | demo | convert | inspect | tokenize | perplexity | bench | train | recall`.
 
 Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted,
 141 the reader of stdout went away, 143 terminated while training,
@@ -20,6 +20,7 @@ COMMANDS = {
     "convert": "translate a published model into a model directory",
     "inspect": "show a model's shape, size, and bytes of state per sequence",
     "tokenize": "turn text into token ids, and back",
+    "perplexity": "measure how well a model predicts a text",
     "bench": "measure prefill and decoding speed",
     "train": "train a model, or go on with it",
     "recall": "measure recall over bytes of state: the recall frontier",
@@ -42,6 +43,14 @@ class _CommandParser(argparse.ArgumentParser):
         self.set_defaults(run=module.run, parser=self)
         self.add_argument("--debug", action="store_true", help="show where in the code an error comes from")
         return super().parse_known_args(args, namespace)
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        # argparse takes the value of --stop=-- for the separator "--" (Python 3.11 and 3.12).
+        if action.option_strings and action.nargs is None and arg_strings == ["--"]:
+            value = self._get_value(action, "--")
+            self._check_value(action, value)
+            return value
+        return super()._get_values(action, arg_strings)
 
 
 def _make_parser() -> argparse.ArgumentParser:

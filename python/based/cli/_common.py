@@ -1,6 +1,7 @@
 """What several subcommands share: the model's arguments, where text comes from, how numbers are shown."""
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -59,7 +60,13 @@ def require_tokenizer(tokenizer: "Tokenizer | None", model: str) -> "Tokenizer":
 def add_text_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """A text as argument, --file or stdin."""
     parser.add_argument("text", nargs="?", metavar=name.upper(), help=f"the {name} (default: --file, or else stdin)")
-    parser.add_argument("-f", "--file", type=Path, metavar="FILE", help=f"read the {name} from a file")
+    parser.add_argument("-f", "--file", type=Path, metavar="FILE", help=f"read the {name} from a file; - is stdin")
+    parser.add_argument(
+        "-e", "--escape", action="store_true", help="arguments hold escapes: \\n, \\t, \\r, \\\\, \\xHH, \\uHHHH"
+    )
+    parser.add_argument(
+        "--split-special-tokens", action="store_true", help=f"a special token's text in the {name} is plain letters"
+    )
 
 
 def read_text(args: argparse.Namespace, what: str, *, optional: bool = False) -> str:
@@ -70,20 +77,50 @@ def read_text(args: argparse.Namespace, what: str, *, optional: bool = False) ->
     if args.text is not None and args.file is not None:
         raise UsageError(f"give the {what} as an argument or with --file, not both")
     if args.text is not None:
-        return check_text(args.text, what)
-    if args.file is not None:
-        data, where = args.file.read_bytes(), str(args.file)
-    elif sys.stdin is None or sys.stdin.isatty():
+        return unescape(check_text(args.text, what)) if args.escape else check_text(args.text, what)
+    if args.file is None and (sys.stdin is None or sys.stdin.isatty()):
         if optional:
             return ""
         raise UsageError(f"no {what}: give it as an argument, with --file, or on stdin")
-    else:
-        data, where = sys.stdin.buffer.read(), "stdin"
+    text = decode_text(*read_bytes("-" if args.file is None else str(args.file)))
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def read_bytes(file: str) -> tuple[bytes, str]:
+    """The contents of a file, or of stdin if it is "-", and what to call it."""
+    if file != "-":
+        return Path(file).read_bytes(), file
+    if sys.stdin is None:
+        raise UsageError("-: there is no stdin")
+    return sys.stdin.buffer.read(), "stdin"
+
+
+def decode_text(data: bytes, where: str) -> str:
+    """UTF-8. Raises ValueError."""
     try:
-        text: str = data.decode()
+        return data.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: byte {error.start} is not UTF-8 ({error.reason})") from error
-    return text.removesuffix("\n").removesuffix("\r")
+
+
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "\\": "\\", "'": "'", '"': '"'}
+
+
+def unescape(text: str) -> str:
+    """What escapes in an argument stand for. Raises UsageError."""
+
+    def letter(found: re.Match[str]) -> str:
+        if (code := found[1] or found[2]) is not None:
+            return chr(int(code, 16))
+        if found[3] not in _ESCAPES:
+            raise UsageError(f"{found[0]!r} is no escape: expected \\n, \\t, \\r, \\0, \\\\, \\xHH or \\uHHHH")
+        return _ESCAPES[found[3]]
+
+    plain = re.sub(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|(.?))", letter, text, flags=re.DOTALL)
+    try:
+        return plain.encode("utf-16", "surrogatepass").decode("utf-16")  # two \\u for a character above U+FFFF
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{text!r} holds half of a character above U+FFFF, which takes two \\u") from error
 
 
 def check_text(text: str, what: str) -> str:
@@ -137,6 +174,14 @@ class TokenTimer:
             self.first = self.first or self.last
             self.num_tokens += len(chunk.token_ids)
             yield chunk
+
+
+def count_or_none(text: str) -> int | None:
+    """An argument that is an integer, or "none"."""
+    try:
+        return None if text.lower() == "none" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither an integer nor none") from None
 
 
 def positive(text: str) -> int:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _FIELDS: dict[str, Any] = {
     "n": int,
-    "max_tokens": int,
+    "max_tokens": _common.count_or_none,
     "min_tokens": int,
     "temperature": float,
     "top_p": float,
@@ -36,8 +36,12 @@ _FIELDS: dict[str, Any] = {
     "logprobs": int,
     "logit_bias": str,
     "include_stop_str_in_output": bool,
+    "skip_special_tokens": bool,
 }
-"""Fields of SamplingParams, each one a flag, with the type of its argument. Defaults and their domains are there."""
+"""Fields of SamplingParams, each one a flag, with the type of its argument. Their domains are there, and their
+defaults, except that of max_tokens."""
+
+_MAX_TOKENS = 256
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,12 +65,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         flags = ["-n"] if name == "n" else ["--" + name.replace("_", "-")]
         help_text = getattr(SamplingParams, name).__doc__.strip().replace("%", "%%")
         options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": help_text}
+        if name == "max_tokens":
+            options |= {"default": _MAX_TOKENS, "help": f"{help_text[:-1]}: --max-tokens none (default: {_MAX_TOKENS})"}
+        if kind is bool and getattr(defaults, name):
+            group.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
+            continue
         if kind is bool:
             group.add_argument(*flags, action="store_true", **options)
             continue
         if name in ("stop", "logit_bias"):
             options |= {"action": "append", "help": help_text + " May be repeated."}
-        elif getattr(defaults, name) not in (None, []):
+        elif name != "max_tokens" and getattr(defaults, name) not in (None, []):
             options["help"] += f" (default: {getattr(defaults, name)})"
         group.add_argument(*flags, type=kind, metavar=metavars.get(name, "N"), **options)
 
@@ -78,6 +87,8 @@ def sampling_params(args: argparse.Namespace) -> "SamplingParams":
     given = {name: getattr(args, name) for name in _FIELDS if hasattr(args, name)}
     if "logit_bias" in given:
         given["logit_bias"] = dict(_bias(entry) for entry in given["logit_bias"])
+    if "stop" in given and args.escape:
+        given["stop"] = [_common.unescape(stop) for stop in given["stop"]]
     try:
         return SamplingParams(**given)
     except (ValueError, TypeError) as error:
@@ -116,9 +127,9 @@ def run(args: argparse.Namespace) -> None:
         session.load_state(args.session)
     first = session is None or session.num_tokens == [0]
     if prompt is None:
-        if (tokenizer := model.tokenizer) is None:
+        if model.tokenizer is None:
             raise ValueError(f"{args.model} has no tokenizer: name one with --tokenizer, or use --token-ids")
-        prompt = list(tokenizer.encode(text, add_special_tokens=first).ids)
+        prompt = model.encode(text, at_start=first, split_special_tokens=args.split_special_tokens)
 
     start = time.perf_counter()
     printer = _JsonPrinter(params, len(prompt)) if args.json else _TextPrinter(params.n, args.token_ids)

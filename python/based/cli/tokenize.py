@@ -23,15 +23,15 @@ def run(args: argparse.Namespace) -> None:
 
     text = _common.read_text(args, "text")
     ids = _common.parse_ids(text) if args.decode else []
-    found = find_tokenizer(args.model, args.revision, args.tokenizer).get()
-    tokenizer = _common.require_tokenizer(found, args.model)
+    found = find_tokenizer(args.model, args.revision, args.tokenizer)
+    tokenizer = _common.require_tokenizer(found.get(), args.model)
     if args.decode:
         for token in ids:
             if not 0 <= token < tokenizer.get_vocab_size():
                 raise ValueError(f"token id {token} is outside [0, {tokenizer.get_vocab_size()})")
         text = tokenizer.decode(ids, skip_special_tokens=False)
     else:
-        ids = list(tokenizer.encode(text).ids)
+        ids = found.encode(text, at_start=True, split_special_tokens=args.split_special_tokens)
     if args.json:
         tokens = [tokenizer.id_to_token(token) for token in ids]
         print(json.dumps({"text": text, "token_ids": ids, "tokens": tokens}, ensure_ascii=False))

@@ -9,7 +9,7 @@ import numpy as np
 
 from based._core import FormatError
 from based._loading import find_tokenizer
-from based._tokenizer import read_tokenizer
+from based._tokenizer import read_tokenizer, reset_for_whole_texts
 from based.torch.train.config import Config
 
 if TYPE_CHECKING:
@@ -51,9 +51,8 @@ class FileEncoder(Encoder):
         if end is None:
             raise FormatError(f"data.end_token: {where} has no token {end_token!r}")
         self.vocab_size, self.end_token_id = max(tokenizer.get_vocab().values()) + 1, end  # ids may have holes
+        reset_for_whole_texts(tokenizer)
         self.json = tokenizer.to_str().encode()
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
 
