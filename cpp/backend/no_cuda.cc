@@ -8,7 +8,8 @@ namespace based::cuda {
 
 namespace {
 
-constexpr const char* kNoCuda = "this build has no CUDA (it was made without a CUDA compiler)";
+constexpr const char* kNoCuda =
+    "this build has no CUDA code: it was made where there was no GPU or no nvcc. Build it with BASED_CUDA=ON";
 
 [[noreturn]] void refuse() { throw UnsupportedError(kNoCuda); }
 
