@@ -26,7 +26,7 @@ from based._core import FormatError
 class StoredTensor:
     """A tensor in a memory-mapped file: `bits` is a read-only view, bfloat16 shown as uint16."""
 
-    dtype: str  # "float32", "bfloat16", "float16" or "int64"
+    dtype: str  # "float32", "bfloat16", "float16", "int64" and others that no model has
     bits: np.ndarray[Any, Any]
 
 
@@ -43,13 +43,21 @@ class _Storage:
 
 _ORDERED_DICT = "collections.OrderedDict"
 _REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
+_REBUILD_PARAMETER = "torch._utils._rebuild_parameter"  # a tensor that is trained
 _STORAGES: dict[str, tuple[str, np.dtype[Any]]] = {
     "torch.FloatStorage": ("float32", np.dtype("<f4")),
     "torch.BFloat16Storage": ("bfloat16", np.dtype("<u2")),
     "torch.HalfStorage": ("float16", np.dtype("<f2")),
     "torch.LongStorage": ("int64", np.dtype("<i8")),
+    # Read, so that whoever wants another dtype can name the tensor.
+    "torch.DoubleStorage": ("float64", np.dtype("<f8")),
+    "torch.IntStorage": ("int32", np.dtype("<i4")),
+    "torch.ShortStorage": ("int16", np.dtype("<i2")),
+    "torch.CharStorage": ("int8", np.dtype("i1")),
+    "torch.ByteStorage": ("uint8", np.dtype("u1")),
+    "torch.BoolStorage": ("bool", np.dtype("u1")),
 }
-_GLOBALS = {name: _Global(name) for name in (_ORDERED_DICT, _REBUILD_TENSOR, *_STORAGES)}
+_GLOBALS = {name: _Global(name) for name in (_ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER, *_STORAGES)}
 
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # torch.save before 1.6: a bare pickle
 _MAX_PICKLE = 256 << 20
@@ -58,7 +66,7 @@ _MAX_PICKLE = 256 << 20
 def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     """The tensors that `torch.save` stored, by name.
 
-    The file must hold a dict (or OrderedDict) of dense float32, bfloat16, float16 or int64 tensors. Raises OSError when
+    The file must hold a dict (or OrderedDict) of dense tensors of numbers, which may be parameters. Raises OSError when
     it cannot be read, FormatError for anything else in it.
     """
     with path.open("rb") as file:
@@ -133,6 +141,9 @@ class _Archive:
         top = _Machine(self, bytes(pickled)).run()
         if not isinstance(top, dict):
             raise FormatError(f"{self.path}: holds {_describe(top)}, expected a dict of tensors")
+        for container in ("state_dict", "model"):  # of a training checkpoint with nothing else in it but numbers
+            if isinstance(top.get(container), dict):
+                top = top[container]
         for name, value in top.items():
             if not isinstance(name, str) or not isinstance(value, StoredTensor):
                 raise FormatError(
@@ -287,7 +298,11 @@ class _Machine:
                 elif name == "INST":
                     self._global(str(argument).replace(" ", ".", 1))
                 else:
-                    raise self._error(f"opcode {name} at byte {position}: nothing that tensors need")
+                    raise self._error(
+                        f"opcode {name} at byte {position}: nothing that tensors need. Is it a training checkpoint, "
+                        "with more than the weights? Save its state_dict (Lightning) or model (nanoGPT) alone: "
+                        'torch.save(torch.load(file)["state_dict"], "pytorch_model.bin")'
+                    )
         except FormatError:
             raise
         except (ValueError, struct.error, IndexError) as error:  # from genops
@@ -342,6 +357,10 @@ class _Machine:
             return {}
         if function.name == _REBUILD_TENSOR:
             return self.archive.tensor(arguments)
+        if function.name == _REBUILD_PARAMETER:  # of a tensor, whether it is trained, and hooks
+            if len(arguments) != 3 or not isinstance(arguments[0], StoredTensor):
+                raise self._error(f"a parameter of {_describe(arguments)}, expected a tensor and two arguments")
+            return arguments[0]
         raise self._error(f"calls {function.name}, which is a storage type")
 
     def _set_items(self, items: list[Any]) -> None:

@@ -219,15 +219,18 @@ class _Attention:
 
 
 def normalise_names(names: Sequence[str], where: str) -> dict[str, str]:
-    """Published tensor name without its `model.` prefix → name in the file.
+    """Published tensor name without the prefixes of wrappers → name in the file.
 
+    `model.` is the published one; `module.` is of DistributedDataParallel, `_orig_mod.` of torch.compile.
     Metric counters are dropped, and so is the buffer of `fixed_decay`, which has no effect on the output.
     """
     result: dict[str, str] = {}
     for name in names:
         if "metrics" in name:
             continue
-        short = name.removeprefix("model.")
+        short = name.replace("._orig_mod.", ".")
+        while (stripped := re.sub("^(model|module|_orig_mod)[.]", "", short)) != short:
+            short = stripped
         if short == "transformer.decay.decay":
             continue
         if short in result:
@@ -267,6 +270,9 @@ def translate(
             raise FormatError(f"{weights_where}: {name}: the tensors of a Mamba model, not supported")
         if "position_embeddings" in name:
             raise FormatError(f"{weights_where}: {name}: a table of learned positions, not supported")
+    if shapes and not any(name.startswith("transformer.") for name in shapes):
+        found = ", ".join(sorted(shapes)[:3])
+        raise FormatError(f"{weights_where}: found tensors {found}, …, expected names like {EMBEDDING}")
     stored = {int(match[1]) for name in shapes if (match := re.match(r"transformer\.layers\.(\d{1,9})\.", name))}
     if stored and max(stored) + 1 != num_layers:
         raise FormatError(f"{where}: n_layer: found {num_layers}, but {weights_where} holds {max(stored) + 1} layers")

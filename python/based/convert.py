@@ -71,9 +71,10 @@ def convert(
     text = _core.check_config(json.dumps(translated), f"{config_path} (translated)")
     for recipe in recipes:
         for name in recipe.sources:
-            if tensors[name].dtype not in _DTYPES:
+            if tensors[name].dtype not in (*_DTYPES, "float64" if dtype else None):
                 raise FormatError(
                     f"{weights_path}: {name}: found dtype {tensors[name].dtype}, expected one of {', '.join(_DTYPES)}"
+                    + (": --dtype converts it" if tensors[name].dtype == "float64" else "")
                 )
 
     with atomic_directory(source, target, overwrite) as directory:
@@ -227,6 +228,12 @@ def _write_weights(directory: Path, recipes: list[Recipe], tensors: Tensors, dty
 def _convert_dtype(bits: np.ndarray[Any, Any], source: str, target: str, where: str) -> np.ndarray[Any, Any]:
     if source == target:
         return bits
+    if source == "float64":
+        with np.errstate(over="ignore"):
+            single = bits.astype(np.float32)
+        if np.count_nonzero(np.isinf(single)) > np.count_nonzero(np.isinf(bits)):
+            raise FormatError(f"{where}: holds values beyond the range of float32, expected smaller ones")
+        return _convert_dtype(single, "float32", target, where)
     result = _core.convert_dtype(bits, source, target)
     if target != "float32" and _count_infinite(result, target) > _count_infinite(bits, source):
         raise FormatError(f"{where}: holds values beyond the range of {target}, expected a wider dtype")

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ yaml = pytest.importorskip("yaml")
 torch.set_num_threads(1)  # tensors are small here, and a thread that waits for its turn stops all
 
 from based.torch import BasedForCausalLM
-from based.torch.train import Meter, Result, loop, read_config, train, training_checkpoint
+from based.torch.train import Meter, Result, data, loop, read_config, train, training_checkpoint
 from based.torch.train.config import Config, tables
 from based.torch.train.data import Dataset, Windows, pack, validation_windows
 from based.torch.train.tokens import byte_tokenizer, make_encoder
@@ -129,7 +130,7 @@ def stop_with(error: Exception) -> Callable[[], None]:
         ("optimizer.beta2=1", "optimizer.beta2: found 1.0, expected a number ≤ 0.999999"),
         ("optimizer.min_learning_rate=1", "optimizer.min_learning_rate: found 1, expected at most learning_rate, 0.01"),
         ("optimizer.warmup_steps=7", "optimizer.warmup_steps: found 7, expected at most training.steps, 6"),
-        ("training.precision=int8", 'training.precision: found "int8", expected bfloat16 or float32'),
+        ("training.precision=int8", 'training.precision: found "int8", expected auto or bfloat16 or float32'),
         ("training.device=tpu", "training.device: found 'tpu', expected auto, cpu, cuda or cuda:N"),
         ("training.deterministic=1", "training.deterministic: found 1, expected true or false"),
         (
@@ -193,6 +194,65 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str | bytes, frag
     with pytest.raises(based.FormatError) as error:
         read_config(path)
     assert str(error.value).startswith(f"{path}: ") and fragment in str(error.value)
+
+
+NESTED = "output: [&a [1,1,1,1,1,1,1,1,1,1]" + "".join(
+    f", &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 10)}]" for i in range(8)
+)
+MERGED = "a: &a {x: 1}\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} {{<<: [{','.join(['*' + chr(97 + i)] * 10)}]}}\n" for i in range(8)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        (NESTED + "]", "output: found [[1, 1, 1, 1"),  # ten to the power of nine numbers, written out
+        (MERGED, "unknown key"),
+        ("? [a, b]\n: 1", "a key is a list or a mapping, expected a name"),
+        ("model: !!map foo", 'line 1: not YAML: found "foo", expected keys and values'),
+        ("training: {steps: 2020-13-45}", 'training.steps: found "2020-13-45", expected an integer'),
+        (
+            "training: {steps: 2020-01-01T99:00:00Z}",
+            'training.steps: found "2020-01-01T99:00:00Z", expected an integer',
+        ),
+        ("training: {steps: !!int x}", "line 1: not YAML: steps: \"x\" is not of the type 'int'"),
+        ('training: {steps: !!int ""}', "steps: \"\" is not of the type 'int'"),
+        ("training: {steps: !!float x}", "steps: \"x\" is not of the type 'float'"),
+        ("training: {steps: !!bool x}", "steps: \"x\" is not of the type 'bool'"),
+        ("training: {steps: !!timestamp x}", "steps: \"x\" is not of the type 'timestamp'"),
+        ("training: {steps: [1], batch_size: !!int x}", "batch_size: "),
+        ("training: {steps: !!python/name:os.system x}", "steps: could not determine a constructor"),
+        ("training: {steps: " + "1" * 5000 + "}", 'steps: "1111'),
+        ("training: {steps: 1, batch_size: 1, seed: 0x" + "f" * 5000 + "}", "training.seed: found "),
+        ("optimizer: {learning_rate: 1" + "0" * 400 + "}", "optimizer.learning_rate: found 1000"),
+        ("training: {steps: 010}", "steps: YAML reads 010 as 8, in base 8: write 8 for that number, 10 for another"),
+        ("training: {steps: 1:30}", "steps: YAML reads 1:30 as 90, in base 60"),
+        ("training: {steps: 1:30.5}", "steps: YAML reads 1:30.5 in base 60"),
+        ('"\\e[31mX": 1', "\\x1b[31mX: unknown key"),
+        ("a: b\n" * 300000, "expected at most 1048576"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_yaml_that_is_no_configuration(tmp_path: Path, text: str, fragment: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    sections = {
+        "model": "{}",
+        "data": "{sequence_length: 9, train: []}",
+        "optimizer": "{learning_rate: 1}",
+        "training": "",
+    }
+    filled = text + "".join(f"\n{k}: {v}" for k, v in sections.items() if not text.startswith((k, '"', "?", "a:")))
+    path.write_text(filled)
+    with pytest.raises(based.FormatError) as error:
+        read_config(path)
+    assert str(error.value).startswith(f"{path}: ") and fragment in str(error.value)
+    assert len(str(error.value)) < 1000 and str(error.value).isprintable()
+
+
+def test_a_date_is_a_text(config: Path) -> None:
+    assert read_config(config, ["output=2020-01-01"]).output == "2020-01-01"
 
 
 def test_numbers_paths_and_settings(config: Path) -> None:
@@ -274,11 +334,206 @@ def test_all_kinds_of_sources_give_the_same_tokens(config: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{text: 't/**/*.txt'}", "ab"),
+        ("{text: 't/**/*.txt', exclude: t/held-out}", "a"),
+        ("{text: 't/**/*.txt', exclude: t/held-out/}", "a"),
+        ("{text: 't/**/*.txt', exclude: 't/held-out/**'}", "a"),
+        ("{text: 't/**/*.txt', exclude: '**/b.txt'}", "a"),
+        ("{text: 't/**/*.txt', exclude: '../{}/t/held-out/*.txt'}", "a"),
+        ("{text: '../{}/t/**/*.txt', exclude: t/held-out/b.txt}", "a"),
+        ("{text: 't/**', exclude: t/a.txt}", "b"),
+        ("{text: ['t/**', 't/a.txt']}", "ab"),
+    ],
+)
+def test_files_of_a_source(config: Path, source: str, expected: str) -> None:
+    folder = config.parent
+    (folder / "t" / "held-out").mkdir(parents=True)
+    (folder / "t" / "a.txt").write_text("a")
+    (folder / "t" / "held-out" / "b.txt").write_text("b")
+    read = read_config(config, [f"data.train=[{source.replace('{}', folder.name)}]", "data.validation_fraction=0"])
+    for links in ({}, {"t/self": ".", "t/more": ".", "t/twin.txt": "a.txt"}):
+        for name, target in links.items():
+            (folder / name).symlink_to(target)
+        dataset = packed(read, folder / "data")
+        assert sorted(documents(dataset, dataset.train[0])) == [letter.encode() for letter in expected]
+
+
+@pytest.mark.parametrize("pattern", ["t/heldout/**", "b.txt", "t", "missing.txt", "elsewhere/*"])
+def test_an_exclude_that_leaves_out_nothing(config: Path, pattern: str) -> None:
+    folder = config.parent
+    (folder / "t").mkdir()
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "c.txt").write_text("c")
+    read = read_config(config, [f"data.train=[{{text: '*.txt', exclude: ['0.txt', '{pattern}']}}]"])
+    with pytest.raises(based.FormatError) as error:
+        packed(read, folder / "data")
+    assert f"data.train[0].exclude[1]: {folder / pattern} leaves out none of the 8 files" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "fragment"),
+    [
+        ("[{text: '*.txt'}]", "[{text: 3.txt}]", "data.validation[0]: {}/3.txt is also in data.train[0]"),
+        ("[{text: '*.txt'}]", "[{text: link.txt}]", "data.validation[0]: {}/link.txt is also in data.train[0]"),
+        ("[{text: '*.txt'}]", "[{text: 3.txt, separator: a}]", "is also in data.train[0]"),
+        ("[{text: [1.txt, 2.txt]}, {text: 2.txt}]", "[]", "data.train[1]: {}/2.txt is also in data.train[0]"),
+    ],
+)
+def test_a_file_of_two_sources(config: Path, train: str, validation: str, fragment: str) -> None:
+    (config.parent / "link.txt").symlink_to("3.txt")
+    sets = ["data.validation_fraction=0", f"data.train={train}", f"data.validation={validation}"]
+    with pytest.raises(based.FormatError) as error:
+        packed(read_config(config, sets), config.parent / "data")
+    assert fragment.format(config.parent) in str(error.value)
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.05, 0.5])
+@pytest.mark.parametrize("count", [1, 2, 3, 10])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_fraction_is_never_nothing_and_never_all(config: Path, fraction: float, count: int, weighted: bool) -> None:
+    """At least one document is held out, or the end of the only one; every source keeps one."""
+    folder = config.parent
+    for seed in range(4):
+        texts = [words(seed * 100 + i, 50) for i in range(count)]
+        for i, text in enumerate(texts):
+            (folder / f"{i}.part").write_text(text)
+        names = [f"{i}.part" for i in range(count)]
+        sources = [{"text": [name], "weight": 1} for name in names] if weighted else [{"text": names}]
+        read = read_config(config, [f"data.train={json.dumps(sources)}", f"data.validation_fraction={fraction}"])
+        dataset = packed(read, folder / "data")
+        assert dataset.validation is not None and dataset.validation.documents >= 1
+        assert all(stream.documents >= 1 for stream in dataset.train)
+        train = [text for stream in dataset.train for text in documents(dataset, stream)]
+        held_out = documents(dataset, dataset.validation)
+        assert dataset.validation.nbytes == sum(map(len, held_out))
+        whole = sorted(text.encode() for text in texts)
+        if len(train) + len(held_out) == count:
+            assert sorted(train + held_out) == whole
+        else:
+            (end,) = held_out
+            assert (weighted or count == 1) and len(train) == count
+            assert any(sorted([*train[:i], train[i] + end, *train[i + 1 :]]) == whole for i in range(count))
+            assert len(end) == pytest.approx(max(1, fraction * len(texts[0])), abs=0.2 * len(texts[0]) * fraction + 2)
+
+
+def test_a_long_document_is_packed_in_pieces(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any size of blocks: the same tokens, with separators and characters across their borders."""
+    folder = config.parent
+    rng = random.Random(0)
+    texts = ["".join(rng.choice("ab é\n\U0001f600") for _ in range(n)) for n in (1000, 0, 1, 700, 33)]
+    texts = [re.sub(r"\n+", "\n", text).strip("\n") for text in texts]
+    (folder / "all.sep").write_bytes("\n\n".join(texts).encode())
+    (folder / "crlf.sep").write_bytes("\ufeff".encode() + "\r\n\r\n".join(texts).encode())
+    expected = [text.encode() for text in texts if text]
+    for read_size, piece in ((1, 7), (2, 50), (64, 10), (1 << 20, 1 << 18)):
+        monkeypatch.setattr(data, "_READ", read_size)
+        monkeypatch.setattr(data, "_PIECE", piece)
+        monkeypatch.setattr(data, "_BATCH", 2 * piece)
+        for name in ("all.sep", "crlf.sep"):
+            sets = [f'data.train=[{{text: {name}, separator: "\\n\\n"}}]', "data.validation_fraction=0"]
+            dataset = packed(read_config(config, sets), folder / f"data-{read_size}-{name}")
+            assert documents(dataset, dataset.train[0]) == expected
+            assert dataset.train[0].nbytes == sum(map(len, expected))
+
+
+def test_packing_takes_little_memory(config: Path) -> None:
+    """Of a document of 40 MB, with a tokenizer that merges."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = config.parent
+    (folder / "long.text").write_text("lorem ipsum dolor " * (40_000_000 // 18))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<|endoftext|>"])
+    tokenizer.train_from_iterator(["lorem ipsum dolor"], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    program = """
+import resource, sys
+from pathlib import Path
+from based.torch.train.config import read_config
+from based.torch.train.data import pack
+from based.torch.train.tokens import make_encoder
+config = read_config(Path(sys.argv[1]), sys.argv[2:])
+encoder = make_encoder(config)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+pack(config, config.folder / "data", encoder, encoder.vocab_size, encoder.end_token_id, lambda _: None)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    for tokenizer_name in ("bytes", "tokenizer.json"):
+        sets = [f"data.tokenizer={tokenizer_name}", "data.train=[{text: long.text}]", "data.validation_fraction=0"]
+        done = subprocess.run([sys.executable, "-c", program, str(config), *sets], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) < 300_000, tokenizer_name  # kB; whole, the document took 8 GB
+
+
+def test_bad_documents_can_be_left_out(config: Path) -> None:
+    folder = config.parent
+    (folder / "a.bad").write_bytes(b"x" * 100 + b"\xff")
+    (folder / "b.bad").write_bytes(b"y\0")
+    (folder / "c.bad").write_bytes(b"\xef\xbb\xbfgood")
+    (folder / "d.lines").write_bytes(
+        b'\xef\xbb\xbf{"text": "one"}\n{"text": 3}\n{"text": "\\u0000"}\nx\n{"text": "two"}\n'
+    )
+    notes: list[str] = []
+    read = read_config(
+        config,
+        [
+            "data.train=[{text: '*.bad'}, {jsonl: d.lines}]",
+            "data.validation_fraction=0",
+            "data.skip_bad_documents=true",
+        ],
+    )
+    encoder = make_encoder(read)
+    assert encoder is not None
+    dataset = pack(read, folder / "data", encoder, 257, END, notes.append)
+    assert documents(dataset, dataset.train[0]) == [b"good", b"one", b"two"]
+    assert "5 documents left out, which are not what they are said to be" in notes
+
+
+def test_ids_that_end_documents(config: Path) -> None:
+    folder = config.parent
+    np.save(folder / "ids.npy", np.array([1, 3, 3, 5, 2, 4, 2], np.uint16))
+    shape = "model={layers: c, hidden_size: 16, num_heads: 2, inner_size: 24, vocab_size: 4}"
+    sets = [
+        "data.tokenizer=none",
+        "data.train=[{tokens: ids.npy}]",
+        "data.validation_fraction=0",
+        "data.sequence_length=2",
+    ]
+    np.save(folder / "twice.npy", np.array([1, 3, 3, 2], np.uint16))
+    with pytest.raises(based.FormatError, match=r"twice.npy: id 3 stands twice in a row, at 1\. .* data.end_token_id"):
+        run(config, *sets, shape, "data.train=[{tokens: twice.npy}]")
+    shape = shape.replace("vocab_size: 4", "vocab_size: 6")
+    run(config, *sets, shape, "data.end_token_id=2", "training.steps=2")
+    dataset_folder = next(path for path in (folder / "run" / "data").iterdir())
+    assert np.fromfile(dataset_folder / "train-0.bin", np.uint16).tolist() == [1, 3, 3, 5, 2, 4, 2]
+    assert based.load(folder / "run" / "model").config.eos_token_id == 2
+    for setting, fragment in (
+        ("data.end_token_id=6", r"data.end_token_id: found 6, expected an id in \[0, 6\)"),
+        ("data.end_token=</s>", "data.end_token: found beside tokenizer none, expected data.end_token_id"),
+    ):
+        with pytest.raises(based.FormatError, match=fragment):
+            run(config, *sets, shape, setting, restart=True)
+    with pytest.raises(based.FormatError, match=r"data.end_token_id: found, expected with tokenizer none only"):
+        run(config, "data.end_token_id=3")
+
+
+@pytest.mark.parametrize(
     ("source", "files", "fragment"),
     [
         ("{text: a}", {"a": b""}, "data.train[0]: no documents: {}/a is empty"),
         ("{text: [a, b]}", {"a": b"", "b": b""}, "data.train[0]: no documents: 2 files, all empty"),
         ("{text: '*.none'}", {}, "data.train[0].text: no file matches {}/*.none"),
+        ("{text: .}", {}, "data.train[0].text: {} is a folder, expected files: ./** is all in it"),
+        ("{text: a}", {"a": b"\x1f\x8b\x08"}, "{}/a: compressed by gzip, expected text: unpack it first"),
+        (
+            "{jsonl: a}",
+            {"a": b"\x1f\x8b\x08"},
+            "{}/a:1: byte 1 is not UTF-8 (invalid start byte), expected text; is it",
+        ),
+        ("{jsonl: a}", {"a": b'{"text": "x\\u0000"}'}, "{}/a:1: character 1 of the text is zero, expected text"),
+        ("{text: a}", {"a": b"x" * (1 << 20) + b"\xc3"}, "{}/a: byte 1048576 is not UTF-8 (unexpected end of data)"),
         ("{text: a, exclude: '?'}", {"a": b"x"}, "data.train[0].text: no file matches {}/a and no exclude"),
         ("{text: a}", {"a": b"abc\xff"}, "{}/a: byte 3 is not UTF-8 (invalid start byte), expected text"),
         ("{text: a}", {"a": b"\x7fELF\0\0"}, "{}/a: byte 4 is zero, expected text"),
@@ -326,11 +581,6 @@ def test_bad_data(config: Path, source: str, files: dict[str, Any], fragment: st
     assert not list((config.parent / "run" / "data").glob(".*"))
 
 
-def test_a_split_without_documents(config: Path) -> None:
-    with pytest.raises(based.FormatError, match=r"data.validation_fraction: 1e-09 of 8 documents is none"):
-        run(config, "data.validation_fraction=1e-9")
-
-
 def test_the_split_is_by_content(config: Path) -> None:
     folder = config.parent
     for index in range(400):
@@ -355,10 +605,12 @@ def test_documents_are_packed_once(config: Path, monkeypatch: pytest.MonkeyPatch
         packed(read_config(config), folder)
     assert [path.name for path in folder.iterdir()] == [first.folder.name]  # not lost for a failure
     monkeypatch.undo()
-    (folder / ".killed.new").mkdir()
+    (folder / ".0123456789abcdef.01234567.new").mkdir()  # as a killed process leaves it
+    for stray in (".DS_Store", "README.md"):
+        (folder / stray).write_text("of somebody")
     second = packed(read_config(config), folder)
     assert second.content != first.content
-    assert [path.name for path in folder.iterdir()] == [second.folder.name]
+    assert {path.name for path in folder.iterdir()} == {second.folder.name, ".DS_Store", "README.md"}
 
 
 def test_a_cut_packing_is_an_error(config: Path) -> None:
@@ -796,6 +1048,194 @@ def test_a_missing_gpu(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         warnings.simplefilter("default")
         assert cli.main(["train", str(config), "--set", "training.device=auto"]) == 0
     assert "based: warning: training.device 'auto' is the CPU: PyTorch" in capsys.readouterr().err
+
+
+# ---- what may change -------------------------------------------------------------------------------------------------
+
+
+def validations(output: Path) -> dict[int, float]:
+    with (output / "validation.csv").open() as file:
+        return {int(row[0]): float(row[1]) for row in list(csv.reader(file))[1:]}
+
+
+@pytest.mark.parametrize("by", ["content", "name", "tokens"])
+def test_losses_of_other_validation_documents_are_not_compared(config: Path, by: str) -> None:
+    """The best checkpoint of what is measured now becomes the model, however good an older one was on other text."""
+    folder = config.parent
+    (folder / "easy").write_text("alpha beta gamma " * 40)
+    (folder / "hard").write_text("".join(chr(33 + random.Random(i).randrange(90)) for i in range(700)))
+    sets = ["data.validation_fraction=0", "checkpoint.every=2", "validation.every=2", "optimizer.warmup_steps=0"]
+    run(config, *sets, "data.validation=[{text: easy}]", "training.steps=4")
+    before = validations(folder / "run")
+    sets += ["training.steps=8"]
+    if by == "content":
+        (folder / "easy").write_text((folder / "hard").read_text())
+        sets.append("data.validation=[{text: easy}]")
+    elif by == "name":
+        sets.append("data.validation=[{text: hard}]")
+    else:
+        sets += ["data.validation=[{text: easy}]", "validation.tokens=40"]
+    result = run(config, *sets, change=["training.steps"])
+    after = validations(folder / "run")
+    assert list(after) == [2, 4, 6, 8] and after[2] == before[2] and after[4] != before[4]  # measured again
+    measured = {step: loss for step, loss in after.items() if step >= 4}
+    assert result.model_step == min(measured, key=lambda step: measured[step])
+    assert result.validation_loss == measured[result.model_step]
+
+
+def test_validation_may_begin_later(config: Path) -> None:
+    run(config, "data.validation_fraction=0", "training.steps=3", "data.train=[{text: '[0-6].txt'}]")
+    sets = ["data.validation_fraction=0", "data.train=[{text: '[0-6].txt'}]", "data.validation=[{text: 7.txt}]"]
+    result = run(config, *sets, change=["training.steps"])
+    assert result.validation_loss is not None and list(validations(config.parent / "run")) == [3, 6]
+
+
+def test_a_run_is_changed_on_purpose(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(config)
+    output = config.parent / "run"
+    sets = ["training.steps=9", "optimizer.learning_rate=5e-3", "optimizer.clip_norm=0.5", "training.seed=3"]
+    keys = [setting.partition("=")[0] for setting in sets]
+    flags = [word for setting in sets for word in ("--set", setting)]
+    assert cli.main(["train", str(config), *flags]) == 1
+    message = capsys.readouterr().err
+    assert "training.steps was 6, is 9" in message and all(f"--change {key}" in message for key in keys)
+    flags += [word for key in keys for word in ("--change", key)]
+    assert cli.main(["train", str(config), *flags, "--stats"]) == 0
+    assert "from step 6 on, training.steps is 9; it was 6" in capsys.readouterr().err
+    assert [int(row[0]) for row in losses(output)] == list(range(1, 10))
+    rates = [float(row[3]) for row in losses(output)]
+    assert rates[6:] == [
+        loop.learning_rate(dataclasses.replace(read_config(config, sets).optimizer), step, 9) for step in (6, 7, 8)
+    ]
+    saved = training_checkpoint.newest(output / "checkpoints")
+    assert saved is not None and saved.progress.step == 9
+    changes = {change["key"]: (change["step"], change["was"], change["is"]) for change in saved.progress.changes}
+    assert changes["training.steps"] == (6, 6, 9) and changes["optimizer.clip_norm"] == (6, 1.0, 0.5)
+    assert set(changes) == set(keys)
+    assert run(config, *sets).step == 9  # what was changed is now the run's
+    for setting, change, fragment in (
+        (
+            "training.steps=4",
+            ["training.steps"],
+            "training.steps: found 4, expected at least 9, which the run has made",
+        ),
+        ("data.sequence_length=17", ["data.sequence_length"], "--change data.sequence_length: expected one of"),
+        ("data.sequence_length=17", ["training.steps"], "data.sequence_length was 33, is 17"),
+    ):
+        with pytest.raises(based.FormatError) as error:
+            run(config, *sets, setting, change=change)
+        assert fragment in str(error.value)
+
+
+def test_a_way_on_after_a_loss_that_is_not_finite(config: Path) -> None:
+    run(config, "training.steps=2")
+    rate = ["optimizer.learning_rate", "optimizer.clip_norm", "training.steps"]
+    bad = ["optimizer.learning_rate=1e30", "optimizer.clip_norm=", "logging.every=1"]
+    message = r"the checkpoint of step 2 is intact\. .*--change optimizer.learning_rate, or training.seed"
+    with pytest.raises(FloatingPointError, match=message):
+        run(config, *bad, change=rate)
+    result = run(config, "optimizer.learning_rate=1e-3", "training.seed=1", change=[*rate, "training.seed"])
+    assert result.step == 6 and all(math.isfinite(float(row[1])) for row in losses(config.parent / "run"))
+
+
+def test_files_of_others_stay(config: Path) -> None:
+    output = config.parent / "run"
+    run(config, "training.steps=3")
+    for place in ("model", "data", "checkpoints", "."):
+        for name in ("README.md", ".DS_Store", ".step-x", "step-000000009", ".model.x"):
+            (output / place / name).write_text(place)
+    (output / "model" / "evaluation").mkdir()
+    (output / "model" / "evaluation" / "a.json").write_text("{}")
+    (config.parent / "9.txt").write_text(words(9))  # packed again
+    (config.parent / "9.txt").unlink()
+    os.utime(config.parent / "1.txt")
+    assert run(config, change=["training.steps"]).step == 6
+    assert run(config, restart=True).step == 6
+    for place in ("data", "."):
+        for name in ("README.md", ".DS_Store", ".step-x", "step-000000009", ".model.x"):
+            assert (output / place / name).read_text() == place
+    assert based.load(output / "model").config.hidden_size == 16
+
+
+def test_exports_leave_a_model_card(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = config.parent / "run"
+    run(config, "training.steps=3")
+    (output / "model" / "README.md").write_text("card")
+    (output / "model" / "evaluation").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(BasedForCausalLM, "save", lambda *_, **__: stop_with(OSError(errno.ENOSPC, "full"))())
+        with pytest.raises(OSError, match="full"):
+            run(config, change=["training.steps"])
+    assert (output / "model" / "README.md").read_text() == "card"
+    assert run(config, change=["training.steps"]).step == 6
+    assert (output / "model" / "README.md").read_text() == "card" and (output / "model" / "evaluation").is_dir()
+    assert not (output / ".beside-model").exists()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_precision_auto(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fast: bool
+) -> None:
+    """What the device is faster in; a run keeps what it began with, on whatever device it goes on."""
+    monkeypatch.setattr(loop, "multiplies_bfloat16", lambda _: fast)
+    precision = "bfloat16" if fast else "float32"
+    assert cli.main(["train", str(config), "--stats", "--set", "training.precision=auto"]) == 0
+    errors = capsys.readouterr().err
+    assert f"1 × cpu in {precision}" in errors and "for 5 more steps, at " in errors
+    saved = training_checkpoint.newest(config.parent / "run" / "checkpoints")
+    assert saved is not None and saved.progress.config["training.precision"] == precision
+    monkeypatch.setattr(loop, "multiplies_bfloat16", lambda _: not fast)
+    for same in ("auto", precision):
+        assert run(config, f"training.precision={same}").step == 6
+    run(config, f"training.precision={precision}", output=config.parent / "named")
+    assert losses(config.parent / "named") == losses(config.parent / "run")
+    assert (
+        read_config(config, ["training.precision=auto"]).training
+        == read_config(write_without_precision(config)).training
+    )
+
+
+def write_without_precision(config: Path) -> Path:
+    tree = yaml.safe_load(config.read_text())
+    del tree["training"]["precision"]
+    config.write_text(yaml.safe_dump(tree))
+    return config
+
+
+def template_tokenizer(path: Path, **state: Any) -> None:
+    """A tokenizer of letters that puts <s> before a text, and has been used with truncation and padding."""
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = {
+        token: i for i, token in enumerate(["<s>", "<|endoftext|>", "<pad>", "<unk>", *"abcdefghijklmnopqrstuvwxyz é"])
+    }
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=letters, merges=[], unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<s>", "<|endoftext|>", "<pad>", "<unk>"])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", letters["<s>"])]
+    )
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=32, pad_token="<pad>", pad_id=2)
+    path.write_text(tokenizer.to_str())
+
+
+def test_a_document_begins_as_a_prompt_does(config: Path) -> None:
+    """With what the post-processor puts before it, and whole, whatever the tokenizer was last used for."""
+    folder = config.parent
+    template_tokenizer(folder / "tokenizer.json")
+    dataset = packed(
+        read_config(config, ["data.tokenizer=tokenizer.json", "data.validation_fraction=0"]), folder / "data"
+    )
+    tokens = dataset.open(dataset.train[0])
+    assert np.array_equal(np.flatnonzero(tokens == 0), [0, *(np.flatnonzero(tokens == 1)[:-1] + 1)])
+    assert (tokens == 0).sum() == 8 and not (tokens == 2).any()
+    result = run(config, "data.tokenizer=tokenizer.json")
+    model = based.load(result.model)
+    assert model.config.bos_token_id == 0 and model.config.eos_token_id == 1
+    stored = json.loads((result.model / "tokenizer.json").read_text())
+    assert stored["truncation"] is None and stored["padding"] is None
+    session = model.session()
+    session.prefill(["alpha beta gamma"])
+    assert session.num_tokens == [1 + len("alpha beta gamma")]
 
 
 def test_inductor_takes_what_a_deterministic_run_asks_of_it() -> None:

@@ -28,6 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY.PATH=VALUE",
         help="instead of what CONFIG says, such as training.steps=100. May be repeated.",
     )
+    parser.add_argument(
+        "--change",
+        action="append",
+        default=[],
+        metavar="KEY.PATH",
+        help="go on with a run though CONFIG or --set says otherwise than before, such as training.steps. May be "
+        "repeated.",
+    )
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="fail when there is no checkpoint to go on from")
     group.add_argument("--restart", action="store_true", help="remove the run that the folder holds, and begin anew")
@@ -41,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     config = training.read_config(args.config, args.settings, args.output)
     meter = training.Meter(wanted=_common.wants_statistics(args))
     try:
-        result = training.train(config, restart=args.restart, must_resume=args.resume, meter=meter)
+        result = training.train(config, restart=args.restart, must_resume=args.resume, change=args.change, meter=meter)
     except training.Stopped as stop:
         if training.is_first_process():
             print(f"based: {stop}", file=sys.stderr)

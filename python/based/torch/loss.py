@@ -12,7 +12,7 @@ _BLOCK = 1 << 28  # logits in memory at a time
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, num_classes: int
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, num_classes: int, is_sum: bool = False
 ) -> torch.Tensor:
     """The mean of −log softmax(weight · hidden)[target] over all targets that count.
 
@@ -25,6 +25,7 @@ def linear_cross_entropy(
         weight: (C, d); under autocast products run in its dtype.
         targets: (N) int64: a class, or -100 where a token shall not count.
         num_classes: The softmax is over the first of the C rows.
+        is_sum: The sum instead of the mean.
 
     Returns:
         A scalar, float32 (float64 of float64); NaN when no target counts.
@@ -34,10 +35,11 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     if is_transformed():
-        return _plain_total(hidden, weight, targets, num_classes) / (targets != IGNORED).sum()
+        total = _plain_total(hidden, weight, targets, num_classes)
+        return total if is_sum else total / (targets != IGNORED).sum()
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    total: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, num_classes, wanted)
-    return total / (targets != IGNORED).sum()
+    total = _LinearCrossEntropy.apply(hidden, weight, targets, num_classes, wanted)
+    return total if is_sum else total / (targets != IGNORED).sum()
 
 
 def _plain_total(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, num_classes: int) -> torch.Tensor:

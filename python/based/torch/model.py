@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -130,7 +131,15 @@ class BasedForCausalLM(nn.Module):
                 onto_residual = name.endswith(_ONTO_RESIDUAL)
                 nn.init.normal_(parameter, std=std / math.sqrt(2 * len(self.layers)) if onto_residual else std)
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        reduction: Literal["mean", "sum"] = "mean",
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
         """Logits of every position; with labels, their loss instead.
 
         Args:
@@ -138,6 +147,10 @@ class BasedForCausalLM(nn.Module):
                 nothing.
             labels: (B, T) int64: what input_ids says, or -100 where a token shall not count. The logits at position t
                 are scored against the label at t + 1, so T ≥ 2.
+            attention_mask: (B, T) of ones, as data collators of other models make it. Zeros must stand behind a
+                sequence's last one, where padding changes nothing: its labels are -100.
+            reduction: Of the loss: the mean, or the sum, for micro-batches of unequal numbers of labels.
+            num_items_in_batch: The loss is the sum over this number, which counts the labels of all micro-batches.
 
         Returns:
             Logits (B, T, padded_vocab_size), float32 (float64 of float64 parameters); columns from vocab_size on are no
@@ -149,6 +162,10 @@ class BasedForCausalLM(nn.Module):
             TypeError, ValueError: Another dtype, shape or device; a token that is none.
         """
         self._check_tokens("input_ids", input_ids, (torch.int64, torch.int32))
+        if attention_mask is not None:
+            _check_mask(attention_mask, input_ids)
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction is {reduction!r}, expected mean or sum")
         if labels is None:
             return self.logits(self.hidden(input_ids))
         self._check_tokens("labels", labels, (torch.int64,), ignored=IGNORED)
@@ -157,13 +174,18 @@ class BasedForCausalLM(nn.Module):
             raise ValueError(f"labels has shape {tuple(labels.shape)}, expected {expected}")
         targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         hidden = self.hidden(input_ids).flatten(0, 1)
-        return linear_cross_entropy(hidden, self._head.weight, targets.flatten(), self.config.vocab_size)
+        is_sum = reduction == "sum" or num_items_in_batch is not None
+        loss = linear_cross_entropy(hidden, self._head.weight, targets.flatten(), self.config.vocab_size, is_sum)
+        return loss if num_items_in_batch is None else loss / num_items_in_batch
 
     def hidden(self, input_ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """final_norm(r) of tokens (B, T), which are not checked: (B, T, d), of the parameters' dtype.
 
+        After fully_shard(model), register_fsdp_forward_method(model, "hidden") lets it gather weights; "logits", too.
+
         positions: (B, N) int64 in [0, T): those of them alone, (B, N, d).
         """
+        self._check_gathered("hidden")
         r = self.embedding(input_ids)
         r = r.to(torch.promote_types(r.dtype, torch.float32))
         for layer in self.layers:
@@ -178,8 +200,16 @@ class BasedForCausalLM(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The head's product with hidden states (…, d): (…, padded_vocab_size), as forward returns it."""
+        self._check_gathered("logits")
         logits = functional.linear(hidden, self._head.weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _check_gathered(self, method: str) -> None:
+        if isinstance(self._head.weight, DTensor) and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"the weights are in shards, which forward() alone gathers by itself: after fully_shard(model), "
+                f"torch.distributed.fsdp.register_fsdp_forward_method(model, {method!r}) is needed"
+            )
 
     def _check_tokens(
         self, name: str, tokens: torch.Tensor, dtypes: tuple[torch.dtype, ...], ignored: int | None = None
@@ -263,6 +293,8 @@ class BasedForCausalLM(nn.Module):
     ) -> None:
         """Writes a model directory, which `based.load` reads; it appears whole or not at all.
 
+        Weights in shards (FSDP) are gathered: then every process calls this, and the first one writes.
+
         Args:
             path: Must not exist, or be an empty directory; with `overwrite` it may be a model directory, which is
                 replaced.
@@ -272,7 +304,8 @@ class BasedForCausalLM(nn.Module):
             overwrite: See path.
 
         Raises:
-            ValueError: `dtype` is none of these, or too narrow for a weight.
+            ValueError: `dtype` is none of these, or too narrow for a weight; or the parameters are not those of
+                `config`: adapters must be merged and parametrizations removed first.
             OSError: FileNotFoundError, FileExistsError, a full disk.
         """
         dtype_name = str(self.embedding.weight.dtype).removeprefix("torch.") if dtype is None else dtype
@@ -282,13 +315,24 @@ class BasedForCausalLM(nn.Module):
         if tokenizer is not None:
             found = find_tokenizer(Path(tokenizer), tokenizer)
             text = None if found is None else found.read_bytes()
+        self._check_parameters()
         tensors = []
+        writes = True
         for name, parameter in self.named_parameters():
-            tensor = parameter.to("cpu", _FILE_DTYPES[dtype_name]).contiguous()
-            if tensor.isinf().sum() > parameter.isinf().sum():
+            if isinstance(parameter, DTensor):
+                whole = parameter.full_tensor()
+                writes = torch.distributed.get_rank() == 0
+            else:
+                whole = parameter
+            if not writes:
+                continue
+            tensor = whole.to("cpu", _FILE_DTYPES[dtype_name]).contiguous()
+            if tensor.isinf().sum() > whole.isinf().sum():
                 raise ValueError(f"{name} holds values beyond the range of {dtype_name}, expected a wider dtype")
             bits = tensor.view(torch.uint16) if dtype_name == "bfloat16" else tensor
             tensors.append((name, bits.numpy(), dtype_name))
+        if not writes:
+            return
         with atomic_directory(None, Path(path), overwrite) as directory:
             _core.write_safetensors(directory / "model.safetensors", tensors, {"format": "based"})
             files = {"config.json": self.config.to_json().encode(), "tokenizer.json": text}
@@ -297,9 +341,37 @@ class BasedForCausalLM(nn.Module):
                     (directory / file).write_bytes(content)
                     sync(directory / file)
 
+    def _check_parameters(self) -> None:
+        """That the parameters are those of the config, by names and shapes."""
+        shapes = {name: tuple(p.shape) for name, p in self.named_parameters()}
+        shapes |= {name: tuple(buffer.shape) for name, buffer in self.named_buffers()}
+        expected = {name: tuple(p.shape) for name, p in BasedForCausalLM(self.config, device="meta").named_parameters()}
+        advice = (
+            "Merge adapters into the weights first (peft: merge_and_unload()), remove parametrizations and masks "
+            "(torch.nn.utils.parametrize.remove_parametrizations, prune.remove), and put resized weights into a model "
+            "of a config that says so"
+        )
+        for name, shape in expected.items():
+            if shapes.get(name) != shape:
+                found = f"has shape {shapes[name]}" if name in shapes else "is missing"
+                raise ValueError(f"{name} {found}, the config makes it {shape}: nothing was written. {advice}")
+        if extra := sorted(shapes.keys() - expected.keys()):
+            raise ValueError(f"{extra[0]}: the config has no place for it: nothing was written. {advice}")
+
     def extra_repr(self) -> str:
         """What print() shows beside the submodules."""
         return f"{self.config.num_parameters / 1e6:,.1f} M parameters"
+
+
+def _check_mask(mask: torch.Tensor, input_ids: torch.Tensor) -> None:
+    """That it masks nothing but padding behind a sequence; on the CPU, where that waits for nothing."""
+    if not isinstance(mask, torch.Tensor) or mask.shape != input_ids.shape:
+        found = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask is {found}, expected a tensor of shape {tuple(input_ids.shape)}")
+    if mask.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed():
+        return
+    if (mask[:, 1:].bool() & ~mask[:, :-1].bool()).any() or not mask[:, 0].bool().all():
+        raise ValueError("attention_mask has a zero before a one, expected padding behind a sequence only")
 
 
 def _recomputed(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:

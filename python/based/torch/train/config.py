@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 _SHAPE = ("layers", "hidden_size", "num_heads", "inner_size", "window", "feature_dim", "head_dim", "conv_size")
 _REQUIRED_SHAPE = _SHAPE[:4]
+_MAX_YAML = 1 << 20  # bytes
+_MAX_KEYS = 10_000
 
 
 def _key(
@@ -52,7 +54,7 @@ class Model:
     feature_dim: int | None = _key("size of q and k per head in L layers; 16 by default", None, at_least=1)
     head_dim: int | None = _key("hidden_size / num_heads by default", None, at_least=1)
     conv_size: int | None = _key("channels of a c layer; 2 · hidden_size by default", None, at_least=1)
-    vocab_size: int | None = _key("with tokenizer `none` only; its last token ends a document", None, at_least=2)
+    vocab_size: int | None = _key("with tokenizer `none` only", None, at_least=2)
     special_initializer: bool = _key("σ of the first weights is √(2 / 5 hidden_size) instead of 0.02", False)
 
 
@@ -68,7 +70,9 @@ class Source:
     separator: str | None = _key("of `text`: what stands between the documents of a file", None, fixed=False)
     field: str | None = _key("of `jsonl`: the key that has the text; `text` by default", None, fixed=False)
     dtype: Literal["uint16", "uint32"] | None = _key("of `tokens`, .bin files", None, fixed=False)
-    exclude: tuple[str, ...] = _key("patterns of paths to leave out", (), fixed=False)
+    exclude: tuple[str, ...] = _key(
+        "patterns of paths to leave out, a folder with all in it; each must leave out a file", (), fixed=False
+    )
     weight: float | None = _key(
         "share of the windows, relative to the other sources': for all or for none", None, above=0
     )
@@ -83,15 +87,24 @@ class Data:
         None,
         fixed=False,  # what it makes of the documents is compared
     )
-    end_token: str = _key("the token that ends a document", "<|endoftext|>")
+    end_token: str = _key("the token that ends a document, by its text", "<|endoftext|>")
+    end_token_id: int | None = _key(
+        "with tokenizer `none` only: the id that ends a document; model.vocab_size − 1 by default", None, at_least=0
+    )
     sequence_length: int = _key("tokens of a window", at_least=2)
     train: tuple[Source, ...] = _key("list of sources")
     validation: tuple[Source, ...] = _key("list of sources", ())
     validation_fraction: float = _key(
-        "share of the training documents that is kept for validation, chosen by a hash of their content",
+        "share of the training documents that is kept for validation, chosen by a hash of their content; at least one, "
+        "or the end of the only one",
         0.0,
         at_least=0,
         at_most=0.5,
+    )
+    skip_bad_documents: bool = _key(
+        "leave out files that are no UTF-8 text, and lines that are no JSON objects with a text, instead of stopping",
+        False,
+        fixed=False,
     )
 
 
@@ -119,8 +132,10 @@ class Training:
         "windows at a time on a device; the rest is accumulated. By default all of them", None, at_least=1, fixed=False
     )
     seed: int = _key("of the first weights and of the order of the windows", 0, at_least=0, at_most=2**32 - 1)
-    precision: Literal["bfloat16", "float32"] = _key(
-        "of products; weights and sums are float32, and on most CPUs that is much faster", "bfloat16"
+    precision: Literal["auto", "bfloat16", "float32"] = _key(
+        "of products; weights and sums are float32. `auto`: bfloat16 on a GPU, and on a CPU that has instructions for "
+        "it; without them it is 5 times slower than float32, which is taken then. A run keeps what it began with",
+        "auto",
     )
     activation_checkpointing: bool = _key("less memory, a third more work", False, fixed=False)
     device: str = _key("auto, cpu, cuda or cuda:N", "auto", fixed=False)
@@ -193,22 +208,31 @@ class Config:
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 
-def model_config(model: Model, vocab_size: int | None, end_token_id: int | None) -> ModelConfig:
-    """The shape that a `size` or a shape of its own asks for, with a tokenizer's numbers; None: there is none."""
+def model_config(
+    model: Model, vocab_size: int | None, end_token_id: int | None, start_token_id: int | None = None
+) -> ModelConfig:
+    """The shape that a `size` or a shape of its own asks for, with a tokenizer's numbers.
+
+    vocab_size: None: there is no tokenizer. end_token_id: None: the last one. start_token_id: what opens a document;
+    None: the end token of the one before.
+    """
     if vocab_size is None:
         vocab_size = 50257 if model.size is not None and model.vocab_size is None else model.vocab_size
         if vocab_size is None:
             raise FormatError("model.vocab_size: missing, expected the number of tokens: there is no tokenizer")
-        end_token_id = vocab_size - 1
+        if end_token_id is None:
+            end_token_id = vocab_size - 1
+        elif end_token_id >= vocab_size:
+            raise FormatError(f"data.end_token_id: found {end_token_id}, expected an id in [0, {vocab_size})")
     elif model.vocab_size is not None:
         raise FormatError(f"model.vocab_size: found {model.vocab_size}, expected none: the tokenizer says {vocab_size}")
+    tokens = {"bos_token_id": end_token_id if start_token_id is None else start_token_id, "eos_token_id": end_token_id}
     if model.size is not None:
         document = sizes.SIZES[model.size]()
-        document |= {"vocab_size": vocab_size, "padded_vocab_size": -(-vocab_size // 8) * 8}
-        document |= {"bos_token_id": end_token_id, "eos_token_id": end_token_id}
+        document |= {"vocab_size": vocab_size, "padded_vocab_size": -(-vocab_size // 8) * 8} | tokens
         return ModelConfig.from_json(json.dumps(document), "model")
     shape = {name: getattr(model, name) for name in _SHAPE if getattr(model, name) is not None}
-    document = sizes.recipe(**shape, vocab_size=vocab_size, end_token_id=end_token_id)
+    document = sizes.recipe(**shape, vocab_size=vocab_size, end_token_id=end_token_id) | tokens
     return ModelConfig.from_json(json.dumps(document), "model")
 
 
@@ -260,6 +284,10 @@ def _check(config: Config) -> None:
     kinds = [source.tokens is None for source in config.data.train + config.data.validation]
     if config.data.tokenizer is None and config.model.from_ is None:
         raise FormatError("data.tokenizer: missing, expected bytes, a tokenizer.json, or none")
+    if config.data.end_token_id is not None and config.data.tokenizer != "none":
+        raise FormatError("data.end_token_id: found, expected with tokenizer none only: end_token says it by its text")
+    if config.data.end_token_id is not None and config.model.from_ is not None:
+        raise FormatError("data.end_token_id: found beside model.from, expected none: that model has its own")
     if config.data.tokenizer == "none" and any(kinds):
         raise FormatError("data.tokenizer: found none, expected bytes or a tokenizer.json: there are sources of text")
     optimizer, training = config.optimizer, config.training
@@ -314,6 +342,8 @@ def read_config(path: Path, settings: Sequence[str] = (), output: Path | None = 
         tree["output"] = str(output.absolute())
     try:
         config = dataclasses.replace(_parse(Config, tree, ""), folder=path.absolute().parent)
+        if config.data.tokenizer == "none" and "end_token" in tree["data"]:
+            raise FormatError("data.end_token: found beside tokenizer none, expected data.end_token_id, a number")
         _check(config)
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from None
@@ -325,25 +355,81 @@ def _load_yaml(data: bytes, where: str) -> Any:
         import yaml
     except ModuleNotFoundError as error:
         raise ImportError('training needs PyYAML, which is not installed: pip install "based[train]"') from error
+    if len(data) > _MAX_YAML:
+        raise FormatError(f"{where}: {len(data)} bytes, expected at most {_MAX_YAML}")
 
     class Loader(yaml.SafeLoader):
+        merged = 0
+
+        def fail(self, problem: str, node: Any) -> typing.NoReturn:
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+        def construct_object(self, node: Any, deep: bool = False) -> Any:
+            try:
+                return super().construct_object(node, deep)
+            except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError):
+                kind = node.tag.removeprefix("tag:yaml.org,2002:")
+                self.fail(f"{_show(node.value)} is not of the type {kind!r}", node)
+
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            if not isinstance(node, yaml.MappingNode):
+                self.fail(f"found {_show(node.value)}, expected keys and values", node)
             seen: set[str] = set()
             for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    self.fail("a key is a list or a mapping, expected a name", key)
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} twice", key.start_mark)
+                    self.fail(f"key {key.value!r} twice", key)
                 seen.add(key.value)
-            return super().construct_mapping(node, deep)
+            self.flatten_mapping(node)
+            result = {}
+            for key, value in node.value:
+                name = self.construct_object(key, deep=True)
+                try:
+                    result[name] = self.construct_object(value, deep)
+                except yaml.constructor.ConstructorError as error:
+                    if error.problem_mark is not None and error.problem_mark.index == value.start_mark.index:
+                        self.fail(f"{_printable(str(name))}: {error.problem}", value)
+                    raise
+            return result
 
+        def flatten_mapping(self, node: Any) -> None:
+            super().flatten_mapping(node)
+            self.merged += len(node.value)
+            if self.merged > _MAX_KEYS:  # merges of merges grow as a power of their depth
+                self.fail(f"more than {_MAX_KEYS} keys with those that << adds", node)
+
+        def construct_yaml_int(self, node: Any) -> int:
+            text = node.value.replace("_", "")
+            if ":" in text or re.fullmatch(r"[-+]?0[0-9]+", text):
+                value = super().construct_yaml_int(node)
+                advice = f"write {value} for that number, {text.lstrip('-+0') or 0} for another, quotes for a text"
+                self.fail(f"YAML reads {node.value} as {value}, in base {60 if ':' in text else 8}: {advice}", node)
+            return int(super().construct_yaml_int(node))
+
+        def construct_yaml_float(self, node: Any) -> float:
+            if ":" in node.value:
+                self.fail(f"YAML reads {node.value} in base 60: write a decimal number, or quotes for a text", node)
+            return float(super().construct_yaml_float(node))
+
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
+    Loader.add_constructor("tag:yaml.org,2002:float", Loader.construct_yaml_float)
+    # A date is a text here: the name of a folder, it may be.
+    date = "tag:yaml.org,2002:timestamp"
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != date]
+        for first, resolvers in Loader.yaml_implicit_resolvers.items()
+    }
     # YAML 1.1 takes 1e-4 for a text.
     number = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     try:
-        return yaml.load(data.decode(), Loader)  # a safe one
+        return yaml.load(data.decode("utf-8-sig"), Loader)  # a safe one
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark is not None else ""
-        raise FormatError(f"{where}: {line}not YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise FormatError(f"{where}: {line}not YAML: {_printable(problem)}") from None
     except (UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"{where}: not YAML: {error}") from None
 
@@ -384,7 +470,8 @@ def _parse(cls: type[T], tree: Any, where: str) -> T:
     prefix = where + "." if where else ""
     for key in tree:
         if key not in keys:
-            raise FormatError(f"{prefix}{key}: unknown key, expected one of {', '.join(keys)}")
+            shown = _printable(key) if isinstance(key, str) else _show(key)
+            raise FormatError(f"{prefix}{shown}: unknown key, expected one of {', '.join(keys)}")
     values = {}
     for name, item in keys.items():
         if name in tree:
@@ -418,7 +505,10 @@ def _convert(kind: Any, value: Any, where: str, domain: Any) -> Any:
         return value
     expected = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}[kind]
     if kind is float and type(value) is int:
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise FormatError(f"{where}: found {_show(value)}, expected {expected} below 1e308") from None
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise FormatError(f"{where}: found {_show(value)}, expected {expected}")
     for bound, sign, holds in (
@@ -432,13 +522,23 @@ def _convert(kind: Any, value: Any, where: str, domain: Any) -> Any:
 
 
 def _show(value: Any) -> str:
+    """The beginning of a value, as JSON: aliases of YAML can make it endless."""
     if value is None:
         return "nothing"
+    text = ""
     try:
-        text = json.dumps(value, ensure_ascii=False, default=str)
-    except ValueError:  # aliases can make a list its own item
-        text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+        for part in json.JSONEncoder(ensure_ascii=False, default=str).iterencode(value):
+            text += part
+            if len(text) > 60:
+                break
+    except (ValueError, RecursionError):  # a list is its own item; an integer of more than 4,300 digits
+        text += "…"
+    return _printable(text if len(text) <= 60 else text[:57] + "…")
+
+
+def _printable(text: str) -> str:
+    """The text without what would steer a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -84,7 +84,7 @@ class Meter:
         """How far the run is."""
         if not self._wanted:
             return
-        text = f"step {step}/{steps}  loss {loss:.4f}  {rate:,.0f} tokens/s  {_duration(seconds_left)} left"
+        text = f"step {step}/{steps}  loss {loss:.4f}  {rate:,.0f} tokens/s  {duration(seconds_left)} left"
         if self._bar:
             width = 20 * step // steps
             text = f"\r[{'#' * width}{'.' * (20 - width)}] {text}\x1b[K"
@@ -101,7 +101,8 @@ class Meter:
             self._shown = False
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """H:MM:SS, or M:SS."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,12 +1,14 @@
 """The training loop: steps, validation, checkpoints, and taking up a run where it stopped."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +28,19 @@ from based.torch.model import BasedForCausalLM
 from based.torch.train import training_checkpoint
 from based.torch.train.config import Config, Optimizer, model_config
 from based.torch.train.data import Dataset, Windows, pack, validation_windows
-from based.torch.train.log import TRAIN, VALIDATION, Board, Meter, Stopwatch, Table, board_writer
+from based.torch.train.log import TRAIN, VALIDATION, Board, Meter, Stopwatch, Table, board_writer, duration
 from based.torch.train.tokens import Encoder, make_encoder, model_source
 from based.torch.train.world import World
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_EXPORT = re.compile(r"\.model\.[0-9a-f]{8}\.(new|old)")
+_KEPT = ".beside-model"
+_MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.json"}
+CHANGEABLE = (
+    *(f"optimizer.{item.name}" for item in dataclasses.fields(Optimizer)),
+    *(f"training.{name}" for name in ("steps", "batch_size", "seed", "precision")),
+)
+"""Keys that a run may change on purpose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +67,21 @@ class Stopped(Exception):  # noqa: N818
         self.signal = number
 
 
-def train(config: Config, *, restart: bool = False, must_resume: bool = False, meter: Meter | None = None) -> Result:
+def train(
+    config: Config,
+    *,
+    restart: bool = False,
+    must_resume: bool = False,
+    change: Sequence[str] = (),
+    meter: Meter | None = None,
+) -> Result:
     """Trains a model, from the last checkpoint in the output folder if there is one.
 
     Args:
         config: See read_config.
         restart: Remove what an earlier run left in the output folder, and begin anew.
         must_resume: Fail when there is no checkpoint.
+        change: Keys that the run may have other values of from here on: `CHANGEABLE` ones.
         meter: Shows progress.
 
     Raises:
@@ -74,6 +92,9 @@ def train(config: Config, *, restart: bool = False, must_resume: bool = False, m
         OSError, MemoryError, ImportError: A file, a full disk; the device's memory; an extra is missing.
     """
     meter = meter or Meter(wanted=False)
+    for key in change:
+        if key not in CHANGEABLE:
+            raise FormatError(f"--change {key}: expected one of {', '.join(CHANGEABLE)}")
     if config.logging.tensorboard:
         board_writer()
     output = config.output_folder()
@@ -85,7 +106,7 @@ def train(config: Config, *, restart: bool = False, must_resume: bool = False, m
         _memory_advice(world),
     ):
         world.from_first(lambda: held.enter_context(only_process(output)))
-        run = _Run(config, output, world, meter, restart=restart, must_resume=must_resume)
+        run = _Run(config, output, world, meter, restart=restart, must_resume=must_resume, change=change)
         with run.gatherer:
             return run.run()
 
@@ -126,7 +147,15 @@ def _compile_options(deterministic: bool) -> dict[str, Any]:
 
 class _Run:
     def __init__(
-        self, config: Config, output: Path, world: World, meter: Meter, *, restart: bool, must_resume: bool
+        self,
+        config: Config,
+        output: Path,
+        world: World,
+        meter: Meter,
+        *,
+        restart: bool,
+        must_resume: bool,
+        change: Sequence[str],
     ) -> None:
         self.config, self.output, self.world, self.meter = config, output, world, meter
         self.checkpoints = output / "checkpoints"
@@ -149,9 +178,13 @@ class _Run:
         self.saved = saved = world.from_first(lambda: self._find_checkpoint(restart))
         if saved is None and must_resume:
             raise FormatError(f"{self.checkpoints}: no checkpoint to resume from")
-        if saved is not None:
-            self._check_same(saved.progress)
         self.step = saved.progress.step if saved is not None else 0
+        self.precision = self._precision(saved.progress if saved is not None else None)
+        self.changes = self._check_same(saved.progress, change) if saved is not None else ()
+        self.measured, self.measured_from, self.is_other_validation = self._measured_tokens(), 0, False
+        if saved is not None:
+            self.is_other_validation = saved.progress.validation not in (self.measured, None)
+            self.measured_from = self.step if self.is_other_validation else saved.progress.validation_from
         self.model = world.in_each(lambda: self._place(model))
         self.module: Any = self._distribute()
         self.optimizer = _make_optimizer(self.model, config.optimizer, world.device)
@@ -159,6 +192,7 @@ class _Run:
             self._load_moments(world.in_each(lambda: saved.tensors("optimizer.safetensors")))
         self.pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         self.stopwatch = Stopwatch()
+        self.rate = 0.0  # tokens per second
         self.gatherer = ThreadPoolExecutor(1, "based-train-windows")
         self.gathered: Future[torch.Tensor] | None = None
 
@@ -194,16 +228,22 @@ class _Run:
         model.activation_checkpointing = training.activation_checkpointing
         with _memory_advice(self.world):
             model = model.to(self.world.device)
-        if self.world.device.type == "cuda" if training.compile is None else training.compile:
+        if self._compiles():
             for layer in model.layers:  # layers of one kind share what is made for the first
                 layer.compile(fullgraph=True, dynamic=False, **_compile_options(training.deterministic))
         return model
 
+    def _compiles(self) -> bool:
+        wanted = self.config.training.compile
+        return self.world.device.type == "cuda" if wanted is None else wanted
+
     def _shape(self, encoder: Encoder | None) -> tuple[BasedForCausalLM | None, ModelConfig]:
         """The model of model.from, if there is one, and the shape."""
         if self.config.model.from_ is None:
-            numbers = (encoder.vocab_size, encoder.end_token_id) if encoder is not None else (None, None)
-            return None, model_config(self.config.model, *numbers)
+            if encoder is None:
+                return None, model_config(self.config.model, None, self.config.data.end_token_id)
+            start = encoder.start_token_ids[0] if len(encoder.start_token_ids) == 1 else None
+            return None, model_config(self.config.model, encoder.vocab_size, encoder.end_token_id, start)
         source = model_source(self.config)
         model = BasedForCausalLM.load(source, device="cpu")
         shape = model.config
@@ -220,25 +260,54 @@ class _Run:
 
     def _clear(self) -> None:
         """Removes what an earlier run left, but for the packed documents."""
-        for saved in self.checkpoints.glob("step-*"):
+        for saved in training_checkpoint.paths(self.checkpoints):
             training_checkpoint.remove(saved)
         for name in ("checkpoints", "model", "tensorboard"):
             shutil.rmtree(self.output / name, ignore_errors=True)
         for name in ("train.csv", "validation.csv"):
             (self.output / name).unlink(missing_ok=True)
 
-    def _check_same(self, state: training_checkpoint.Progress) -> None:
-        now = self.config.fixed()
-        missing = object()
-        differing = [k for k in {**state.config, **now} if state.config.get(k, missing) != now.get(k, missing)]
-        if differing:
-            shown = "; ".join(f"{k} was {state.config.get(k)}, is {now.get(k)}" for k in differing[:3])
-            more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+    def _precision(self, saved: training_checkpoint.Progress | None) -> str:
+        """That of the configuration; `auto`: what the run began with, or what this device is faster in."""
+        precision = self.config.training.precision
+        if precision == "auto" and saved is not None:
+            return str(saved.config.get("training.precision", "bfloat16"))
+        if precision == "auto":
+            device = self.world.device
+            return self.world.from_first(lambda: "bfloat16" if multiplies_bfloat16(device) else "float32")
+        return precision
+
+    def _fixed(self) -> dict[str, Any]:
+        return self.config.fixed() | {"training.precision": self.precision}
+
+    def _measured_tokens(self) -> str | None:
+        """Names the tokens that validations measure."""
+        stream = self.dataset.validation
+        return None if stream is None else f"{stream.sha256}:{self.config.validation.tokens}"
+
+    def _check_same(self, state: training_checkpoint.Progress, change: Sequence[str]) -> tuple[dict[str, Any], ...]:
+        """That the run is the same but for what may change; what has been changed on purpose."""
+        now = self._fixed()
+        differing = [key for key in {**state.config, **now} if state.config.get(key) != now.get(key)]
+        refused = [key for key in differing if key not in change]
+        if refused:
+            shown = "; ".join(f"{k} was {state.config.get(k)}, is {now.get(k)}" for k in refused[:3])
+            more = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
             advice = "Use another output, or --restart, which removes that run"
+            if all(key in CHANGEABLE for key in refused):
+                flags = " ".join(f"--change {key}" for key in refused)
+                advice = f"{flags} goes on with it all the same. Or use another output, or --restart, which removes it"
             raise FormatError(f"{self.output} holds a run of another configuration: {shown}{more}. {advice}")
         if state.data != self.dataset.content:
             advice = "Restore the documents, use another output, or --restart, which removes that run"
             raise FormatError(f"{self.output} holds a run on other data: data.train has changed since. {advice}")
+        if self.config.training.steps < state.step:
+            found = f"{self.config.training.steps}, expected at least {state.step}, which the run has made"
+            raise FormatError(f"training.steps: found {found}")
+        changes = [{"step": state.step, "key": k, "was": state.config.get(k), "is": now.get(k)} for k in differing]
+        for made in changes:
+            self.meter.note(f"from step {state.step} on, {made['key']} is {made['is']}; it was {made['was']}")
+        return (*state.changes, *changes)
 
     def _distribute(self) -> Any:
         if self.world.size == 1:
@@ -268,9 +337,15 @@ class _Run:
             self._validate()  # there was no time for it
         self.world.from_first(self._export_chosen)  # nor for this, it may be
         self.stopwatch.lap()
+        timed = self.step + (2 if self._compiles() else 1)  # the first step of a compiled run waits for the compiler
         with Signals() as signals:
             while self.step < steps:
                 self._update()
+                if self.step == timed - 1:
+                    self._flush()
+                elif self.step == timed:
+                    self._flush()
+                    self._say_how_long()
                 stop = self.world.largest(signals.received) if self.step < steps else 0
                 scheduled, measured = self._is_scheduled(), self._is_measured()
                 if scheduled or measured or stop or self.step % log_every == 0:
@@ -284,6 +359,15 @@ class _Run:
                 if scheduled or measured:
                     self.stopwatch.lap()
         return self.world.from_first(self._finish)
+
+    def _say_how_long(self) -> None:
+        training = self.config.training
+        left, tokens = training.steps - self.step, training.batch_size * self.config.data.sequence_length
+        where = f"{self.world.size} × {self.world.device.type} in {self.precision}"
+        self.meter.note(
+            f"about {duration(left * tokens / self.rate)} for {left:,} more steps, at {self.rate:,.0f} tokens/s "
+            f"on {where}; validations and checkpoints come to that"
+        )
 
     def _is_scheduled(self) -> bool:
         """Whether this step has a checkpoint."""
@@ -301,7 +385,7 @@ class _Run:
         parts.append(f"{tokens:,} tokens in {documents:,} documents")
         if validation is not None:
             parts.append(f"{validation.tokens:,} in {validation.documents:,} for validation")
-        parts.append(f"{self.world.size} × {self.world.device.type}")
+        parts.append(f"{self.world.size} × {self.world.device.type} in {self.precision}")
         if self.step:
             parts.append(f"from step {self.step} on")
         self.meter.note("; ".join(parts))
@@ -310,14 +394,22 @@ class _Run:
         """The logs up to the checkpoint; what lies behind it is gone."""
         self._describe()
         training_checkpoint.clean(self.checkpoints)
-        for path in self.checkpoints.glob("step-*"):  # damaged ones, which newest() passed over
+        for path in training_checkpoint.paths(self.checkpoints):  # damaged ones, which newest() passed over
             if path.name > f"step-{self.step:09d}":
                 training_checkpoint.remove(path)
         for leftover in self.output.glob(".model.*"):
-            shutil.rmtree(leftover)
+            if _EXPORT.fullmatch(leftover.name) and leftover.is_dir():
+                shutil.rmtree(leftover)
+        self._put_back()
         self.train_table = Table(self.output / "train.csv", TRAIN, self.step)
-        self.validation_table = Table(self.output / "validation.csv", VALIDATION, self.step)
-        self.losses = {int(row[0]): float(row[1]) for row in self.validation_table.rows}
+        # Losses up to the step at which the documents of validation changed are of others; this step is measured again.
+        is_other = self.is_other_validation
+        self.validation_table = Table(self.output / "validation.csv", VALIDATION, self.step - is_other)
+        rows = self.validation_table.rows
+        if is_other and rows:
+            self.meter.note(f"the documents of validation have changed: losses before step {self.step} are of others")
+        rows = [row for row in rows if int(row[0]) >= self.measured_from and self.measured is not None]
+        self.losses = {int(row[0]): float(row[1]) for row in rows}
         self.board = Board(self.output / "tensorboard", self.step) if self.config.logging.tensorboard else None
 
     def _update(self) -> None:
@@ -350,7 +442,7 @@ class _Run:
         return contextlib.nullcontext()
 
     def _autocast(self) -> torch.autocast:
-        enabled = self.config.training.precision == "bfloat16"
+        enabled = self.precision == "bfloat16"
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
 
     def _next_windows(self) -> torch.Tensor:
@@ -385,7 +477,7 @@ class _Run:
         norms: list[float] = torch.stack([norm for _, _, norm in self.pending]).tolist()
         training = self.config.training
         count = len(self.pending)
-        rate = count * training.batch_size * self.config.data.sequence_length / self.stopwatch.lap()
+        self.rate = rate = count * training.batch_size * self.config.data.sequence_length / self.stopwatch.lap()
         rows = []
         for (step, _, _), loss, norm in zip(self.pending, losses, norms, strict=True):
             rows.append(
@@ -395,12 +487,17 @@ class _Run:
         self.world.from_first(lambda: self._log_steps(rows, rate))
         for step, loss, norm, *_ in rows:
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                kept = (
-                    f"the checkpoint of step {self.saved.progress.step} is intact"
-                    if self.saved
-                    else "no checkpoint yet"
-                )
-                raise FloatingPointError(f"step {step}: the loss is {loss}, the norm of its gradient {norm}; {kept}")
+                raise self._not_finite(f"step {step}: the loss is {loss}, the norm of its gradient {norm}")
+
+    def _not_finite(self, found: str) -> FloatingPointError:
+        kept = "no checkpoint yet"
+        if self.saved is not None:
+            kept = (
+                f"the checkpoint of step {self.saved.progress.step} is intact. The same steps end here again; a lower "
+                "rate or another order of windows may not: --change optimizer.learning_rate, or training.seed, with "
+                "its new value"
+            )
+        return FloatingPointError(f"{found}; {kept}")
 
     def _log_steps(self, rows: list[tuple[int, float, float, float, float]], rate: float) -> None:
         training = self.config.training
@@ -438,7 +535,7 @@ class _Run:
         loss = total / count
         perplexity, bits = self._measures(loss)
         if not math.isfinite(loss):
-            raise FloatingPointError(f"step {self.step}: the validation loss is {loss}")
+            raise self._not_finite(f"step {self.step}: the validation loss is {loss}")
         self.world.from_first(lambda: self._log_validation(loss, perplexity, bits))
 
     def _log_validation(self, loss: float, perplexity: float, bits: float | None) -> None:
@@ -462,7 +559,9 @@ class _Run:
 
     def _save(self) -> None:
         weights, moments = self._tensors()
-        progress = training_checkpoint.Progress(self.step, self.config.fixed(), self.dataset.content)
+        progress = training_checkpoint.Progress(
+            self.step, self._fixed(), self.dataset.content, self.measured, self.measured_from, self.changes
+        )
 
         def write() -> training_checkpoint.TrainingCheckpoint:
             saved = training_checkpoint.save(self.checkpoints, progress, weights, moments, self.shape, self.tokenizer)
@@ -501,7 +600,25 @@ class _Run:
         model = BasedForCausalLM(self.shape, device="meta")
         model.load_state_dict(weights, assign=True)
         model.tokenizer_json = self.tokenizer
-        model.save(self.output / "model", dtype=self.config.checkpoint.dtype, overwrite=True)
+        target, kept = self.output / "model", self.output / _KEPT
+        foreign = [path for path in target.iterdir() if path.name not in _MODEL_FILES] if target.is_dir() else []
+        if foreign:  # a model card, it may be: save() replaces a folder of model files only
+            kept.mkdir(exist_ok=True)
+            for path in foreign:
+                path.rename(kept / path.name)
+        try:
+            model.save(target, dtype=self.config.checkpoint.dtype, overwrite=True)
+        finally:
+            self._put_back()
+
+    def _put_back(self) -> None:
+        """What others have put into OUTPUT/model, which an export has set aside."""
+        kept, target = self.output / _KEPT, self.output / "model"
+        if kept.is_dir():
+            target.mkdir(exist_ok=True)
+            for path in kept.iterdir():
+                path.rename(target / path.name)
+            kept.rmdir()
 
     def _export_chosen(self) -> None:
         if (chosen := self._chosen()) is not None:
@@ -515,6 +632,14 @@ class _Run:
         loss = self.losses.get(chosen.progress.step)
         perplexity, bits = (None, None) if loss is None else self._measures(loss)
         return Result(self.output / "model", chosen.progress.step, self.step, loss, perplexity, bits)
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether products of bfloat16 numbers are faster there than those of float32."""
+    if device.type != "cpu":
+        return True
+    words = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)  # of x86-64, of x86-64, of AArch64
 
 
 def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:

@@ -17,18 +17,26 @@ if TYPE_CHECKING:
 
 Ids = np.ndarray[Any, Any]
 
+_BLOCK = 1 << 18  # tokens that are decoded at a time
+
 
 class Encoder(ABC):
     """What the run's tokenizer makes of documents."""
 
     vocab_size: int
     end_token_id: int
+    start_token_ids: tuple[int, ...] = ()
+    """What the tokenizer puts before a text, as it does before a prompt: a document begins with it."""
     json: bytes
     """tokenizer.json, for the model directory."""
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids of each text, without an end token: one that the text spells out is letters like any other."""
+        """Ids of each text, without start and end: one that the text spells out is letters like any other."""
+
+    @abstractmethod
+    def nbytes(self, ids: Ids) -> int:
+        """Of the text that the ids stand for."""
 
 
 class ByteEncoder(Encoder):
@@ -41,6 +49,10 @@ class ByteEncoder(Encoder):
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """The bytes."""
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+    def nbytes(self, ids: Ids) -> int:
+        """One each."""
+        return len(ids)
 
 
 class FileEncoder(Encoder):
@@ -55,11 +67,28 @@ class FileEncoder(Encoder):
         self.json = tokenizer.to_str().encode()
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
+        self.start_token_ids = _start(tokenizer, where)
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """What the tokenizer says."""
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def nbytes(self, ids: Ids) -> int:
+        """Of what the tokenizer makes of the ids, some at a time."""
+        blocks = (ids[start : start + _BLOCK].tolist() for start in range(0, len(ids), _BLOCK))
+        return sum(len(self._tokenizer.decode(block, skip_special_tokens=False).encode()) for block in blocks)
+
+
+def _start(tokenizer: "Tokenizer", where: str) -> tuple[int, ...]:
+    """The tokens that the post-processor puts before a text."""
+    for text in ("a", " ", "0"):
+        plain = tokenizer.encode(text, add_special_tokens=False).ids
+        whole = tokenizer.encode(text).ids
+        for start in range(len(whole) - len(plain) + 1):
+            if plain and whole[start : start + len(plain)] == plain:
+                return tuple(whole[:start])
+    raise FormatError(f"{where}: its post-processor changes the tokens of a text, expected tokens before and after it")
 
 
 def make_encoder(config: Config) -> Encoder | None:

@@ -1,5 +1,6 @@
 """Training checkpoints: a folder each, which is there whole or not at all, and says so of itself by checksums."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -19,6 +20,8 @@ from based.convert import atomic_directory, sync
 
 _VERSION = 1
 _NAME = re.compile(r"step-(\d{9})")
+_LEFTOVER = re.compile(r"\.step-\d{9}\.(old|[0-9a-f]{8}\.(new|old))")
+_FILES = {"model.safetensors", "optimizer.safetensors", "config.json", "training.json"}
 
 Tensors = dict[str, torch.Tensor]
 
@@ -33,6 +36,12 @@ class Progress:
     """`Config.fixed()`."""
     data: str
     """`Dataset.content`."""
+    validation: str | None = None
+    """Names the tokens that validations measure; None: none do, or the checkpoint is older than this field."""
+    validation_from: int = 0
+    """The step from which on they do: losses before it cannot be compared."""
+    changes: tuple[dict[str, Any], ...] = ()
+    """What was changed on purpose: `step`, `key`, `was`, `is`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +93,17 @@ def _sha256(path: Path) -> str:
 def all_saved(folder: Path) -> list[TrainingCheckpoint]:
     """The checkpoints of a folder, oldest first, without reading tensors; what cannot be read is left out."""
     saved = []
-    for path in sorted(folder.glob("step-*")):
-        if _NAME.fullmatch(path.name):
-            try:
-                saved.append(TrainingCheckpoint(path, _read_progress(path)))
-            except (OSError, FormatError):
-                continue  # newest() speaks of it
+    for path in paths(folder):
+        try:
+            saved.append(TrainingCheckpoint(path, _read_progress(path)))
+        except (OSError, FormatError):
+            continue  # newest() speaks of it
     return saved
+
+
+def paths(folder: Path) -> list[Path]:
+    """Of the checkpoints of a folder, oldest first, damaged ones too; not of what else lies there."""
+    return [path for path in sorted(folder.glob("step-*")) if _NAME.fullmatch(path.name) and path.is_dir()]
 
 
 def newest(folder: Path) -> TrainingCheckpoint | None:
@@ -98,14 +111,14 @@ def newest(folder: Path) -> TrainingCheckpoint | None:
 
     Damaged ones are passed over with a warning. Raises FormatError when all are damaged.
     """
-    paths = [path for path in sorted(folder.glob("step-*"), reverse=True) if _NAME.fullmatch(path.name)]
-    for path in paths:
+    found = paths(folder)
+    for path in reversed(found):
         try:
             _verify(path)
             return TrainingCheckpoint(path, _read_progress(path))
         except (OSError, FormatError) as error:
             warnings.warn(f"this checkpoint is damaged and is passed over: {error}", RuntimeWarning, stacklevel=2)
-    if paths:
+    if found:
         raise FormatError(f"{folder}: every checkpoint is damaged; --restart begins anew")
     return None
 
@@ -114,8 +127,10 @@ def _verify(path: Path) -> None:
     where = path / "sha256.json"
     try:
         sums = dict(json.loads(where.read_bytes()))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise FormatError(f"{where}: {error}") from None
+    if missing := _FILES - sums.keys():
+        raise FormatError(f"{where}: says nothing of {min(missing)}")
     for name, expected in sums.items():
         if (found := _sha256(path / name)) != expected:
             raise FormatError(f"{path / name}: its SHA-256 is {found[:16]}…, expected {str(expected)[:16]}…")
@@ -128,8 +143,13 @@ def _read_progress(path: Path) -> Progress:
         version = document.pop("version")
         if version != _VERSION:
             raise FormatError(f"{where}: version {version}, expected {_VERSION}")
-        return Progress(**document)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        progress = Progress(**document)
+        if not (isinstance(progress.config, dict) and type(progress.step) is int and isinstance(progress.data, str)):
+            raise FormatError(f"{where}: found {document}, expected a step, a config and data"[:200])
+        return dataclasses.replace(progress, changes=tuple(map(dict, progress.changes)))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, FormatError):
+            raise
         raise FormatError(f"{where}: {error}") from None
 
 
@@ -151,4 +171,5 @@ def remove(path: Path) -> None:
 def clean(folder: Path) -> None:
     """Removes what a killed process left beside the checkpoints."""
     for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover)
+        if _LEFTOVER.fullmatch(leftover.name) and leftover.is_dir():
+            shutil.rmtree(leftover)
