@@ -270,7 +270,11 @@ def test_sampling_flags_reach_the_sampler(
     flags: list[str], params: dict[str, Any], model: based.Model, model_directory: Path
 ) -> None:
     """Same ids as the library gives for these params, and other ids than without the flag."""
-    plain = {"seed": 7, "temperature": params.get("temperature", 1.0), "max_tokens": params.get("max_tokens", MAX_TOKENS)}
+    plain = {
+        "seed": 7,
+        "temperature": params.get("temperature", 1.0),
+        "max_tokens": params.get("max_tokens", MAX_TOKENS),
+    }
     seed = [] if "--seed" in flags else ["--seed", "7"]
     ids = sample(model_directory, *seed, *flags)["token_ids"]
     alone = len(params) == 1 and set(params) & {"temperature", "max_tokens"}
