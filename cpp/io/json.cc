@@ -112,6 +112,7 @@ class JsonBuilder final : public nlohmann::json_sax<nlohmann::json> {
 };
 
 Json Json::parse(std::string_view text, const std::string& where) {
+  refuse_lfs_pointer(text, where);
   // nlohmann takes a NUL for the end of the text and skips a byte order mark.
   if (const auto nul = text.find('\0'); nul != text.npos) {
     throw FormatError(concat(where, ": expected JSON, found a NUL byte at byte ", nul));

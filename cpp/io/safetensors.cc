@@ -133,6 +133,7 @@ struct Contents {
 };
 
 Contents read_contents(std::span<const std::byte> file, const std::string& where) {
+  refuse_lfs_pointer({reinterpret_cast<const char*>(file.data()), file.size()}, where);
   if (file.size() < kLengthBytes) {
     throw FormatError(concat(where, ": found ", file.size(),
                              " bytes, expected a safetensors file (8 bytes of header length, header, data)"));

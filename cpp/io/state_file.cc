@@ -126,8 +126,9 @@ StateFile StateFile::open(const std::filesystem::path& path, const std::string& 
                             in_quotes(kFormatVersion)));
   }
   if (value("fingerprint") != fingerprint) {
-    throw StateError(concat(where, "found the state of the model ", in_quotes(value("fingerprint")),
-                            ", expected that of the model ", in_quotes(fingerprint)));
+    throw StateError(concat(where, "a state of another model: found the state of the model ",
+                            in_quotes(value("fingerprint")), ", expected that of the model ", in_quotes(fingerprint),
+                            ". Load the model that saved it (--model)"));
   }
   for (const char* key : {"num_tokens", "checksum"}) value(key);
   if (metadata.size() != 5) throw FormatError(concat(where, "found unknown keys in the metadata"));

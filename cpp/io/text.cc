@@ -1,5 +1,7 @@
 #include "io/text.h"
 
+#include "based/error.h"
+
 namespace based::io {
 
 namespace {
@@ -30,6 +32,14 @@ std::size_t utf8_length(std::string_view text, std::size_t i) {
 void append_item(std::string& list, std::string_view item) {
   if (!list.empty()) list += ", ";
   list += item;
+}
+
+void refuse_lfs_pointer(std::string_view contents, const std::string& where) {
+  if (contents.starts_with("version https://git-lfs.github.com/spec/")) {
+    throw FormatError(concat(where,
+                             ": found a Git LFS pointer, expected the file that it stands for: run `git lfs pull` "
+                             "in its repository, or download the file"));
+  }
 }
 
 bool is_utf8(std::string_view text) {

@@ -27,6 +27,10 @@ std::string concat(const Parts&... parts) {
 /// Appends `item` to a list "a, b, c".
 void append_item(std::string& list, std::string_view item);
 
+/// Throws FormatError, opened by `where`, when a file's contents are those of a Git LFS pointer: what a clone without
+/// Git LFS has in the place of large files.
+void refuse_lfs_pointer(std::string_view contents, const std::string& where);
+
 /// True for well-formed UTF-8 (no surrogates, no overlong forms).
 bool is_utf8(std::string_view text);
 

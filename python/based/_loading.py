@@ -112,19 +112,45 @@ def _locate(path_or_id: str | os.PathLike[str], revision: str | None) -> _Source
 def _download(name: str, revision: str | None) -> Path:
     """The hub's files of a model in the hub's own cache; pickles only when there is nothing safer."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         directory = Path(snapshot_download(name, revision=revision, allow_patterns=_SAFETENSORS))
         if not any(directory.glob("model*.safetensors")):
             directory = Path(snapshot_download(name, revision=revision, allow_patterns=[*_SAFETENSORS, *_PICKLES]))
-    except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError) as error:
+    except LocalEntryNotFoundError as error:  # the network's failure, which says nothing about the name
+        reason = "HF_HUB_OFFLINE is set" if is_offline_mode() else _one_line(error.__cause__ or error)
         raise FileNotFoundError(
-            errno.ENOENT, f"no such directory, and the hub does not give a model of this name: {error}", name
+            errno.ENOENT,
+            f"no such directory, not in the hub's cache here, and the hub cannot be reached: {reason}",
+            name,
+        ) from error
+    except GatedRepoError as error:
+        reason = "the hub gives this model to those who accepted its conditions and are logged in (hf auth login)"
+        raise PermissionError(errno.EACCES, f"no such directory, and {reason}", name) from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(
+            errno.ENOENT, f"the hub's model of this name has no revision {revision!r}", name
+        ) from error
+    except RepositoryNotFoundError as error:
+        reason = "private ones need hf auth login or HF_TOKEN"
+        raise FileNotFoundError(
+            errno.ENOENT, f"no such directory, and the hub does not give a model of this name ({reason})", name
         ) from error
     except Exception as error:  # httpx's, the hub's, the system's
-        raise OSError(errno.EIO, f"no such directory, and fetching it from the hub failed: {error}", name) from error
+        reason = _one_line(error)
+        raise OSError(errno.EIO, f"no such directory, and fetching it from the hub failed: {reason}", name) from error
     return directory
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _in_our_format(source: _Source) -> Path:

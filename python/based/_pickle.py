@@ -20,6 +20,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from based._core import FormatError
+from based._lfs import refuse_lfs_pointer
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,9 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     it cannot be read, FormatError for anything else in it.
     """
     with path.open("rb") as file:
-        head = file.read(len(_LEGACY_MAGIC))
-        if head == _LEGACY_MAGIC:
+        head = file.read(64)
+        refuse_lfs_pointer(head, path)
+        if head.startswith(_LEGACY_MAGIC):
             raise FormatError(
                 f"{path}: a PyTorch file in the legacy format (before 1.6); expected the zip format. "
                 "Load it and save it again with a current torch.save"

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from based._core import FormatError
+from based._lfs import refuse_lfs_pointer
 from based._text import Detokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 GPT2_REPOSITORY = "openai-community/gpt2"
+GPT2_URL = f"https://huggingface.co/{GPT2_REPOSITORY}/resolve/main/tokenizer.json"
 GPT2_VOCAB_SIZE = 50257
 
 
@@ -22,6 +24,7 @@ def read_tokenizer(path: Path) -> "Tokenizer":
     from tokenizers import Tokenizer
 
     text = path.read_bytes()
+    refuse_lfs_pointer(text, path)
     try:
         tokenizer = Tokenizer.from_str(text.decode())
     except Exception as error:  # tokenizers raises bare Exception
@@ -47,7 +50,8 @@ def fetch_gpt2_tokenizer() -> "Tokenizer":
     except Exception as error:  # whatever httpx, the hub and the cache raise
         raise OSError(
             f"this model's directory has no tokenizer.json, and GPT-2's could not be fetched from the hub "
-            f"({GPT2_REPOSITORY}): {error}. Give prompts as token ids, or a tokenizer.json: load(..., tokenizer=path)"
+            f"({GPT2_REPOSITORY}): {error}. Give prompts as token ids, or a tokenizer.json: load(..., tokenizer=path), "
+            f"--tokenizer FILE. Published models ship none and use GPT-2's: {GPT2_URL}"
         ) from error
     return read_tokenizer(Path(path))
 
@@ -76,7 +80,7 @@ class LazyTokenizer:
         if tokenizer is None:
             raise ValueError(
                 f"{purpose} needs a tokenizer and this model has none: its directory holds no tokenizer.json. "
-                f"Give token ids, or load(..., tokenizer=path)"
+                f"Give token ids, or a tokenizer.json: load(..., tokenizer=path), --tokenizer FILE"
             )
         return tokenizer
 

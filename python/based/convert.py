@@ -17,6 +17,7 @@ import numpy as np
 
 from based import _core
 from based._core import FormatError
+from based._lfs import refuse_lfs_pointer
 from based._pickle import StoredTensor, read_torch_file
 from based._published import EMBEDDING, HEAD, Recipe, normalise_names, translate
 
@@ -103,6 +104,7 @@ def _read_json(path: Path) -> object:
     if status.st_size > _MAX_JSON:
         raise FormatError(f"{path}: {status.st_size} bytes, expected at most {_MAX_JSON}")
     data = path.read_bytes()
+    refuse_lfs_pointer(data, path)
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         result: dict[str, object] = {}
@@ -127,7 +129,9 @@ def open_weights(directory: Path) -> tuple[Path, Tensors]:
         path = directory / name
         if path.exists():
             return path, _read_shards(path) if name.endswith(".index.json") else _read_weights(path)
-    raise FileNotFoundError(errno.ENOENT, f"no weights: expected one of {', '.join(_WEIGHT_FILES)} in", str(directory))
+    raise FileNotFoundError(
+        errno.ENOENT, f"no weights in this directory: expected one of {', '.join(_WEIGHT_FILES)}", str(directory)
+    )
 
 
 def _read_weights(path: Path) -> Tensors:
@@ -257,7 +261,10 @@ def atomic_directory(source: Path | None, target: Path, overwrite: bool) -> Iter
             raise FileExistsError(errno.EEXIST, "expected a new or empty directory, found a file", str(target))
         found = {path.name for path in target.iterdir()}
         if found and not overwrite:
-            raise FileExistsError(errno.EEXIST, "expected a new or empty directory, found a full one", str(target))
+            other = found - _OUTPUTS
+            way_out = f"it holds {min(other)!r}" if other else "--overwrite, overwrite=True, replaces this model"
+            reason = f"expected a new or empty directory, found a full one ({way_out})"
+            raise FileExistsError(errno.EEXIST, reason, str(target))
         if found - _OUTPUTS:  # nothing that conversion did not write is ever deleted
             raise FileExistsError(errno.EEXIST, f"not a model directory: holds {min(found - _OUTPUTS)!r}", str(target))
         if source is not None and target.samefile(source):

@@ -89,7 +89,8 @@ def kv_cache_nbytes(config: ModelConfig, dtype: str, num_tokens: int) -> int:
     """Bytes that a transformer of the same width and number of layers keeps of a sequence.
 
     Multi-head attention in every layer, num_heads · head_dim = hidden_size: a key and a value of hidden_size numbers
-    per layer and token.
+    per layer and token. Where G heads share keys and values
+    (grouped-query attention; 4 to 8 in most models of today), it is 1/G of that.
     """
     return 2 * len(config.layers) * config.hidden_size * ITEM_SIZE[dtype] * num_tokens
 

@@ -108,6 +108,8 @@ TEST_F(Safetensors, ReadsLegalOddities) {
 TEST_F(Safetensors, RefusesDamagedFraming) {
   EXPECT_THROW_WITH(open(""), FormatError, "x.safetensors: found 0 bytes, expected a safetensors file");
   EXPECT_THROW_WITH(open("1234567"), FormatError, "found 7 bytes");
+  EXPECT_THROW_WITH(open("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 12\n"), FormatError,
+                    "x.safetensors: found a Git LFS pointer, expected the file that it stands for: run `git lfs pull`");
   EXPECT_THROW_WITH(open(std::string(8, '\0')), FormatError, "header that starts with \"\", expected {");
   EXPECT_THROW_WITH(open(std::string(8, '\xff')), FormatError, "header length of 18446744073709551615 bytes");
   EXPECT_THROW_WITH(open(std::string("\x01\xe1\xf5\x05\0\0\0\0{}", 10)), FormatError,

@@ -103,9 +103,9 @@ TEST_F(StateFiles, IndependentOfTheOrderOfTensors) {
 
 TEST_F(StateFiles, RefusesForeignAndOtherFiles) {
   write_state_file(path_, kFingerprint, states());
-  EXPECT_THROW_WITH(
-      StateFile::open(path_, "fedcba9876543210"), StateError,
-      "found the state of the model \"0123456789abcdef\", expected that of the model \"fedcba9876543210\"");
+  EXPECT_THROW_WITH(StateFile::open(path_, "fedcba9876543210"), StateError,
+                    "a state of another model: found the state of the model \"0123456789abcdef\", expected that of the "
+                    "model \"fedcba9876543210\"");
   for (const char* version : {"0", "4", "", "2.0", "01"}) {
     write_raw({{"format_version", version}});
     EXPECT_THROW_WITH(open(), StateError,

@@ -1,6 +1,7 @@
 """The model that comes with the package: its files, what its card says of it, and `based demo`."""
 
 import contextlib
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -9,8 +10,10 @@ import pty
 import random
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -235,6 +238,27 @@ def test_demo_of_another_model(tmp_path: Path) -> None:
 def test_demo_of_what_cannot_be_shown(status: int, fragment: str, args: list[str]) -> None:
     done = subprocess.run([*COMMAND, "demo", *args], capture_output=True, encoding="utf-8")
     assert done.returncode == status and fragment in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_demo_fits_the_terminal(columns: int) -> None:
+    """As many pairs a line as fit, and no sentence of ours that wraps at 80 columns."""
+    terminal, its_end = pty.openpty()
+    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    with subprocess.Popen([*COMMAND, "demo", *QUICK], stdin=its_end, stdout=its_end, env=environment) as process:
+        os.close(its_end)
+        shown = b""
+        with contextlib.suppress(OSError):  # what reading gives when the other end is closed
+            while chunk := os.read(terminal, 10000):
+                shown += chunk
+    os.close(terminal)
+    assert process.returncode == 0
+    sections = re.sub(r"\x1b\[\d+m", "", shown.decode()).replace("\r\n", "\n").split("== ")
+    pairs_told = re.findall(r"^\w+=\d+.*$", sections[2], re.M)
+    assert len(pairs_told[0]) <= columns and pairs_told[0].count("=") == min(8, (columns + 2) // 10)
+    lines = [line for i in (2, 3, 5) for line in sections[i].splitlines()]
+    assert max(map(len, lines)) <= max(columns, 80)
 
 
 @pytest.fixture

@@ -86,6 +86,8 @@ def test_help_and_version() -> None:
     for name in cli.COMMANDS:
         assert name in ok("--help")
     assert ok("--version") == f"based {based.__version__}\n"
+    done = subprocess.run([sys.executable, "-m", "based", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"based {based.__version__}\n")
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -332,6 +332,21 @@ def test_an_infinite_number(tmp_path):
     assert_refused(tmp_path / "published", "layer_norm_epsilon: found Infinity, expected a number")
 
 
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 724957218\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "pytorch_model.bin", "model.safetensors", "model.safetensors.index.json"]
+)
+def test_lfs_pointers_are_named(name, tmp_path):
+    published = tmp_path / "published"
+    golden_like().write(published)
+    (published / name).write_text(LFS_POINTER)
+    assert_refused(
+        published, f"{name}: found a Git LFS pointer, expected the file that it stands for: run `git lfs pull`"
+    )
+
+
 def test_missing_files(tmp_path):
     published = tmp_path / "published"
     assert_refused(published, "config.json", FileNotFoundError)
@@ -627,7 +642,7 @@ def test_destination(tmp_path):
     checkpoint = golden_like()
     checkpoint.write(published)
     convert(published, model)
-    with pytest.raises(FileExistsError, match="found a full one"):
+    with pytest.raises(FileExistsError, match=r"found a full one \(--overwrite, overwrite=True, replaces"):
         convert(published, model)
     before = (model / "model.safetensors").read_bytes()
     convert(published, model, dtype="float16", overwrite=True)

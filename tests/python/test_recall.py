@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ torch = pytest.importorskip("torch")
 torch.set_num_threads(1)  # tensors are small here, and a thread that waits for its turn stops all
 
 from based.torch import BasedForCausalLM
-from based.torch.recall import Paused, Sweep, data, frontier, measure_frontier, measuring, training, workers
+from based.torch.recall import Paused, Sweep, data, figure, frontier, measure_frontier, measuring, training, workers
 from based.torch.recall.data import Examples, Setting, make_examples
 from based.torch.recall.families import FAMILIES
 from based.torch.recall.sweep import Run
@@ -423,6 +424,27 @@ def test_the_figure(done):
     assert text.startswith("<?xml") and "</svg>" in text
     for family in FAMILIES.values():
         assert f"{family.label}, width 32" in text
+
+
+def test_the_figure_draws_steps_and_sizes(tmp_path: Path) -> None:
+    """No line says anything between two models: it goes right, and up where a model lies."""
+    path = tmp_path / "figure.svg"
+    facts = {"parameters": 1, "learning_rate": 0.1, "epochs": 1, "validation": {}, "accuracies": {"64/4": 0.5}}
+    models = [(8, 10_000, 0.3), (16, 20_000, 0.2), (24, 40_000, 0.9)]
+    figure.draw(
+        path,
+        [
+            frontier.Outcome(f"m{f}", "based", 48, f, state_nbytes=nbytes, accuracy=accuracy, directory="", **facts)
+            for f, nbytes, accuracy in models
+        ],
+    )
+    text = path.read_text()
+    for f, _, _ in models:
+        assert f"<!-- {f} -->" in text
+    (line,) = re.findall(r'<path d="([^"]*)"[^>]*stroke-opacity: 0.4', text)
+    points = [tuple(map(float, point)) for point in re.findall(r"[ML] ([\d.]+) ([\d.]+)", line)]
+    assert len({x for x, _ in points}) == 3 and len({y for _, y in points}) == 2
+    assert all(x == x2 or y == y2 for (x, y), (x2, y2) in itertools.pairwise(points))
 
 
 # ---- stopped, killed, wrong ------------------------------------------------------------------------------------------

@@ -105,5 +105,5 @@ def _describe(error: Exception) -> str:
     """One line: what str() makes of it, without OSError's "[Errno 2]", or its type when that says nothing."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-        return where + error.strerror
+        return where + " ".join(error.strerror.split())
     return " ".join(str(error).split()) or type(error).__name__

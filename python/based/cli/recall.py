@@ -23,7 +23,7 @@ _SWEEP = ("families", "widths", "feature_dims", "windows", "learning_rates", "ep
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the folder of the sweep")
-    parser.add_argument("--quick", action="store_true", help="a small sweep that takes seconds on a CPU")
+    parser.add_argument("--quick", action="store_true", help="a small sweep, half a minute on a CPU")
     group = parser.add_argument_group("the sweep", "Lists are separated by commas; the defaults are docs/recall.md's.")
     group.add_argument("--families", type=_list(str), metavar="LIST", help="based, attention, window")
     group.add_argument("--widths", type=_list(int), metavar="LIST", help="hidden sizes; windows have the largest alone")
