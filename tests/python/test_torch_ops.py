@@ -1,5 +1,6 @@
 """based.torch.ops against the definitions in float64, forward and backward."""
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -362,6 +363,19 @@ def test_compiles_in_one_graph_for_all_lengths(name):
         inputs = make(t, "float32")
         dy = random(*function(*inputs).shape, dtype="float32", seed=9).detach()
         for a, b in zip(with_gradients(compiled, inputs, dy), with_gradients(function, inputs, dy), strict=True):
+            assert error(a, b.double()) <= TOLERANCE["float32"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles C++")
+@pytest.mark.parametrize(("dynamic", "lengths"), [(None, (8, 16, 300, 400)), (True, (64, 300, 100))])
+def test_inductor_takes_any_length(dynamic, lengths):
+    """By PyTorch's own compiler, which the other tests leave out: it has no shapes for chunks of any number."""
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.taylor_linear_attention, fullgraph=True, dynamic=dynamic)
+    for t in lengths:
+        inputs, dy = taylor_inputs(t, 16, 8, "float32"), random(2, t, 3, 8, dtype="float32", seed=9).detach()
+        found, expected = (with_gradients(f, inputs, dy) for f in (compiled, ops.taylor_linear_attention))
+        for a, b in zip(found, expected, strict=True):
             assert error(a, b.double()) <= TOLERANCE["float32"]
 
 

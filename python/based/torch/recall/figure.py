@@ -26,7 +26,8 @@ def draw(path: Path, rows: Sequence[Outcome]) -> None:
     axes = figure.subplots()
     widths = sorted({row.width for row in rows})
     for color, (name, family) in enumerate(FAMILIES.items()):
-        points = sorted((row.state_nbytes, row.accuracy, row.width) for row in rows if row.family == name)
+        known = [(row, row.accuracy) for row in rows if row.family == name and row.accuracy is not None]
+        points = sorted((row.state_nbytes, accuracy, row.width) for row, accuracy in known)
         if not points:
             continue
         best = [max(accuracy for _, accuracy, _ in points[: i + 1]) for i in range(len(points))]
