@@ -246,6 +246,28 @@ def test_states_beyond_the_range_of_float16():
     assert dv.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("norm", [4, 16, 32])
+def test_queries_at_right_angles_to_long_keys(dtype, norm):
+    """Where φ(q)·S cancels most: the result stays a mean of the values."""
+    t, f = 600, 16
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(f, f, dtype=torch.float64, generator=generator)).Q
+    halves = [torch.randn(1, t, 2, f // 2, dtype=torch.float64, generator=generator) for _ in range(2)]
+    q, k = (
+        norm * torch.nn.functional.normalize(half, dim=-1) @ part
+        for half, part in zip(halves, basis.split(f // 2), strict=True)
+    )
+    v = torch.randn(1, t, 2, 8, dtype=torch.float64, generator=generator)
+    inputs = tuple(x.to(getattr(torch, dtype)).requires_grad_() for x in (q, k, v))
+    dy = random(1, t, 2, 8, seed=3).detach()
+    found = with_gradients(ops.taylor_linear_attention, inputs, dy)
+    expected = with_gradients(taylor_reference, double(inputs), dy)
+    assert found[0].abs().max() <= inputs[2].abs().max() * (1 + 1e-2)
+    for a, b in zip(found, expected, strict=True):
+        assert error(a, b) <= {"float32": 1e-3, "bfloat16": 6e-3, "float16": 2e-3}[dtype]
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
