@@ -131,6 +131,49 @@ def test_containers(tmp_path, container, head):
     assert_converted(checkpoint, tmp_path / "model")
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda name: "module." + name,
+        lambda name: "_orig_mod." + name,
+        lambda name: "module._orig_mod." + name,
+        lambda name: "model." + name,
+        lambda name: name.removeprefix("model."),
+        lambda name: name.replace("layers.1.", "layers.1._orig_mod."),
+    ],
+    ids=["DDP", "compile", "both", "Lightning", "bare", "compiled layer"],
+)
+def test_names_in_wrappers(tmp_path, wrap):
+    checkpoint = golden_like()
+    checkpoint.write(tmp_path / "published")
+    tensors = {wrap(name): tensor for name, tensor in checkpoint.published_tensors().items()}
+    write_torch(tmp_path / "published" / "pytorch_model.bin", tensors)
+    convert(tmp_path / "published", tmp_path / "model")
+    assert_converted(checkpoint, tmp_path / "model")
+    tensors = {"net." + name: tensor for name, tensor in checkpoint.published_tensors().items()}
+    write_torch(tmp_path / "published" / "pytorch_model.bin", tensors)
+    found = r"found tensors net\.model\..*, expected names like transformer\.embeddings\.word_embeddings\.weight"
+    with pytest.raises(FormatError, match=found):
+        convert(tmp_path / "published", tmp_path / "other")
+
+
+def test_float64_is_converted_on_request(tmp_path):
+    torch = pytest.importorskip("torch")
+    checkpoint = golden_like()
+    checkpoint.write(tmp_path / "published")
+    path = tmp_path / "published" / "pytorch_model.bin"
+    tensors = {name: tensor.double() for name, tensor in torch.load(path).items()}
+    torch.save(tensors, path)
+    assert_refused(tmp_path / "published", "found dtype float64, expected one of float32, bfloat16, float16: --dtype")
+    convert(tmp_path / "published", tmp_path / "model", dtype="float32")
+    stored = read_safetensors(tmp_path / "model" / "model.safetensors")
+    for name, (dtype, bits) in checkpoint.expected_tensors().items():
+        assert stored[name][0] == dtype == "float32"
+        np.testing.assert_array_equal(stored[name][1], bits)
+    torch.save({name: tensor * 1e300 for name, tensor in tensors.items()}, path)
+    assert_refused(tmp_path / "published", "holds values beyond the range of float32", dtype="float32")
+
+
 @pytest.mark.parametrize("tie_word_embeddings", [True, False])
 def test_a_head_that_differs_is_kept(tmp_path, tie_word_embeddings):
     checkpoint = golden_like(head="copy")

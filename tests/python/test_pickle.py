@@ -62,10 +62,11 @@ def test_reads_what_torch_writes(tmp_path, protocol):
 @pytest.mark.parametrize(
     ("make", "fragment"),
     [
-        (lambda torch: {"x": torch.nn.Parameter(torch.ones(2))}, "torch._utils._rebuild_parameter"),
-        (lambda torch: {"x": torch.ones(2, dtype=torch.float64)}, "torch.DoubleStorage"),
         (lambda torch: {"x": torch.ones(1).expand(5)}, "does not fit in its storage of 1 elements"),
-        (lambda torch: {"state_dict": {"x": torch.ones(2)}}, "'state_dict' is a dict of 1"),
+        (lambda torch: {"weights": {"x": torch.ones(2)}}, "'weights' is a dict of 1"),
+        (lambda torch: {"x": torch.ones(2, dtype=torch.complex64)}, "torch.ComplexFloatStorage"),
+        (lambda torch: {"state_dict": {"x": torch.ones(2)}, "loops": [1]}, 'torch.load(file)["state_dict"]'),
+        (lambda torch: {"model": {"x": torch.ones(2)}, "best": 1.5}, "Save its state_dict (Lightning) or model"),
         (lambda torch: torch.ones(2), "holds a tensor, expected a dict"),
         (lambda torch: {"x": torch.ones(2).to_sparse()}, "torch._utils._rebuild_sparse_tensor"),
         (lambda torch: {"x": np.ones(2)}, "_reconstruct"),
@@ -78,6 +79,26 @@ def test_refuses_what_is_not_a_state_dict(tmp_path, make, fragment):
     with pytest.raises(FormatError) as caught:
         read_torch_file(tmp_path / "x.bin")
     assert fragment in str(caught.value)
+
+
+def test_reads_parameters_other_numbers_and_containers(tmp_path):
+    """What has a place in no model is for whoever asks for it to refuse, by the tensor's name."""
+    torch = pytest.importorskip("torch")
+    tensors = {
+        "parameter": torch.nn.Parameter(torch.ones(2, 3)),
+        "buffer": torch.tensor([True, False]),
+        **{
+            name: torch.arange(5).to(getattr(torch, name))
+            for name in ("float64", "int64", "int32", "int16", "int8", "uint8")
+        },
+    }
+    for content in (tensors, {"state_dict": tensors, "epoch": 3}, {"model": tensors}):
+        torch.save(content, tmp_path / "x.bin")
+        found = read_torch_file(tmp_path / "x.bin")
+        assert list(found) == list(tensors)
+        for name, tensor in tensors.items():
+            assert found[name].dtype == str(tensor.dtype).removeprefix("torch.")
+            np.testing.assert_array_equal(found[name].bits, tensor.detach().numpy())
 
 
 def test_refuses_legacy_files(tmp_path):

@@ -562,7 +562,21 @@ def test_a_learning_rate_that_diverges_is_not_chosen(tmp_path):
     assert row.learning_rate == 1e-2 and row.validation["1e+30"] is None
     assert not (tmp_path / "runs" / "based-d32-f8-lr1e+30" / "model").exists()
     nothing = dataclasses.replace(sweep, learning_rates=(1e30,))
-    assert measure_frontier(nothing, tmp_path / "nothing", device="cpu") == []
+    with pytest.warns(RuntimeWarning, match="based-d32-f8: the loss of no run stayed finite: its row has no accuracy"):
+        (row,) = measure_frontier(nothing, tmp_path / "nothing", device="cpu")
+    assert row.accuracy is None and row.learning_rate is None and row.validation == {"1e+30": None}
+
+
+def test_a_model_whose_runs_all_diverge_has_a_row_without_an_accuracy(tmp_path, capsys):
+    arguments = ["--quick", "--families", "window", "--learning-rates", "1e30,1e31", "--epochs", "1", "--device", "cpu"]
+    command = ["recall", "-o", str(tmp_path / "x"), *arguments, "--json"]
+    for _ in range(2):  # also when there is nothing left to do
+        assert cli.main(command) == 1
+        captured = capsys.readouterr()
+        assert captured.out == "" and "the loss of no run stayed finite: " in captured.err.splitlines()[-1]
+    with (tmp_path / "x" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows and all(row["accuracy"] == row["learning_rate"] == "" and row["epochs"] for row in rows)
 
 
 def test_a_file_in_the_place_of_a_folder(tmp_path):

@@ -25,6 +25,7 @@ torch = pytest.importorskip("torch")
 torch.set_num_threads(1)  # tensors are small here, and a thread that waits for its turn stops all
 
 from based.torch import BasedForCausalLM, loss
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.reference.checkpoints import RandomModel, Seeded, model_shapes, random_model
@@ -495,6 +496,105 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.fc2\.weight holds values beyond the range of float16"):
         model.save(tmp_path / "a", dtype="float16")
     assert not list(tmp_path.iterdir())
+
+
+class Lora(torch.nn.Module):
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base = base
+        self.down, self.up = torch.nn.Linear(base.in_features, 2), torch.nn.Linear(2, base.out_features)
+
+    def forward(self, x: Any) -> Any:
+        return self.base(x) + self.up(self.down(x))
+
+
+def with_adapter(model: BasedForCausalLM) -> None:
+    model.layers[1].mixer.proj_v = Lora(model.layers[1].mixer.proj_v)
+
+
+def with_an_adapter_beside(model: BasedForCausalLM) -> None:
+    model.layers[1].mixer.proj_v.lora = torch.nn.Linear(2, 2)
+
+
+def with_weight_norm(model: BasedForCausalLM) -> None:
+    torch.nn.utils.parametrizations.weight_norm(model.layers[0].mlp.fc1)
+
+
+def with_a_mask(model: BasedForCausalLM) -> None:
+    prune.l1_unstructured(model.layers[0].mlp.fc1, "weight", 0.5)
+
+
+def with_a_larger_embedding(model: BasedForCausalLM) -> None:
+    model.embedding = torch.nn.Embedding(40, 16)
+
+
+def with_a_head_of_its_own(model: BasedForCausalLM) -> None:
+    model.lm_head = torch.nn.Linear(16, 32, bias=False)
+
+
+def without_a_layer(model: BasedForCausalLM) -> None:
+    del model.layers[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_adapter, r"layers\.1\.mixer\.proj_v\.weight is missing, the config makes it \(16, 16\)"),
+        (with_an_adapter_beside, r"layers\.1\.mixer\.proj_v\.lora\.bias: the config has no place for it"),
+        (with_weight_norm, r"layers\.0\.mlp\.fc1\.weight is missing, the config makes it \(48, 16\)"),
+        (with_a_mask, r"layers\.0\.mlp\.fc1\.weight is missing"),
+        (with_a_larger_embedding, r"embedding\.weight has shape \(40, 16\), the config makes it \(32, 16\)"),
+        (with_a_head_of_its_own, r"lm_head\.weight: the config has no place for it"),
+        (without_a_layer, r"layers\.2\..* is missing"),
+    ],
+)
+def test_a_changed_model_is_not_saved(tmp_path, change, message):
+    """Nothing would read it; and a model that is there stays."""
+    model = BasedForCausalLM(shape("cLW", window=3))
+    model.save(tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    change(model)
+    for path in (tmp_path / "model", tmp_path / "other"):
+        with pytest.raises(ValueError, match=f"{message}.*: nothing was written. Merge adapters"):
+            model.save(path, overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_is_merged_again_is_saved(tmp_path):
+    model = BasedForCausalLM(shape("cLW", window=3))
+    with_weight_norm(model)
+    torch.nn.utils.parametrize.remove_parametrizations(model.layers[0].mlp.fc1, "weight")
+    model.save(tmp_path / "model")
+    tokens = torch.from_numpy(draw_tokens({"vocab_size": 32}, 1, 9))
+    assert torch.equal(BasedForCausalLM.load(tmp_path / "model")(tokens), model(tokens))
+
+
+def test_arguments_of_other_trainers():
+    """A mask of ones, or zeros behind a sequence; sums over micro-batches, and the labels of all of them."""
+    torch.manual_seed(0)
+    model = BasedForCausalLM(shape("cLW", window=3), dtype=torch.float64)
+    tokens = torch.from_numpy(draw_tokens({"vocab_size": 32}, 3, 9))
+    labels = tokens.clone()
+    labels[1, 5:] = labels[2, 2:] = -100
+    count = int((labels[:, 1:] != -100).sum())
+    whole = model(tokens, labels=labels)
+    assert torch.equal(model(tokens, attention_mask=torch.ones_like(tokens)), model(tokens))
+    mask = (torch.arange(9) < torch.tensor([9, 5, 2])[:, None]).long()
+    assert torch.equal(model(tokens, labels=labels, attention_mask=mask), whole)
+    parts = [(tokens[i : i + 1], labels[i : i + 1]) for i in range(3)]
+    sums = sum(model(t, labels=y, reduction="sum") for t, y in parts)
+    torch.testing.assert_close(sums / count, whole, rtol=1e-12, atol=0)
+    shares = sum(model(t, labels=y, num_items_in_batch=torch.tensor(count)) for t, y in parts)
+    torch.testing.assert_close(shares, whole, rtol=1e-12, atol=0)
+    for wrong, message in (
+        (mask.flip(1), "a zero before a one, expected padding behind a sequence only"),
+        (mask[:, :5], r"attention_mask is \(3, 5\), expected a tensor of shape \(3, 9\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(tokens, attention_mask=wrong)
+    with pytest.raises(ValueError, match="reduction is 'none', expected mean or sum"):
+        model(tokens, labels=labels, reduction="none")
 
 
 def spoil(tensors: dict[str, Any], config: dict[str, Any], what: str) -> None:

@@ -1,5 +1,6 @@
 """based.torch.ops against the definitions in float64, forward and backward."""
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -245,6 +246,28 @@ def test_states_beyond_the_range_of_float16():
     assert dv.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("norm", [4, 16, 32])
+def test_queries_at_right_angles_to_long_keys(dtype, norm):
+    """Where φ(q)·S cancels most: the result stays a mean of the values."""
+    t, f = 600, 16
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(f, f, dtype=torch.float64, generator=generator)).Q
+    halves = [torch.randn(1, t, 2, f // 2, dtype=torch.float64, generator=generator) for _ in range(2)]
+    q, k = (
+        norm * torch.nn.functional.normalize(half, dim=-1) @ part
+        for half, part in zip(halves, basis.split(f // 2), strict=True)
+    )
+    v = torch.randn(1, t, 2, 8, dtype=torch.float64, generator=generator)
+    inputs = tuple(x.to(getattr(torch, dtype)).requires_grad_() for x in (q, k, v))
+    dy = random(1, t, 2, 8, seed=3).detach()
+    found = with_gradients(ops.taylor_linear_attention, inputs, dy)
+    expected = with_gradients(taylor_reference, double(inputs), dy)
+    assert found[0].abs().max() <= inputs[2].abs().max() * (1 + 1e-2)
+    for a, b in zip(found, expected, strict=True):
+        assert error(a, b) <= {"float32": 1e-3, "bfloat16": 6e-3, "float16": 2e-3}[dtype]
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -362,6 +385,19 @@ def test_compiles_in_one_graph_for_all_lengths(name):
         inputs = make(t, "float32")
         dy = random(*function(*inputs).shape, dtype="float32", seed=9).detach()
         for a, b in zip(with_gradients(compiled, inputs, dy), with_gradients(function, inputs, dy), strict=True):
+            assert error(a, b.double()) <= TOLERANCE["float32"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles C++")
+@pytest.mark.parametrize(("dynamic", "lengths"), [(None, (8, 16, 300, 400)), (True, (64, 300, 100))])
+def test_inductor_takes_any_length(dynamic, lengths):
+    """By PyTorch's own compiler, which the other tests leave out: it has no shapes for chunks of any number."""
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.taylor_linear_attention, fullgraph=True, dynamic=dynamic)
+    for t in lengths:
+        inputs, dy = taylor_inputs(t, 16, 8, "float32"), random(2, t, 3, 8, dtype="float32", seed=9).detach()
+        found, expected = (with_gradients(f, inputs, dy) for f in (compiled, ops.taylor_linear_attention))
+        for a, b in zip(found, expected, strict=True):
             assert error(a, b.double()) <= TOLERANCE["float32"]
 
 

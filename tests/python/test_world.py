@@ -163,6 +163,46 @@ def test_a_run_fails_in_all_processes(tmp_path: Path) -> None:
         assert inside == "step OSError [Errno 28] full" if rank == 1 else "by peer" in inside, inside
 
 
+SHARDS = """
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+import based
+from based import sizes
+from based.torch import BasedForCausalLM
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = BasedForCausalLM(sizes.named_config("tiny"))
+ids = torch.arange(12)[None]
+expected = model.hidden(ids).detach()
+for layer in model.layers:
+    fully_shard(layer)
+fully_shard(model)
+try:
+    model.hidden(ids)
+except RuntimeError as error:
+    print(error)
+for method in ("hidden", "logits"):
+    register_fsdp_forward_method(model, method)
+print(torch.allclose(model.hidden(ids), expected, atol=1e-6), tuple(model.logits(expected).shape))
+model(ids, labels=ids).backward()
+model.save(FOLDER)
+dist.barrier()
+print(torch.allclose(BasedForCausalLM.load(FOLDER).hidden(ids), expected, atol=1e-6))
+dist.destroy_process_group()
+"""
+
+
+def test_a_model_in_shards_in_a_loop_of_ones_own(tmp_path: Path) -> None:
+    for process in two_processes(f"FOLDER = {str(tmp_path / 'model')!r}\n{SHARDS}"):
+        assert process.returncode == 0, process.stderr
+        refused, whole, saved = process.stdout.splitlines()
+        assert "register_fsdp_forward_method(model, 'hidden') is needed" in refused
+        assert whole == "True (1, 12, 264)" and saved == "True"
+
+
 def test_one_process_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with World("cpu") as world:

@@ -82,6 +82,11 @@ def run(args: argparse.Namespace) -> None:
     except recall.Paused as pause:
         print(f"based: {pause}", file=sys.stderr)
         raise SystemExit(_TIME_IS_UP if pause.signal is None else 128 + pause.signal) from None
+    if not any(row.accuracy is not None for row in rows):
+        raise FloatingPointError(
+            f"the loss of no run stayed finite: {args.output / 'results.csv'} has rows without accuracies. "
+            "Lower --learning-rates, with another --output or --restart"
+        )
     if args.plot is not None:
         recall.draw(args.plot, rows)
     print(json.dumps([asdict(row) for row in rows]) if args.json else args.output / "results.csv")

@@ -62,8 +62,7 @@ def taylor_linear_attention(
         raise ValueError(f"chunk_size is {chunk_size}, expected ≥ 1")
     q, k, v = _as_autocast(q, k, v)
     if is_transformed():
-        with torch.autocast(q.device.type, enabled=False):
-            return _Chunks(q, k, v, chunk_size).forward(eps)
+        return _chunks_forward(q, k, v, eps, chunk_size)
     return _TaylorLinearAttention.apply(q, k, v, eps, chunk_size)
 
 
@@ -72,8 +71,12 @@ class _TaylorLinearAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float, chunk_size: int
     ) -> torch.Tensor:
-        with torch.autocast(q.device.type, enabled=False):
-            y = _taylor_kernel(q, k, v, eps) if _has_kernel(q, v) else _Chunks(q, k, v, chunk_size).forward(eps)
+        if _has_kernel(q, v):
+            y = _taylor_kernel(q, k, v, eps)
+        elif torch.compiler.is_compiling():
+            y = _taylor_chunks(q, k, v, eps, chunk_size)
+        else:
+            y = _chunks_forward(q, k, v, eps, chunk_size)
         ctx.save_for_backward(q, k, v, y)
         ctx.eps, ctx.chunk_size = eps, chunk_size
         return y
@@ -83,8 +86,51 @@ class _TaylorLinearAttention(torch.autograd.Function):
         q, k, v, y = ctx.saved_tensors
         if _has_kernel(q, v) and _triton_takes(q, k, v, y, dy) and not is_differentiated():
             return *_taylor_backward_kernel(q, k, v, y, dy, ctx.eps), None, None
-        with torch.autocast(q.device.type, enabled=False):
-            return *_Chunks(q, k, v, ctx.chunk_size).backward(y, dy, ctx.eps), None, None
+        backward = _taylor_chunks_backward if torch.compiler.is_compiling() else _chunks_backward
+        return *backward(q, k, v, y, dy, ctx.eps, ctx.chunk_size), None, None
+
+
+def _chunks_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float, chunk_size: int) -> torch.Tensor:
+    with torch.autocast(q.device.type, enabled=False):
+        return _Chunks(q, k, v, chunk_size).forward(eps)
+
+
+def _chunks_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    y: torch.Tensor,
+    dy: torch.Tensor,
+    eps: float,
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    with torch.autocast(q.device.type, enabled=False):
+        return _Chunks(q, k, v, chunk_size).backward(y, dy, eps)
+
+
+# For compiled graphs: Inductor has no shapes for a number of chunks that it does not know, and takes a minute for one
+# that it does.
+_taylor_chunks = torch.library.custom_op("based::taylor_chunks", _chunks_forward, mutates_args=())
+_taylor_chunks_backward = torch.library.custom_op("based::taylor_chunks_backward", _chunks_backward, mutates_args=())
+
+
+@_taylor_chunks.register_fake
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float, chunk_size: int) -> torch.Tensor:
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+@_taylor_chunks_backward.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    y: torch.Tensor,
+    dy: torch.Tensor,
+    eps: float,
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
 
 
 class _Chunks:
@@ -106,7 +152,6 @@ class _Chunks:
         # states that are not rounded keep y exact where φ(q)·S cancels, for q at right angles to long keys.
         self.dtype = _accumulation_dtype(q) if q.dtype == torch.float16 or not q.is_cuda else q.dtype
         self.result_dtype = q.dtype
-        # One chunk, or at least two: a compiled graph is for one of these, whatever the number of tokens.
         self.several = self.num_tokens > chunk_size
         self.chunk = chunk_size if self.several else self.num_tokens
         self.num_chunks = (self.num_tokens + chunk_size - 1) // chunk_size if self.several else 1

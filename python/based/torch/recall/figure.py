@@ -29,7 +29,8 @@ def draw(path: Path, rows: Sequence[Outcome]) -> None:
     axes = figure.subplots()
     widths = sorted({row.width for row in rows})
     for color, (name, family) in enumerate(FAMILIES.items()):
-        points = sorted((row.state_nbytes, row.accuracy, row.width, row.size) for row in rows if row.family == name)
+        known = [(row, row.accuracy) for row in rows if row.family == name and row.accuracy is not None]
+        points = sorted((row.state_nbytes, accuracy, row.width, row.size) for row, accuracy in known)
         if not points:
             continue
         # Between two models nothing is known: the best so far holds until a larger state does better.

@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,16 +55,16 @@ class Outcome:
     parameters: int
     state_nbytes: int
     """Of a sequence that fills every window, in float32."""
-    learning_rate: float
-    """The one with the best accuracy on the validation texts."""
+    learning_rate: float | None
+    """The one with the best accuracy on the validation texts; None where no run's loss stayed finite."""
     epochs: int
     validation: dict[str, float | None]
     """That accuracy, for each learning rate; None where the loss was not finite."""
     accuracies: dict[str, float]
-    """By test setting, "length/pairs", as the runtime answered."""
-    accuracy: float
+    """By test setting, "length/pairs", as the runtime answered; empty where no run's loss stayed finite."""
+    accuracy: float | None
     """Their mean."""
-    directory: str
+    directory: str | None
     """The model, in the output folder."""
 
 
@@ -188,9 +189,7 @@ class _Frontier:
         return [
             candidate
             for candidate in self.candidates
-            if candidate.name not in self.outcomes
-            and all(run.name in self.results for run in self._runs(candidate))
-            and any(self.results[run.name].finite for run in self._runs(candidate))
+            if candidate.name not in self.outcomes and all(run.name in self.results for run in self._runs(candidate))
         ]
 
     def _runs(self, candidate: Candidate) -> list[Run]:
@@ -199,11 +198,10 @@ class _Frontier:
     def measure(self, candidate: Candidate, check: Callable[[], None]) -> None:
         """Asks the runtime, on the CPU while GPUs train, and forgets the weights of the other learning rates."""
         runs = self._runs(candidate)
-        best = max(
-            (run for run in runs if self.results[run.name].finite), key=lambda run: self.results[run.name].accuracy
-        )
-        directory = Path("runs") / best.name / "model"
-        shares = accuracies(self.output / directory, self.tests, "cpu", check)
+        finite = [run for run in runs if self.results[run.name].finite]
+        best = max(finite, key=lambda run: self.results[run.name].accuracy, default=None)
+        directory = None if best is None else Path("runs") / best.name / "model"
+        shares = [] if directory is None else accuracies(self.output / directory, self.tests, "cpu", check)
         results = {run.learning_rate: self.results[run.name] for run in runs}
         self.outcomes[candidate.name] = Outcome(
             model=candidate.name,
@@ -212,18 +210,28 @@ class _Frontier:
             size=candidate.size,
             parameters=candidate.config.num_parameters,
             state_nbytes=candidate.state_nbytes,
-            learning_rate=best.learning_rate,
-            epochs=self.results[best.name].epochs,
+            learning_rate=None if best is None else best.learning_rate,
+            epochs=max(result.epochs for result in results.values())
+            if best is None
+            else self.results[best.name].epochs,
             validation={f"{rate:g}": r.accuracy if r.finite else None for rate, r in results.items()},
-            accuracies={str(setting): share for setting, share in zip(self.sweep.test, shares, strict=True)},
-            accuracy=sum(shares) / len(shares),
-            directory=str(directory),
+            accuracies={str(setting): share for setting, share in zip(self.sweep.test, shares, strict=bool(shares))},
+            accuracy=sum(shares) / len(shares) if shares else None,
+            directory=None if directory is None else str(directory),
         )
         self.write()
         for run in runs:
             if run != best:
                 shutil.rmtree(self.output / "runs" / run.name / "model", ignore_errors=True)
         recall = self.outcomes[candidate.name].accuracy
+        if recall is None:
+            warnings.warn(
+                f"{candidate.name}: the loss of no run stayed finite: its row has no accuracy. Lower learning rates, "
+                "and another folder or --restart, may give one",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return
         self.note(f"{candidate.name}: recall {recall:.4f} with {candidate.state_nbytes:,} bytes of state")
 
     def write(self) -> list[Outcome]:

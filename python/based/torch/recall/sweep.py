@@ -23,7 +23,8 @@ class Run:
     @property
     def name(self) -> str:
         """Of its folder."""
-        return f"{self.candidate.name}-lr{self.learning_rate:g}"
+        rate = f"{self.learning_rate:g}"
+        return f"{self.candidate.name}-lr{rate if float(rate) == self.learning_rate else self.learning_rate}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
