@@ -8,11 +8,13 @@ import numpy
 import numpy.typing
 import os
 import typing
-__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Error', 'FinishReason', 'FormatError', 'GatedConvConfig', 'Generator', 'LinearAttentionConfig', 'MIXERS', 'MixerField', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'Parameter', 'Projection', 'SafetensorsFile', 'SamplingParams', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'State', 'StateError', 'StateTensor', 'Tensor', 'TokenEvent', 'UnsupportedError', 'add_cublas_path', 'build_info', 'check_config', 'convert_dtype', 'cuda_problem', 'devices', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'synchronize', 'write_safetensors']
+__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Error', 'FinishReason', 'FormatError', 'GatedConvConfig', 'Generator', 'LinearAttentionConfig', 'MAX_TOKEN_IDS', 'MIXERS', 'MixerField', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'Parameter', 'Projection', 'SafetensorsFile', 'SamplingParams', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'State', 'StateError', 'StateTensor', 'Tensor', 'TokenEvent', 'UnsupportedError', 'add_cublas_path', 'build_info', 'check_config', 'check_json', 'convert_dtype', 'cuda_problem', 'devices', 'exchange_paths', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'parse_limit', 'synchronize', 'write_safetensors']
 class Error(Exception):
     """
     Base of the failures that are particular to this library.
     """
+    def __str__(self) -> typing.Any:
+        ...
 class FormatError(Error, ValueError):
     """
     A file whose bytes contradict its format: weights, config, state.
@@ -858,6 +860,10 @@ def check_config(text: str, where: str) -> str:
     """
     The canonical form of a config.json's text. Raises FormatError.
     """
+def check_json(text: bytes, where: str) -> None:
+    """
+    Refuses what is no JSON, and JSON that would take much more memory than its text. Raises FormatError.
+    """
 def convert_dtype(bits: numpy.ndarray, source: str, target: str) -> numpy.ndarray:
     """
     A new array of the same shape, each number converted between float32, bfloat16 and float16 (nearest even; too large gives inf). bfloat16 as uint16.
@@ -869,6 +875,10 @@ def cuda_problem() -> str:
 def devices() -> list[DeviceDescription]:
     """
     The CPU, then every GPU of this machine.
+    """
+def exchange_paths(a: os.PathLike | str | bytes, b: os.PathLike | str | bytes) -> bool:
+    """
+    Lets two files or directories change names at once. False where the filesystem cannot. Raises OSError.
     """
 def measure_read_bandwidth(num_threads: typing.SupportsIndex | None = None, nbytes: typing.SupportsIndex = 1073741824) -> float:
     """
@@ -884,6 +894,10 @@ def op_sliding_window_attention(q: typing.Any, k: typing.Any, v: typing.Any, out
     ...
 def op_taylor_linear_attention(q: typing.Any, k: typing.Any, v: typing.Any, initial_state: typing.Any, out: typing.Any, final_state: typing.Any, eps: typing.SupportsFloat | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex, producer_stream: typing.Any) -> None:
     ...
+def parse_limit(real_limit: typing.SupportsInt | typing.SupportsIndex) -> int:
+    """
+    A limit on what is parsed as a whole, multiplied by the environment variable BASED_PARSE_LIMIT. Raises ValueError when that is not an integer from 1 to 1000.
+    """
 def synchronize(device: str) -> None:
     """
     Waits for everything that was enqueued on a device.
@@ -892,4 +906,5 @@ def write_safetensors(path: os.PathLike | str | bytes, tensors: collections.abc.
     """
     Writes (name, array, dtype name) in this order to a temporary file beside `path` and renames it. Arrays are C-contiguous and hold the dtype's bits (bfloat16 as uint16). Raises OSError, TypeError, ValueError.
     """
+MAX_TOKEN_IDS: int = 268435456
 MIXERS: tuple = (GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig)

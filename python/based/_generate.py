@@ -10,6 +10,7 @@ from based import _core
 from based._outputs import CompletionOutput, Logprob, RequestOutput, StreamChunk
 from based._text import IncrementalDecoder, StopStringFinder
 from based._tokenizer import LazyTokenizer
+from based._tokenizer_json import tokenizer_errors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -51,7 +52,9 @@ def encode(prompt: Any, tokenizer: LazyTokenizer, *, add_special_tokens: bool) -
     """Token ids of a text; anything else as it is."""
     if not isinstance(prompt, str):
         return prompt
-    ids: list[int] = tokenizer.require("a text prompt").encode(prompt, add_special_tokens=add_special_tokens).ids
+    known = tokenizer.require("a text prompt")
+    with tokenizer_errors("the model's tokenizer failed on a prompt"):
+        ids: list[int] = known.encode(prompt, add_special_tokens=add_special_tokens).ids
     return ids
 
 
@@ -194,7 +197,8 @@ class _Sample:
     def _decode(self, token: int) -> str | None:
         if self._tokenizer is None:
             return None
-        text: str = self._tokenizer.decode([token], skip_special_tokens=False)
+        with tokenizer_errors("the model's tokenizer failed on a token"):
+            text: str = self._tokenizer.decode([token], skip_special_tokens=False)
         return text
 
 

@@ -6,6 +6,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from based._core import MAX_TOKEN_IDS
+
 TokenIds: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
 """A list or tuple of ints, a 1-D integer array, or anything that NumPy takes by DLPack."""
 Prompt: TypeAlias = str | TokenIds
@@ -28,6 +30,8 @@ def as_list(prompts: Any) -> list[Any]:
     """One prompt or several as a list of prompts. What is neither is left for the core to refuse."""
     prompts = as_array(prompts)
     if isinstance(prompts, np.ndarray):
+        if prompts.ndim == 2 and prompts.size > MAX_TOKEN_IDS:  # which an array of stride 0 may claim
+            raise ValueError(f"prompts has {prompts.size} token ids, expected at most {MAX_TOKEN_IDS}")
         return list(prompts) if prompts.ndim == 2 else [prompts]
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         return [prompts]

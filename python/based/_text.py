@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from based._tokenizer_json import tokenizer_errors
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -48,7 +50,8 @@ class IncrementalDecoder:
         self._context_text = self._decode(tokens)
 
     def _decode(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        with tokenizer_errors("the model's tokenizer failed on generated tokens"):
+            text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
 

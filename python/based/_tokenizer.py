@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from based._core import FormatError
+from based._tokenizer_json import parse_tokenizer, read_bytes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -17,13 +18,7 @@ GPT2_VOCAB_SIZE = 50257
 
 def read_tokenizer(path: Path) -> "Tokenizer":
     """Reads a tokenizer.json. Raises OSError or FormatError."""
-    from tokenizers import Tokenizer
-
-    text = path.read_bytes()
-    try:
-        return Tokenizer.from_str(text.decode())
-    except Exception as error:  # tokenizers raises bare Exception
-        raise FormatError(f"{path}: not a tokenizer that tokenizers can read: {error}") from error
+    return parse_tokenizer(read_bytes(path), str(path))
 
 
 def fetch_gpt2_tokenizer() -> "Tokenizer":

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from based._tokenizer_json import tokenizer_errors
 from based.cli import UsageError, _common
 
 if TYPE_CHECKING:
@@ -118,7 +119,8 @@ def run(args: argparse.Namespace) -> None:
     if prompt is None:
         if (tokenizer := model.tokenizer) is None:
             raise ValueError(f"{args.model} has no tokenizer: name one with --tokenizer, or use --token-ids")
-        prompt = list(tokenizer.encode(text, add_special_tokens=first).ids)
+        with tokenizer_errors("the tokenizer failed on the prompt"):
+            prompt = list(tokenizer.encode(text, add_special_tokens=first).ids)
 
     start = time.perf_counter()
     printer = _JsonPrinter(params, len(prompt)) if args.json else _TextPrinter(params.n, args.token_ids)

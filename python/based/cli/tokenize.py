@@ -6,6 +6,7 @@ Ids are written on one line, separated by spaces; they are read separated by spa
 import argparse
 import json
 
+from based._tokenizer_json import tokenizer_errors
 from based.cli import _common
 
 
@@ -29,9 +30,11 @@ def run(args: argparse.Namespace) -> None:
         for token in ids:
             if not 0 <= token < tokenizer.get_vocab_size():
                 raise ValueError(f"token id {token} is outside [0, {tokenizer.get_vocab_size()})")
-        text = tokenizer.decode(ids, skip_special_tokens=False)
+        with tokenizer_errors("the tokenizer failed on these tokens"):
+            text = tokenizer.decode(ids, skip_special_tokens=False)
     else:
-        ids = list(tokenizer.encode(text).ids)
+        with tokenizer_errors("the tokenizer failed on this text"):
+            ids = list(tokenizer.encode(text).ids)
     if args.json:
         tokens = [tokenizer.id_to_token(token) for token in ids]
         print(json.dumps({"text": text, "token_ids": ids, "tokens": tokens}, ensure_ascii=False))

@@ -105,7 +105,7 @@ def open_dataset(folder: Path) -> Dataset:
             expected, found = stream.tokens * np.dtype(dataset.dtype).itemsize, (folder / stream.file).stat().st_size
             if found != expected:
                 raise FormatError(f"{folder / stream.file}: {found} bytes, expected {expected}: delete {folder}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatError(f"{path}: damaged ({error}): delete {folder}") from error
     return dataset
 
@@ -124,6 +124,9 @@ def _files(config: Config, source: Source, where: str) -> list[Path]:
         name = str(config.path(pattern))
         found = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
         chosen = [Path(path) for path in found if path not in left_out and not os.path.isdir(path)]
+        for path in chosen:
+            if path.exists() and not path.is_file():  # a pipe would be waited for
+                raise FormatError(f"{where}.{kind}: {path}: not a regular file")
         if not chosen:
             raise FormatError(f"{where}.{kind}: no file matches {name}" + (" and no exclude" if found else ""))
         files += chosen
@@ -314,10 +317,13 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
 
 def _read_array(path: Path, source: Source, vocab_size: int) -> Ids:
     if path.suffix == ".npy":
+        with path.open("rb") as file:
+            if file.read(6) != b"\x93NUMPY":
+                raise FormatError(f"{path}: not an array that NumPy can map: it does not begin with \\x93NUMPY")
         try:
             array: Ids = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise FormatError(f"{path}: not an array that NumPy can map: {error}") from None
+        except (ValueError, OverflowError, EOFError, MemoryError) as error:  # of what a header says
+            raise FormatError(f"{path}: not an array that NumPy can map: {error or type(error).__name__}") from None
         if array.ndim != 1 or array.dtype not in (np.uint16, np.uint32):
             raise FormatError(f"{path}: found {array.dtype} {array.shape}, expected uint16 or uint32 (N,)")
     elif path.suffix == ".bin":

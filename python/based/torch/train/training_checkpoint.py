@@ -18,6 +18,7 @@ from based._core import FormatError, ModelConfig
 from based.convert import atomic_directory, sync
 
 _VERSION = 1
+_FILES = {"model.safetensors", "optimizer.safetensors", "config.json", "training.json"}
 _NAME = re.compile(r"step-(\d{9})")
 
 Tensors = dict[str, torch.Tensor]
@@ -114,9 +115,13 @@ def _verify(path: Path) -> None:
     where = path / "sha256.json"
     try:
         sums = dict(json.loads(where.read_bytes()))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise FormatError(f"{where}: {error}") from None
+    if missing := sorted(_FILES - sums.keys()):
+        raise FormatError(f"{where}: says nothing of {missing[0]}")
     for name, expected in sums.items():
+        if Path(name).name != name:
+            raise FormatError(f"{where}: found {name!r}, expected the name of a file beside it")
         if (found := _sha256(path / name)) != expected:
             raise FormatError(f"{path / name}: its SHA-256 is {found[:16]}…, expected {str(expected)[:16]}…")
 
@@ -128,9 +133,19 @@ def _read_progress(path: Path) -> Progress:
         version = document.pop("version")
         if version != _VERSION:
             raise FormatError(f"{where}: version {version}, expected {_VERSION}")
-        return Progress(**document)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"{where}: {error}") from None
+        progress = Progress(**document)
+    except FormatError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{where}: damaged: {error!r}") from None
+    for value, kind, name in (
+        (progress.step, int, "step"),
+        (progress.config, dict, "config"),
+        (progress.data, str, "data"),
+    ):
+        if type(value) is not kind:
+            raise FormatError(f"{where}: {name}: found {type(value).__name__}, expected {kind.__name__}")
+    return progress
 
 
 def prune(folder: Path, keep: int, best: Path | None) -> None:
@@ -150,5 +165,5 @@ def remove(path: Path) -> None:
 
 def clean(folder: Path) -> None:
     """Removes what a killed process left beside the checkpoints."""
-    for leftover in folder.glob(".step-*"):
+    for leftover in [*folder.glob(".step-*"), *folder.glob(".based-*")]:
         shutil.rmtree(leftover)
