@@ -2,6 +2,8 @@
 
 #include <pybind11/numpy.h>
 
+#include <new>
+
 #include "bindings.h"
 
 namespace based::python {
@@ -14,10 +16,16 @@ std::string describe(py::handle value) {
 
 namespace {
 
+// Of an object's own __index__ or __float__: what is no TypeError (KeyboardInterrupt, MemoryError) is not ours to hide.
+void clear_type_error() {
+  if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
+  PyErr_Clear();
+}
+
 py::int_ to_index(py::handle value, const std::string& name) {
   if (!PyBool_Check(value.ptr())) {
     if (PyObject* index = PyNumber_Index(value.ptr())) return py::reinterpret_steal<py::int_>(index);
-    PyErr_Clear();
+    clear_type_error();
   }
   throw py::type_error(name + " must be an integer, not " + describe(value));
 }
@@ -57,7 +65,7 @@ double to_double(py::handle value, const std::string& name) {
   if (is_number(value)) {
     const double result = PyFloat_AsDouble(value.ptr());
     if (!PyErr_Occurred()) return result;
-    PyErr_Clear();
+    clear_type_error();
   }
   throw py::type_error(name + " must be a number, not " + describe(value));
 }
@@ -68,9 +76,23 @@ bool to_bool(py::handle value, const std::string& name) {
   throw py::type_error(name + " must be True or False, not " + describe(value));
 }
 
+std::string to_text(py::handle value, const std::string& name) {
+  if (!PyUnicode_Check(value.ptr())) throw py::type_error(name + " must be a str, not " + describe(value));
+  const auto bytes = py::reinterpret_steal<py::bytes>(PyUnicode_EncodeFSDefault(value.ptr()));
+  if (!bytes) throw py::error_already_set();
+  return bytes;
+}
+
 std::string to_string(py::handle value, const std::string& name) {
   if (!PyUnicode_Check(value.ptr())) throw py::type_error(name + " must be a str, not " + describe(value));
   return value.cast<std::string>();
+}
+
+void check_length(std::size_t length, std::size_t limit, const std::string& name, const char* what) {
+  if (length > limit) {
+    throw py::value_error(name + " has " + std::to_string(length) + " " + what + ", expected at most " +
+                          std::to_string(limit));
+  }
 }
 
 std::vector<std::string> Reader<std::vector<std::string>>::read(py::handle value, const std::string& arg) {
@@ -79,8 +101,10 @@ std::vector<std::string> Reader<std::vector<std::string>>::read(py::handle value
   if (PyUnicode_Check(value.ptr())) {
     result.push_back(to_string(value, arg));
   } else if (py::isinstance<py::iterable>(value) && !is_text(value)) {
+    check_length(py::len_hint(value), kMaxItems, arg, "items");
     for (py::handle item : value) {
       result.push_back(to_string(item, arg + "[" + std::to_string(result.size()) + "]"));
+      check_length(result.size(), kMaxItems, arg, "items");
     }
   } else {
     throw py::type_error(arg + " must be a str or a list of them, not " + describe(value));
@@ -102,6 +126,7 @@ std::vector<std::pair<std::int64_t, double>> Reader<std::vector<std::pair<std::i
     const auto [id, bias] = item.cast<std::pair<py::object, py::object>>();
     result.emplace_back(to_int64(id, "a token id in " + arg),
                         to_double(bias, arg + "[" + std::string(py::repr(id)) + "]"));
+    check_length(result.size(), kMaxItems, arg, "items");
   }
   return result;
 }
@@ -125,6 +150,8 @@ std::vector<std::int32_t> ids_of_array(const py::array& array, std::int64_t voca
     if (may_be_empty) return {};
     throw py::value_error(name + " is empty: at least one token is needed");
   }
+  check_length(static_cast<std::size_t>(array.size()), kMaxTokenIds, name, "token ids");
+  if (py::hasattr(array, "mask")) throw py::type_error(name + ": token ids must be a plain array, not a masked one");
   const char kind = array.dtype().kind();
   if (kind != 'i' && kind != 'u') {
     throw py::type_error(name + ": token ids must be integers, not an array of " +
@@ -132,7 +159,7 @@ std::vector<std::int32_t> ids_of_array(const py::array& array, std::int64_t voca
   }
   if (kind == 'u' && array.itemsize() == 8) return token_ids(array.attr("tolist")(), vocab_size, name);
   const auto wide = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>::ensure(array);
-  if (!wide) throw py::error_already_set();
+  if (!wide) throw std::bad_alloc();
   const std::int64_t* ids = wide.data();
   std::vector<std::int32_t> result(static_cast<std::size_t>(wide.size()));
   for (std::size_t i = 0; i < result.size(); ++i) {
@@ -151,6 +178,9 @@ std::vector<std::int32_t> token_ids(py::handle ids, std::int64_t vocab_size, con
   if (!PySequence_Check(ids.ptr()) || is_text(ids)) {
     throw py::type_error(name + ": token ids must be a sequence of integers, not " + describe(ids));
   }
+  const py::ssize_t length = PySequence_Size(ids.ptr());
+  if (length < 0) throw py::error_already_set();
+  check_length(static_cast<std::size_t>(length), kMaxTokenIds, name, "token ids");
   const py::tuple items = py::reinterpret_steal<py::tuple>(PySequence_Tuple(ids.ptr()));
   if (!items) throw py::error_already_set();
   if (items.empty() && !may_be_empty) throw py::value_error(name + " is empty: at least one token is needed");
@@ -174,9 +204,14 @@ std::vector<std::vector<std::int32_t>> prompts(py::handle value, std::int64_t vo
   if (!PySequence_Check(value.ptr()) || is_text(value)) {
     throw py::type_error("prompts must be a sequence of prompts, not " + describe(value));
   }
+  const py::ssize_t length = PySequence_Size(value.ptr());
+  if (length < 0) throw py::error_already_set();
+  check_length(static_cast<std::size_t>(length), kMaxTokenIds, "prompts", "prompts");
   std::vector<std::vector<std::int32_t>> result;
+  std::size_t total = 0;
   for (py::handle prompt : value) {
     result.push_back(token_ids(prompt, vocab_size, "prompt " + std::to_string(result.size()), may_be_empty));
+    check_length(total += result.back().size(), kMaxTokenIds, "prompts", "token ids");
   }
   return result;
 }

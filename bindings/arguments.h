@@ -30,6 +30,18 @@ double to_double(py::handle value, const std::string& name);
 bool to_bool(py::handle value, const std::string& name);
 std::string to_string(py::handle value, const std::string& name);
 
+/// A str that may hold a path: as the system has its bytes, which need not be UTF-8.
+std::string to_text(py::handle value, const std::string& name);
+
+/// Token ids of one call. An array may claim any size and hold none of it (stride 0): nothing is copied before this is
+/// checked. A longer sequence can be fed by several calls.
+inline constexpr std::size_t kMaxTokenIds = std::size_t{1} << 28;
+/// Of a list that is a parameter.
+inline constexpr std::size_t kMaxItems = std::size_t{1} << 20;
+
+/// Raises ValueError "name has 5 items, expected at most 4".
+void check_length(std::size_t length, std::size_t limit, const std::string& name, const char* what);
+
 /// How a C++ type is read from Python and named in signatures.
 template <typename T, typename = void>
 struct Reader;
@@ -79,8 +91,10 @@ struct Reader<std::vector<T>> {
     if (!py::isinstance<py::iterable>(value) || py::isinstance<py::str>(value) || py::isinstance<py::bytes>(value)) {
       throw py::type_error(arg + " must be a list of integers, not " + describe(value));
     }
+    check_length(py::len_hint(value), kMaxItems, arg, "items");
     for (py::handle item : value) {
       result.push_back(Reader<T>::read(item, arg + "[" + std::to_string(result.size()) + "]"));
+      check_length(result.size(), kMaxItems, arg, "items");
     }
     return result;
   }
@@ -111,6 +125,12 @@ class Arg : public py::object {
   T get(const std::string& name) const { return Reader<T>::read(*this, name); }
 };
 
+/// A str for to_text().
+class Text : public py::object {
+ public:
+  PYBIND11_OBJECT_DEFAULT(Text, py::object, any_object)
+};
+
 /// Annotation of an argument that token_ids() or prompts() reads.
 class TokenIds : public py::object {
  public:
@@ -128,6 +148,10 @@ namespace pybind11::detail {
 template <typename T>
 struct handle_type_name<based::python::Arg<T>> {
   static constexpr auto name = based::python::Reader<T>::name;
+};
+template <>
+struct handle_type_name<based::python::Text> {
+  static constexpr auto name = const_name("str");
 };
 template <>
 struct handle_type_name<based::python::TokenIds> {

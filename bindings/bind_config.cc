@@ -12,8 +12,10 @@
 #include <utility>
 #include <vector>
 
+#include "arguments.h"
 #include "based/error.h"
 #include "bindings.h"
+#include "io/json.h"
 
 namespace based::python {
 
@@ -208,8 +210,13 @@ void bind_config(py::module_& m) {
   });
 
   py::class_<ModelConfig>(m, "ModelConfig", "Every number that the maths needs: a model directory's config.json.")
-      .def_static("from_json", &ModelConfig::from_json, py::arg("text"), py::arg("where") = "config",
-                  "Parses and checks; `where` opens every message. Raises FormatError.")
+      .def_static(
+          "from_json",
+          [](const std::string& text, const Text& where) {
+            return ModelConfig::from_json(text, to_text(where, "where"));
+          },
+          py::arg("text"), py::arg("where") = "config",
+          "Parses and checks; `where` opens every message. Raises FormatError.")
       .def("to_json", &ModelConfig::to_json, "The canonical text: from_json(to_json()) is equal.")
       .def_readonly("vocab_size", &ModelConfig::vocab_size)
       .def_readonly("padded_vocab_size", &ModelConfig::padded_vocab_size)
@@ -231,8 +238,20 @@ void bind_config(py::module_& m) {
                ", layers=" + std::to_string(c.layers.size()) + ", vocab_size=" + std::to_string(c.vocab_size) + ", …)";
       });
   m.def(
+      "check_json",
+      [](const py::bytes& text, const Text& where) {
+        const std::string_view view = text;
+        const std::string name = to_text(where, "where");
+        const py::gil_scoped_release nogil;
+        io::Json::parse(view, name);
+      },
+      py::arg("text"), py::arg("where"),
+      "Refuses what is no JSON, and JSON that would take much more memory than its text. Raises FormatError.");
+  m.def(
       "check_config",
-      [](const std::string& text, const std::string& where) { return ModelConfig::from_json(text, where).to_json(); },
+      [](const std::string& text, const Text& where) {
+        return ModelConfig::from_json(text, to_text(where, "where")).to_json();
+      },
       py::arg("text"), py::arg("where"), "The canonical form of a config.json's text. Raises FormatError.");
 }
 

@@ -38,6 +38,21 @@ void raise(const py::object& type, const std::exception& error) {
   PyErr_SetObject(type.ptr(), text(error.what()).ptr());
 }
 
+// Messages that Python code makes of names from files: a terminal would obey the control characters in them.
+py::object printable(const py::str& text_object) {
+  const auto bytes = py::reinterpret_steal<py::bytes>(
+      PyUnicode_AsEncodedString(text_object.ptr(), "utf-8", "backslashreplace"));  // lone surrogates
+  if (!bytes) throw py::error_already_set();
+  return text(detail::message(std::string_view(bytes)).c_str());
+}
+
+py::object message_of(const py::object& error) {
+  const auto plain = reinterpret_cast<PyTypeObject*>(PyExc_Exception)->tp_str;
+  const auto message = py::reinterpret_steal<py::str>(plain(error.ptr()));
+  if (!message) throw py::error_already_set();
+  return printable(message);
+}
+
 void translate(std::exception_ptr pointer) {
   const ErrorTypes& types = error_types().get_stored();
   try {
@@ -86,6 +101,7 @@ void bind_errors(py::module_& m) {
                  py::make_tuple(types.error, builtin(PyExc_RuntimeError)));
     types.device_error = new_type(m, "DeviceError", "A device that failed: the process can use it no more.",
                                   py::make_tuple(types.error, builtin(PyExc_RuntimeError)));
+    types.error.attr("__str__") = py::cpp_function(&message_of, py::name("__str__"), py::is_method(types.error));
     return types;
   });
   py::register_local_exception_translator(&translate);

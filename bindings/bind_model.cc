@@ -72,6 +72,7 @@ py::dict trace(const Model& model, const TokenIds& ids) {
 }  // namespace
 
 void bind_model(py::module_& m) {
+  m.attr("MAX_TOKEN_IDS") = kMaxTokenIds;
   py::class_<Model, std::shared_ptr<Model>>(m, "Model", "Immutable weights on one device. Any number of threads.")
       .def_static(
           "load",

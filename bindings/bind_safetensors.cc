@@ -12,6 +12,7 @@
 #include "based/error.h"
 #include "bindings.h"
 #include "io/convert_dtype.h"
+#include "io/file.h"
 #include "io/safetensors.h"
 
 namespace based::python {
@@ -97,6 +98,17 @@ void bind_safetensors(py::module_& m) {
           },
           "\"float32\", \"bfloat16\", … by tensor name.")
       .def("metadata", &SafetensorsFile::metadata);
+  m.def("parse_limit", &io::parse_limit, py::arg("real_limit"),
+        "A limit on what is parsed as a whole, multiplied by the environment variable BASED_PARSE_LIMIT. Raises "
+        "ValueError when that is not an integer from 1 to 1000.");
+  m.def(
+      "exchange_paths",
+      [](const std::filesystem::path& a, const std::filesystem::path& b) {
+        const py::gil_scoped_release nogil;
+        return io::exchange_paths(a, b);
+      },
+      py::arg("a"), py::arg("b"),
+      "Lets two files or directories change names at once. False where the filesystem cannot. Raises OSError.");
   m.def("write_safetensors", &write, py::arg("path"), py::arg("tensors"), py::arg("metadata"),
         "Writes (name, array, dtype name) in this order to a temporary file beside `path` and renames it. Arrays are "
         "C-contiguous and hold the dtype's bits (bfloat16 as uint16). Raises OSError, TypeError, ValueError.");

@@ -1,17 +1,23 @@
 #include "io/file.h"
 
 #include <fcntl.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
+#include <charconv>
 #include <cstdint>
+#include <cstdlib>
+#include <string_view>
 #include <system_error>
 #include <utility>
 
 #include "based/error.h"
+#include "io/hash.h"
 #include "io/text.h"
 
 namespace based::io {
@@ -57,20 +63,86 @@ void keep_permissions(int fd, const struct stat& old) {
   static_cast<void>(::fchmod(fd, old.st_mode & (same_group ? 0777 : 0707)) == 0);
 }
 
+// Names of temporary files: ".based-HOST-PID-N.tmp". Not made from the file's name: that may already have the longest
+// length allowed. HOST is a hash of the machine's name: a process of another machine cannot be asked whether it lives.
+constexpr std::string_view kTemporary = ".based-", kSuffix = ".tmp";
+
+std::string host() {
+  char name[256] = {};
+  ::gethostname(name, sizeof name - 1);
+  Fnv1a hash;
+  hash.add(std::string_view(name));
+  return hash.hex().substr(0, 8);
+}
+
+std::filesystem::path temporary_name(const std::filesystem::path& folder) {
+  static std::atomic<unsigned> counter{0};
+  return folder / concat(kTemporary, host(), "-", ::getpid(), "-", counter++, kSuffix);
+}
+
+// What processes of this machine have left that were killed while they wrote.
+void remove_leftovers(const std::filesystem::path& folder) {
+  const std::string prefix = concat(kTemporary, host(), "-");
+  std::error_code ignored;
+  for (const auto& entry : std::filesystem::directory_iterator(folder, ignored)) {
+    const std::string name = entry.path().filename().string();
+    if (!name.starts_with(prefix) || !name.ends_with(kSuffix)) continue;
+    pid_t owner = 0;
+    const char* const digits = name.data() + prefix.size();
+    if (std::from_chars(digits, name.data() + name.size(), owner).ec != std::errc() || owner <= 0) continue;
+    if (::kill(owner, 0) != 0 && errno == ESRCH) ::unlink(entry.path().c_str());
+  }
+}
+
+std::string path_of(int fd) { return concat("/proc/self/fd/", fd); }
+
+// A new file of this folder without a name, which path_of() can be linked from; -1 where there is no such thing.
+int open_unnamed(const std::filesystem::path& folder, mode_t mode) {
+#if defined(O_TMPFILE)
+  const int fd = ::open(folder.c_str(), O_WRONLY | O_TMPFILE | O_CLOEXEC, mode);
+  if (fd >= 0 && ::access(path_of(fd).c_str(), F_OK) == 0) return fd;
+  if (fd >= 0) ::close(fd);
+#else
+  static_cast<void>(folder);
+  static_cast<void>(mode);
+#endif
+  return -1;
+}
+
 }  // namespace
 
-MappedFile::MappedFile(const std::filesystem::path& path) {
+InputFile::InputFile(std::filesystem::path path) : path_(std::move(path)) {
   // O_NONBLOCK: opening a pipe must not wait for its writer.
-  const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
-  if (file.fd < 0) fail(errno, "open", path);
+  Descriptor file{::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
+  if (file.fd < 0) fail(errno, "open", path_);
   struct stat info;
-  if (::fstat(file.fd, &info) != 0) fail(errno, "read", path);
-  if (S_ISDIR(info.st_mode)) fail(EISDIR, "read", path);
-  if (!S_ISREG(info.st_mode)) fail(EINVAL, "read (not a regular file)", path);
+  if (::fstat(file.fd, &info) != 0) fail(errno, "read", path_);
+  if (S_ISDIR(info.st_mode)) fail(EISDIR, "read", path_);
+  if (!S_ISREG(info.st_mode)) fail(EINVAL, "read (not a regular file)", path_);
   size_ = static_cast<std::size_t>(info.st_size);
+  fd_ = std::exchange(file.fd, -1);
+}
+
+InputFile::~InputFile() { ::close(fd_); }
+
+void InputFile::read(std::size_t offset, std::span<std::byte> out) const {
+  while (!out.empty()) {
+    const ssize_t n = ::pread(fd_, out.data(), out.size(), static_cast<off_t>(offset));
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) fail(errno, "read", path_);
+    if (n == 0) {
+      throw FormatError(concat(path_.string(), ": found ", offset, " bytes, expected the ", size_,
+                               " that it had when it was opened: another program shortened it meanwhile"));
+    }
+    out = out.subspan(static_cast<std::size_t>(n));
+    offset += static_cast<std::size_t>(n);
+  }
+}
+
+MappedFile::MappedFile(const InputFile& file) : size_(file.size()) {
   if (size_ == 0) return;
-  void* const data = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.fd, 0);
-  if (data == MAP_FAILED) fail(errno, "map", path);
+  void* const data = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.descriptor(), 0);
+  if (data == MAP_FAILED) fail(errno, "map", file.path());
   ::madvise(data, size_, MADV_SEQUENTIAL);  // a hint: readahead from a cold disk
   data_ = static_cast<const std::byte*>(data);
 }
@@ -82,23 +154,40 @@ MappedFile::~MappedFile() {
   if (data_) ::munmap(const_cast<std::byte*>(data_), size_);
 }
 
-void MappedFile::release(std::span<const std::byte> part) const {
-  // Elsewhere the pages might be the only copy of their data.
-  const auto offset = reinterpret_cast<std::uintptr_t>(part.data()) - reinterpret_cast<std::uintptr_t>(data_);
-  if (offset > size_ || part.size() > size_ - offset) throw InvalidArgument("found memory outside the mapped file");
-  const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
-  const auto begin = (reinterpret_cast<std::uintptr_t>(part.data()) + page - 1) / page * page;
-  const auto end = reinterpret_cast<std::uintptr_t>(part.data() + part.size()) / page * page;
-  if (begin < end) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+std::size_t parse_limit(std::size_t real_limit) {
+  const char* const text = std::getenv("BASED_PARSE_LIMIT");
+  if (text == nullptr) return real_limit;
+  std::size_t factor = 0;
+  const std::string_view digits = text;
+  const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), factor);
+  if (error != std::errc() || end != digits.data() + digits.size() || factor < 1 || factor > 1000) {
+    throw InvalidArgument(concat("the environment variable BASED_PARSE_LIMIT: found ", in_quotes(digits),
+                                 ", expected an integer from 1 to 1000"));
+  }
+  return real_limit * factor;
 }
 
 std::string read_file(const std::filesystem::path& path, std::size_t limit) {
-  const MappedFile file(path);
-  const auto bytes = file.bytes();
-  if (bytes.size() > limit) {
-    throw FormatError(concat(path.string(), ": found ", bytes.size(), " bytes, expected at most ", limit));
+  const InputFile file(path);
+  if (file.size() > limit) {
+    throw FormatError(concat(path.string(), ": found ", file.size(), " bytes, expected at most ", limit, kRaiseLimit));
   }
-  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+  std::string text(file.size(), '\0');
+  file.read(0, std::as_writable_bytes(std::span(text)));
+  return text;
+}
+
+bool exchange_paths(const std::filesystem::path& a, const std::filesystem::path& b) {
+#if defined(__linux__) && defined(SYS_renameat2)
+  constexpr unsigned kExchange = 1u << 1;  // RENAME_EXCHANGE of <linux/fs.h>
+  if (::syscall(SYS_renameat2, AT_FDCWD, a.c_str(), AT_FDCWD, b.c_str(), kExchange) == 0) return true;
+  // EINVAL: this filesystem cannot. EPERM: a sandbox forbids a call that it does not know.
+  if (errno != ENOSYS && errno != EINVAL && errno != EOPNOTSUPP && errno != EPERM) fail(errno, "exchange", a);
+#else
+  static_cast<void>(a);
+  static_cast<void>(b);
+#endif
+  return false;
 }
 
 AtomicFile::AtomicFile(std::filesystem::path path) : path_(follow_links(path)) {
@@ -108,22 +197,23 @@ AtomicFile::AtomicFile(std::filesystem::path path) : path_(follow_links(path)) {
   if (exists && !S_ISREG(old.st_mode))
     fail(S_ISDIR(old.st_mode) ? EISDIR : EINVAL, "replace (not a regular file)", path_);
   const mode_t mode = exists ? old.st_mode & 0777 : 0666;
-  static std::atomic<unsigned> counter{0};
-  for (int attempt = 0; attempt < 100; ++attempt) {
-    // Not made from the file's name: that may already have the longest length allowed.
-    temporary_ = folder_of(path_) / concat(".based-", ::getpid(), "-", counter++, ".tmp");
-    fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode);
-    if (fd_ >= 0 || errno != EEXIST) break;
+  fd_ = open_unnamed(folder_of(path_), mode);
+  if (fd_ < 0) {
+    remove_leftovers(folder_of(path_));
+    for (int attempt = 0; attempt < 100; ++attempt) {
+      temporary_ = temporary_name(folder_of(path_));
+      fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode);
+      if (fd_ >= 0 || errno != EEXIST) break;
+    }
   }
   if (fd_ < 0) fail(errno, "create a temporary file for", path_);
   if (exists) keep_permissions(fd_, old);
 }
 
 AtomicFile::~AtomicFile() {
-  if (fd_ >= 0) {
-    ::close(fd_);
-    ::unlink(temporary_.c_str());
-  }
+  if (fd_ < 0) return;
+  ::close(fd_);
+  if (!temporary_.empty()) ::unlink(temporary_.c_str());
 }
 
 void AtomicFile::write(const void* data, std::size_t nbytes) {
@@ -141,6 +231,14 @@ void AtomicFile::commit() {
   const Descriptor folder{::open(folder_of(path_).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)};
   if (folder.fd < 0) fail(errno, "open the folder of", path_);
   if (::fsync(fd_) != 0) fail(errno, "write", path_);
+  for (int attempt = 0; temporary_.empty(); ++attempt) {  // a link cannot replace a file, a rename can
+    const auto name = temporary_name(folder_of(path_));
+    if (::linkat(AT_FDCWD, path_of(fd_).c_str(), AT_FDCWD, name.c_str(), AT_SYMLINK_FOLLOW) == 0) {
+      temporary_ = name;
+    } else if (errno != EEXIST || attempt == 100) {
+      fail(errno, "name the temporary file for", path_);
+    }
+  }
   if (::rename(temporary_.c_str(), path_.c_str()) != 0) fail(errno, "replace", path_);
   ::close(std::exchange(fd_, -1));
   // Some filesystems have no fsync of a folder; then the rename is as durable as it gets.

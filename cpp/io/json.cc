@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "based/error.h"
+#include "io/file.h"
 #include "io/text.h"
 
 namespace based::io {
@@ -13,6 +14,7 @@ namespace based::io {
 namespace {
 
 constexpr std::size_t kMaxDepth = 100;
+constexpr std::size_t kMaxValues = 2'000'000;  // a header has 8 for each tensor
 
 }  // namespace
 
@@ -83,6 +85,9 @@ class JsonBuilder final : public nlohmann::json_sax<nlohmann::json> {
   }
 
   bool add(Json&& value) {
+    if (++num_values_ > max_values_) {
+      throw FormatError(concat(where_, ": found JSON of more than ", max_values_, " values", kRaiseLimit));
+    }
     if (stack_.empty()) {
       root_ = std::move(value);
     } else if (Frame& top = stack_.back(); top.is_array) {
@@ -107,6 +112,8 @@ class JsonBuilder final : public nlohmann::json_sax<nlohmann::json> {
   }
 
   const std::string& where_;
+  const std::size_t max_values_ = parse_limit(kMaxValues);
+  std::size_t num_values_ = 0;
   std::vector<Frame> stack_;
   std::optional<Json> root_;
 };

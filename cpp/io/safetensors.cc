@@ -21,7 +21,7 @@ namespace based::io {
 namespace {
 
 constexpr std::size_t kLengthBytes = 8;
-constexpr std::uint64_t kMaxHeader = 100'000'000;
+constexpr std::size_t kMaxHeader = std::size_t{16} << 20;  // of 160,000 tensors
 constexpr std::string_view kMetadata = "__metadata__";
 constexpr std::size_t kAlignment = 64;
 
@@ -57,7 +57,7 @@ std::optional<std::int64_t> checked_nbytes(const std::vector<std::int64_t>& shap
 }
 
 struct Entry {
-  std::string_view name;
+  std::string name;
   DType dtype = DType::float32;
   std::vector<std::int64_t> shape;
   std::int64_t begin = 0;  // bytes from the start of the data
@@ -127,80 +127,150 @@ void check_coverage(std::vector<Entry>& entries, std::int64_t data_nbytes, const
   }
 }
 
-struct Contents {
-  std::map<std::string, TensorView> tensors;
+struct Header {
+  std::vector<Entry> entries;
   std::map<std::string, std::string> metadata;
+  std::size_t data_begin = 0;  // byte of the file
 };
 
-Contents read_contents(std::span<const std::byte> file, const std::string& where) {
-  refuse_lfs_pointer({reinterpret_cast<const char*>(file.data()), file.size()}, where);
-  if (file.size() < kLengthBytes) {
-    throw FormatError(concat(where, ": found ", file.size(),
+/// `read(offset, out)` reads bytes of a file of `size` bytes.
+template <class Read>
+Header read_header(std::size_t size, const Read& read, const std::string& where) {
+  std::string start(std::min<std::size_t>(size, 64), '\0');
+  read(0, std::as_writable_bytes(std::span<char>(start)));
+  refuse_lfs_pointer(start, where);
+  if (size < kLengthBytes) {
+    throw FormatError(concat(where, ": found ", size,
                              " bytes, expected a safetensors file (8 bytes of header length, header, data)"));
   }
+  std::byte length[kLengthBytes];
+  read(0, std::span<std::byte>(length));
   std::uint64_t header_nbytes = 0;
-  for (std::size_t i = 0; i < kLengthBytes; ++i) header_nbytes |= std::to_integer<std::uint64_t>(file[i]) << (8 * i);
-  if (header_nbytes > kMaxHeader) {
-    throw FormatError(concat(where, ": found a header length of ", header_nbytes, " bytes, expected at most ",
-                             kMaxHeader, " (is it a safetensors file?)"));
+  for (std::size_t i = 0; i < kLengthBytes; ++i) header_nbytes |= std::to_integer<std::uint64_t>(length[i]) << (8 * i);
+  if (const std::size_t limit = parse_limit(kMaxHeader); header_nbytes > limit) {
+    throw FormatError(concat(where, ": found a header length of ", header_nbytes, " bytes, expected at most ", limit,
+                             " (is it a safetensors file?)"));
   }
-  if (header_nbytes > file.size() - kLengthBytes) {
-    throw FormatError(concat(where, ": found ", file.size() - kLengthBytes,
+  if (header_nbytes > size - kLengthBytes) {
+    throw FormatError(concat(where, ": found ", size - kLengthBytes,
                              " bytes behind the header length, expected a header of ", header_nbytes,
                              " (file truncated?)"));
   }
-  const std::string_view header(reinterpret_cast<const char*>(file.data()) + kLengthBytes,
-                                static_cast<std::size_t>(header_nbytes));
-  if (!header.starts_with('{')) {
-    throw FormatError(
-        concat(where, ": found a header that starts with ", in_quotes(header.substr(0, 8)), ", expected {"));
+  std::string text(static_cast<std::size_t>(header_nbytes), '\0');
+  read(kLengthBytes, std::as_writable_bytes(std::span(text)));
+  if (!text.starts_with('{')) {
+    throw FormatError(concat(where, ": found a header that starts with ",
+                             in_quotes(std::string_view(text).substr(0, 8)), ", expected {"));
   }
-  const Json root = Json::parse(header, where);  // an object, or the parser had thrown
+  const Json root = Json::parse(text, where);  // an object, or the parser had thrown
 
-  Contents contents;
-  std::vector<Entry> entries;
-  entries.reserve(root.as_object()->size());
+  Header header;
+  header.entries.reserve(root.as_object()->size());
   for (const Json::Member& member : *root.as_object()) {
     if (member.key != kMetadata) {
-      entries.push_back(read_entry(member, where));
+      header.entries.push_back(read_entry(member, where));
       continue;
     }
     JsonObject object(member.value, where, std::string(kMetadata));
     for (const Json::Member& item : *member.value.as_object()) {
-      contents.metadata.emplace(item.key, object.string(item.key));
+      header.metadata.emplace(item.key, object.string(item.key));
     }
   }
-  const auto data = file.subspan(kLengthBytes + header.size());
-  check_coverage(entries, static_cast<std::int64_t>(data.size()), where);
-  for (Entry& entry : entries) {
-    contents.tensors.emplace(entry.name, TensorView{entry.dtype, std::move(entry.shape), data.data() + entry.begin});
-  }
-  return contents;
+  header.data_begin = kLengthBytes + text.size();
+  check_coverage(header.entries, static_cast<std::int64_t>(size - header.data_begin), where);
+  return header;
 }
 
 }  // namespace
 
 class SafetensorsFile::Impl {
  public:
-  explicit Impl(const std::filesystem::path& path)
-      : path_(path), file_(path), contents_(read_contents(file_.bytes(), path.string())) {}
+  Impl(const std::filesystem::path& path, bool in_memory) : file_(path) {
+    read_header_from([this](std::size_t offset, std::span<std::byte> out) { file_->read(offset, out); }, path,
+                     file_->size());
+    if (in_memory) {
+      bytes_.resize(file_->size() - data_begin_);
+      file_->read(data_begin_, bytes_);
+      file_.reset();
+      set_views(bytes_.data());
+    } else {
+      map_.emplace(*file_);
+      set_views(map_->bytes().data() + data_begin_);
+    }
+  }
 
-  const std::filesystem::path path_;
-  const MappedFile file_;
-  const Contents contents_;
+  Impl(std::span<const std::byte> bytes, const std::string& where) {
+    read_header_from(
+        [&](std::size_t offset, std::span<std::byte> out) {
+          std::copy_n(bytes.begin() + static_cast<std::ptrdiff_t>(offset), out.size(), out.begin());
+        },
+        where, bytes.size());
+    bytes_.assign(bytes.begin() + static_cast<std::ptrdiff_t>(data_begin_), bytes.end());
+    set_views(bytes_.data());
+  }
+
+  void read(const TensorView& tensor, std::size_t offset, std::span<std::byte> out) const {
+    const std::byte* const begin = map_ ? map_->bytes().data() : bytes_.data();
+    const auto position = static_cast<std::size_t>(tensor.data - begin) + offset;
+    if (file_)
+      file_->read(position, out);
+    else
+      std::copy_n(begin + position, out.size(), out.begin());
+  }
+
+  std::filesystem::path path_;
+  std::optional<InputFile> file_;  // of a mapped file
+  std::optional<MappedFile> map_;
+  std::vector<std::byte> bytes_;  // the data, of a file in memory
+  std::map<std::string, TensorView> tensors_;
+  std::map<std::string, std::string> metadata_;
+
+ private:
+  template <class Read>
+  void read_header_from(const Read& read, const std::filesystem::path& path, std::size_t size) {
+    path_ = path;
+    Header header = read_header(size, read, path.string());
+    metadata_ = std::move(header.metadata);
+    entries_ = std::move(header.entries);
+    data_begin_ = header.data_begin;
+  }
+
+  void set_views(const std::byte* data) {
+    for (Entry& entry : entries_) {
+      tensors_.emplace(std::move(entry.name), TensorView{entry.dtype, std::move(entry.shape), data + entry.begin});
+    }
+    entries_ = {};
+  }
+
+  std::vector<Entry> entries_;
+  std::size_t data_begin_ = 0;
 };
 
 SafetensorsFile::SafetensorsFile(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 SafetensorsFile::~SafetensorsFile() = default;
 
 std::shared_ptr<const SafetensorsFile> SafetensorsFile::open(const std::filesystem::path& path) {
-  return std::shared_ptr<const SafetensorsFile>(new SafetensorsFile(std::make_unique<Impl>(path)));
+  return std::shared_ptr<const SafetensorsFile>(new SafetensorsFile(std::make_unique<Impl>(path, false)));
+}
+
+std::shared_ptr<const SafetensorsFile> SafetensorsFile::read(const std::filesystem::path& path) {
+  return std::shared_ptr<const SafetensorsFile>(new SafetensorsFile(std::make_unique<Impl>(path, true)));
+}
+
+std::shared_ptr<const SafetensorsFile> SafetensorsFile::parse(std::span<const std::byte> bytes,
+                                                              const std::string& where) {
+  return std::shared_ptr<const SafetensorsFile>(new SafetensorsFile(std::make_unique<Impl>(bytes, where)));
 }
 
 const std::filesystem::path& SafetensorsFile::path() const { return impl_->path_; }
-const std::map<std::string, TensorView>& SafetensorsFile::tensors() const { return impl_->contents_.tensors; }
-const std::map<std::string, std::string>& SafetensorsFile::metadata() const { return impl_->contents_.metadata; }
-void SafetensorsFile::release(const TensorView& tensor) const { impl_->file_.release({tensor.data, tensor.nbytes()}); }
+const std::map<std::string, TensorView>& SafetensorsFile::tensors() const { return impl_->tensors_; }
+const std::map<std::string, std::string>& SafetensorsFile::metadata() const { return impl_->metadata_; }
+
+void SafetensorsFile::read(const TensorView& tensor, std::size_t offset, std::span<std::byte> out) const {
+  if (offset > tensor.nbytes() || out.size() > tensor.nbytes() - offset)
+    throw InvalidArgument("found bytes outside of the tensor");
+  impl_->read(tensor, offset, out);
+}
 
 void write_safetensors(const std::filesystem::path& path, const std::vector<TensorToWrite>& tensors,
                        const std::map<std::string, std::string>& metadata) {
@@ -234,8 +304,8 @@ void write_safetensors(const std::filesystem::path& path, const std::vector<Tens
   }
   header += '}';
   header.resize((kLengthBytes + header.size() + kAlignment - 1) / kAlignment * kAlignment - kLengthBytes, ' ');
-  if (header.size() > kMaxHeader) {
-    throw InvalidArgument(concat(where, "found a header of ", header.size(), " bytes, expected at most ", kMaxHeader));
+  if (const std::size_t limit = parse_limit(kMaxHeader); header.size() > limit) {
+    throw InvalidArgument(concat(where, "found a header of ", header.size(), " bytes, expected at most ", limit));
   }
 
   unsigned char length[kLengthBytes];

@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -11,24 +12,30 @@
 
 namespace based::io {
 
-/// A safetensors file, memory-mapped and checked whole at the door: header ≤ 100 MB of UTF-8 JSON without duplicate
+/// A safetensors file, checked whole at the door: header ≤ 16 MiB (see parse_limit) of UTF-8 JSON without duplicate
 /// names, known dtypes, sizes equal to offsets, data without overlap, hole or trailing byte. Immutable; any thread.
 class SafetensorsFile {
  public:
+  /// Memory-maps the data: a process that touches them when another one has shortened the file is killed (SIGBUS).
   /// Throws IoError (cannot be read) or FormatError (path, what was found, what was expected).
   static std::shared_ptr<const SafetensorsFile> open(const std::filesystem::path& path);
+  /// Reads all of it into memory: nothing that happens to the file later matters. Throws as open(), OutOfMemory.
+  static std::shared_ptr<const SafetensorsFile> read(const std::filesystem::path& path);
+  /// From the bytes of such a file, which are copied. Throws as open(); `where` opens the messages.
+  static std::shared_ptr<const SafetensorsFile> parse(std::span<const std::byte> bytes, const std::string& where);
   ~SafetensorsFile();
   SafetensorsFile(const SafetensorsFile&) = delete;
   SafetensorsFile& operator=(const SafetensorsFile&) = delete;
 
   const std::filesystem::path& path() const;
 
-  /// Views into the mapping: valid while this lives, possibly misaligned.
+  /// Views of the data: valid while this lives, possibly misaligned.
   const std::map<std::string, TensorView>& tensors() const;
   const std::map<std::string, std::string>& metadata() const;
 
-  /// Drops a tensor's pages from this process's resident memory; reading it again costs page faults.
-  void release(const TensorView& tensor) const;
+  /// Reads out.size() bytes from byte `offset` of one of tensors(), by read() and not through the mapping. Any thread.
+  /// Throws IoError, and FormatError when the file has become shorter.
+  void read(const TensorView& tensor, std::size_t offset, std::span<std::byte> out) const;
 
  private:
   class Impl;
@@ -44,7 +51,8 @@ class WeightFiles {
   static WeightFiles open(const std::filesystem::path& directory);
 
   const std::map<std::string, TensorView>& tensors() const { return tensors_; }
-  void release(const std::string& name) const;
+  /// As SafetensorsFile::read.
+  void read(const std::string& name, std::size_t offset, std::span<std::byte> out) const;
 
  private:
   std::vector<std::shared_ptr<const SafetensorsFile>> files_;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <map>
 #include <optional>
 #include <string_view>
 #include <utility>
@@ -102,34 +103,54 @@ void write_state_file(const std::filesystem::path& path, const std::string& fing
                      {"checksum", checksum<Crc32c>(sorted)}});
 }
 
-StateFile StateFile::open(const std::filesystem::path& path, const std::string& fingerprint) {
-  StateFile result;
-  result.file = SafetensorsFile::open(path);
-  const std::string where = concat(path.string(), ": ");
-  const auto& metadata = result.file->metadata();
-  const auto value = [&](const char* key) -> const std::string& {
-    const auto it = metadata.find(key);
-    if (it == metadata.end()) {
-      throw FormatError(concat(where, "found no ", key, " in the metadata, expected the state file of a session"));
-    }
-    return it->second;
-  };
+namespace {
 
+using Metadata = std::map<std::string, std::string>;
+
+const std::string& value_in(const Metadata& metadata, const char* key, const std::string& where) {
+  const auto it = metadata.find(key);
+  if (it == metadata.end()) {
+    throw FormatError(concat(where, "found no ", key, " in the metadata, expected the state file of a session"));
+  }
+  return it->second;
+}
+
+/// `fingerprints`: of the model, the newest first.
+void check_kind(const Metadata& metadata, const std::vector<std::string>& fingerprints, const std::string& where) {
+  const auto value = [&](const char* key) -> const std::string& { return value_in(metadata, key, where); };
   if (value("format") != kFormat) {
     throw FormatError(concat(where, "format: found ", in_quotes(value("format")), ", expected ", in_quotes(kFormat)));
   }
   const std::string& version = value("format_version");
-  const bool first_version = version == kFirstVersion;
-  if (!first_version && version != kSecondVersion && version != kFormatVersion) {
+  if (version != kFirstVersion && version != kSecondVersion && version != kFormatVersion) {
     throw StateError(concat(where, "format_version: found ", in_quotes(version), ", expected ",
                             in_quotes(kFirstVersion), ", ", in_quotes(kSecondVersion), " or ",
                             in_quotes(kFormatVersion)));
   }
-  if (value("fingerprint") != fingerprint) {
+  if (std::ranges::find(fingerprints, value("fingerprint")) == fingerprints.end()) {
     throw StateError(concat(where, "a state of another model: found the state of the model ",
-                            in_quotes(value("fingerprint")), ", expected that of the model ", in_quotes(fingerprint),
-                            ". Load the model that saved it (--model)"));
+                            in_quotes(value("fingerprint")), ", expected that of the model ",
+                            in_quotes(fingerprints.front()), ". Load the model that saved it (--model)"));
   }
+}
+
+}  // namespace
+
+StateFile StateFile::open(const std::filesystem::path& path, const std::vector<std::string>& fingerprints) {
+  // Before all of it is read into memory: it might be a model's weights.
+  check_kind(SafetensorsFile::open(path)->metadata(), fingerprints, concat(path.string(), ": "));
+  return check(SafetensorsFile::read(path), fingerprints);
+}
+
+StateFile StateFile::check(std::shared_ptr<const SafetensorsFile> file, const std::vector<std::string>& fingerprints) {
+  StateFile result;
+  result.file = std::move(file);
+  const std::string where = concat(result.file->path().string(), ": ");
+  const auto& metadata = result.file->metadata();
+  check_kind(metadata, fingerprints, where);
+  const auto value = [&](const char* key) -> const std::string& { return value_in(metadata, key, where); };
+  const std::string& version = value("format_version");
+  const bool first_version = version == kFirstVersion;
   for (const char* key : {"num_tokens", "checksum"}) value(key);
   if (metadata.size() != 5) throw FormatError(concat(where, "found unknown keys in the metadata"));
 

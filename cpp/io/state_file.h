@@ -24,12 +24,14 @@ void write_state_file(const std::filesystem::path& path, const std::string& fing
                       const std::vector<SavedState>& states);
 
 /// A state file, checked: format, version, checksum, token counts. Throws FormatError when damaged, StateError when
-/// format_version or fingerprint is another one.
+/// format_version is another one, or the fingerprint none of `fingerprints` (of the model, newest first).
 struct StateFile {
   std::shared_ptr<const SafetensorsFile> file;
   std::vector<SavedState> states;  // views into `file`
 
-  static StateFile open(const std::filesystem::path& path, const std::string& fingerprint);
+  /// Reads the file into memory. Throws IoError, OutOfMemory, too.
+  static StateFile open(const std::filesystem::path& path, const std::vector<std::string>& fingerprints);
+  static StateFile check(std::shared_ptr<const SafetensorsFile> file, const std::vector<std::string>& fingerprints);
 };
 
 }  // namespace based::io

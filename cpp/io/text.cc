@@ -1,8 +1,11 @@
 #include "io/text.h"
 
+#include <algorithm>
+
 #include "based/error.h"
 
-namespace based::io {
+namespace based {
+namespace io {
 
 namespace {
 
@@ -25,6 +28,19 @@ std::size_t utf8_length(std::string_view text, std::size_t i) {
                                                                                                                    : 0;
   }
   return 0;
+}
+
+/// Of a well-formed character of n bytes: C0 and C1 controls (a terminal obeys both), line and paragraph separators,
+/// and the marks that change the direction of text or take no place (U+200B to U+200F, U+202A to U+202E, U+2060 to
+/// U+206F, U+FEFF).
+bool is_control(std::string_view character) {
+  const auto byte = [&](std::size_t k) { return static_cast<unsigned char>(character[k]); };
+  if (character.size() == 1) return byte(0) < 0x20 || byte(0) == 0x7f;
+  if (character.size() == 2) return byte(0) == 0xc2 && byte(1) < 0xa0;
+  if (character.size() != 3) return false;
+  const unsigned code = (byte(0) & 0xfu) << 12 | (byte(1) & 0x3fu) << 6 | (byte(2) & 0x3fu);
+  return (code >= 0x200b && code <= 0x200f) || (code >= 0x2028 && code <= 0x202e) ||
+         (code >= 0x2060 && code <= 0x206f) || code == 0xfeff;
 }
 
 }  // namespace
@@ -55,21 +71,42 @@ std::string printable(std::string_view text, std::size_t limit) {
   std::string out;
   for (std::size_t i = 0; i < text.size();) {
     if (out.size() >= limit) return concat(out, "...");
-    const auto c = static_cast<unsigned char>(text[i]);
     const std::size_t n = utf8_length(text, i);
-    if (n == 0 || c < 0x20 || c == 0x7f) {
-      out += "\\x";
-      out += kHexDigits[c >> 4];
-      out += kHexDigits[c & 15];
-      ++i;
+    const std::string_view character = text.substr(i, std::max<std::size_t>(n, 1));
+    if (n > 0 && !is_control(character)) {
+      out += character;
     } else {
-      out += text.substr(i, n);
-      i += n;
+      for (const char c : character) {
+        out += "\\x";
+        out += kHexDigits[static_cast<unsigned char>(c) >> 4];
+        out += kHexDigits[static_cast<unsigned char>(c) & 15];
+      }
     }
+    i += character.size();
   }
   return out;
 }
 
+}  // namespace io
+
+namespace detail {
+
+std::string message(std::string_view text) {
+  std::string out;
+  for (std::size_t begin = 0;;) {  // lines stay: some messages have several
+    const std::size_t end = std::min(text.find('\n', begin), text.size());
+    out += io::printable(text.substr(begin, end - begin), text.npos);
+    if (end == text.size()) return out;
+    out += '\n';
+    begin = end + 1;
+  }
+}
+
+}  // namespace detail
+
+namespace io {
+
 std::string in_quotes(std::string_view text) { return concat("\"", printable(text), "\""); }
 
-}  // namespace based::io
+}  // namespace io
+}  // namespace based

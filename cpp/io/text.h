@@ -34,8 +34,8 @@ void refuse_lfs_pointer(std::string_view contents, const std::string& where);
 /// True for well-formed UTF-8 (no surrogates, no overlong forms).
 bool is_utf8(std::string_view text);
 
-/// Text from outside, made fit for a message: control characters and bytes that are not UTF-8 as \xNN, at most
-/// `limit` bytes of it.
+/// Text from outside, made fit for a message: bytes that are not UTF-8, and characters that would move a terminal's
+/// cursor or turn its text around, as \xNN; at most `limit` bytes of it.
 std::string printable(std::string_view text, std::size_t limit = 120);
 
 /// printable() in double quotes.

@@ -12,7 +12,7 @@ namespace based::io {
 
 namespace {
 
-constexpr std::size_t kMaxIndex = 100'000'000;
+constexpr std::size_t kMaxIndex = std::size_t{16} << 20;  // of 685 billion parameters: 9 MB
 
 /// Names no other folder: a plain file name.
 bool is_plain_name(std::string_view name) {
@@ -22,7 +22,7 @@ bool is_plain_name(std::string_view name) {
 /// tensor → shard file name.
 std::map<std::string, std::string> read_index(const std::filesystem::path& path) {
   const std::string where = path.string();
-  const Json root = Json::parse(read_file(path, kMaxIndex), where);
+  const Json root = Json::parse(read_file(path, parse_limit(kMaxIndex)), where);
   JsonObject index(root, where, "");
   if (const Json* metadata = index.find("metadata"))
     JsonObject(*metadata, where, "metadata");  // an object; no use for it
@@ -88,6 +88,8 @@ WeightFiles WeightFiles::open(const std::filesystem::path& directory) {
   return weights;
 }
 
-void WeightFiles::release(const std::string& name) const { owner_.at(name)->release(tensors_.at(name)); }
+void WeightFiles::read(const std::string& name, std::size_t offset, std::span<std::byte> out) const {
+  owner_.at(name)->read(tensors_.at(name), offset, out);
+}
 
 }  // namespace based::io

@@ -11,7 +11,7 @@ namespace based {
 
 namespace {
 
-constexpr std::size_t kMaxConfigBytes = std::size_t{16} << 20;
+constexpr std::size_t kMaxConfigBytes = std::size_t{4} << 20;  // 4096 layers take 1 MB
 
 // A single sequence that starts from nothing and is fed in chunks: forward, score and trace.
 class OneSequence {
@@ -93,11 +93,9 @@ Model::Impl::Impl(const ModelConfig& config, std::unique_ptr<backend::Backend> b
         return loaded;
       }()) {}
 
-std::shared_ptr<const Model> Model::Impl::make(const ModelConfig& config, std::unique_ptr<backend::Backend> backend,
-                                               WeightSource& source, DType dtype, std::string fingerprint) {
-  auto impl = std::make_unique<Impl>(config, std::move(backend), source, dtype);
-  impl->fingerprint = std::move(fingerprint);
-  return std::shared_ptr<const Model>(new Model(std::move(impl)));
+std::shared_ptr<Model> Model::Impl::make(const ModelConfig& config, std::unique_ptr<backend::Backend> backend,
+                                         WeightSource& source, DType dtype) {
+  return std::shared_ptr<Model>(new Model(std::make_unique<Impl>(config, std::move(backend), source, dtype)));
 }
 
 Model::Model(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -106,12 +104,13 @@ Model::~Model() = default;
 std::shared_ptr<const Model> Model::load(const std::filesystem::path& directory, const LoadOptions& options) {
   auto backend = backend::make_backend(options.device, options.num_threads, options.deterministic);
   const auto config_path = directory / "config.json";
-  const auto config = ModelConfig::from_json(io::read_file(config_path, kMaxConfigBytes), config_path.string());
+  const auto config =
+      ModelConfig::from_json(io::read_file(config_path, io::parse_limit(kMaxConfigBytes)), config_path.string());
   FileWeights weights(io::WeightFiles::open(directory), directory.string());
-  const TensorView embedding = weights.take("embedding.weight", {config.padded_vocab_size, config.hidden_size});
-  const std::string fingerprint = weights.fingerprint(config);  // before packing: it maps pages of the file
-  auto model = Impl::make(config, std::move(backend), weights, choose_dtype(options, embedding.dtype), fingerprint);
+  const DType dtype = weights.dtype_of("embedding.weight", {config.padded_vocab_size, config.hidden_size});
+  auto model = Impl::make(config, std::move(backend), weights, choose_dtype(options, dtype));
   weights.check_all_taken();
+  model->impl_->fingerprints = weights.fingerprints(config);
   return model;
 }
 
@@ -121,8 +120,10 @@ std::shared_ptr<const Model> Model::random(const ModelConfig& config, std::uint6
   io::Fnv1a hash;
   hash.add(config.to_json());
   hash.add("random " + std::to_string(seed));
-  return Impl::make(config, backend::make_backend(options.device, options.num_threads, options.deterministic), weights,
-                    choose_dtype(options, DType::float32), hash.hex());
+  auto model = Impl::make(config, backend::make_backend(options.device, options.num_threads, options.deterministic),
+                          weights, choose_dtype(options, DType::float32));
+  model->impl_->fingerprints = {hash.hex(), hash.hex()};
+  return model;
 }
 
 const ModelConfig& Model::config() const { return impl_->transformer.config(); }
@@ -138,7 +139,7 @@ MemoryUse Model::memory() const {
   return {of(backend::MemoryKind::weights), of(backend::MemoryKind::states), of(backend::MemoryKind::workspace)};
 }
 std::string Model::kernel_isa() const { return impl_->executors.device().kernel_isa(); }
-const std::string& Model::fingerprint() const { return impl_->fingerprint; }
+const std::string& Model::fingerprint() const { return impl_->fingerprints.all; }
 
 Tensor Model::forward(std::span<const std::int32_t> tokens, const InterruptCheck& interrupt) const {
   check_tokens(tokens, config().vocab_size, "forward: tokens");

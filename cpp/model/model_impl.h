@@ -17,8 +17,8 @@ class Model::Impl {
   Impl(const ModelConfig& config, std::unique_ptr<backend::Backend> backend, WeightSource& source, DType dtype);
 
   /// A model on this device with the weights of `source`. Throws as Model::load.
-  static std::shared_ptr<const Model> make(const ModelConfig& config, std::unique_ptr<backend::Backend> backend,
-                                           WeightSource& source, DType dtype, std::string fingerprint);
+  static std::shared_ptr<Model> make(const ModelConfig& config, std::unique_ptr<backend::Backend> backend,
+                                     WeightSource& source, DType dtype);
 
   /// Device memory of the state of a sequence that has seen num_tokens tokens.
   std::size_t state_nbytes_of(std::int64_t num_tokens) const {
@@ -28,7 +28,7 @@ class Model::Impl {
   mutable Executors executors;
   DType dtype;
   Transformer transformer;
-  std::string fingerprint;
+  Fingerprints fingerprints;
 };
 
 /// Throws InvalidArgument unless `tokens` is non-empty and every id is in [0, vocab_size). `what` opens the message.

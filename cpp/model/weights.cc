@@ -1,10 +1,17 @@
 #include "model/weights.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <future>
+#include <span>
+#include <system_error>
+#include <thread>
 
 #include "based/error.h"
+#include "io/crc32c.h"
 #include "io/hash.h"
+#include "io/text.h"
 
 namespace based {
 
@@ -20,9 +27,43 @@ std::uint64_t mix(std::uint64_t x) {
   return x ^ (x >> 31);
 }
 
+constexpr std::size_t kBlockBytes = std::size_t{1} << 20;
+
+// Calls body(block) for every block, on some threads where that pays.
+template <class Body>
+void for_blocks(std::size_t num_blocks, const Body& body) {
+  constexpr std::size_t kBlocksPerThread = 8, kMaxThreads = 4;
+  std::atomic<std::size_t> next{0};
+  const auto work = [&] {
+    for (std::size_t block; (block = next.fetch_add(1)) < num_blocks;) body(block);
+  };
+  const std::size_t useful = std::min(kMaxThreads, num_blocks / kBlocksPerThread);
+  std::vector<std::future<void>> others;  // their destructors wait, their get() throws what they threw
+  try {
+    while (others.size() + 1 < std::min<std::size_t>(useful, std::thread::hardware_concurrency()))
+      others.push_back(std::async(std::launch::async, work));
+  } catch (const std::system_error&) {  // no more threads: this one does their work
+  }
+  work();
+  for (std::future<void>& other : others) other.get();
+}
+
+// What the fingerprints of older versions saw of a tensor.
+std::string sample_of(std::span<const std::byte> bytes) {
+  constexpr std::size_t kBlocks = 64, kSampleBytes = 64;
+  const auto text = [&](std::size_t begin, std::size_t n) {
+    return std::string(reinterpret_cast<const char*>(bytes.data()) + begin, n);
+  };
+  if (bytes.size() <= kBlocks * kSampleBytes) return text(0, bytes.size());
+  std::string sample;
+  for (std::size_t i = 0; i < kBlocks; ++i)
+    sample += text((bytes.size() - kSampleBytes) / (kBlocks - 1) * i, kSampleBytes);
+  return sample;
+}
+
 }  // namespace
 
-TensorView FileWeights::take(const std::string& name, const std::vector<std::int64_t>& shape) {
+const TensorView& FileWeights::find(const std::string& name, const std::vector<std::int64_t>& shape) const {
   const auto it = files_.tensors().find(name);
   if (it == files_.tensors().end())
     throw FormatError(where_ + ": tensor " + name + " " + shape_str(shape) + " is missing");
@@ -33,13 +74,47 @@ TensorView FileWeights::take(const std::string& name, const std::vector<std::int
   if (!is_float(tensor.dtype))
     throw FormatError(where_ + ": tensor " + name + " has dtype " + std::string(name_of(tensor.dtype)) +
                       ", expected float32, bfloat16 or float16");
-  taken_.insert(name);
-  held_.push_back(name);
   return tensor;
 }
 
+DType FileWeights::dtype_of(const std::string& name, const std::vector<std::int64_t>& shape) const {
+  return find(name, shape).dtype;
+}
+
+TensorView FileWeights::take(const std::string& name, const std::vector<std::int64_t>& shape) {
+  const TensorView& tensor = find(name, shape);
+  const std::size_t nbytes = tensor.nbytes();
+  std::byte* const data = allocate(nbytes);
+  Digest digest;
+  digest.blocks.resize((nbytes + kBlockBytes - 1) / kBlockBytes);
+  for_blocks(digest.blocks.size(), [&](std::size_t block) {
+    const std::size_t begin = block * kBlockBytes;
+    const std::span<std::byte> part(data + begin, std::min(kBlockBytes, nbytes - begin));
+    files_.read(name, begin, part);
+    io::Crc32c crc;
+    crc.add(part.data(), part.size());
+    digest.blocks[block] = crc.value();
+  });
+  digest.sample = sample_of({data, nbytes});
+  digests_[name] = std::move(digest);
+  return {tensor.dtype, tensor.shape, data};
+}
+
+// Memory that was used before costs no page faults.
+std::byte* FileWeights::allocate(std::size_t nbytes) {
+  const auto fits = std::ranges::find_if(spare_, [&](const Memory& memory) { return memory.capacity >= nbytes; });
+  if (fits != spare_.end()) {
+    held_.push_back(std::move(*fits));
+    spare_.erase(fits);
+  } else {
+    spare_.clear();
+    held_.push_back({std::make_unique_for_overwrite<std::byte[]>(nbytes), nbytes});
+  }
+  return held_.back().bytes.get();
+}
+
 void FileWeights::release() {
-  for (const auto& name : held_) files_.release(name);
+  for (Memory& memory : held_) spare_.push_back(std::move(memory));
   held_.clear();
 }
 
@@ -47,32 +122,28 @@ void FileWeights::check_all_taken() const {
   std::string extra;
   int count = 0;
   for (const auto& [name, tensor] : files_.tensors()) {
-    if (taken_.contains(name)) continue;
-    if (++count <= 5) extra += (count > 1 ? ", " : "") + name;
+    if (digests_.contains(name)) continue;
+    if (++count <= 5) extra += (count > 1 ? ", " : "") + io::printable(name);
   }
   if (count > 0)
     throw FormatError(where_ + ": " + std::to_string(count) + " tensors that the config has no place for: " + extra +
                       (count > 5 ? ", …" : ""));
 }
 
-std::string FileWeights::fingerprint(const ModelConfig& config) const {
-  constexpr std::size_t kBlocks = 64, kBlockBytes = 64;
-  io::Fnv1a hash;
-  hash.add(config.to_json());
-  for (const auto& [name, tensor] : files_.tensors()) {
-    hash.add(name);
-    hash.add(name_of(tensor.dtype));
-    hash.add(shape_str(tensor.shape));
-    const std::size_t nbytes = tensor.nbytes();
-    if (nbytes <= kBlocks * kBlockBytes) {
-      hash.add(tensor.data, nbytes);
-      continue;
+Fingerprints FileWeights::fingerprints(const ModelConfig& config) const {
+  io::Fnv1a all, sampled;
+  for (io::Fnv1a* hash : {&all, &sampled}) hash->add(config.to_json());
+  for (const auto& [name, digest] : digests_) {
+    const TensorView& tensor = files_.tensors().at(name);
+    for (io::Fnv1a* hash : {&all, &sampled}) {
+      hash->add(name);
+      hash->add(name_of(tensor.dtype));
+      hash->add(shape_str(tensor.shape));
     }
-    for (std::size_t i = 0; i < kBlocks; ++i)
-      hash.add(tensor.data + (nbytes - kBlockBytes) / (kBlocks - 1) * i, kBlockBytes);
-    files_.release(name);  // a fault maps the pages around it too
+    all.add(digest.blocks.data(), digest.blocks.size() * sizeof(std::uint32_t));
+    sampled.add(digest.sample);
   }
-  return hash.hex();
+  return {all.hex(), sampled.hex()};
 }
 
 TensorView RandomWeights::take(const std::string& name, const std::vector<std::int64_t>& shape) {

@@ -1,8 +1,9 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -25,6 +26,14 @@ class WeightSource {
   virtual void release() = 0;
 };
 
+/// What tells a model from others, of the config and the weights; 16 hex digits each.
+struct Fingerprints {
+  std::string all;      // over every byte
+  std::string sampled;  // over 64 blocks of 64 bytes of each tensor: in state files that older versions saved
+};
+
+/// Reads the tensors of a model directory, each into memory of its own: reading costs no more than the page faults of a
+/// mapping, and a file that is shortened meanwhile is an error instead of a signal.
 class FileWeights final : public WeightSource {
  public:
   FileWeights(io::WeightFiles files, std::string where) : files_(std::move(files)), where_(std::move(where)) {}
@@ -32,17 +41,32 @@ class FileWeights final : public WeightSource {
   TensorView take(const std::string& name, const std::vector<std::int64_t>& shape) override;
   void release() override;
 
+  /// The dtype in the file; checks as take() does, and reads nothing.
+  DType dtype_of(const std::string& name, const std::vector<std::int64_t>& shape) const;
+
   /// Throws FormatError naming tensors that nobody took.
   void check_all_taken() const;
 
-  /// FNV-1a over the config and, of each tensor, name, dtype, shape and 64 evenly spread blocks of 64 bytes.
-  std::string fingerprint(const ModelConfig& config) const;
+  /// When all tensors were taken: their bytes were hashed as they were read.
+  Fingerprints fingerprints(const ModelConfig& config) const;
 
  private:
+  struct Memory {
+    std::unique_ptr<std::byte[]> bytes;
+    std::size_t capacity = 0;
+  };
+  struct Digest {
+    std::vector<std::uint32_t> blocks;  // CRC-32C of each kBlockBytes
+    std::string sample;
+  };
+
+  const TensorView& find(const std::string& name, const std::vector<std::int64_t>& shape) const;
+  std::byte* allocate(std::size_t nbytes);
+
   io::WeightFiles files_;
   std::string where_;
-  std::set<std::string> taken_;
-  std::vector<std::string> held_;
+  std::map<std::string, Digest> digests_;
+  std::vector<Memory> held_, spare_;
 };
 
 /// Seeded uniform noise, scaled by fan-in so that activations neither grow nor vanish; norm weights are one.

@@ -10,6 +10,7 @@
 #include "based/error.h"
 #include "io/convert_dtype.h"
 #include "io/state_file.h"
+#include "io/text.h"
 #include "model/model_impl.h"
 
 namespace based {
@@ -36,7 +37,7 @@ class Arranger {
         std::visit([this](const auto& state) { take_part(state); }, part);
     }
     if (!by_name_.empty())
-      throw FormatError(where_ + ": tensor " + by_name_.begin()->first + " has no place in this model");
+      throw FormatError(where_ + ": tensor " + io::printable(by_name_.begin()->first) + " has no place in this model");
     return std::move(arranged_);
   }
 
@@ -223,7 +224,8 @@ void save_states(const std::filesystem::path& path, const Model& model, backend:
 }
 
 StateFileReader::StateFileReader(const std::filesystem::path& path, const Model& model) : model_(model) {
-  io::StateFile file = io::StateFile::open(path, model.fingerprint());
+  const Fingerprints& fingerprints = model.impl().fingerprints;
+  io::StateFile file = io::StateFile::open(path, {fingerprints.all, fingerprints.sampled});
   file_ = std::move(file.file);
   for (std::size_t b = 0; b < file.states.size(); ++b) {
     io::SavedState& state = file.states[b];

@@ -13,6 +13,8 @@ class Error(Exception):
     """
     Base of the failures that are particular to this library.
     """
+    def __str__(self) -> typing.Any:
+        ...
 class FormatError(Error, ValueError):
     """
     A file whose bytes contradict its format: weights, config, state.
@@ -902,6 +904,9 @@ def check_config(text: str, where: str) -> str:
 def check_prompt(prompt: collections.abc.Sequence[int] | numpy.ndarray, vocab_size: typing.SupportsInt | typing.SupportsIndex, name: str) -> numpy.typing.NDArray[numpy.int32]:
     """
     Token ids as an array. Raises TypeError and ValueError, in which `name` is the prompt's.
+def check_json(text: bytes, where: str) -> None:
+    """
+    Refuses what is no JSON, and JSON that would take much more memory than its text. Raises FormatError.
     """
 def convert_dtype(bits: numpy.ndarray, source: str, target: str) -> numpy.ndarray:
     """
@@ -914,6 +919,10 @@ def cuda_problem() -> str:
 def devices() -> list[DeviceDescription]:
     """
     The CPU, then every GPU of this machine.
+    """
+def exchange_paths(a: os.PathLike | str | bytes, b: os.PathLike | str | bytes) -> bool:
+    """
+    Lets two files or directories change names at once. False where the filesystem cannot. Raises OSError.
     """
 def measure_read_bandwidth(num_threads: typing.SupportsIndex | None = None, nbytes: typing.SupportsIndex = 1073741824) -> float:
     """
@@ -929,6 +938,10 @@ def op_sliding_window_attention(q: typing.Any, k: typing.Any, v: typing.Any, out
     ...
 def op_taylor_linear_attention(q: typing.Any, k: typing.Any, v: typing.Any, initial_state: typing.Any, out: typing.Any, final_state: typing.Any, eps: typing.SupportsFloat | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex, producer_stream: typing.Any) -> None:
     ...
+def parse_limit(real_limit: typing.SupportsInt | typing.SupportsIndex) -> int:
+    """
+    A limit on what is parsed as a whole, multiplied by the environment variable BASED_PARSE_LIMIT. Raises ValueError when that is not an integer from 1 to 1000.
+    """
 def synchronize(device: str) -> None:
     """
     Waits for everything that was enqueued on a device.
@@ -937,4 +950,5 @@ def write_safetensors(path: os.PathLike | str | bytes, tensors: collections.abc.
     """
     Writes (name, array, dtype name) in this order to a temporary file beside `path` and renames it. Arrays are C-contiguous and hold the dtype's bits (bfloat16 as uint16). Raises OSError, TypeError, ValueError.
     """
+MAX_TOKEN_IDS: int = 268435456
 MIXERS: tuple = (GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig)

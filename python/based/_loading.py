@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -88,6 +89,10 @@ class _Source:
 
 
 def _locate(path_or_id: str | os.PathLike[str], revision: str | None) -> _Source:
+    if not os.fspath(path_or_id):  # Path("") is the current directory
+        raise FileNotFoundError(errno.ENOENT, "an empty text, expected a directory or a model's name at the hub", "")
+    if "\0" in os.fspath(path_or_id):
+        raise ValueError(f"path_or_id: found {os.fspath(path_or_id)!r}, expected a path: those have no NUL byte")
     path = Path(path_or_id)
     if path_or_id == BUNDLED:
         path = Path(__file__).parent / "models" / BUNDLED
@@ -96,7 +101,7 @@ def _locate(path_or_id: str | os.PathLike[str], revision: str | None) -> _Source
             raise ValueError(f"revision={revision!r} is for models at the hub, but {str(path)!r} is a directory")
         path = path.resolve()
         files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".bin", ".safetensors"))
-        stats = [(file.name, stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]]
+        stats = [(file.name, *_size_and_time(file)) for file in files]
         return _Source(path, path.name, [str(path), stats])
     if path.exists():
         raise NotADirectoryError(errno.ENOTDIR, "a model is a directory, this is a file", str(path))
@@ -162,16 +167,38 @@ def _in_our_format(source: _Source) -> Path:
     identity = json.dumps([_core.build_info()["version"], *source.identity]).encode()
     cache = _cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
-    converted = cache / f"{source.name}-{hashlib.sha256(identity).hexdigest()[:16]}"
-    if converted.exists():
+    # Of a name only as much as leaves room for the rest: a file's name has at most 255 bytes.
+    name = os.fsdecode(os.fsencode(source.name)[:150])
+    converted = cache / f"{name}-{hashlib.sha256(identity).hexdigest()[:16]}"
+    if _is_whole(converted):
         return converted
     with open(cache / f"{converted.name}.lock", "w") as lock:  # another process may be at it: one converts
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not converted.exists():
-            for leftover in cache.glob(f".{converted.name}.*"):  # of a process that was killed
+        if not _is_whole(converted):
+            for leftover in cache.glob(f".{glob.escape(converted.name)}.*"):  # of a process that was killed
                 shutil.rmtree(leftover)
+            shutil.rmtree(converted, ignore_errors=True)  # somebody deleted or damaged a file in it
             convert(source.directory, converted)
     return converted
+
+
+def _size_and_time(file: Path) -> tuple[int, int]:
+    try:
+        status = file.stat()
+    except FileNotFoundError:  # a link that leads nowhere: whoever needs it will say so
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether a directory of the cache has what conversion writes, and no file of it was cut short."""
+    try:
+        config = directory / "config.json"
+        _core.ModelConfig.from_json(config.read_text(encoding="utf-8"), str(config))
+        _core.SafetensorsFile(directory / "model.safetensors")
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _cache_directory() -> Path:
@@ -188,5 +215,5 @@ def _tokenizer_of(source: _Source, tokenizer: str | os.PathLike[str] | None) -> 
     if tokenizer is not None:
         raise FileNotFoundError(errno.ENOENT, "no such tokenizer", str(path))
     config = _in_our_format(source) / "config.json"
-    vocab_size = _core.ModelConfig.from_json(config.read_text(), str(config)).vocab_size
+    vocab_size = _core.ModelConfig.from_json(config.read_text(encoding="utf-8"), str(config)).vocab_size
     return LazyTokenizer(fetch_gpt2_tokenizer if vocab_size == GPT2_VOCAB_SIZE else None)

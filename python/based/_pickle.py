@@ -1,17 +1,18 @@
 """Reads the tensors of a PyTorch zip file without torch and without running anything that the file asks for.
 
 The pickle inside is interpreted here, opcode by opcode, on values that are only str, int, bool, None, tuple, dict
-and the markers below. Nothing in it can import, call or set an attribute of anything, and no opcode can ask
-for more memory than the file itself holds (the standard library's unpickler would allocate whatever a memo index says).
+and the markers below. Nothing in it can import, call or set an attribute of anything. An opcode makes at most one value
+of 100 bytes, or a text that the file holds; their number and the size of the pickle are limited (the standard library's
+unpickler would allocate whatever a memo index says).
 """
 
 from __future__ import annotations
 
-import io
 import mmap
 import pickletools
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from based._core import FormatError
+from based._core import FormatError, parse_limit
 from based._lfs import refuse_lfs_pointer
 
 
@@ -61,7 +62,9 @@ _STORAGES: dict[str, tuple[str, np.dtype[Any]]] = {
 _GLOBALS = {name: _Global(name) for name in (_ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER, *_STORAGES)}
 
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # torch.save before 1.6: a bare pickle
-_MAX_PICKLE = 256 << 20
+_MAX_PICKLE = 8 << 20  # bytes; 500 tensors take 80,000
+_MAX_OPCODES = 1_000_000  # 500 tensors take 13,000
+_MAX_DIRECTORY = 16 << 20  # bytes, of 200,000 members
 
 
 def read_torch_file(path: Path) -> dict[str, StoredTensor]:
@@ -85,6 +88,20 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     return _Archive(path, memoryview(mapping)).tensors()
 
 
+def _check_directory_size(path: Path, data: memoryview) -> None:
+    """What zipfile would read and make objects of: it believes the record at the end of the file."""
+    tail = bytes(data[-(22 + 65535 + 76) :])
+    end = tail.rfind(b"PK\5\6")
+    if end < 0 or end + 16 > len(tail):
+        return  # zipfile will refuse it
+    (size,) = struct.unpack_from("<I", tail, end + 12)
+    wide = tail.rfind(b"PK\6\6", 0, end)
+    if wide >= 0 and wide + 48 <= len(tail):
+        size = max(struct.unpack_from("<Q", tail, wide + 40)[0], 0 if size == 0xFFFFFFFF else size)
+    if size > (limit := parse_limit(_MAX_DIRECTORY)):
+        raise FormatError(f"{path}: a zip directory of {size} bytes, expected at most {limit}")
+
+
 def _zip_members(path: Path) -> dict[str, zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(path) as archive:
@@ -103,7 +120,10 @@ class _Archive:
     def __init__(self, path: Path, data: memoryview) -> None:
         self.path = path
         self.data = data
+        _check_directory_size(path, data)
         self.members = _zip_members(path)
+        # torch.save can be told to leave them out: all are 0 then.
+        self.has_checksums = any(info.CRC != 0 for info in self.members.values())
         roots = [name[: -len("data.pkl")] for name in self.members if name.rsplit("/", 1)[-1] == "data.pkl"]
         if len(roots) != 1:
             found = "no data.pkl" if not roots else f"{len(roots)} members named data.pkl"
@@ -130,7 +150,13 @@ class _Archive:
                 f"{self.path}: {info.filename!r}: {info.file_size} bytes at byte {begin} do not fit in "
                 f"a file of {len(self.data)} bytes"
             )
-        return self.data[begin : begin + info.file_size]
+        data = self.data[begin : begin + info.file_size]
+        if self.has_checksums and (found := zlib.crc32(data)) != info.CRC:
+            raise FormatError(
+                f"{self.path}: {info.filename!r} is damaged: its CRC-32 is {found:08x}, expected {info.CRC:08x} as the "
+                "zip's directory says. Copy or download the file again"
+            )
+        return data
 
     def tensors(self) -> dict[str, StoredTensor]:
         if self.root + "byteorder" in self.members:
@@ -138,8 +164,8 @@ class _Archive:
             if order.strip() != b"little":
                 raise FormatError(f"{self.path}: byteorder {order!r}, expected b'little'")
         pickled = self.member("data.pkl")
-        if len(pickled) > _MAX_PICKLE:
-            raise FormatError(f"{self.path}: data.pkl of {len(pickled)} bytes, expected at most {_MAX_PICKLE}")
+        if len(pickled) > (limit := parse_limit(_MAX_PICKLE)):
+            raise FormatError(f"{self.path}: data.pkl of {len(pickled)} bytes, expected at most {limit}")
         top = _Machine(self, bytes(pickled)).run()
         if not isinstance(top, dict):
             raise FormatError(f"{self.path}: holds {_describe(top)}, expected a dict of tensors")
@@ -236,11 +262,87 @@ def _describe(value: object) -> str:
         isinstance(value, tuple) and not all(isinstance(item, (str, int)) for item in value)
     ):
         return f"a {type(value).__name__} of {len(value)}"
-    text = repr(value)
+    if isinstance(value, str):
+        return repr(_short(value))
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    return _short(repr(value))
+
+
+def _short(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 _MARK = object()
+
+_OPCODES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
+
+
+def _line(data: bytes, position: int) -> tuple[str, int]:
+    end = data.index(b"\n", position)
+    return data[position:end].decode("ascii"), end + 1
+
+
+def _two_lines(data: bytes, position: int) -> tuple[str, int]:
+    module, position = _line(data, position)
+    name, position = _line(data, position)
+    return f"{module} {name}", position
+
+
+def _number(form: str) -> Callable[[bytes, int], tuple[int, int]]:
+    reader = struct.Struct(form)
+
+    def read(data: bytes, position: int) -> tuple[int, int]:
+        (number,) = reader.unpack_from(data, position)
+        return number, position + reader.size
+
+    return read
+
+
+def _counted(form: str) -> Callable[[bytes, int], tuple[bytes, int]]:
+    length_of = _number(form)
+
+    def read(data: bytes, position: int) -> tuple[bytes, int]:
+        length, begin = length_of(data, position)
+        if length > len(data) - begin:
+            raise ValueError(f"{length} bytes are announced, {len(data) - begin} are left")
+        return data[begin : begin + length], begin + length
+
+    return read
+
+
+def _text(form: str) -> Callable[[bytes, int], tuple[str, int]]:
+    counted = _counted(form)
+
+    def read(data: bytes, position: int) -> tuple[str, int]:
+        encoded, position = counted(data, position)
+        return encoded.decode("utf-8", "surrogatepass"), position
+
+    return read
+
+
+def _long1(data: bytes, position: int) -> tuple[int, int]:
+    encoded, position = _counted("<B")(data, position)
+    return int.from_bytes(encoded, "little", signed=True), position
+
+
+# How the argument of an opcode is read: (data, its first byte) → (argument, the byte behind it).
+_ARGUMENTS: dict[str, Callable[[bytes, int], tuple[Any, int]]] = {
+    "PROTO": _number("<B"),
+    "FRAME": _number("<Q"),
+    "BINPUT": _number("<B"),
+    "LONG_BINPUT": _number("<I"),
+    "BINGET": _number("<B"),
+    "LONG_BINGET": _number("<I"),
+    "GLOBAL": _two_lines,
+    "INST": _two_lines,
+    "BININT": _number("<i"),
+    "BININT1": _number("<B"),
+    "BININT2": _number("<H"),
+    "LONG1": _long1,
+    "BINUNICODE": _text("<I"),
+    "SHORT_BINUNICODE": _text("<B"),
+}
 
 
 class _Machine:
@@ -283,33 +385,41 @@ class _Machine:
             self.values[literal] = lambda argument: argument
 
     def run(self) -> object:
+        data, position = self.data, 0
         try:
-            for opcode, argument, position in pickletools.genops(io.BytesIO(self.data)):
-                name = opcode.name
-                if name in ("PROTO", "FRAME"):
-                    continue
-                if name == "STOP":
-                    result = self._pop()
-                    if self.stack:
-                        raise self._error(f"{len(self.stack)} values left at the end")
-                    return result
+            for _ in range(parse_limit(_MAX_OPCODES)):
+                if position >= len(data):
+                    raise self._error("damaged: ends without STOP")
+                start, code = position, data[position]
+                name = _OPCODES.get(code)
+                if name is None:
+                    raise self._error(f"damaged: no opcode at byte {start}, found {code:#04x}")
+                position += 1
+                argument = None
+                if read := _ARGUMENTS.get(name):
+                    argument, position = read(data, position)
                 if name in self.actions:
                     self.actions[name](argument)
                 elif name in self.values:
                     self.stack.append(self.values[name](argument))
+                elif name == "STOP":
+                    result = self._pop()
+                    if self.stack:
+                        raise self._error(f"{len(self.stack)} values left at the end")
+                    return result
                 elif name == "INST":
-                    self._global(str(argument).replace(" ", ".", 1))
-                else:
+                    self._global(argument.replace(" ", ".", 1))
+                elif name not in ("PROTO", "FRAME"):
                     raise self._error(
-                        f"opcode {name} at byte {position}: nothing that tensors need. Is it a training checkpoint, "
+                        f"opcode {name} at byte {start}: nothing that tensors need. Is it a training checkpoint, "
                         "with more than the weights? Save its state_dict (Lightning) or model (nanoGPT) alone: "
                         'torch.save(torch.load(file)["state_dict"], "pytorch_model.bin")'
                     )
         except FormatError:
             raise
-        except (ValueError, struct.error, IndexError) as error:  # from genops
+        except (ValueError, struct.error) as error:  # of an argument
             raise self._error(f"damaged: {error}") from error
-        raise self._error("ends without STOP")
+        raise self._error(f"more than {parse_limit(_MAX_OPCODES)} opcodes, far beyond any state dict")
 
     def _error(self, message: str) -> FormatError:
         return FormatError(f"{self.archive.path}: data.pkl: {message}")
@@ -340,7 +450,7 @@ class _Machine:
 
     def _global(self, name: str) -> _Global:
         if name not in _GLOBALS:
-            raise self._error(f"asks for {name}, which tensors do not need. Refused: loading it could run code")
+            raise self._error(f"asks for {_short(name)}, which tensors do not need. Refused: loading it could run code")
         return _GLOBALS[name]
 
     def _stack_global(self) -> _Global:
@@ -373,7 +483,7 @@ class _Machine:
             if not isinstance(key, str):
                 raise self._error(f"a key {_describe(key)}, expected a name")
             if key in target:
-                raise self._error(f"{key!r} twice in one dict")
+                raise self._error(f"{_describe(key)} twice in one dict")
             target[key] = value
         self.stack.append(target)
 
@@ -381,6 +491,6 @@ class _Machine:
         """State of an OrderedDict: torch attaches `_metadata` (module versions), which is dropped."""
         state, target = self._pop(), self._pop()
         if not (isinstance(target, dict) and isinstance(state, dict) and set(state) <= {"_metadata"}):
-            names = sorted(state) if isinstance(state, dict) else _describe(state)
+            names = [_short(name) for name in sorted(state)[:8]] if isinstance(state, dict) else _describe(state)
             raise self._error(f"attributes {names} on {_describe(target)}; expected only _metadata, on an OrderedDict")
         self.stack.append(target)

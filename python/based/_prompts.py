@@ -6,6 +6,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from based._core import MAX_TOKEN_IDS
+
 TokenIds: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
 """A list or tuple of ints, a 1-D integer array, or anything that NumPy takes by DLPack."""
 Prompt: TypeAlias = str | TokenIds
@@ -33,6 +35,8 @@ def as_rows(prompts: Any) -> tuple[list[Any], bool]:
     """The same list, and whether it was one prompt."""
     prompts = as_array(prompts)
     if isinstance(prompts, np.ndarray):
+        if prompts.ndim == 2 and prompts.size > MAX_TOKEN_IDS:  # which an array of stride 0 may claim
+            raise ValueError(f"prompts has {prompts.size} token ids, expected at most {MAX_TOKEN_IDS}")
         return (list(prompts), False) if prompts.ndim == 2 else ([prompts], True)
     if isinstance(prompts, Iterable) and not isinstance(prompts, (Sequence, Mapping, Set)):
         prompts = list(prompts)

@@ -79,11 +79,14 @@ _ACTIVATIONS = {
 
 _REQUIRED: Any = object()
 _HUGE = (1 << 31) - 1
+_MAX_LAYERS = 4096  # of the model format
 
 
 def _show(value: object) -> str:
     if isinstance(value, dict):
         return "an object"
+    if isinstance(value, list) and len(value) > 80:
+        return f"an array of {len(value)}"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -274,8 +277,12 @@ def translate(
         found = ", ".join(sorted(shapes)[:3])
         raise FormatError(f"{weights_where}: found tensors {found}, …, expected names like {EMBEDDING}")
     stored = {int(match[1]) for name in shapes if (match := re.match(r"transformer\.layers\.(\d{1,9})\.", name))}
-    if stored and max(stored) + 1 != num_layers:
-        raise FormatError(f"{where}: n_layer: found {num_layers}, but {weights_where} holds {max(stored) + 1} layers")
+    # Before anything is made for each layer: a number in a config is not a reason to take memory.
+    held = max(stored, default=-1) + 1
+    if held != num_layers:
+        raise FormatError(f"{where}: n_layer: found {num_layers}, but {weights_where} holds {held} layers")
+    if num_layers > _MAX_LAYERS:
+        raise FormatError(f"{where}: n_layer: found {num_layers}, expected at most {_MAX_LAYERS}")
     top.boolean("tie_word_embeddings", True)  # the tensors tell: an absent head is the embedding
 
     vocabulary = f"vocab_size {vocab_size} rounded up to a multiple of {multiple}, n_embd {d}"

@@ -7,6 +7,8 @@ from collections.abc import Collection, Sequence
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
+from based._tokenizer_json import tokenizer_errors
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -56,7 +58,8 @@ class Detokenizer:
 
     def decode(self, tokens: list[int], *, skip_special_tokens: bool = False) -> str:
         """What the tokenizer says."""
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+        with tokenizer_errors("the model's tokenizer failed on tokens"):
+            text: str = self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
         return text
 
     @functools.cached_property

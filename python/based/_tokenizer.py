@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from based._core import FormatError
 from based._lfs import refuse_lfs_pointer
 from based._text import Detokenizer
+from based._tokenizer_json import parse_tokenizer, read_bytes, tokenizer_errors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -21,14 +22,9 @@ GPT2_VOCAB_SIZE = 50257
 
 def read_tokenizer(path: Path) -> "Tokenizer":
     """Reads a tokenizer.json, which then encodes whole texts and nothing else. Raises OSError or FormatError."""
-    from tokenizers import Tokenizer
-
-    text = path.read_bytes()
-    refuse_lfs_pointer(text, path)
-    try:
-        tokenizer = Tokenizer.from_str(text.decode())
-    except Exception as error:  # tokenizers raises bare Exception
-        raise FormatError(f"{path}: not a tokenizer that tokenizers can read: {error}") from error
+    data = read_bytes(path)
+    refuse_lfs_pointer(data, path)
+    tokenizer = parse_tokenizer(data, str(path))
     reset_for_whole_texts(tokenizer)
     return tokenizer
 
@@ -92,6 +88,10 @@ class LazyTokenizer:
         split_special_tokens: a special token's text is letters like any other.
         """
         tokenizer = self.require("a text prompt")
+        with tokenizer_errors("the model's tokenizer failed on a text"):
+            return self._encode(tokenizer, text, at_start, split_special_tokens)
+
+    def _encode(self, tokenizer: "Tokenizer", text: str, at_start: bool, split_special_tokens: bool) -> list[int]:
         encoder = self._encoder(tokenizer, at_start, split_special_tokens)
         if at_start or encoder is tokenizer:
             return list(encoder.encode(text, add_special_tokens=at_start).ids)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import socket
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -25,7 +28,9 @@ StrPath = str | os.PathLike[str]
 Tensors = dict[str, StoredTensor]
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_MAX_JSON = 64 << 20
+_MAX_CONFIG = 4 << 20  # bytes; 4,096 layers take 1 MB
+_MAX_INDEX = 16 << 20  # of 685 billion parameters: 9 MB
+_LARGE_JSON = 1 << 20
 _BLOCK = 1 << 20  # elements that memory holds at a time
 _OUTPUTS = {"config.json", "model.safetensors", "tokenizer.json"}
 # Where the weights are, best first; the copies are equal where there are several.
@@ -59,7 +64,7 @@ def convert(
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype: found {dtype!r}, expected one of {', '.join(_DTYPES)}, or None")
     config_path = source / "config.json"
-    config = _read_json(config_path)
+    config = _read_json(config_path, _MAX_CONFIG)
     if isinstance(config, dict) and config.get("format") == "based":
         raise FormatError(f"{config_path}: already in the format of based, expected a published model")
     tokenizer_path = find_tokenizer(source, tokenizer)
@@ -89,22 +94,29 @@ def convert(
 
 def is_published(directory: StrPath) -> bool:
     """Whether `directory` holds a config.json that is not in our own format. Raises OSError, FormatError."""
-    config = _read_json(Path(directory) / "config.json")
-    return not (isinstance(config, dict) and config.get("format") == "based")
+    path = Path(directory) / "config.json"
+    config = _read_json(path, _MAX_CONFIG)
+    if not isinstance(config, dict):
+        raise FormatError(f"{path}: found {type(config).__name__}, expected an object")
+    return config.get("format") != "based"
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> object:
+def _read_json(path: Path, real_limit: int) -> object:
     """A JSON value without duplicate keys, NaN or Infinity."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # a pipe would be waited for
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    if status.st_size > _MAX_JSON:
-        raise FormatError(f"{path}: {status.st_size} bytes, expected at most {_MAX_JSON}")
-    data = path.read_bytes()
+    limit = _core.parse_limit(real_limit)
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
     refuse_lfs_pointer(data, path)
+    if len(data) > limit:
+        raise FormatError(f"{path}: {max(status.st_size, len(data))} bytes, expected at most {limit}")
+    if len(data) > _LARGE_JSON:  # lists of lists take 30 times their text
+        _core.check_json(data, str(path))
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         result: dict[str, object] = {}
@@ -142,18 +154,25 @@ def _read_weights(path: Path) -> Tensors:
     return {name: StoredTensor(dtypes[name], bits) for name, bits in file.tensors().items()}
 
 
-def _read_shards(index_path: Path) -> Tensors:
-    index = _read_json(index_path)
+def read_weight_map(index_path: Path) -> dict[str, str]:
+    """Tensor name → name of the file beside the index that has it. Raises OSError, FormatError."""
+    index = _read_json(index_path, _MAX_INDEX)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise FormatError(f"{index_path}: expected an object with weight_map: tensor name to file name")
     suffix = ".safetensors" if index_path.name.startswith("model.") else ".bin"
-    tensors: Tensors = {}
-    for shard in sorted(set(weight_map.values())):
+    for shard in set(weight_map.values()):
         if Path(shard).name != shard or "\0" in shard or not shard.endswith(suffix):
             raise FormatError(
                 f"{index_path}: weight_map: found file {shard!r}, expected the name of a {suffix} file beside it"
             )
+    return weight_map
+
+
+def _read_shards(index_path: Path) -> Tensors:
+    weight_map = read_weight_map(index_path)
+    tensors: Tensors = {}
+    for shard in sorted(set(weight_map.values())):
         for name, tensor in _read_weights(index_path.parent / shard).items():
             if weight_map.get(name) != shard:
                 raise FormatError(
@@ -256,6 +275,8 @@ def atomic_directory(source: Path | None, target: Path, overwrite: bool) -> Iter
     link stays, and what it leads to is written; what is replaced passes on its permissions, owner and group.
     """
     target = Path(os.path.realpath(target))
+    if target.parent.is_dir():
+        _remove_leftovers(target)
     if target.exists():
         if not target.is_dir():
             raise FileExistsError(errno.EEXIST, "expected a new or empty directory, found a file", str(target))
@@ -270,8 +291,7 @@ def atomic_directory(source: Path | None, target: Path, overwrite: bool) -> Iter
         if source is not None and target.samefile(source):
             raise FileExistsError(errno.EEXIST, "source and destination are the same", str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
-    stem = target.parent / f".{target.name}.{secrets.token_hex(4)}"
-    new, old = stem.with_name(stem.name + ".new"), stem.with_name(stem.name + ".old")
+    new, old = (_beside(target, f"{os.getpid()}-{secrets.token_hex(4)}.{kind}") for kind in ("new", "old"))
     new.mkdir()
     try:
         yield new
@@ -279,19 +299,71 @@ def atomic_directory(source: Path | None, target: Path, overwrite: bool) -> Iter
             _keep_permissions(new, target.stat())
         sync(new)
         if overwrite and target.exists():
-            target.rename(old)
-        try:
+            if _core.exchange_paths(new, target):
+                new.rename(old)
+            else:  # for a moment there is no target; _remove_leftovers puts the old one back if this process ends there
+                target.rename(old)
+                _rename_or(new, target, lambda: old.rename(target))
+        else:
             new.rename(target)
-        except BaseException:
-            if old.exists():
-                old.rename(target)
-            raise
     except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
+        _remove_tree(new)
         raise
     sync(target.parent)
     if old.exists():
-        shutil.rmtree(old)
+        _remove_tree(old)
+
+
+def _rename_or(source: Path, target: Path, undo: Callable[[], object]) -> None:
+    try:
+        source.rename(target)
+    except BaseException:
+        undo()
+        raise
+
+
+def _beside(target: Path, rest: str) -> Path:
+    """A name for what stands beside `target` while it is made. Not of its name: that may have the longest length."""
+    names = (os.fsencode(target.name), socket.gethostname().encode())
+    return target.parent / f".based-{'-'.join(hashlib.sha256(name).hexdigest()[:8] for name in names)}-{rest}"
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Clears up behind processes of this machine that were killed while they made `target`."""
+    prefix = _beside(target, "").name
+    try:
+        paths = sorted(target.parent.iterdir(), reverse=True)  # ".old" before ".new"
+    except PermissionError:  # a folder that may be written to, and not listed
+        return
+    for path in paths:
+        pid = re.fullmatch(r"(\d{1,9})-[0-9a-f]{8}\.(?:new|old)", path.name.removeprefix(prefix))
+        if pid is None or not path.name.startswith(prefix) or _lives(int(pid[1])):
+            continue
+        if path.suffix == ".old" and not target.exists():
+            path.rename(target)
+        else:
+            _remove_tree(path)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
+
+
+def _remove_tree(path: Path) -> None:
+    """Removes a directory of files. shutil.rmtree needs a descriptor for it, and there may be none left."""
+    try:
+        for name in os.listdir(path):
+            with suppress(OSError):
+                os.unlink(path / name)
+        os.rmdir(path)
+    except OSError:  # of another user, or being written to: it stays, and the next conversion tries again
+        return
 
 
 def _keep_permissions(new: Path, old: os.stat_result) -> None:

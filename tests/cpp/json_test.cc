@@ -158,5 +158,27 @@ TEST(Text, PrintableIsUtf8AndShort) {
   }
 }
 
+TEST(Text, MakesControlCharactersVisible) {
+  EXPECT_EQ(printable("a\x1b[31m\x07\x7f"), "a\\x1b[31m\\x07\\x7f");
+  EXPECT_EQ(printable("\xc2\x9b"
+                      "31m"),
+            "\\xc2\\x9b"
+            "31m");  // C1: CSI in one character
+  EXPECT_EQ(printable("\xe2\x80\xae"
+                      "txt"),
+            "\\xe2\\x80\\xae"
+            "txt");  // right to left
+  EXPECT_EQ(printable("\xe2\x81\xa6\xef\xbb\xbf"), "\\xe2\\x81\\xa6\\xef\\xbb\\xbf");
+  EXPECT_EQ(printable("é\xc2\xa0中😀…"), "é\xc2\xa0中😀…");
+  EXPECT_STREQ(FormatError("a\x1b"
+                           "b\nc\xff")
+                   .what(),
+               "a\\x1b"
+               "b\nc\\xff");
+  EXPECT_STREQ(InvalidArgument("\x07").what(), "\\x07");
+  EXPECT_STREQ(OutOfMemory("\x07").what(), "\\x07");
+  EXPECT_NE(std::string(IoError(2, "open \x1b").what()).find("open \\x1b"), std::string::npos);
+}
+
 }  // namespace
 }  // namespace based::io

@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <map>
+#include <string>
 
 #include "based/error.h"
 #include "tiny_model.h"
@@ -27,6 +29,35 @@ TEST(Model, LoadGivesWhatWasWritten) {
   EXPECT_EQ(loaded->dtype(), DType::float32);
   EXPECT_EQ(loaded->fingerprint(), Model::load(dir.path())->fingerprint());
   EXPECT_NE(loaded->fingerprint(), random->fingerprint());
+}
+
+// Every byte counts, wherever it is.
+TEST(Model, FingerprintsSeeEveryByteOfTheWeights) {
+  const TemporaryFolder dir;
+  write_model(dir.path(), tiny_config(), 7);
+  const auto path = dir.path() / "model.safetensors";
+  const std::string fingerprint = Model::load(dir.path())->fingerprint(), bytes = test::read_bytes(path);
+  std::map<std::string, std::pair<std::size_t, std::size_t>> places;  // of each tensor: first byte, number of bytes
+  {
+    const auto file = io::SafetensorsFile::open(path);
+    std::size_t end = bytes.size();
+    std::map<const std::byte*, std::string> order;
+    for (const auto& [name, tensor] : file->tensors()) order.emplace(tensor.data, name);
+    for (auto it = order.rbegin(); it != order.rend(); ++it) {  // without holes, up to the end of the file
+      const std::size_t nbytes = file->tensors().at(it->second).nbytes();
+      places[it->second] = {end -= nbytes, nbytes};
+    }
+  }
+  for (const auto& [name, place] : places) {
+    for (const std::size_t at : {std::size_t{0}, place.second / 12 * 4, place.second - 4}) {  // a number's lowest bits
+      std::string changed = bytes;
+      changed[place.first + at] = static_cast<char>(changed[place.first + at] ^ 1);
+      test::write_bytes(path, changed);
+      EXPECT_NE(Model::load(dir.path())->fingerprint(), fingerprint) << name << " " << at;
+    }
+  }
+  test::write_bytes(path, bytes);
+  EXPECT_EQ(Model::load(dir.path())->fingerprint(), fingerprint);
 }
 
 TEST(Model, CountsParametersAsTheWeightFileDoes) {

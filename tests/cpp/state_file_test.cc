@@ -54,7 +54,7 @@ class StateFiles : public testing::Test {
               {"layers.11.values", empty}}}};
   }
 
-  StateFile open() const { return StateFile::open(path_, kFingerprint); }
+  StateFile open() const { return StateFile::open(path_, {kFingerprint}); }
 
   /// The sample file with other metadata or tensors.
   void write_raw(std::map<std::string, std::string> changes, std::vector<TensorToWrite> more = {}) const {
@@ -103,7 +103,7 @@ TEST_F(StateFiles, IndependentOfTheOrderOfTensors) {
 
 TEST_F(StateFiles, RefusesForeignAndOtherFiles) {
   write_state_file(path_, kFingerprint, states());
-  EXPECT_THROW_WITH(StateFile::open(path_, "fedcba9876543210"), StateError,
+  EXPECT_THROW_WITH(StateFile::open(path_, {"fedcba9876543210"}), StateError,
                     "a state of another model: found the state of the model \"0123456789abcdef\", expected that of the "
                     "model \"fedcba9876543210\"");
   for (const char* version : {"0", "4", "", "2.0", "01"}) {
@@ -119,7 +119,7 @@ TEST_F(StateFiles, RefusesForeignAndOtherFiles) {
   }
   write_raw({{"extra", "1"}});
   EXPECT_THROW_WITH(open(), FormatError, "unknown keys");
-  EXPECT_THROW(StateFile::open(folder_ / "none", kFingerprint), IoError);
+  EXPECT_THROW(StateFile::open(folder_ / "none", {kFingerprint}), IoError);
 }
 
 // The checksum of versions 1 and 2, written out for the two states of states().

@@ -6,18 +6,24 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <system_error>
-#include <utility>
 
 namespace based {
 
 // Every failure of the library is one of these, or std::bad_alloc. A call that throws leaves its
 // object as it was (but for DeviceError). Python sees the class named on the right.
 
+namespace detail {
+/// Control characters of names and texts from outside as \xNN: a message may be shown by a terminal, which would obey
+/// them. Every class below does this to its message.
+std::string message(std::string_view text);
+}  // namespace detail
+
 /// Base of the failures that are particular to this library.       based.Error
 class Error : public std::runtime_error {
  public:
-  using std::runtime_error::runtime_error;
+  explicit Error(std::string_view text) : std::runtime_error(detail::message(text)) {}
 };
 
 /// A file whose bytes contradict its format: weights, config, state. based.FormatError, a ValueError
@@ -54,7 +60,7 @@ class DeviceError : public Error {
 /// Memory that a device does not have: what() gives the bytes needed and free.   MemoryError
 class OutOfMemory : public std::bad_alloc {
  public:
-  explicit OutOfMemory(std::string message) : message_(std::make_shared<const std::string>(std::move(message))) {}
+  explicit OutOfMemory(std::string_view text) : message_(std::make_shared<const std::string>(detail::message(text))) {}
   const char* what() const noexcept override { return message_->c_str(); }
 
  private:
@@ -64,14 +70,14 @@ class OutOfMemory : public std::bad_alloc {
 /// An argument outside its domain.                                  ValueError
 class InvalidArgument : public std::invalid_argument {
  public:
-  using std::invalid_argument::invalid_argument;
+  explicit InvalidArgument(std::string_view text) : std::invalid_argument(detail::message(text)) {}
 };
 
 /// The operating system refused: what() names the file, code() the errno.  OSError of that errno
 class IoError : public std::system_error {
  public:
-  IoError(int error_number, const std::string& action_and_path)
-      : std::system_error(error_number, std::generic_category(), action_and_path) {}
+  IoError(int error_number, std::string_view action_and_path)
+      : std::system_error(error_number, std::generic_category(), detail::message(action_and_path)) {}
 };
 
 }  // namespace based

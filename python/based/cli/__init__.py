@@ -77,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _make_parser().parse_args(argv)
         debug = args.debug
-        warnings.showwarning = lambda message, *_, **__: print(f"based: warning: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_, **__: print(
+            f"based: warning: {_printable(str(message))}", file=sys.stderr
+        )
         try:
             args.run(args)
         except UsageError as error:
@@ -97,8 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"based: error: {_describe(error)}", file=sys.stderr)
+        print(f"based: error: {_printable(_describe(error))}", file=sys.stderr)
         return 1
+
+
+def _printable(text: str) -> str:
+    """The text with what is no letter or sign as an escape: a terminal obeys control characters in names of files."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _describe(error: Exception) -> str:

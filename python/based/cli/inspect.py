@@ -49,13 +49,14 @@ def read_directory(directory: Path) -> tuple["ModelConfig", str, dict[str, int]]
     """Config, dtype of the embedding, and bytes of each weight file, from the config and the files' headers."""
     from based import FormatError, ModelConfig
     from based._core import SafetensorsFile
+    from based.convert import read_weight_map
 
     path = directory / "config.json"
-    config = ModelConfig.from_json(path.read_text(), str(path))
+    config = ModelConfig.from_json(path.read_text(encoding="utf-8"), str(path))
     index = directory / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if index.exists():
-        names = set(json.loads(index.read_text())["weight_map"].values())
+        names = set(read_weight_map(index).values())
     dtypes: dict[str, str] = {}
     for name in sorted(names):
         dtypes |= SafetensorsFile(directory / name).dtypes()

@@ -6,6 +6,7 @@ Ids are written on one line, separated by spaces; they are read separated by spa
 import argparse
 import json
 
+from based._tokenizer_json import tokenizer_errors
 from based.cli import _common
 
 
@@ -29,7 +30,8 @@ def run(args: argparse.Namespace) -> None:
         for token in ids:
             if not 0 <= token < tokenizer.get_vocab_size():
                 raise ValueError(f"token id {token} is outside [0, {tokenizer.get_vocab_size()})")
-        text = tokenizer.decode(ids, skip_special_tokens=False)
+        with tokenizer_errors("the tokenizer failed on these tokens"):
+            text = tokenizer.decode(ids, skip_special_tokens=False)
     else:
         ids = found.encode(text, at_start=True, split_special_tokens=args.split_special_tokens)
     if args.json:

@@ -148,7 +148,7 @@ class _Frontier:
             return
         try:
             before = dict(json.loads(path.read_bytes()))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise FormatError(f"{path}: {error}") from None
         differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if differing:
@@ -161,7 +161,7 @@ class _Frontier:
             return {row["model"]: Outcome(**row) for row in json.loads(path.read_bytes())}
         except FileNotFoundError:
             return {}
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise FormatError(f"{path}: {error!r}") from None
 
     def describe(self, on: list[Any], parallel: int) -> None:

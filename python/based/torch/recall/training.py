@@ -99,7 +99,7 @@ def read_result(folder: Path) -> Result | None:
         return Result(**json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise FormatError(f"{path}: {error}") from None
 
 
@@ -356,7 +356,7 @@ class Trainer:
             progress = json.loads(file.metadata()["progress"])
             self.step, self.history = int(progress["step"]), [float(x) for x in progress["history"]]
             self.finite, self.seconds = bool(progress["finite"]), float(progress["seconds"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise FormatError(f"{path}: {error!r}") from None
         tensors = {name: torch.from_numpy(np.array(array)) for name, array in file.tensors().items()}
         expected = {name: tensor.shape for name, tensor in self._tensors().items()}

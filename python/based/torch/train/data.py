@@ -106,7 +106,7 @@ def open_dataset(folder: Path) -> Dataset:
             expected, found = stream.tokens * np.dtype(dataset.dtype).itemsize, (folder / stream.file).stat().st_size
             if found != expected:
                 raise FormatError(f"{folder / stream.file}: {found} bytes, expected {expected}: delete {folder}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatError(f"{path}: damaged ({error}): delete {folder}") from error
     return dataset
 
@@ -599,10 +599,13 @@ def _batches(pieces: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, boo
 
 def _read_array(path: Path, source: Source, vocab_size: int) -> Ids:
     if path.suffix == ".npy":
+        with path.open("rb") as file:
+            if file.read(6) != b"\x93NUMPY":
+                raise FormatError(f"{path}: not an array that NumPy can map: it does not begin with \\x93NUMPY")
         try:
             array: Ids = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OverflowError, EOFError, zipfile.BadZipFile) as error:
-            raise FormatError(f"{path}: not an array that NumPy can map: {error}") from None
+        except (ValueError, OverflowError, EOFError, MemoryError, zipfile.BadZipFile) as error:  # of what a header says
+            raise FormatError(f"{path}: not an array that NumPy can map: {error or type(error).__name__}") from None
         if not isinstance(array, np.ndarray):
             raise FormatError(f"{path}: found an archive of arrays, expected one array")
         if array.ndim != 1 or array.dtype not in (np.uint16, np.uint32):

@@ -10,6 +10,7 @@ import numpy as np
 from based._core import FormatError
 from based._loading import find_tokenizer
 from based._tokenizer import read_tokenizer, reset_for_whole_texts
+from based._tokenizer_json import tokenizer_errors
 from based.torch.train.config import Config
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ class FileEncoder(Encoder):
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """What the tokenizer says."""
-        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        with tokenizer_errors("the tokenizer failed on a document"):
+            encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def nbytes(self, ids: Ids) -> int:

@@ -129,9 +129,11 @@ def _verify(path: Path) -> None:
         sums = dict(json.loads(where.read_bytes()))
     except (ValueError, TypeError, RecursionError) as error:
         raise FormatError(f"{where}: {error}") from None
-    if missing := _FILES - sums.keys():
-        raise FormatError(f"{where}: says nothing of {min(missing)}")
+    if missing := sorted(_FILES - sums.keys()):
+        raise FormatError(f"{where}: says nothing of {missing[0]}")
     for name, expected in sums.items():
+        if Path(name).name != name:
+            raise FormatError(f"{where}: found {name!r}, expected the name of a file beside it")
         if (found := _sha256(path / name)) != expected:
             raise FormatError(f"{path / name}: its SHA-256 is {found[:16]}…, expected {str(expected)[:16]}…")
 
@@ -144,13 +146,19 @@ def _read_progress(path: Path) -> Progress:
         if version != _VERSION:
             raise FormatError(f"{where}: version {version}, expected {_VERSION}")
         progress = Progress(**document)
-        if not (isinstance(progress.config, dict) and type(progress.step) is int and isinstance(progress.data, str)):
-            raise FormatError(f"{where}: found {document}, expected a step, a config and data"[:200])
-        return dataclasses.replace(progress, changes=tuple(map(dict, progress.changes)))
+        changes = tuple(map(dict, progress.changes))
+    except FormatError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, FormatError):
-            raise
-        raise FormatError(f"{where}: {error}") from None
+        raise FormatError(f"{where}: damaged: {error!r}") from None
+    for value, kind, name in (
+        (progress.step, int, "step"),
+        (progress.config, dict, "config"),
+        (progress.data, str, "data"),
+    ):
+        if type(value) is not kind:
+            raise FormatError(f"{where}: {name}: found {type(value).__name__}, expected {kind.__name__}")
+    return dataclasses.replace(progress, changes=changes)
 
 
 def prune(folder: Path, keep: int, best: Path | None) -> None:
@@ -170,6 +178,6 @@ def remove(path: Path) -> None:
 
 def clean(folder: Path) -> None:
     """Removes what a killed process left beside the checkpoints."""
-    for leftover in folder.glob(".step-*"):
-        if _LEFTOVER.fullmatch(leftover.name) and leftover.is_dir():
+    for leftover in [*folder.glob(".step-*"), *folder.glob(".based-*")]:
+        if leftover.is_dir() and (_LEFTOVER.fullmatch(leftover.name) or leftover.name.startswith(".based-")):
             shutil.rmtree(leftover)
