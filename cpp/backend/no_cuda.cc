@@ -9,7 +9,7 @@ namespace based::cuda {
 namespace {
 
 constexpr const char* kNoCuda =
-    "this build has no CUDA code: it was made where there was no GPU or no nvcc. Build it with BASED_CUDA=ON";
+    "this build has no CUDA (it was made where there was no GPU or no nvcc; BASED_CUDA=ON compiles it all the same)";
 
 [[noreturn]] void refuse() { throw UnsupportedError(kNoCuda); }
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from based._loading import BUNDLED
 from based.cli import _common
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _save(args: argparse.Namespace, model: "Model", session: "Session", pair: "P
             f"{session.num_tokens[0]} tokens: {memory} in memory, {size} in a file, which notes also\n"
             "what was said, for penalties. A new process goes on from there:\n"
         )
-        named = "" if args.model == _common.BUNDLED else f" -m {shlex.quote(args.model)}"
+        named = "" if args.model == BUNDLED else f" -m {shlex.quote(args.model)}"
         print(
             f"$ based generate{named} --session {path.name} --temperature 0 \\\n"
             f"    --stop $'\\n' \"{pairs.question(key)}\"",
