@@ -4,6 +4,7 @@
 >>> model.generate("a prompt", based.SamplingParams(max_tokens=64, temperature=0))[0].outputs[0].text
 """
 
+from based import sizes
 from based._core import (
     Checkpoint,
     DeviceError,
@@ -60,6 +61,7 @@ __all__ = [
     "build_info",
     "devices",
     "load",
+    "sizes",
 ]
 
 for _type in (DeviceError, Error, FormatError, SessionBusyError, State, StateError, Tensor, UnsupportedError):

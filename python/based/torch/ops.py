@@ -265,7 +265,7 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The product of matrices with float32 sums and result, float64 of float64."""
     if a.dtype != torch.bfloat16:
         return a @ b
-    if is_differentiated():
+    if is_differentiated() or is_transformed():
         return a.float() @ b.float()
     return _bfloat16_product(a, b)
 

@@ -152,7 +152,7 @@ class Training:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """Measured every so often, and with every checkpoint."""
+    """Measured every so often, and with every checkpoint but that of a run that is stopped."""
 
     every: int = _key("steps", 1000, at_least=1, fixed=False)
     tokens: int | None = _key("about how many, spread over all; null for all", None, at_least=1, fixed=False)

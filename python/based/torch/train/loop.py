@@ -305,7 +305,7 @@ class _Run:
             found = f"{self.config.training.steps}, expected at least {state.step}, which the run has made"
             raise FormatError(f"training.steps: found {found}")
         changes = [{"step": state.step, "key": k, "was": state.config.get(k), "is": now.get(k)} for k in differing]
-        for made in changes:
+        for made in changes if self.world.first else ():
             self.meter.note(f"from step {state.step} on, {made['key']} is {made['is']}; it was {made['was']}")
         return (*state.changes, *changes)
 
@@ -361,6 +361,8 @@ class _Run:
         return self.world.from_first(self._finish)
 
     def _say_how_long(self) -> None:
+        if not self.world.first:
+            return
         training = self.config.training
         left, tokens = training.steps - self.step, training.batch_size * self.config.data.sequence_length
         where = f"{self.world.size} × {self.world.device.type} in {self.precision}"

@@ -65,10 +65,12 @@ class FileEncoder(Encoder):
             raise FormatError(f"data.end_token: {where} has no token {end_token!r}")
         self.vocab_size, self.end_token_id = max(tokenizer.get_vocab().values()) + 1, end  # ids may have holes
         reset_for_whole_texts(tokenizer)
+        self.start_token_ids, ends = _added(tokenizer, where)
+        if ends:  # a document ends with the end token; a prompt that a model goes on with does not
+            _add_only(tokenizer, self.start_token_ids)
         self.json = tokenizer.to_str().encode()
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
-        self.start_token_ids = _start(tokenizer, where)
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """What the tokenizer says."""
@@ -82,15 +84,26 @@ class FileEncoder(Encoder):
         return sum(len(self._tokenizer.decode(block, skip_special_tokens=False).encode()) for block in blocks)
 
 
-def _start(tokenizer: "Tokenizer", where: str) -> tuple[int, ...]:
-    """The tokens that the post-processor puts before a text."""
-    for text in ("a", " ", "0"):
+def _added(tokenizer: "Tokenizer", where: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens that the post-processor puts before a text and after it."""
+    for text in ("a", "0", "."):
         plain = tokenizer.encode(text, add_special_tokens=False).ids
         whole = tokenizer.encode(text).ids
         for start in range(len(whole) - len(plain) + 1):
-            if plain and whole[start : start + len(plain)] == plain:
-                return tuple(whole[:start])
+            end = start + len(plain)
+            if plain and whole[start:end] == plain:
+                return tuple(whole[:start]), tuple(whole[end:])
     raise FormatError(f"{where}: its post-processor changes the tokens of a text, expected tokens before and after it")
+
+
+def _add_only(tokenizer: "Tokenizer", start: tuple[int, ...]) -> None:
+    """Replaces the post-processor by one that puts these tokens before a text."""
+    from tokenizers.processors import TemplateProcessing
+
+    names = [tokenizer.id_to_token(token) for token in start]
+    tokenizer.post_processor = TemplateProcessing(
+        single=[*names, "$A"], special_tokens=list(dict(zip(names, start, strict=True)).items())
+    )
 
 
 def make_encoder(config: Config) -> Encoder | None:
