@@ -90,7 +90,9 @@ class _Source:
 
 def _locate(path_or_id: str | os.PathLike[str], revision: str | None) -> _Source:
     if not os.fspath(path_or_id):  # Path("") is the current directory
-        raise FileNotFoundError(errno.ENOENT, "an empty text, expected a directory or a model's name at the hub", "")
+        raise FileNotFoundError(
+            errno.ENOENT, "an empty text, neither an existing directory nor a model's name at the hub (owner/name)", ""
+        )
     if "\0" in os.fspath(path_or_id):
         raise ValueError(f"path_or_id: found {os.fspath(path_or_id)!r}, expected a path: those have no NUL byte")
     path = Path(path_or_id)

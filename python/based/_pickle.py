@@ -395,7 +395,7 @@ class _Machine:
                 if name is None:
                     raise self._error(f"damaged: no opcode at byte {start}, found {code:#04x}")
                 position += 1
-                argument = None
+                argument: Any = None
                 if read := _ARGUMENTS.get(name):
                     argument, position = read(data, position)
                 if name in self.actions:

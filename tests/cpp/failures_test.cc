@@ -32,7 +32,7 @@ using Prompts = std::vector<std::vector<std::int32_t>>;
 std::shared_ptr<const Model> make_model(const std::shared_ptr<Faults>& faults) {
   RandomWeights weights(31);
   auto backend = std::make_unique<FaultyBackend>(backend::make_backend({}, 1), faults);
-  return Model::Impl::make(tiny_config(), std::move(backend), weights, DType::float32, "0123456789abcdef");
+  return Model::Impl::make(tiny_config(), std::move(backend), weights, DType::float32);
 }
 
 class Failures : public ::testing::TestWithParam<bool> {  // whether every later call fails too

@@ -14,6 +14,7 @@ import faulthandler
 import mmap
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -88,7 +89,8 @@ def main() -> int:
             command = [program, *options, f"-artifact_prefix={BUILD}/{target}-", FOLDER / "corpus" / target]
         else:
             command = [sys.executable, __file__, "--worker", target, f"--seconds={seconds}", f"--seed={args.seed}"]
-        if subprocess.run(command, cwd=BUILD).returncode != 0:
+        quiet = os.environ | {"RUST_BACKTRACE": "0"}  # of panics that are caught
+        if subprocess.run(command, env=quiet).returncode != 0:
             failed.append(target)
     if failed:
         print(f"failed: {', '.join(failed)}")
@@ -115,6 +117,7 @@ def work(target: str, seconds: float, seed: int) -> int:
     from python_targets import TARGETS
 
     call = TARGETS[target]
+    faulthandler.register(signal.SIGALRM, chain=True)  # the stack, then the end of the process
     corpus = [path.read_bytes() for path in sorted((FOLDER / "corpus" / target).iterdir())]
     kept = BUILD / f"{target}-crash"
     with kept.open("w+b") as file:  # what runs now: there whatever ends the process
@@ -125,9 +128,9 @@ def work(target: str, seconds: float, seed: int) -> int:
         def run(data: bytes) -> None:
             now[:8] = len(data).to_bytes(8, "little")
             now[8 : 8 + len(data)] = data
-            faulthandler.dump_traceback_later(TIMEOUT, exit=True)
+            signal.alarm(TIMEOUT)
             call(data)
-            faulthandler.cancel_dump_traceback_later()
+            signal.alarm(0)
 
         try:
             for data in corpus:
