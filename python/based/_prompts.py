@@ -1,6 +1,6 @@
 """The forms that a prompt may have."""
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -34,7 +34,7 @@ def as_rows(prompts: Any) -> tuple[list[Any], bool]:
     prompts = as_array(prompts)
     if isinstance(prompts, np.ndarray):
         return (list(prompts), False) if prompts.ndim == 2 else ([prompts], True)
-    if isinstance(prompts, Iterable) and not isinstance(prompts, (Sequence, Mapping, Set)):
+    if isinstance(prompts, Iterable) and not isinstance(prompts, Sequence | Mapping | set | frozenset):
         prompts = list(prompts)
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         return [prompts], True
