@@ -78,12 +78,11 @@ class Generator::Impl {
   const GenerationRequest& request(int index) const { return entry(index).request; }
   void enter(GenerationRequest request);
   void wait(int index);
-  void end_sample(int request);
 
   std::unique_ptr<Session::Impl> owned_;
   Session::Impl& session_;
   Session::Impl::Hold hold_{session_};  // the sampler's work is on this executor
-  std::deque<Entry> entries_;           // per request; those at the front that have ended are dropped
+  std::deque<Entry> entries_;           // per request; add() drops those at the front that have ended
   int num_dropped_ = 0;
   std::unique_ptr<backend::Sampler> sampler_;
   std::deque<Group> waiting_;
@@ -147,18 +146,10 @@ void Generator::Impl::wait(int index) {
 int Generator::Impl::add(GenerationRequest request) {
   if (!owned_) throw InvalidArgument("generate: a session's generator takes no more requests than it has sequences");
   if (num_requests() == std::numeric_limits<int>::max()) throw InvalidArgument("generate: too many requests");
+  for (; !entries_.empty() && entries_.front().num_running == 0; ++num_dropped_) entries_.pop_front();
   enter(std::move(request));
   wait(num_requests() - 1);
   return num_requests() - 1;
-}
-
-// A sample has ended: nobody asks for its request again once all of them have.
-void Generator::Impl::end_sample(int request_index) {
-  --entry(request_index).num_running;
-  while (owned_ && !entries_.empty() && entries_.front().num_running == 0) {
-    entries_.pop_front();
-    ++num_dropped_;
-  }
 }
 
 // An empty prompt goes on from what the sequence has seen.
@@ -227,7 +218,7 @@ bool Generator::Impl::begin_sample(const Group& group, int sample, std::int32_t 
                      session_.seen(slot));
   } catch (const std::exception& error) {
     fail(group.request, sample, error.what());
-    end_sample(group.request);
+    --entry(group.request).num_running;
     return false;
   }
   active_.push_back({group.request, sample, slot, ++last_serial_, session_.num_tokens(slot)});
@@ -313,7 +304,7 @@ void Generator::Impl::take_token(Sequence& sequence, backend::SampledToken& chos
     sequence.finished = true;
     session_.set_num_tokens(sequence.slot, sequence.num_prompt_tokens + sequence.taken);
     fail(sequence.request, sequence.sample, std::move(chosen.failure));
-    end_sample(sequence.request);
+    --entry(sequence.request).num_running;
     return;
   }
   const SamplingParams& params = request(sequence.request).params;
@@ -333,7 +324,7 @@ void Generator::Impl::take_token(Sequence& sequence, backend::SampledToken& chos
   sequence.finished = event.finish != FinishReason::none;
   session_.add_output(sequence.slot, event.token);
   ready_.push_back(std::move(event));
-  if (sequence.finished) end_sample(sequence.request);
+  if (sequence.finished) --entry(sequence.request).num_running;
 }
 
 void Generator::Impl::drop_ended() {
@@ -401,7 +392,7 @@ void Generator::Impl::finish(int request_index, int sample_index) {
     }
   for (Group& group : waiting_)
     if (group.request == request_index) ended += static_cast<int>(std::erase(group.samples, sample_index));
-  if (ended > 0) end_sample(request_index);
+  entry(request_index).num_running -= ended;
   std::erase_if(waiting_, [](const Group& group) { return group.samples.empty(); });
   settle();
 }

@@ -1,6 +1,6 @@
 """The forms that a prompt may have."""
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -38,7 +38,7 @@ def as_rows(prompts: Any) -> tuple[list[Any], bool]:
         if prompts.ndim == 2 and prompts.size > MAX_TOKEN_IDS:  # which an array of stride 0 may claim
             raise ValueError(f"prompts has {prompts.size} token ids, expected at most {MAX_TOKEN_IDS}")
         return (list(prompts), False) if prompts.ndim == 2 else ([prompts], True)
-    if isinstance(prompts, Iterable) and not isinstance(prompts, (Sequence, Mapping, Set)):
+    if isinstance(prompts, Iterable) and not isinstance(prompts, Sequence | Mapping | set | frozenset):
         prompts = list(prompts)
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         return [prompts], True

@@ -30,7 +30,9 @@ def read_pairs(context: Any, continuation: Any, reader: PromptReader) -> tuple[l
     """Pairs of token ids, and whether there was one continuation. A single context is that of all continuations."""
     contexts, one_context = as_rows(context)
     continuations, one = as_rows(continuation)
-    if one_context:
+    if one and not contexts:  # of no tokens
+        contexts = [[]]
+    elif one_context:
         contexts = contexts * len(continuations)
     if len(contexts) != len(continuations):
         raise ValueError(f"{len(contexts)} contexts, but {len(continuations)} continuations")

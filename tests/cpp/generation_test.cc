@@ -137,6 +137,32 @@ TEST_F(GenerationTest, FinishEndsRunningAndWaitingSamples) {
   EXPECT_THROW(generator.finish(0, 3), InvalidArgument);
 }
 
+TEST_F(GenerationTest, RequestsMayComeWhileOthersRun) {
+  std::map<int, std::vector<std::int32_t>> expected, found;
+  const auto request = [&](int i) { return GenerationRequest{random_tokens(3 + i % 4, i), greedy(1 + i % 5)}; };
+  Generator generator(model_, {request(0), request(1)}, 2);
+  for (int i = 0; i < 40; ++i) {
+    if (i > 1) {
+      EXPECT_EQ(generator.add(request(i)), i);
+    }
+    for (const TokenEvent& event : generator.next()) found[event.request].push_back(event.token);
+    Generator alone(model_, {request(i)}, 1);
+    while (!alone.done())
+      for (const TokenEvent& event : alone.next()) expected[i].push_back(event.token);
+  }
+  while (!generator.done())
+    for (const TokenEvent& event : generator.next()) found[event.request].push_back(event.token);
+  EXPECT_EQ(found, expected);
+  generator.finish(3, 0);  // has ended
+  EXPECT_THROW(generator.finish(40, 0), InvalidArgument);
+  EXPECT_THROW(generator.add({{}, greedy(1)}), InvalidArgument);
+  EXPECT_THROW(generator.add({random_tokens(3, 1), greedy(0)}), InvalidArgument);
+  EXPECT_TRUE(generator.done());
+  Session session(model_, 1);
+  Generator on_session(session, {request(0)});
+  EXPECT_THROW(on_session.add(request(1)), InvalidArgument);
+}
+
 TEST_F(GenerationTest, ASessionHasSeenEveryReturnedToken) {
   const std::vector<std::vector<std::int32_t>> prompts{random_tokens(10, 1), random_tokens(20, 2)};
   Session session(model_, 2);

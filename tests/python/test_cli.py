@@ -156,6 +156,7 @@ def test_prompt_from_argument_file_and_stdin(model_directory: Path, tmp_path: Pa
     file.write_text(prompt + "\n", encoding="utf-8")
     run = ["generate", "-m", model_directory, *GREEDY, "--json"]
     outputs = {ok(*run, prompt), ok(*run, "--file", file), ok(*run, stdin=prompt + "\n"), ok(*run, stdin=prompt)}
+    outputs.add(ok(*run, "-f", "-", stdin=prompt + "\n"))
     assert len(outputs) == 1
     assert json.loads(outputs.pop())["num_prompt_tokens"] == len(prompt.encode())
 
@@ -183,7 +184,11 @@ def test_only_one_newline_at_the_end_is_dropped(model_directory: Path) -> None:
         (2, "top_p", ["--top-p", "1.5", "x"], None),
         (2, "n ", ["-n", "0", "x"], None),
         (2, "max_tokens", ["--max-tokens", "0", "x"], None),
-        (2, "min_tokens", ["--min-tokens", "99", "x"], None),
+        (2, "min_tokens", ["--min-tokens", "999", "x"], None),
+        (2, "'many' is neither an integer nor none", ["--max-tokens", "many", "x"], None),
+        (2, "is no escape", ["-e", "a\\q"], None),
+        (2, "is no escape", ["-e", "--stop", "a\\", "x"], None),
+        (2, "half of a character", ["-e", "\\ud83d"], None),
         (2, "logit-bias 5", ["--logit-bias", "5", "x"], None),
         (2, "logit-bias a:1", ["--logit-bias", "a:1", "x"], None),
         (1, "300", ["--logit-bias", "300:1", "x"], None),
@@ -297,6 +302,28 @@ def test_stop_token_ids_and_min_tokens(model: based.Model, model_directory: Path
     record = sample(model_directory, *GREEDY, "--stop-token-ids", stop, "--min-tokens", 12)
     assert len(record["token_ids"]) >= 12
     assert stop not in record["token_ids"][:11]
+
+
+def test_stop_strings_that_shells_and_parsers_spoil(model_directory: Path) -> None:
+    for letter, flag in (("-", ["--stop=--"]), ("\n", ["-e", "--stop", "\\n\\n"]), ("\n", ["--stop", "\n\n"])):
+        bias = ["--logit-bias", f"{ord(letter)}:100", *GREEDY, "--max-tokens", 9]
+        record = sample(model_directory, *bias, *flag)
+        assert (record["stop_reason"], record["text"], len(record["token_ids"])) == (letter * 2, "", 2)
+    record = sample(model_directory, *GREEDY, "--logit-bias", f"{ord(chr(92))}:100", "--stop", "\\n", "--max-tokens", 9)
+    assert record["text"] == "\\" * 9
+
+
+def test_no_limit_and_special_tokens(model_directory: Path) -> None:
+    bias = [*GREEDY, "--logit-bias", "257:100"]  # <eos>, which does not end this model's texts
+    record = sample(model_directory, *bias, "--max-tokens", "none", "--stop", "<eos>")
+    assert (record["text"], record["token_ids"], record["stop_reason"]) == ("", [257], "<eos>")
+    record = sample(model_directory, *bias, "--max-tokens", 2, "--no-skip-special-tokens")
+    assert record["text"] == "<eos><eos>"
+
+
+def test_an_empty_prompt() -> None:
+    (record,) = objects(ok("generate", "--json", "--max-tokens", 2, ""))
+    assert record["num_prompt_tokens"] == 1  # the model's start token
 
 
 def test_stop_strings(model_directory: Path) -> None:
@@ -554,6 +581,95 @@ def test_tokenize_bad_input(without_tokenizer: Path) -> None:
     fails(1, "no tokenizer", "tokenize", "-m", without_tokenizer, "x")
     fails(1, "258", "tokenize", "-m", GOLDEN, "--decode", "258")
     fails(2, "integers", "tokenize", "-m", GOLDEN, "--decode", "x")
+
+
+def test_escapes_and_special_tokens_of_arguments() -> None:
+    run = ["tokenize", "-m", GOLDEN]
+    spelled = r"a\n\t\r\\\0\x41\u00e9\ud83d\ude00\'\""
+    text = "a\n\t\r\\\0\x41\u00e9\U0001f600'\""
+    assert json.loads(ok(*run, "--json", "-e", spelled))["text"] == text
+    assert json.loads(ok(*run, "--json", spelled))["text"] == spelled
+    assert json.loads(ok(*run, "--json", "-e", stdin=spelled))["text"] == spelled  # an argument's alone
+    assert ok(*run, "<eos>") == "257\n"
+    assert ok(*run, "--split-special-tokens", "<eos>") == "60 101 111 115 62\n"
+
+
+def test_a_truncating_tokenizer_truncates_nothing(model_directory: Path, tmp_path: Path) -> None:
+    for change in ("truncation", "padding"):
+        tokenizer = Tokenizer.from_file(str(GOLDEN / "tokenizer.json"))
+        if change == "truncation":
+            tokenizer.enable_truncation(3)
+        else:
+            tokenizer.enable_padding(length=32, pad_id=256)
+        file = tmp_path / f"{change}.json"
+        file.write_text(tokenizer.to_str())
+        assert ok("tokenize", "-m", model_directory, "--tokenizer", file, "Hello") == "72 101 108 108 111\n"
+        (record,) = objects(
+            ok("generate", "-m", model_directory, "--tokenizer", file, "--json", "--max-tokens", 1, "Hello")
+        )
+        assert record["num_prompt_tokens"] == 5
+
+
+# ---- perplexity ------------------------------------------------------------------------------------------------------
+
+
+def test_perplexity(model: based.Model, model_directory: Path, tmp_path: Path) -> None:
+    text = "Grüße, 世界! <eos> " * 9
+    file = tmp_path / "text.txt"
+    file.write_text(text)
+    ids = list(text.encode())
+    run = ["perplexity", "-m", model_directory]
+    whole = json.loads(ok(*run, "--json", file))
+    loss = -model.score(ids).mean(dtype=np.float64)
+    assert (whole["tokens"], whole["bytes"], whole["window"], whole["stride"]) == (
+        len(ids) - 1,
+        len(ids) - 1,
+        None,
+        None,
+    )
+    assert whole["loss"] == pytest.approx(loss, rel=1e-5)
+    assert whole["perplexity"] == pytest.approx(np.exp(loss), rel=1e-4)
+    assert whole["bits_per_byte"] == pytest.approx(loss / np.log(2), rel=1e-5)
+    assert ok(*run, "-", stdin=text) == ok(*run, file)
+    assert f"{len(ids) - 1} tokens, {len(ids) - 1} bytes (whole)\n" in ok(*run, file)
+    assert f"{whole['bits_per_byte']:.4f}\n" in ok(*run, file)
+
+    for window, stride in ((40, 13), (50, None), (9, 8), (500, 100)):
+        flags = [] if stride is None else ["--stride", stride]
+        found = json.loads(ok(*run, "--json", "--window", window, *flags, file))
+        stride = stride or window // 2
+        total, counted = 0.0, 1
+        for begin in range(0, len(ids), stride):
+            end = min(begin + window, len(ids))
+            if end > counted:
+                total -= model.score(ids[begin:end])[counted - end :].sum(dtype=np.float64)
+                counted = end
+        assert (found["tokens"], found["window"], found["stride"]) == (len(ids) - 1, window, stride)
+        assert found["loss"] * (len(ids) - 1) == pytest.approx(total, rel=1e-5)
+    if window >= len(ids):
+        assert found["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_perplexity_begins_with_the_start_token(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("def f(x):\n")
+    model = based.load()
+    found = json.loads(ok("perplexity", "--json", file))
+    assert (found["tokens"], found["bytes"]) == (10, 10)
+    assert found["loss"] == pytest.approx(-model.score([256, *b"def f(x):\n"]).mean(dtype=np.float64), rel=1e-5)
+
+
+def test_perplexity_bad_input(model_directory: Path, without_tokenizer: Path, tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("a")
+    run = ["perplexity", "-m", model_directory]
+    fails(1, "expected a longer text", *run, file)
+    fails(1, "No such file", *run, tmp_path / "absent")
+    fails(1, "stdin: byte 1 is not UTF-8", *run, "-", stdin=b"a\xff")
+    fails(1, "no tokenizer", "perplexity", "-m", without_tokenizer, file)
+    fails(2, "--window", *run, "--stride", 5, file)
+    for window, stride in ((1, 1), (8, 8), (8, 9)):
+        fails(2, "expected a window", *run, "--window", window, "--stride", stride, file)
 
 
 def test_the_golden_tokenizer_is_of_bytes() -> None:

@@ -670,3 +670,256 @@ def test_progress_is_for_terminals(model, capsys, monkeypatch):
     assert "2/2 samples, 48 tokens" in found.err
     model.generate("a", greedy())
     assert capsys.readouterr() == ("", "")
+
+
+# ---- many prompts ----------------------------------------------------------------------------------------------------
+
+
+def texts_of(outputs):
+    return [[completion.text for completion in output.outputs] for output in outputs]
+
+
+def test_prompts_of_any_iterable(model):
+    params = greedy(max_tokens=4)
+    prompts = ["a", "bc", "d" * 9]
+    expected = model.generate(prompts, params)
+    assert [output.index for output in expected] == [0, 1, 2]
+    for form in (tuple(prompts), iter(prompts), (p for p in prompts), dict.fromkeys(prompts).keys(), map(str, prompts)):
+        assert model.generate(form, params) == expected
+    assert model.generate((i for i in (1, 2, 3)), params) == model.generate([1, 2, 3], params)
+    each = [greedy(max_tokens=n) for n in (1, 2, 3)]
+    assert model.generate(iter(prompts), iter(each)) == model.generate(prompts, each)
+    assert model.generate(iter([])) == []
+    session = model.session(3)
+    assert texts_of(session.generate(iter(prompts), params)) == texts_of(expected)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("batch", [1, 3, 16, None])
+def test_generate_iter_is_generate(model, batch, ordered):
+    prompts = [None if i % 5 == 3 else "abc"[: 1 + i % 3] for i in range(23)]
+    params = [based.SamplingParams(max_tokens=1 + i % 7, n=1 + i % 4, seed=i) for i in range(23)]
+    expected = model.generate(prompts, params)
+    found = list(model.generate_iter(iter(prompts), iter(params), max_batch_size=batch, ordered=ordered))
+    indices = [output.index for output in found]
+    assert indices == list(range(23)) if ordered else sorted(indices) == list(range(23))
+    assert [output.outputs for output in sorted(found, key=lambda output: output.index)] == [
+        output.outputs for output in expected
+    ]
+
+
+def test_generate_iter_takes_prompts_when_it_has_room(model):
+    """Endless prompts: a result comes after two batches of them at most, and the number taken stays near that given."""
+    taken = itertools.count()
+    outputs = model.generate_iter(
+        ("a" * (1 + next(taken) % 3) for _ in itertools.count()), greedy(max_tokens=2), max_batch_size=4
+    )
+    for count in range(1, 30):
+        next(outputs)
+        assert next(taken) <= count + 3 * 4 + count  # this line takes one, too
+    outputs.close()
+    assert list(outputs) == []
+    with pytest.raises(TypeError, match=r"generate_iter\(\[prompt\]\)"):
+        model.generate_iter("a")
+
+    def breaks():
+        yield "a"
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(model.generate_iter(breaks()))
+
+
+def test_results_that_came_before_a_slow_prompt_are_not_held(model):
+    params = [greedy(max_tokens=200), *[greedy(max_tokens=1)] * 5]
+    outputs = model.generate_iter(["a"] * 6, params, max_batch_size=2, ordered=False)
+    assert [output.index for output in outputs] == [1, 2, 3, 4, 5, 0]
+
+
+def test_a_generator_forgets_what_has_ended(model):
+    generator = based._core.Generator(model._core, [[1]], [greedy(max_tokens=2, n=3)], 2)
+    seen = {0: 0}
+    for number in range(1, 200):
+        assert generator.add([number % 250], greedy(max_tokens=1 + number % 3)) == number
+        for event in generator.next():
+            seen[event.request] = seen.get(event.request, 0) + 1
+            generator.finish(0, 0)
+    while not generator.done():
+        for event in generator.next():
+            seen[event.request] = seen.get(event.request, 0) + 1
+    assert seen.pop(0) <= 6
+    assert seen == {number: 1 + number % 3 for number in range(1, 200)}
+    generator.finish(5, 0)  # has ended
+    with pytest.raises(ValueError, match="no sample 0 of request 200"):
+        generator.finish(200, 0)
+    with pytest.raises(ValueError, match="token id 258"):
+        generator.add([258], greedy())
+    session = model.session()
+    with pytest.raises(ValueError, match="no more requests"):
+        based._core.Generator(session._core, [[1]], [greedy()]).add([1], greedy())
+
+
+def test_default_batch_size(monkeypatch):
+    from based import _devices
+
+    size = _devices.default_batch_size
+    monkeypatch.setattr(_devices, "_available_memory", lambda: 400_000)
+    gpu = _devices.DeviceInfo("cuda:1", "a GPU", "sm_90", 10_000_000, 8_000_000, None)
+    monkeypatch.setattr(_devices, "devices", lambda: [gpu])
+    assert [size("cpu", nbytes) for nbytes in (10, 3_125, 10_000, 1_000_000)] == [32, 32, 10, 1]
+    assert [size("cuda:1", nbytes) for nbytes in (10, 10_000, 5_000_000)] == [1024, 400, 1]
+
+
+def test_available_memory_is_of_this_machine():
+    from based import _devices
+
+    assert 1 << 20 < _devices._available_memory() < 1 << 50
+
+
+# ---- special tokens, no limit, nothing to begin with -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_ends(model):
+    """The golden model with bos 256 and eos 257, which are its tokenizer's <bos> and <eos>."""
+    config = json.loads(model.config.to_json()) | {"bos_token_id": 256, "eos_token_id": 257}
+    ending = based.Model.random(based.ModelConfig.from_json(json.dumps(config)), device="cpu")
+    ending._tokenizer = model._tokenizer
+    return ending
+
+
+@pytest.mark.parametrize("stop", ["<eos>", ["never", "<eos>"], "a<eos>", "<eos><eos>", "<eos>a"])
+def test_stop_strings_with_special_tokens(with_ends, stop):
+    bias = dict.fromkeys([97, 257], 90.0)
+    params = based.SamplingParams(ignore_eos=True, max_tokens=200, seed=4, temperature=5, logit_bias=bias)
+    free = with_ends.generate("x", params)[0].outputs[0]
+    raw = "".join("a" if token == 97 else "<eos>" for token in free.token_ids)
+    wanted = stop if isinstance(stop, str) else stop[-1]
+    before = raw[: raw.index(wanted)]
+    for skip in (True, False):
+        for include in (False, True):
+            params = based.SamplingParams(
+                ignore_eos=True, max_tokens=200, seed=4, temperature=5, logit_bias=bias, stop=stop,
+                skip_special_tokens=skip, include_stop_str_in_output=include,
+            )  # fmt: skip
+            found = with_ends.generate("x", params)[0].outputs[0]
+            assert (found.finish_reason, found.stop_reason) == ("stop", wanted)
+            shown = before.replace("<eos>", "") if skip else before
+            assert found.text == shown + (wanted if include else "")
+            ended = "".join("a" if token == 97 else "<eos>" for token in found.token_ids)
+            assert ended == before + wanted
+            assert "".join(chunk.text for chunk in with_ends.stream("x", params)) == found.text
+
+
+def test_special_tokens_in_the_text(with_ends):
+    params = greedy(max_tokens=3, ignore_eos=True, logit_bias={257: 100.0})
+    assert with_ends.generate("x", params)[0].outputs[0].text == ""
+    params.skip_special_tokens = False
+    assert with_ends.generate("x", params)[0].outputs[0].text == "<eos>" * 3
+    params.ignore_eos = False
+    assert with_ends.generate("x", params)[0].outputs[0].text == ""
+    params.include_stop_str_in_output = True
+    assert with_ends.generate("x", params)[0].outputs[0].text == "<eos>"
+
+
+def test_special_tokens_in_a_prompt(with_ends):
+    letters = list(b"a<eos>")
+    assert with_ends.encode("a<eos>") == [97, 257]
+    assert with_ends.encode("a<eos>", split_special_tokens=True) == letters
+    options = {"split_special_tokens": True}
+    expected = with_ends.generate([letters], greedy())[0].outputs[0]
+    assert with_ends.generate(["a<eos>"], greedy(), **options)[0].outputs == [expected]
+    assert next(with_ends.generate_iter(["a<eos>"], greedy(), **options)).outputs == [expected]
+    assert joined(list(with_ends.stream("a<eos>", greedy(), **options)))[0] == expected.text
+    sessions = [with_ends.session() for _ in range(3)]
+    assert sessions[0].generate("a<eos>", greedy(), **options)[0].outputs == [expected]
+    assert joined(list(sessions[1].stream("a<eos>", greedy(), **options)))[0] == expected.text
+    sessions[2].prefill("a<eos>", **options)
+    assert sessions[2].num_tokens == [len(letters)]
+
+
+def test_no_limit(with_ends):
+    params = based.SamplingParams(max_tokens=None, min_tokens=30, temperature=0, logit_bias={257: 100.0})
+    found = with_ends.generate("x", params)[0].outputs[0]
+    assert (len(found.token_ids), found.finish_reason) == (31, "stop")
+    session = with_ends.session()
+    assert len(list(session.stream("x", params))) == 31
+    assert session.num_tokens == [32]
+    assert len(list(itertools.islice(with_ends.stream("x", based.SamplingParams(max_tokens=None)), 300))) > 0
+    assert based.SamplingParams(max_tokens=None).max_tokens is None
+    with pytest.raises(ValueError, match="max_tokens is 0, expected at least 1"):
+        based.SamplingParams(max_tokens=0)
+
+
+def test_an_empty_prompt_is_the_start_token(with_ends):
+    expected = with_ends.generate([256], greedy())[0]
+    for prompt in ("", [], np.zeros(0, np.int64)):
+        found = with_ends.generate([prompt, "a"], greedy())[0]
+        assert (found.prompt_token_ids, found.outputs) == ([256], expected.outputs)
+        session = with_ends.session()
+        assert session.generate([prompt], greedy())[0].outputs == expected.outputs
+        assert session.num_tokens == [25]
+        session.generate([prompt], greedy(max_tokens=2))  # goes on
+        assert session.num_tokens == [27]
+    np.testing.assert_array_equal(with_ends.forward(""), with_ends.forward([256]))
+    assert with_ends.encode("") == [256]
+
+
+# ---- continuations ---------------------------------------------------------------------------------------------------
+
+
+def test_scores_of_continuations(model):
+    contexts = ["Hello", "Hello", "a", "Hello"]
+    continuations = [" there", "!", "bcd", " there"]
+    found = model.score(contexts, continuations)
+    for context, continuation, score in zip(contexts, continuations, found, strict=True):
+        ids = [*(context + continuation).encode()]
+        assert score.token_ids == ids[len(context) :]
+        expected = model.score(ids)[len(context) - 1 :]
+        np.testing.assert_allclose(score.logprobs, expected, atol=1e-4)
+        assert score.logprob == pytest.approx(expected.sum(), abs=1e-3)
+        likeliest = model.forward(ids)[len(context) - 1 : -1].argmax(axis=1)
+        assert score.is_greedy == (likeliest.tolist() == score.token_ids)
+    assert model.score("Hello", continuations)[:2] == found[:2]
+    assert model.score(contexts, continuations, max_batch_size=1) == found
+    assert model.score([*b"Hello"], [*b" there"]) == found[0] == model.score("Hello", " there")
+    greedy_text = model.generate([*b"Hello"], greedy(max_tokens=5))[0].outputs[0].token_ids
+    assert model.score("Hello", greedy_text).is_greedy
+    assert not model.score("Hello", [greedy_text[0] ^ 1, *greedy_text[1:]]).is_greedy
+
+
+def test_continuations_whose_tokens_reach_into_the_context(with_ends):
+    """The tokens of the whole text are scored, from the first on that the context alone does not have."""
+    from based._tokenizer import LazyTokenizer
+    from tokenizers_of_all_kinds import KINDS
+
+    for kind, context, continuation, expected in [
+        ("llama_with_start", "h", "e", ["▁", "he"]),
+        ("llama", "hello", " world", None),
+        ("llama", "hello ", "world", None),
+    ]:
+        tokenizer = KINDS[kind]()
+        config = json.loads(with_ends.config.to_json()) | {"vocab_size": 320, "padded_vocab_size": 320}
+        other = based.Model.random(based.ModelConfig.from_json(json.dumps(config)), device="cpu")
+        other._tokenizer = LazyTokenizer(lambda tokenizer=tokenizer: tokenizer)
+        whole = tokenizer.encode(context + continuation).ids
+        score = other.score(context, continuation)
+        assert whole[-len(score.token_ids) :] == score.token_ids
+        np.testing.assert_allclose(score.logprobs, other.score(whole)[-len(score.token_ids) :], atol=1e-4)
+        if expected is not None:
+            assert [tokenizer.id_to_token(id) for id in score.token_ids] == expected
+
+
+def test_scores_without_a_context(model, with_ends):
+    expected = with_ends.score([256, *b"abc"])
+    for context, continuation in (("", "abc"), ([], [*b"abc"]), ("", [*b"abc"])):
+        np.testing.assert_allclose(with_ends.score(context, continuation).logprobs, expected, atol=1e-4)
+    with pytest.raises(ValueError, match="context 0 is empty"):
+        model.score("", "abc")
+    with pytest.raises(ValueError, match="continuation 1 is empty"):
+        model.score("a", ["b", ""])
+    with pytest.raises(ValueError, match="2 contexts, but 3 continuations"):
+        model.score(["a", "b"], ["c"] * 3)
+    with pytest.raises(ValueError, match="max_batch_size"):
+        model.score("a", "b", max_batch_size=0)
+    assert model.score([], []) == []

@@ -31,7 +31,7 @@ yaml = pytest.importorskip("yaml")
 torch.set_num_threads(1)  # tensors are small here, and a thread that waits for its turn stops all
 
 from based.torch import BasedForCausalLM
-from based.torch.train import Meter, Result, data, loop, read_config, train, training_checkpoint
+from based.torch.train import Meter, Result, data, loop, read_config, tokens, train, training_checkpoint
 from based.torch.train.config import Config, tables
 from based.torch.train.data import Dataset, Windows, pack, validation_windows
 from based.torch.train.tokens import byte_tokenizer, make_encoder
@@ -647,6 +647,21 @@ def test_an_end_token_in_a_text_is_text(config: Path) -> None:
         assert encoder.encode(["a<|endoftext|>é"])[0].tolist() == list("a<|endoftext|>é".encode())
     with pytest.raises(based.FormatError, match=r"data.end_token: .* has no token '</s>'"):
         make_encoder(read_config(config, ["data.tokenizer=tokenizer.json", "data.end_token=</s>"]))
+
+
+def test_whole_documents_whatever_the_tokenizer_cuts(config: Path) -> None:
+    """What is stored beside the model reads whole texts, too."""
+    tokenizer = byte_tokenizer("<|endoftext|>")
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=64, pad_id=256)
+    (config.parent / "tokenizer.json").write_text(tokenizer.to_str())
+    encoder = make_encoder(read_config(config, ["data.tokenizer=tokenizer.json"]))
+    assert encoder is not None
+    assert encoder.encode(["a" * 9])[0].tolist() == [97] * 9
+    stored = json.loads(encoder.json)
+    assert (stored["truncation"], stored["padding"]) == (None, None)
+    direct = tokens.FileEncoder(tokenizer, "<|endoftext|>", "here")
+    assert direct.json == encoder.json
 
 
 # ---- windows ---------------------------------------------------------------------------------------------------------

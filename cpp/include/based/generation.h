@@ -49,7 +49,7 @@ class Generator {
   Generator& operator=(const Generator&) = delete;
 
   /// Gives a generator with a session of its own one more request, at any time between two calls; returns its number.
-  /// Of a request that has ended nothing is kept once all before it have ended. Throws InvalidArgument.
+  /// Forgets the first requests, as far as they have ended. Throws InvalidArgument.
   int add(GenerationRequest request);
 
   bool done() const;
