@@ -17,6 +17,7 @@ namespace {
 py::int_ to_index(py::handle value, const std::string& name) {
   if (!PyBool_Check(value.ptr())) {
     if (PyObject* index = PyNumber_Index(value.ptr())) return py::reinterpret_steal<py::int_>(index);
+    if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();  // what its __index__ raised
     PyErr_Clear();
   }
   throw py::type_error(name + " must be an integer, not " + describe(value));
@@ -57,6 +58,7 @@ double to_double(py::handle value, const std::string& name) {
   if (is_number(value)) {
     const double result = PyFloat_AsDouble(value.ptr());
     if (!PyErr_Occurred()) return result;
+    if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();  // what its __float__ raised
     PyErr_Clear();
   }
   throw py::type_error(name + " must be a number, not " + describe(value));

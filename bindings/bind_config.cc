@@ -26,6 +26,13 @@ struct MixerField {
   std::string_view meaning;
 };
 
+}  // namespace
+
+template <>
+inline constexpr bool is_bound<MixerField> = true;
+
+namespace {
+
 MixerField describe_field(std::string_view key, const domain::Integer& range, std::string_view meaning) {
   const std::string low = std::to_string(range.low);
   if (!range.limit.empty())

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,10 @@ from based._tokenizer import LazyTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+
+QUICK = 1 << 14
+"""Characters, or tokens, of a prompt that takes some milliseconds to prepare."""
 
 
 @dataclass(slots=True)
@@ -51,7 +55,11 @@ def encode(prompt: Any, tokenizer: LazyTokenizer, *, add_special_tokens: bool) -
     """Token ids of a text; anything else as it is."""
     if not isinstance(prompt, str):
         return prompt
-    ids: list[int] = tokenizer.require("a text prompt").encode(prompt, add_special_tokens=add_special_tokens).ids
+    loaded = tokenizer.require("a text prompt")
+    if len(prompt) > QUICK:  # a batch lets other threads run Python; encode() does not
+        ids: list[int] = loaded.encode_batch_fast([prompt], add_special_tokens=add_special_tokens)[0].ids
+    else:
+        ids = loaded.encode(prompt, add_special_tokens=add_special_tokens).ids
     return ids
 
 
@@ -80,29 +88,32 @@ class Run:
         loaded = tokenizer.get() if wants_text else tokenizer.get_or_warn()
         self._samples = [[_Sample(r, i, loaded, eos_token_id) for i in range(r.params.n)] for r in requests]
 
-    def chunks(self) -> Iterator[tuple[int, StreamChunk]]:
+    def chunks(self) -> Generator[tuple[int, StreamChunk], None, None]:
         """(request, chunk), a chunk per token, until all have finished.
 
-        When it is closed or raises, a session is left having seen every token that came.
+        When it is closed or raises, a session is left having seen every token that was yielded.
         """
         generator = self._generator
+        read = True
         try:
             while not generator.done():
+                read = False
                 for event in generator.next():
                     chunk = self._samples[event.request][event.sample].add(event)
+                    read = True
+                    yield event.request, chunk
                     if chunk.finish_reason is not None and event.finish is _core.FinishReason.none:
                         generator.finish(event.request, event.sample)
-                    yield event.request, chunk
         except BaseException:
             if self._continues_session:
                 for request in range(len(self.requests)):
-                    generator.finish(request, 0)
+                    generator.finish(request, 0, unread=not read)
             raise
 
     def collect(self, *, progress: bool = False) -> list[RequestOutput]:
         """Runs to the end."""
         chunks: list[list[list[StreamChunk]]] = [[[] for _ in range(r.params.n)] for r in self.requests]
-        shown = progress and sys.stderr.isatty()
+        shown = progress and sys.stderr is not None and sys.stderr.isatty()
         with _ProgressBar(sum(r.params.n for r in self.requests)) if shown else contextlib.nullcontext() as bar:
             for request, chunk in self.chunks():
                 chunks[request][chunk.index].append(chunk)
@@ -118,10 +129,14 @@ class Run:
         self._generator.cancel()
 
 
-async def asynchronously(run: Run) -> AsyncIterator[StreamChunk]:
-    """run.chunks(), each step in a thread. When cancelled, waits for the step under way, which stops early."""
+async def asynchronously(prepared: "Run | Callable[[], Run]") -> AsyncIterator[StreamChunk]:
+    """chunks() of a run, or of one that is made in a thread; each step in a thread.
+
+    When cancelled, waits for the step under way, which stops early.
+    """
     import asyncio
 
+    run = prepared if isinstance(prepared, Run) else await asyncio.to_thread(prepared)
     chunks = run.chunks()
     step: asyncio.Future[tuple[int, StreamChunk] | None] | None = None
     try:
@@ -135,7 +150,7 @@ async def asynchronously(run: Run) -> AsyncIterator[StreamChunk]:
         if step is not None and not step.done():
             run.cancel()
             await asyncio.gather(step, return_exceptions=True)
-        chunks.close()  # type: ignore[attr-defined]
+        chunks.close()
 
 
 class _Sample:

@@ -1,6 +1,7 @@
 """A model: immutable weights, shared by any number of sessions and threads."""
 
-from collections.abc import AsyncIterator, Generator, Sequence
+import functools
+from collections.abc import AsyncIterator, Generator, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -9,7 +10,7 @@ import numpy.typing as npt
 
 from based import _core
 from based._devices import choose_device
-from based._generate import Run, asynchronously, encode, make_requests
+from based._generate import QUICK, Run, asynchronously, encode, make_requests
 from based._outputs import RequestOutput, StreamChunk
 from based._prompts import Prompt, Prompts, as_array, as_list
 from based._session import Logits, Session, vocabulary
@@ -194,8 +195,14 @@ class Model:
         return (chunk for _, chunk in run.chunks())
 
     def astream(self, prompt: Prompt, params: Params = None) -> AsyncIterator[StreamChunk]:
-        """As stream, for `async for`: steps run in a thread; cancelling the task or closing stops them."""
-        return asynchronously(self._run([as_array(prompt)], params))
+        """As stream, for `async for`: the work is done in threads; cancelling the task or closing stops it.
+
+        Loading the tokenizer and reading a long prompt are part of that work: their errors come with the first chunk.
+        """
+        prompt = as_array(prompt)
+        prepare = functools.partial(self._run, [prompt], params)
+        is_quick = self._tokenizer.is_loaded and isinstance(prompt, Sized) and len(prompt) <= QUICK
+        return asynchronously(prepare() if is_quick else prepare)
 
     def session(self, batch_size: int | None = None, *, states: Sequence[_core.State] | None = None) -> Session:
         """A session of `batch_size` sequences (by default 1) that have seen nothing, or one that starts from states.
