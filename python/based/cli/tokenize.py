@@ -4,7 +4,6 @@ Ids are written on one line, separated by spaces; they are read separated by spa
 """
 
 import argparse
-import json
 
 from based.cli import _common
 
@@ -34,6 +33,6 @@ def run(args: argparse.Namespace) -> None:
         ids = list(tokenizer.encode(text).ids)
     if args.json:
         tokens = [tokenizer.id_to_token(token) for token in ids]
-        print(json.dumps({"text": text, "token_ids": ids, "tokens": tokens}, ensure_ascii=False))
+        print(_common.to_json({"text": text, "token_ids": ids, "tokens": tokens}))
     else:
         print(text if args.decode else " ".join(map(str, ids)))
