@@ -164,6 +164,8 @@ class Session:
 
     def restore(self, sequence: int, state: _core.State) -> None:
         """Makes a sequence what the state says, bit for bit. Raises StateError for a state of another model."""
+        if state is None:
+            raise TypeError("state must be a State, not None")
         with self._turn():
             self._core.restore(sequence, state)
 
