@@ -16,7 +16,7 @@ void bind_bandwidth(py::module_& m) {
         const int threads = num_threads.get("num_threads").value_or(0);
         const std::int64_t size = nbytes.get("nbytes");
         if (size < 0) throw py::value_error("nbytes is " + std::to_string(size) + ", expected ≥ 0");
-        const py::gil_scoped_release nogil;
+        const ReleaseGil nogil;
         return cpu::measure_read_bandwidth(threads, static_cast<std::size_t>(size));
       },
       py::arg("num_threads") = py::none(), py::arg("nbytes") = std::int64_t{1} << 30,

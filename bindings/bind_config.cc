@@ -28,6 +28,13 @@ struct MixerField {
   std::string_view meaning;
 };
 
+}  // namespace
+
+template <>
+inline constexpr bool is_bound<MixerField> = true;
+
+namespace {
+
 MixerField describe_field(std::string_view key, const domain::Integer& range, std::string_view meaning) {
   const std::string low = std::to_string(range.low);
   if (!range.limit.empty())
@@ -242,7 +249,7 @@ void bind_config(py::module_& m) {
       [](const py::bytes& text, const Text& where) {
         const std::string_view view = text;
         const std::string name = to_text(where, "where");
-        const py::gil_scoped_release nogil;
+        const ReleaseGil nogil;
         io::Json::parse(view, name);
       },
       py::arg("text"), py::arg("where"),

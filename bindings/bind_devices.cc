@@ -8,7 +8,7 @@
 namespace based::python {
 
 void bind_devices(py::module_& m) {
-  using NoGil = py::call_guard<py::gil_scoped_release>;
+  using NoGil = py::call_guard<ReleaseGil>;
   py::class_<DeviceDescription>(m, "DeviceDescription", "The CPU, or a GPU of this machine.")
       .def_property_readonly("device", [](const DeviceDescription& d) { return d.device.str(); })
       .def_readonly("name", &DeviceDescription::name)

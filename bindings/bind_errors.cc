@@ -105,19 +105,31 @@ void bind_errors(py::module_& m) {
     return types;
   });
   py::register_local_exception_translator(&translate);
+  is_main_thread();  // imports what it needs
 }
+
+namespace {
+
+void check_signals() {
+  const AcquireGil gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+}  // namespace
 
 InterruptCheck interrupt_check(std::shared_ptr<const std::atomic<bool>> cancelled) {
   using Clock = std::chrono::steady_clock;
-  return [cancelled = std::move(cancelled), last = Clock::now()]() mutable {
+  return [cancelled = std::move(cancelled), handles_signals = is_main_thread(), last = Clock::now()]() mutable {
     if (cancelled && cancelled->load(std::memory_order_relaxed)) throw Error("cancelled");
+    if (!handles_signals) return;
     // Taking the GIL from a busy Python thread costs up to its switch interval (5 ms): not at every call.
     const Clock::time_point now = Clock::now();
     if (now - last < std::chrono::milliseconds(20)) return;
     last = now;
-    const py::gil_scoped_acquire gil;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    check_signals();
   };
 }
+
+InterruptCheck last_interrupt_check() { return is_main_thread() ? InterruptCheck(&check_signals) : InterruptCheck(); }
 
 }  // namespace based::python

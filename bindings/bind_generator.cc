@@ -16,6 +16,15 @@ namespace based::python {
 
 namespace {
 
+class SharedGenerator;
+
+}  // namespace
+
+template <>
+inline constexpr bool is_bound<SharedGenerator> = true;
+
+namespace {
+
 /// A Generator that refuses a second thread, and that any thread may cancel.
 class SharedGenerator {
  private:
@@ -37,12 +46,16 @@ class SharedGenerator {
     return guarded([this] { return generator_.done(); });
   }
   std::vector<TokenEvent> next() {
-    return guarded([this] { return generator_.next(interrupt_check(cancelled_)); });
+    const InterruptCheck interrupt = interrupt_check(cancelled_), last_interrupt = last_interrupt_check();
+    const ReleaseGil nogil;
+    return guarded([&] { return generator_.next(interrupt, last_interrupt); });
   }
-  void finish(int request, int sample) {
-    guarded([&] { generator_.finish(request, sample); });
+  void finish(int request, int sample, bool unread) {
+    const ReleaseGil nogil;
+    guarded([&] { generator_.finish(request, sample, unread); });
   }
   int add(GenerationRequest request) {
+    const ReleaseGil nogil;
     return guarded([&] { return generator_.add(std::move(request)); });
   }
   void cancel() { cancelled_->store(true); }
@@ -109,36 +122,35 @@ void bind_generator(py::module_& m) {
       },
       py::arg("max_batch_size"), "The number itself. Raises TypeError and ValueError.");
 
-  using NoGil = py::call_guard<py::gil_scoped_release>;
   py::class_<SharedGenerator>(m, "Generator", "Runs requests to their ends, one token per sequence and call.")
       .def(py::init([](const std::shared_ptr<Model>& model, const Prompts& prompt_ids,
                        const std::vector<TextSamplingParams>& params, const Arg<int>& max_batch_size) {
              auto list = requests(prompt_ids, params, model->config().vocab_size, false);
              const int batch = max_batch_size.get("max_batch_size");
-             const py::gil_scoped_release nogil;
+             const ReleaseGil nogil;
              return std::make_unique<SharedGenerator>(model, std::move(list), batch);
            }),
-           py::arg("model"), py::arg("prompts"), py::arg("params"), py::arg("max_batch_size"),
+           py::arg("model").none(false), py::arg("prompts"), py::arg("params"), py::arg("max_batch_size"),
            "On a session of its own, of at most `max_batch_size` sequences.")
       .def(
           py::init([](Session& session, const Prompts& prompt_ids, const std::vector<TextSamplingParams>& params) {
             auto list = requests(prompt_ids, params, session.model()->config().vocab_size, true);
-            const py::gil_scoped_release nogil;
+            const ReleaseGil nogil;
             return std::make_unique<SharedGenerator>(session, std::move(list));
           }),
           py::arg("session"), py::arg("prompts"), py::arg("params"), py::keep_alive<1, 2>(),
           "On a session: request i continues sequence i, from where it is when its prompt is empty; every n must be 1.")
       .def("done", &SharedGenerator::done)
-      .def("next", &SharedGenerator::next, NoGil(),
-           "Advances every running sequence by one token. Empty only when done().")
-      .def("finish", &SharedGenerator::finish, py::arg("request"), py::arg("sample"), NoGil(),
-           "Ends a sample early. No effect on one that has ended.")
+      .def("next", &SharedGenerator::next, "Advances every running sequence by one token. Empty only when done().")
+      .def(
+          "finish", &SharedGenerator::finish, py::arg("request"), py::arg("sample"), py::arg("unread") = false,
+          "Ends a sample early. No effect on one that has ended. unread: what the last next() gave of it was not read, "
+          "so that a session must not see it.")
       .def(
           "add",
           [](SharedGenerator& self, const TokenIds& ids, const TextSamplingParams& params) {
             constexpr std::int64_t kAnyId = std::int64_t{1} << 31;  // the generator knows the vocabulary
             GenerationRequest request{token_ids(ids, kAnyId, "prompt"), params};
-            const py::gil_scoped_release nogil;
             return self.add(std::move(request));
           },
           py::arg("prompt"), py::arg("params"),

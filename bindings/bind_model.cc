@@ -42,20 +42,22 @@ std::vector<std::int32_t> ids_for(const Model& model, const TokenIds& ids) {
 
 py::array_t<float> score(const Model& model, const TokenIds& ids) {
   const auto tokens = ids_for(model, ids);
+  const InterruptCheck interrupt = interrupt_check();
   std::vector<float> scores;
   {
-    const py::gil_scoped_release nogil;
-    scores = model.score(tokens, interrupt_check());
+    const ReleaseGil nogil;
+    scores = model.score(tokens, interrupt);
   }
   return py::array_t<float>(static_cast<py::ssize_t>(scores.size()), scores.data());
 }
 
 py::dict trace(const Model& model, const TokenIds& ids) {
   const auto tokens = ids_for(model, ids);
+  const InterruptCheck interrupt = interrupt_check();
   LayerTrace trace;
   {
-    const py::gil_scoped_release nogil;
-    trace = model.trace(tokens, interrupt_check());
+    const ReleaseGil nogil;
+    trace = model.trace(tokens, interrupt);
   }
   py::dict result;
   const auto arrays = [](const std::vector<Tensor>& tensors) {
@@ -79,7 +81,7 @@ void bind_model(py::module_& m) {
           [](const std::filesystem::path& directory, const std::string& device, const std::optional<std::string>& dtype,
              const Arg<std::optional<int>>& num_threads, const Arg<bool>& deterministic) {
             const LoadOptions options = load_options(device, dtype, num_threads, deterministic);
-            const py::gil_scoped_release nogil;
+            const ReleaseGil nogil;
             return mutable_holder(Model::load(directory, options));
           },
           py::arg("directory"), py::kw_only(), py::arg("device") = Device{}.str(), py::arg("dtype") = py::none(),
@@ -93,7 +95,7 @@ void bind_model(py::module_& m) {
              const Arg<bool>& deterministic) {
             const LoadOptions options = load_options(device, dtype, num_threads, deterministic);
             const std::uint64_t number = seed.get("seed");
-            const py::gil_scoped_release nogil;
+            const ReleaseGil nogil;
             return mutable_holder(Model::random(config, number, options));
           },
           py::arg("config"), py::arg("seed") = 0, py::kw_only(), py::arg("device") = Device{}.str(),
@@ -119,8 +121,9 @@ void bind_model(py::module_& m) {
           "forward",
           [](const Model& model, const TokenIds& ids) {
             const auto tokens = ids_for(model, ids);
-            const py::gil_scoped_release nogil;
-            return PyTensor(model.forward(tokens, interrupt_check()));
+            const InterruptCheck interrupt = interrupt_check();
+            const ReleaseGil nogil;
+            return PyTensor(model.forward(tokens, interrupt));
           },
           py::arg("token_ids"), "Logits (T, padded_vocab_size) float32.")
       .def("score", &score, py::arg("token_ids"), "(T - 1) natural-log probabilities, float32.")

@@ -88,7 +88,7 @@ void taylor_linear_attention(const py::object& q, const py::object& k, const py:
                               read(v, "v", producer_stream), read(out, "out", producer_stream)};
   const auto before = read_optional(initial, "initial_state", producer_stream);
   const auto after = read_optional(final, "final_state", producer_stream);
-  const py::gil_scoped_release nogil;
+  const ReleaseGil nogil;
   ops::taylor_linear_attention(operands[0].array, operands[1].array, operands[2].array, array_of(before),
                                operands[3].array, array_of(after), eps, handle(stream));
 }
@@ -98,7 +98,7 @@ void sliding_window_attention(const py::object& q, const py::object& k, const py
                               const py::object& producer_stream) {
   const Operand operands[] = {read(q, "q", producer_stream), read(k, "k", producer_stream),
                               read(v, "v", producer_stream), read(out, "out", producer_stream)};
-  const py::gil_scoped_release nogil;
+  const ReleaseGil nogil;
   ops::sliding_window_attention(operands[0].array, operands[1].array, operands[2].array, operands[3].array, window,
                                 scale, handle(stream));
 }
@@ -109,7 +109,7 @@ void gated_short_conv(const py::object& u, const py::object& weight, const py::o
                               read(out, "out", producer_stream)};
   const auto before = read_optional(initial, "initial_state", producer_stream);
   const auto after = read_optional(final, "final_state", producer_stream);
-  const py::gil_scoped_release nogil;
+  const ReleaseGil nogil;
   ops::gated_short_conv(operands[0].array, operands[1].array, array_of(before), operands[2].array, array_of(after),
                         handle(stream));
 }

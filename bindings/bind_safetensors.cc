@@ -35,10 +35,10 @@ py::dtype numpy_dtype(DType dtype) {
   }
 }
 
-py::dict tensors(const std::shared_ptr<SafetensorsFile>& file) {
-  const py::object owner = py::cast(file);
+py::dict tensors(const SafetensorsFile& file) {
+  const py::object owner = py::cast(&file, py::return_value_policy::reference);  // the object that holds it
   py::dict result;
-  for (const auto& [name, view] : file->tensors()) {
+  for (const auto& [name, view] : file.tensors()) {
     py::array array(numpy_dtype(view.dtype), view.shape, view.data, owner);
     array.attr("setflags")(py::arg("write") = false);
     result[py::str(name)] = array;
@@ -62,7 +62,7 @@ void write(const std::filesystem::path& path, const std::vector<TensorTuple>& te
   for (const auto& [name, array, dtype] : tensors) {
     to_write.push_back({name, view_of(array, parse_dtype(dtype), "tensor '" + name + "'")});
   }
-  const py::gil_scoped_release nogil;
+  const ReleaseGil nogil;
   io::write_safetensors(path, to_write, metadata);
 }
 
@@ -71,7 +71,7 @@ py::array convert_dtype(const py::array& bits, const std::string& source, const 
   const TensorView view = view_of(bits, from, "bits");
   py::array result(numpy_dtype(to), view.shape);
   auto* out = static_cast<std::byte*>(result.mutable_data());
-  const py::gil_scoped_release nogil;
+  const ReleaseGil nogil;
   io::convert(view, to, out);
   return result;
 }
@@ -82,7 +82,7 @@ void bind_safetensors(py::module_& m) {
   py::class_<SafetensorsFile, std::shared_ptr<SafetensorsFile>>(
       m, "SafetensorsFile", "A safetensors file, memory-mapped and checked whole. Raises OSError or FormatError.")
       .def(py::init([](const std::filesystem::path& path) {
-             const py::gil_scoped_release nogil;
+             const ReleaseGil nogil;
              return std::const_pointer_cast<SafetensorsFile>(SafetensorsFile::open(path));
            }),
            py::arg("path"))
@@ -104,7 +104,7 @@ void bind_safetensors(py::module_& m) {
   m.def(
       "exchange_paths",
       [](const std::filesystem::path& a, const std::filesystem::path& b) {
-        const py::gil_scoped_release nogil;
+        const ReleaseGil nogil;
         return io::exchange_paths(a, b);
       },
       py::arg("a"), py::arg("b"),

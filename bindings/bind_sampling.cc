@@ -122,7 +122,10 @@ of a wrong type and ValueError for one outside its domain. Lists and dicts are c
   cls.def("__repr__", [](const py::object& self) {
     std::string text;
     for (const char* name : field_names) {
-      text += (text.empty() ? "" : ", ") + std::string(name) + "=" + std::string(py::repr(self.attr(name)));
+      if (!text.empty()) text += ", ";
+      text += name;
+      text += "=";
+      text += std::string(py::repr(self.attr(name)));
     }
     return "SamplingParams(" + text + ")";
   });

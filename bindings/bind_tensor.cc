@@ -100,7 +100,7 @@ py::object export_dlpack(const PyTensor& array, bool copied, bool on_legacy_stre
 }
 
 PyTensor copied_to(const PyTensor& array, Device device) {
-  const py::gil_scoped_release nogil;
+  const ReleaseGil nogil;
   PyTensor copy(array.tensor.copy_to(device));
   copy.shape = array.shape;
   return copy;
@@ -109,7 +109,7 @@ PyTensor copied_to(const PyTensor& array, Device device) {
 // Contents are complete when a consumer gets them, on whatever stream it reads.
 void complete(const PyTensor& array) {
   if (array.complete) return;
-  const py::gil_scoped_release nogil;
+  const ReleaseGil nogil;
   synchronize(array.tensor.device());
 }
 

@@ -4,7 +4,8 @@
 
 namespace py = pybind11;
 
-PYBIND11_MODULE(_core, m) {
+// PyInit__core, but for sub-interpreters, in which pybind11 would wait for ever.
+PYBIND11_MODULE(_core_of_main_interpreter, m) {
   m.doc() = "The C++ core of based.";
   m.def(
       "build_info",
@@ -32,4 +33,14 @@ PYBIND11_MODULE(_core, m) {
   based::python::bind_bandwidth(m);
   based::python::bind_devices(m);
   based::python::bind_ops(m);
+}
+
+extern "C" PYBIND11_EXPORT PyObject* PyInit__core() {
+  if (PyInterpreterState_Get() != PyInterpreterState_Main()) {
+    PyErr_SetString(PyExc_ImportError,
+                    "based runs in the main interpreter of a process, and this is a sub-interpreter: use threads or "
+                    "processes instead");
+    return nullptr;
+  }
+  return PyInit__core_of_main_interpreter();
 }

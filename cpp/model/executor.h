@@ -2,7 +2,6 @@
 
 #include <exception>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "backend/backend.h"
@@ -85,7 +84,6 @@ class Executors {
   void trim_idle() noexcept;
 
   const backend::Backend* device_;  // of the first executor, which always stays
-  std::mutex mutex_;
   std::vector<std::unique_ptr<Executor>> idle_;
   int num_uses_ = 0;
 };

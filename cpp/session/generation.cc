@@ -27,9 +27,9 @@ class Generator::Impl {
  public:
   Impl(std::unique_ptr<Session::Impl> owned, Session* session, std::vector<GenerationRequest> requests);
 
-  bool done() const { return waiting_.empty() && active_.empty() && ready_.empty() && !failure_; }
-  std::vector<TokenEvent> next(const InterruptCheck& interrupt);
-  void finish(int request, int sample);
+  bool done() const { return waiting_.empty() && active_.empty() && ready_.empty() && given_.empty() && !failure_; }
+  std::vector<TokenEvent> next(const InterruptCheck& interrupt, const InterruptCheck& last_interrupt);
+  void finish(int request, int sample, bool unread);
   int add(GenerationRequest request);
 
  private:
@@ -56,6 +56,11 @@ class Generator::Impl {
     std::int64_t taken = 0;
     bool finished = false;
   };
+  // A token that the caller may still say it has not read.
+  struct Given {
+    int request;
+    std::int32_t token;
+  };
   // Which sequence each entry of a sampled step belongs to.
   using Step = std::vector<std::uint64_t>;
 
@@ -72,6 +77,7 @@ class Generator::Impl {
   void fail(int request, int sample, std::string why);
   void drop_ended();
   void settle();
+  void count_given();
   int num_requests() const { return num_dropped_ + static_cast<int>(entries_.size()); }
   Entry& entry(int index) { return entries_[static_cast<std::size_t>(index - num_dropped_)]; }
   const Entry& entry(int index) const { return entries_[static_cast<std::size_t>(index - num_dropped_)]; }
@@ -91,6 +97,7 @@ class Generator::Impl {
   std::vector<std::int32_t> first_rows_;  // of the sequences that are being admitted: each one's row of logits
   std::deque<Step> steps_;                // sampled, not taken
   std::vector<TokenEvent> ready_;         // taken, not yet returned
+  std::vector<Given> given_;              // what the last call returned, of a caller's session
   std::exception_ptr failure_;            // what the next call throws
   std::uint64_t last_serial_ = 0;
   bool broken_ = false;  // a session has moved on without its tokens
@@ -322,7 +329,6 @@ void Generator::Impl::take_token(Sequence& sequence, backend::SampledToken& chos
     event.finish = FinishReason::length;
   }
   sequence.finished = event.finish != FinishReason::none;
-  session_.add_output(sequence.slot, event.token);
   ready_.push_back(std::move(event));
   if (sequence.finished) --entry(sequence.request).num_running;
 }
@@ -338,21 +344,31 @@ void Generator::Impl::drop_ended() {
   });
 }
 
-// When nothing runs any more, lets a caller's session see the last tokens, and leaves no step untaken.
+// When nothing runs any more, lets a caller's session see the last tokens, and leaves no step untaken. Tokens come
+// first: the session sees the last ones only after they were returned.
 void Generator::Impl::settle() {
   if (broken_) return;
   drop_ended();
   if (!std::ranges::all_of(active_, &Sequence::finished)) return;
+  if (!active_.empty() && !ready_.empty()) return;
   launch();
   drop_ended();
   while (!steps_.empty()) take();
 }
 
-std::vector<TokenEvent> Generator::Impl::next(const InterruptCheck& interrupt) {
+// Request i of a caller's session is its sequence i.
+void Generator::Impl::count_given() {
+  for (const Given& given : given_) session_.add_output(given.request, given.token);
+  given_.clear();
+}
+
+std::vector<TokenEvent> Generator::Impl::next(const InterruptCheck& interrupt, const InterruptCheck& last_interrupt) {
+  if (done() && !broken_) return {};
+  const Session::Impl::Turn turn(session_);
+  count_given();
   if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   if (broken_) throw Error("generate: an earlier call failed half-way, this generator cannot go on");
   if (ready_.empty() && !done()) {
-    const Session::Impl::Turn turn(session_);
     if (interrupt) interrupt();
     try {
       advance(interrupt);
@@ -360,6 +376,12 @@ std::vector<TokenEvent> Generator::Impl::next(const InterruptCheck& interrupt) {
       if (ready_.empty()) throw;
       failure_ = std::current_exception();  // the tokens first: a session may have been fed them
     }
+  }
+  if (last_interrupt) last_interrupt();  // what it throws leaves the tokens to the next call
+  if (!owned_) {
+    given_.reserve(ready_.size());
+    for (const TokenEvent& event : ready_)
+      if (event.finish != FinishReason::error) given_.push_back({event.request, event.token});
   }
   return std::exchange(ready_, {});
 }
@@ -377,19 +399,25 @@ void Generator::Impl::advance(const InterruptCheck& interrupt) {
   settle();
 }
 
-void Generator::Impl::finish(int request_index, int sample_index) {
+void Generator::Impl::finish(int request_index, int sample_index, bool unread) {
   if (request_index >= 0 && request_index < num_dropped_) return;
   if (request_index < 0 || request_index >= num_requests() || sample_index < 0 ||
       sample_index >= request(request_index).params.n)
     throw InvalidArgument("finish: no sample " + std::to_string(sample_index) + " of request " +
                           std::to_string(request_index));
   const Session::Impl::Turn turn(session_);
+  // Tokens that nobody has read are taken back, unless a step that ran ahead has fed them.
+  auto num_unread = std::erase_if(ready_, [&](const TokenEvent& event) {
+    return event.request == request_index && event.sample == sample_index && event.finish != FinishReason::error;
+  });
+  if (unread) num_unread += std::erase_if(given_, [&](const Given& given) { return given.request == request_index; });
+  count_given();
   int ended = 0;
-  for (Sequence& sequence : active_)
-    if (sequence.request == request_index && sequence.sample == sample_index && !sequence.finished) {
-      sequence.finished = true;
-      ++ended;
-    }
+  for (Sequence& sequence : active_) {
+    if (sequence.request != request_index || sequence.sample != sample_index) continue;
+    if (sequence.sampled == sequence.taken) sequence.taken -= static_cast<std::int64_t>(num_unread);
+    if (!std::exchange(sequence.finished, true)) ++ended;
+  }
   for (Group& group : waiting_)
     if (group.request == request_index) ended += static_cast<int>(std::erase(group.samples, sample_index));
   entry(request_index).num_running -= ended;
@@ -413,8 +441,10 @@ Generator::Generator(Session& session, std::vector<GenerationRequest> requests)
 Generator::~Generator() = default;
 
 bool Generator::done() const { return impl_->done(); }
-std::vector<TokenEvent> Generator::next(const InterruptCheck& interrupt) { return impl_->next(interrupt); }
+std::vector<TokenEvent> Generator::next(const InterruptCheck& interrupt, const InterruptCheck& last_interrupt) {
+  return impl_->next(interrupt, last_interrupt);
+}
 int Generator::add(GenerationRequest request) { return impl_->add(std::move(request)); }
-void Generator::finish(int request, int sample) { impl_->finish(request, sample); }
+void Generator::finish(int request, int sample, bool unread) { impl_->finish(request, sample, unread); }
 
 }  // namespace based

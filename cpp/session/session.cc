@@ -18,6 +18,9 @@ constexpr std::int64_t kMaxBatchSize = 1 << 20;
 
 constexpr const char* kStepFailed = "a step failed half-way";
 
+// An interrupted call on more bytes of states is finished instead: copies to undo it would cost as much as the call.
+constexpr std::size_t kMostUndone = std::size_t{64} << 20;
+
 std::size_t checked_batch_size(std::int64_t batch_size) {
   if (batch_size < 1 || batch_size > kMaxBatchSize)
     throw InvalidArgument("batch_size is " + std::to_string(batch_size) + ", expected 1 to " +
@@ -177,6 +180,51 @@ void Session::Impl::undo(std::span<const std::int32_t> slots,
   }
 }
 
+template <typename F>
+void Session::Impl::interruptible(std::span<const std::int32_t> slots, const InterruptCheck& last_interrupt, F&& f) {
+  undo_.clear();
+  if (!last_interrupt || slots.size() * states_->nbytes_per_slot() > kMostUndone) return f();
+  if (!spare_ || static_cast<std::size_t>(spare_->capacity()) < slots.size())
+    spare_ = backend().make_states(config(), model->dtype(), static_cast<int>(slots.size()));
+  std::vector<Undo> before;
+  for (const std::int32_t slot : slots) {
+    before.push_back({slot, at(slot).progress(), at(slot).snapshot.lock(), at(slot).broken});
+    LastHidden& last = before.back().progress.last;
+    if (last.rows.data && last.rows.data == step_output_.hidden.data) last = own_copy(last);
+    backend().copy_state(*states_, slot, *spare_, static_cast<int>(before.size()) - 1, num_tokens(slot));
+  }
+  f();
+  undo_ = std::move(before);
+  try {
+    last_interrupt();
+  } catch (...) {
+    undo_last();
+    throw;
+  }
+}
+
+void Session::Impl::undo_last() {
+  std::vector<std::int32_t> slots;
+  for (const Undo& undo : undo_) slots.push_back(undo.slot);
+  change(slots, "undoing an interrupted call failed", [&] {
+    for (std::size_t i = 0; i < undo_.size(); ++i) {
+      const std::int64_t count = undo_[i].progress.num_tokens;
+      if (count > 0)
+        backend().copy_state(*spare_, static_cast<int>(i), *states_, slots[i], count);
+      else
+        backend().reset_state(*states_, slots[i]);
+    }
+    backend().synchronize();
+  });
+  for (Undo& undo : undo_) {
+    Slot& slot = at(undo.slot);
+    slot.set(std::move(undo.progress));
+    slot.snapshot = undo.snapshot;
+    slot.broken = undo.broken;
+  }
+  undo_.clear();
+}
+
 // ---- prompts -------------------------------------------------------------------------------------------------------
 
 std::size_t Session::Impl::hidden_nbytes() const {
@@ -184,7 +232,8 @@ std::size_t Session::Impl::hidden_nbytes() const {
 }
 
 Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts, std::span<const std::int32_t> slots,
-                              const InterruptCheck& interrupt) {
+                              const InterruptCheck& interrupt, const InterruptCheck& last_interrupt) {
+  undo_.clear();
   const auto count = static_cast<std::int64_t>(prompts.size());
   const backend::Buffer last = backend().allocate(prompts.size() * hidden_nbytes(), backend::MemoryKind::workspace);
   const backend::Matrix last_x{last.data.get(), transformer().activation_dtype(), count, config().hidden_size};
@@ -216,6 +265,7 @@ Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts
     feed(prompts, slots, last_x, interrupt);
     transformer().logits(backend(), last_x, {logits.data(), DType::float32, count, config().padded_vocab_size});
     backend().synchronize();
+    if (last_interrupt) last_interrupt();
   } catch (...) {
     undo(slots, before);
     throw;
@@ -274,8 +324,7 @@ void Session::Impl::feed(std::span<const std::vector<std::int32_t>> prompts, std
 
 // ---- steps ---------------------------------------------------------------------------------------------------------
 
-// Everything that is likely to fail comes before the states change: a step is too short to be interrupted, and copying
-// the states to undo it would cost more than the step.
+// Everything that is likely to fail comes before the states change: a step is too short to be stopped half-way.
 std::int64_t Session::Impl::reserve_step(std::size_t count) {
   const std::int64_t rows = backend().step_rows(static_cast<std::int64_t>(count));
   transformer().reserve(backend(), workspace(), rows);
@@ -344,15 +393,18 @@ void Session::Impl::advance(std::span<const std::int32_t> tokens, std::span<cons
   }
 }
 
-Tensor Session::Impl::step(std::span<const std::int32_t> tokens, std::span<const std::int32_t> slots) {
+Tensor Session::Impl::step(std::span<const std::int32_t> tokens, std::span<const std::int32_t> slots,
+                           const InterruptCheck& last_interrupt) {
   const std::int64_t rows = reserve_step(tokens.size());
   const Tensor logits = transformer().new_logits(backend(), static_cast<std::int64_t>(tokens.size()));
   if (keeps_seen_)
     for (const std::int32_t slot : slots) at(slot).seen.reserve_one();
-  advance(tokens, slots, rows, nullptr);
-  change(slots, kStepFailed, [&] {
-    backend().copy(logits.data(), step_output_.logits.data.get(), logits.nbytes());
-    backend().synchronize();
+  interruptible(slots, last_interrupt, [&] {
+    advance(tokens, slots, rows, nullptr);
+    change(slots, kStepFailed, [&] {
+      backend().copy(logits.data(), step_output_.logits.data.get(), logits.nbytes());
+      backend().synchronize();
+    });
   });
   if (keeps_seen_)
     for (std::size_t i = 0; i < slots.size(); ++i) at(slots[i]).seen.add_prompt(tokens.subspan(i, 1));
@@ -360,6 +412,7 @@ Tensor Session::Impl::step(std::span<const std::int32_t> tokens, std::span<const
 }
 
 void Session::Impl::step(std::span<const std::int32_t> slots, backend::Sampler& sampler) {
+  undo_.clear();
   if (keeps_seen_)
     for (const std::int32_t slot : slots) at(slot).seen.reserve_one();
   advance({}, slots, reserve_step(slots.size()), &sampler);
@@ -511,7 +564,7 @@ void Session::Impl::save(const std::filesystem::path& path) const {
   save_states(path, *model, backend(), sequences);
 }
 
-void Session::Impl::load(const std::filesystem::path& path) {
+void Session::Impl::load(const std::filesystem::path& path, const InterruptCheck& last_interrupt) {
   const StateFileReader reader(path, *model);
   if (reader.num_sequences() != slots_.size())
     throw StateError(path.string() + ": holds " + std::to_string(reader.num_sequences()) +
@@ -520,6 +573,8 @@ void Session::Impl::load(const std::filesystem::path& path) {
   std::vector<Progress> progress;
   for (int b = 0; b < batch_size(); ++b) progress.push_back(reader.read(b, backend(), *loaded, b));
   backend().synchronize();
+  if (last_interrupt) last_interrupt();
+  undo_.clear();
   states_ = std::move(loaded);
   for (int b = 0; b < batch_size(); ++b) {
     Slot& slot = at(b);
@@ -567,19 +622,25 @@ std::vector<std::int64_t> Session::num_tokens() const {
 }
 
 Tensor Session::prefill(std::span<const std::vector<std::int32_t>> prompts, std::span<const int> sequences,
-                        const InterruptCheck& interrupt) {
+                        const InterruptCheck& interrupt, const InterruptCheck& last_interrupt) {
   const Impl::Turn turn(*impl_);
   const auto slots = impl_->check_sequences(sequences, prompts.size(), "prefill: prompts");
   for (std::size_t i = 0; i < prompts.size(); ++i)
     check_tokens(prompts[i], impl_->config().vocab_size, "prefill: prompt " + std::to_string(i));
-  return impl_->prefill(prompts, slots, interrupt);
+  return impl_->prefill(prompts, slots, interrupt, last_interrupt);
 }
 
-Tensor Session::step(std::span<const std::int32_t> tokens, std::span<const int> sequences) {
+Tensor Session::step(std::span<const std::int32_t> tokens, std::span<const int> sequences,
+                     const InterruptCheck& last_interrupt) {
   const Impl::Turn turn(*impl_);
   const auto slots = impl_->check_sequences(sequences, tokens.size(), "step: tokens");
   check_tokens(tokens, impl_->config().vocab_size, "step: tokens");
-  return impl_->step(tokens, slots);
+  return impl_->step(tokens, slots, last_interrupt);
+}
+
+void Session::undo_last() {
+  const Impl::Turn turn(*impl_);
+  impl_->undo_last();
 }
 
 std::unique_ptr<Session> Session::fork() const {
@@ -594,12 +655,12 @@ std::shared_ptr<const State> Session::snapshot(int sequence) const {
   return impl_->snapshots(one).front();
 }
 
-void Session::restore(int sequence, const State& state) {
+void Session::restore(int sequence, const State& state, const InterruptCheck& last_interrupt) {
   const Impl::Turn turn(*impl_);
   impl_->check_sequence(sequence, "restore");
   const std::int32_t one[] = {sequence};
   const State* const states[] = {&state};
-  impl_->restore(one, states);
+  impl_->interruptible(one, last_interrupt, [&] { impl_->restore(one, states); });
 }
 
 std::unique_ptr<Checkpoint> Session::checkpoint() const {
@@ -610,32 +671,38 @@ std::unique_ptr<Checkpoint> Session::checkpoint() const {
   return std::unique_ptr<Checkpoint>(new Checkpoint(std::move(saved)));
 }
 
-void Session::rollback(const Checkpoint& checkpoint) {
+void Session::rollback(const Checkpoint& checkpoint, const InterruptCheck& last_interrupt) {
   const Impl::Turn turn(*impl_);
   const auto states = checkpoint.states();
   if (states.size() != static_cast<std::size_t>(impl_->batch_size()))
     throw StateError("rollback: the checkpoint has " + std::to_string(states.size()) + " sequences, the session " +
                      std::to_string(impl_->batch_size()) + ": restore() takes the state of one sequence");
-  impl_->restore_all(states);
+  impl_->interruptible(impl_->all_slots(), last_interrupt, [&] { impl_->restore_all(states); });
 }
 
-void Session::reset() {
+void Session::reset(const InterruptCheck& last_interrupt) {
   const Impl::Turn turn(*impl_);
-  impl_->reset_all();
+  impl_->interruptible(impl_->all_slots(), last_interrupt, [&] { impl_->reset_all(); });
 }
 
-void Session::reset(int sequence) {
+void Session::reset(int sequence, const InterruptCheck& last_interrupt) {
   const Impl::Turn turn(*impl_);
   impl_->check_sequence(sequence, "reset");
-  impl_->reset(sequence);
-  impl_->settle(sequence);
+  const std::int32_t one[] = {sequence};
+  impl_->interruptible(one, last_interrupt, [&] {
+    impl_->reset(sequence);
+    impl_->settle(sequence);
+  });
 }
 
-void Session::copy(int from, int to) {
+void Session::copy(int from, int to, const InterruptCheck& last_interrupt) {
   const Impl::Turn turn(*impl_);
   for (const int sequence : {from, to}) impl_->check_sequence(sequence, "copy");
-  impl_->copy(from, to);
-  impl_->settle(to);
+  const std::int32_t one[] = {to};
+  impl_->interruptible(one, last_interrupt, [&] {
+    impl_->copy(from, to);
+    impl_->settle(to);
+  });
 }
 
 void Session::save_state(const std::filesystem::path& path) const {
@@ -643,9 +710,9 @@ void Session::save_state(const std::filesystem::path& path) const {
   impl_->save(path);
 }
 
-void Session::load_state(const std::filesystem::path& path) {
+void Session::load_state(const std::filesystem::path& path, const InterruptCheck& last_interrupt) {
   const Impl::Turn turn(*impl_);
-  impl_->load(path);
+  impl_->load(path, last_interrupt);
 }
 
 }  // namespace based

@@ -79,7 +79,7 @@ class Session::Impl {
 
   /// See Session::prefill; arguments checked already.
   Tensor prefill(std::span<const std::vector<std::int32_t>> prompts, std::span<const std::int32_t> slots,
-                 const InterruptCheck& interrupt);
+                 const InterruptCheck& interrupt, const InterruptCheck& last_interrupt = {});
 
   /// Logits (slots.size(), padded_vocab_size) float32 at each sequence's last token, made again.
   Tensor last_logits(std::span<const std::int32_t> slots);
@@ -89,7 +89,8 @@ class Session::Impl {
   std::int64_t reserve_step(std::size_t count);
 
   /// See Session::step; arguments checked already.
-  Tensor step(std::span<const std::int32_t> tokens, std::span<const std::int32_t> slots);
+  Tensor step(std::span<const std::int32_t> tokens, std::span<const std::int32_t> slots,
+              const InterruptCheck& last_interrupt);
 
   /// Feeds each listed sequence the token that the sampler chose last for row `slot`, and samples its next; the caller
   /// takes it. Nothing is waited for where the device is asynchronous.
@@ -116,7 +117,13 @@ class Session::Impl {
   void restore_all(std::span<const std::shared_ptr<const State>> states);
 
   void save(const std::filesystem::path& path) const;
-  void load(const std::filesystem::path& path);
+  void load(const std::filesystem::path& path, const InterruptCheck& last_interrupt);
+
+  /// Calls f, which changes these slots, and then last_interrupt, whose exception undoes it; undo() does so later. A
+  /// few large states are too many bytes for that: then last_interrupt is not called.
+  template <typename F>
+  void interruptible(std::span<const std::int32_t> slots, const InterruptCheck& last_interrupt, F&& f);
+  void undo_last();
 
   const std::shared_ptr<const Model> model;
 
@@ -130,6 +137,14 @@ class Session::Impl {
 
     Progress progress() const { return {num_tokens.load(), last, seen}; }
     void set(Progress progress);
+  };
+
+  // What interruptible() changed, as it was; the states are in spare_.
+  struct Undo {
+    std::int32_t slot;
+    Progress progress;
+    std::shared_ptr<const State> snapshot;
+    const char* broken;
   };
 
   // What a step writes, in a place that outlives it: recorded steps hold its address.
@@ -159,6 +174,8 @@ class Session::Impl {
   const bool keeps_seen_;
   const Executors::Use use_;
   std::unique_ptr<backend::StatePool> states_;
+  std::unique_ptr<backend::StatePool> spare_;  // made at first use
+  std::vector<Undo> undo_;                     // of the last interruptible(); undo_[i]: the state in slot i of spare_
   std::vector<Slot> slots_;
   StepOutput step_output_;
 

@@ -692,6 +692,28 @@ class Model:
     @property
     def weight_nbytes(self) -> int:
         ...
+class Turn:
+    """
+    The right to use something that has one user at a time. Ends with the last reference.
+    """
+    def __enter__(self) -> typing.Any:
+        ...
+    def __exit__(self, *args) -> None:
+        ...
+    def leave(self) -> None:
+        """
+        Ends it. No effect on one that has ended.
+        """
+class Turns:
+    """
+    Gives turns, one at a time.
+    """
+    def __init__(self) -> None:
+        ...
+    def take(self, why_others_fail: str) -> Turn:
+        """
+        A Turn. Raises SessionBusyError with the reason that the holder of the turn gave.
+        """
 class State:
     """
     What one sequence has seen, at one moment. Immutable; any number of sessions may start from it.
@@ -778,6 +800,10 @@ class Session:
         """
         Feeds one token to each listed sequence. Logits (B, padded_vocab_size) float32.
         """
+    def undo_last(self) -> None:
+        """
+        Right after a step or a change of states in the main thread: makes it undone, unless the states take more than 64 MiB.
+        """
     @property
     def batch_size(self) -> int:
         ...
@@ -853,9 +879,9 @@ class Generator:
         """
     def done(self) -> bool:
         ...
-    def finish(self, request: typing.SupportsInt | typing.SupportsIndex, sample: typing.SupportsInt | typing.SupportsIndex) -> None:
+    def finish(self, request: typing.SupportsInt | typing.SupportsIndex, sample: typing.SupportsInt | typing.SupportsIndex, unread: bool = False) -> None:
         """
-        Ends a sample early. No effect on one that has ended.
+        Ends a sample early. No effect on one that has ended. unread: what the last next() gave of it was not read, so that a session must not see it.
         """
     def next(self) -> list[TokenEvent]:
         """

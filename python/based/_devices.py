@@ -56,7 +56,10 @@ def _available_memory() -> int:
 
 
 def choose_device(device: str) -> str:
-    """What "auto" means: $BASED_DEVICE if it is set, the first GPU that can be used, or the CPU and a warning."""
+    """What "auto" means: $BASED_DEVICE if it is set, the first GPU that can be used, or the CPU.
+
+    The CPU with a warning, where the machine has a GPU that might have been meant.
+    """
     if device == "auto":
         device = os.environ.get("BASED_DEVICE") or "auto"
     if device != "auto":
@@ -64,13 +67,30 @@ def choose_device(device: str) -> str:
     problem = _core.cuda_problem()
     if not problem:
         return next(d.device for d in devices() if d.device != "cpu" and d.problem is None)
-    if _first_fallback():
+    if _machine_has_gpu() and _first_fallback():
         warnings.warn(
             f"device='auto' runs on the CPU: {problem}. With device='cpu' there is no such warning.",
             RuntimeWarning,
             stacklevel=4,  # whoever called load() or Model.random()
         )
     return "cpu"
+
+
+def _machine_has_gpu() -> bool:
+    """Whether there is an NVIDIA GPU, with a driver or without, that $CUDA_VISIBLE_DEVICES does not hide."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    if Path("/dev/nvidiactl").exists() or any(d.device != "cpu" for d in devices()):
+        return True
+    return any(_is_gpu(device) for device in Path("/sys/bus/pci/devices").glob("*"))
+
+
+def _is_gpu(pci_device: Path) -> bool:
+    try:
+        vendor, kind = ((pci_device / name).read_text().strip() for name in ("vendor", "class"))
+    except OSError:
+        return False
+    return vendor == "0x10de" and kind.startswith("0x03")  # NVIDIA; a display controller
 
 
 _warned = threading.Event()

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
@@ -172,25 +172,28 @@ class Run:
         self._running[number] = (request, samples)
         self.num_running += len(samples)
 
-    def chunks(self) -> Iterator[tuple[int, StreamChunk]]:
+    def chunks(self) -> Generator[tuple[int, StreamChunk], None, None]:
         """(request, chunk), a chunk per token, until all have finished.
 
-        When it is closed or raises, a session is left having seen every token that came.
+        When it is closed or raises, a session is left having seen every token that was yielded.
         """
         generator = self._generator
+        read = True
         try:
             while not generator.done():
+                read = False
                 for event in generator.next():
                     chunk = self._running[event.request][1][event.sample].add(event)
+                    read = True
                     if chunk.finish_reason is not None:
                         self.num_running -= 1
-                        if event.finish is _core.FinishReason.none:
-                            generator.finish(event.request, event.sample)
                     yield event.request, chunk
+                    if chunk.finish_reason is not None and event.finish is _core.FinishReason.none:
+                        generator.finish(event.request, event.sample)
         except BaseException:
             if self._continues_session:
                 for request in self._running:
-                    generator.finish(request, 0)
+                    generator.finish(request, 0, unread=not read)
             raise
 
     def outputs(self, on_chunk: Callable[[StreamChunk], None] | None = None) -> Iterator[RequestOutput]:
@@ -264,10 +267,14 @@ def _failed_output(request: Request) -> RequestOutput:
     return _request_output(request, failed)
 
 
-async def asynchronously(run: Run) -> AsyncIterator[StreamChunk]:
-    """run.chunks(), each step in a thread. When cancelled, waits for the step under way, which stops early."""
+async def asynchronously(prepared: "Run | Callable[[], Run]") -> AsyncIterator[StreamChunk]:
+    """chunks() of a run, or of one that is made in a thread; each step in a thread.
+
+    When cancelled, waits for the step under way, which stops early.
+    """
     import asyncio
 
+    run = prepared if isinstance(prepared, Run) else await asyncio.to_thread(prepared)
     chunks = run.chunks()
     step: asyncio.Future[tuple[int, StreamChunk] | None] | None = None
     try:
@@ -281,7 +288,7 @@ async def asynchronously(run: Run) -> AsyncIterator[StreamChunk]:
         if step is not None and not step.done():
             run.cancel()
             await asyncio.gather(step, return_exceptions=True)
-        chunks.close()  # type: ignore[attr-defined]
+        chunks.close()
 
 
 class _Sample:

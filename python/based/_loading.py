@@ -13,7 +13,13 @@ from pathlib import Path
 
 from based import _core
 from based._model import Model, core_options
-from based._tokenizer import GPT2_VOCAB_SIZE, LazyTokenizer, fetch_gpt2_tokenizer, read_tokenizer
+from based._tokenizer import (
+    GPT2_VOCAB_SIZE,
+    LazyTokenizer,
+    cached_gpt2_tokenizer,
+    fetch_gpt2_tokenizer,
+    read_tokenizer,
+)
 
 BUNDLED = "based-bytes"
 """The name of the model that comes with the package."""
@@ -218,4 +224,6 @@ def _tokenizer_of(source: _Source, tokenizer: str | os.PathLike[str] | None) -> 
         raise FileNotFoundError(errno.ENOENT, "no such tokenizer", str(path))
     config = _in_our_format(source) / "config.json"
     vocab_size = _core.ModelConfig.from_json(config.read_text(encoding="utf-8"), str(config)).vocab_size
-    return LazyTokenizer(fetch_gpt2_tokenizer if vocab_size == GPT2_VOCAB_SIZE else None)
+    if vocab_size != GPT2_VOCAB_SIZE:
+        return LazyTokenizer(None)
+    return LazyTokenizer(fetch_gpt2_tokenizer, cached_gpt2_tokenizer)

@@ -1,8 +1,9 @@
 """A model: immutable weights, shared by any number of sessions and threads."""
 
 import contextlib
+import functools
 import sys
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
@@ -25,10 +26,10 @@ from based._generate import (
     run_all,
 )
 from based._outputs import RequestOutput, StreamChunk
-from based._prompts import Prompt, Prompts, as_list
+from based._prompts import Prompt, Prompts, as_array, as_list
 from based._score import ContinuationScore, read_pairs, score_pairs
 from based._session import Logits, Session, vocabulary
-from based._tokenizer import LazyTokenizer
+from based._tokenizer import QUICK, LazyTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -295,8 +296,14 @@ class Model:
     def astream(
         self, prompt: Prompt, params: _core.SamplingParams | None = None, *, split_special_tokens: bool = False
     ) -> AsyncIterator[StreamChunk]:
-        """As stream, for `async for`: steps run in a thread; cancelling the task or closing stops them."""
-        return asynchronously(self._run([prompt], params, split_special_tokens))
+        """As stream, for `async for`: the work is done in threads; cancelling the task or closing stops it.
+
+        Loading the tokenizer and reading a long prompt are part of that work: their errors come with the first chunk.
+        """
+        prompt = as_array(prompt)
+        prepare = functools.partial(self._run, [prompt], params, split_special_tokens)
+        is_quick = self._tokenizer.is_loaded and isinstance(prompt, Sized) and len(prompt) <= QUICK
+        return asynchronously(prepare() if is_quick else prepare)
 
     def session(self, batch_size: int | None = None, *, states: Sequence[_core.State] | None = None) -> Session:
         """A session of `batch_size` sequences (by default 1) that have seen nothing, or one that starts from states.

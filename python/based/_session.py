@@ -1,7 +1,8 @@
 """A session: the states of some sequences that are advanced together."""
 
+import contextlib
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,14 +27,15 @@ class Session:
     """The states of `batch_size` sequences. Made by `Model.session`; keeps its model alive.
 
     One thread at a time: a call that finds another one under way, or an open stream, raises SessionBusyError. A call
-    that raises leaves every state as it was.
+    that raises, KeyboardInterrupt too, leaves every state as it was; only when the states that a call changes take
+    more than 64 MiB (those of a prompt excepted), it is finished before an interrupt is raised.
     """
 
     def __init__(self, core: _core.Session, model: _core.Model, tokenizer: LazyTokenizer) -> None:
         self._core = core
         self._model = model
         self._tokenizer = tokenizer
-        self._streaming = False
+        self._turns = _core.Turns()
 
     @property
     def batch_size(self) -> int:
@@ -58,7 +60,7 @@ class Session:
     def prefill(
         self,
         prompts: Prompts,
-        sequences: Sequence[int] | None = None,
+        sequences: Iterable[int] | None = None,
         *,
         include_padding: bool = False,
         split_special_tokens: bool = False,
@@ -67,7 +69,7 @@ class Session:
 
         Args:
             prompts: One per listed sequence (a single one need not be in a list).
-            sequences: Which sequences; None for all, in order.
+            sequences: Which sequences, at least one; None for all, in order.
             include_padding: Also return the columns of the embedding's padding rows.
             split_special_tokens: Take a special token's text in a prompt as letters like any other.
 
@@ -77,18 +79,29 @@ class Session:
             Logits at each prompt's last token, (len(prompts), vocab_size) float32: a NumPy array, or, on a GPU, a
             `based.Tensor`, which torch.from_dlpack takes without a copy and np.asarray with one.
         """
-        self._check_idle()
+        sequences = _listed(sequences)
         reader = self._reader(split_special_tokens)
-        ids = [reader.read(prompt, at_start=self._is_fresh(i, sequences)) for i, prompt in enumerate(as_list(prompts))]
-        return vocabulary(self._core.prefill(ids, sequences), self._model.config.vocab_size, include_padding)
+        with self._turn():
+            ids = [
+                reader.read(prompt, at_start=self._is_fresh(i, sequences)) for i, prompt in enumerate(as_list(prompts))
+            ]
+            logits = self._core.prefill(ids, sequences)
+        return vocabulary(logits, self._model.config.vocab_size, include_padding)
 
     def step(
-        self, tokens: TokenIds, sequences: Sequence[int] | None = None, *, include_padding: bool = False
+        self, tokens: TokenIds, sequences: Iterable[int] | None = None, *, include_padding: bool = False
     ) -> Logits:
         """Feeds one token to each listed sequence (None: all, in order). Logits as prefill."""
-        self._check_idle()
-        logits = self._core.step(as_array(tokens), sequences)
-        return vocabulary(logits, self._model.config.vocab_size, include_padding)
+        sequences = _listed(sequences)
+        with self._turn():
+            before = self._core.num_tokens
+            try:
+                logits = self._core.step(as_array(tokens), sequences)
+                return vocabulary(logits, self._model.config.vocab_size, include_padding)
+            except BaseException:
+                if self._core.num_tokens != before:  # an interrupt that came when the core was through
+                    self._core.undo_last()
+                raise
 
     # ---- text ------------------------------------------------------------------------------------------------------
 
@@ -108,13 +121,13 @@ class Session:
         that it has; the others are not concerned. When it raises (KeyboardInterrupt too), the session is as it was
         before.
         """
-        run = self._run(as_list(prompts), params, split_special_tokens)
-        before = self._core.checkpoint()
-        try:
-            return run.collect()
-        except BaseException:
-            self._core.rollback(before)
-            raise
+        with self._turn():
+            before = self._core.checkpoint()
+            try:
+                return self._run(as_list(prompts), params, split_special_tokens).collect()
+            except BaseException:
+                self._core.rollback(before)
+                raise
 
     @names_sampling_fields
     def stream(
@@ -122,25 +135,27 @@ class Session:
     ) -> Generator[StreamChunk, None, None]:
         """As generate, for a session of one sequence: yields a chunk per new token as it comes.
 
-        Until it is read to its end or closed, other calls raise SessionBusyError. Closing it ends the generation; the
-        session has then seen the prompt and the tokens that were yielded.
+        From this call until it is read to its end or closed, other calls raise SessionBusyError. Closing it, or an
+        exception in it (KeyboardInterrupt too), ends the generation; the session has then seen the prompt and the
+        tokens that were yielded. On a GPU, where steps run ahead, an exception may leave it one token further.
         """
-        return self._stream(self._run([prompt], params, split_special_tokens))
-
-    def _stream(self, run: Run) -> Generator[StreamChunk, None, None]:
-        self._check_idle()
-        self._streaming = True
+        turn = self._turns.take("a stream of this session is open: read it to its end or close it")
         try:
-            for _, chunk in run.chunks():
+            return self._stream(self._run([prompt], params, split_special_tokens), turn)
+        except BaseException:
+            turn.leave()
+            raise
+
+    def _stream(self, run: Run, turn: _core.Turn) -> Generator[StreamChunk, None, None]:
+        # A stream that is dropped before it begins drops its turn.
+        with turn, contextlib.closing(run.chunks()) as chunks:
+            for _, chunk in chunks:
                 yield chunk
-        finally:
-            self._streaming = False
 
     def _reader(self, split_special_tokens: bool) -> PromptReader:
         return PromptReader(self._tokenizer, self._model.config, split_special_tokens)
 
     def _run(self, prompts: list[Any], params: Params, split_special_tokens: bool) -> Run:
-        self._check_idle()
         at_start = [self._is_fresh(i) for i in range(len(prompts))]
         requests = make_requests(prompts, params, self._reader(split_special_tokens), at_start)
         return Run(self._core, self._model.config.eos_token_id, requests, self._tokenizer)
@@ -149,8 +164,8 @@ class Session:
 
     def fork(self) -> "Session":
         """A new session with equal states."""
-        self._check_idle()
-        return Session(self._core.fork(), self._model, self._tokenizer)
+        with self._turn():
+            return Session(self._core.fork(), self._model, self._tokenizer)
 
     def state(self, sequence: int = 0) -> _core.State:
         """What one sequence has seen, as a value: it does not change, and may outlive the session.
@@ -158,41 +173,43 @@ class Session:
         `Model.session(states=[…])` starts any number of sequences from it, `restore` puts it into any sequence of any
         session of the same model, `State.save` writes it to a file.
         """
-        self._check_idle()
-        return self._core.snapshot(sequence)
+        with self._turn():
+            return self._core.snapshot(sequence)
 
     def restore(self, sequence: int, state: _core.State) -> None:
         """Makes a sequence what the state says, bit for bit. Raises StateError for a state of another model."""
-        self._check_idle()
-        self._core.restore(sequence, state)
+        if state is None:
+            raise TypeError("state must be a State, not None")
+        with self._turn():
+            self._core.restore(sequence, state)
 
     def checkpoint(self) -> _core.Checkpoint:
         """The states of all sequences, for rollback. It does not change and may outlive the session.
 
         It shares the memory of states that did not change since they were last taken.
         """
-        self._check_idle()
-        return self._core.checkpoint()
+        with self._turn():
+            return self._core.checkpoint()
 
     def rollback(self, checkpoint: _core.Checkpoint) -> None:
         """Back to the checkpoint, bit for bit. Raises StateError for one of another model or batch size."""
-        self._check_idle()
-        self._core.rollback(checkpoint)
+        with self._turn():
+            self._core.rollback(checkpoint)
 
     def reset(self, sequence: int | None = None) -> None:
         """Forgets what one sequence, or every one, has seen."""
-        self._check_idle()
-        self._core.reset(sequence)
+        with self._turn():
+            self._core.reset(sequence)
 
     def copy(self, source: int, target: int) -> None:
         """Makes sequence `target` equal to `source`."""
-        self._check_idle()
-        self._core.copy(source, target)
+        with self._turn():
+            self._core.copy(source, target)
 
     def save_state(self, path: str | os.PathLike[str]) -> None:
         """Saves all states as one safetensors file: written aside, then renamed. Raises OSError."""
-        self._check_idle()
-        self._core.save_state(path)
+        with self._turn():
+            self._core.save_state(path)
 
     def load_state(self, path: str | os.PathLike[str], sequence: int | None = None) -> None:
         """Replaces the states by a saved file's.
@@ -204,18 +221,25 @@ class Session:
         Raises StateError on another model, number of sequences or format version, FormatError on a damaged file, and
         OSError; then nothing has changed.
         """
-        self._check_idle()
-        if sequence is None:
-            self._core.load_state(path)
-        else:
-            self._core.restore(sequence, _core.State.load(path, self._model))
+        with self._turn():
+            if sequence is None:
+                self._core.load_state(path)
+            else:
+                self._core.restore(sequence, _core.State.load(path, self._model))
 
-    def _check_idle(self) -> None:
-        if self._streaming:
-            raise _core.SessionBusyError("a stream of this session is open: read it to its end or close it")
+    def _turn(self) -> _core.Turn:
+        """Keeps other callers out while it is entered, so that the core's calls of one method belong together."""
+        return self._turns.take("this session is in another call: one thread at a time may use a session")
 
     def _is_fresh(self, position: int, sequences: Sequence[int] | None = None) -> bool:
         """Whether prompt `position` begins its sequence: a tokenizer may put a start token and a space before it."""
         seen = dict(enumerate(self._core.num_tokens))
         sequence = position if sequences is None else dict(enumerate(sequences)).get(position, -1)
         return not seen.get(sequence)
+
+
+def _listed(sequences: Iterable[int] | None) -> list[int] | None:
+    """The sequences in a list, for an iterator can be read once only. What is no iterable is left to the core."""
+    if sequences is None:
+        return None
+    return list(sequences) if isinstance(sequences, Iterable) and not isinstance(sequences, str) else sequences

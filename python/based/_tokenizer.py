@@ -1,8 +1,10 @@
 """A model's tokenizer, loaded when text is first needed."""
 
 import json
+import os
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
 GPT2_REPOSITORY = "openai-community/gpt2"
 GPT2_URL = f"https://huggingface.co/{GPT2_REPOSITORY}/resolve/main/tokenizer.json"
 GPT2_VOCAB_SIZE = 50257
+_HUB_PATIENCE = 5.0  # seconds
+
+QUICK = 1 << 14
+"""Characters, or tokens, of a prompt that takes some milliseconds to prepare."""
 
 
 def read_tokenizer(path: Path) -> "Tokenizer":
@@ -38,10 +44,17 @@ def reset_for_whole_texts(tokenizer: "Tokenizer") -> None:
 
 
 def fetch_gpt2_tokenizer() -> "Tokenizer":
-    """GPT-2's tokenizer, which the published models use, from the hub or its cache. Raises OSError."""
-    from huggingface_hub import hf_hub_download
+    """GPT-2's tokenizer, which the published models use, from the hub's cache or the hub. Raises OSError.
 
+    A hub that is out of reach costs one request: hf_hub_download by itself would try for half a minute.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    if (found := cached_gpt2_tokenizer()) is not None:
+        return found
     try:
+        if not _is_offline():
+            get_hf_file_metadata(hf_hub_url(GPT2_REPOSITORY, "tokenizer.json"), timeout=_HUB_PATIENCE)
         path = hf_hub_download(GPT2_REPOSITORY, "tokenizer.json")
     except Exception as error:  # whatever httpx, the hub and the cache raise
         raise OSError(
@@ -52,16 +65,40 @@ def fetch_gpt2_tokenizer() -> "Tokenizer":
     return read_tokenizer(Path(path))
 
 
+def cached_gpt2_tokenizer() -> "Tokenizer | None":
+    """The same from the hub's cache, or None when it is not there. Asks nobody. Raises FormatError."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(GPT2_REPOSITORY, "tokenizer.json")
+    return read_tokenizer(Path(path)) if isinstance(path, str) else None
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
 class LazyTokenizer:
     """Loads once, in whichever thread asks first."""
 
-    def __init__(self, load: "Callable[[], Tokenizer] | None") -> None:
-        self._load = load  # None: the model has none
+    def __init__(
+        self, load: "Callable[[], Tokenizer] | None", load_at_hand: "Callable[[], Tokenizer | None] | None" = None
+    ) -> None:
+        """load: None when the model has none. load_at_hand: the same without the network, or None; by default load."""
+        self._load = load
+        self._load_at_hand = load_at_hand or load
         self._tokenizer: Tokenizer | None = None
         self._detokenizer: Detokenizer | None = None
         self._encoders: dict[tuple[bool, bool], Tokenizer] = {}
         self._failed = False
         self._lock = threading.Lock()
+        _alive.add(self)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether get() returns at once."""
+        return self._tokenizer is not None or self._load is None
 
     def get(self) -> "Tokenizer | None":
         """The tokenizer, None if the model has none. Raises OSError or FormatError when it cannot be read."""
@@ -94,16 +131,16 @@ class LazyTokenizer:
     def _encode(self, tokenizer: "Tokenizer", text: str, at_start: bool, split_special_tokens: bool) -> list[int]:
         encoder = self._encoder(tokenizer, at_start, split_special_tokens)
         if at_start or encoder is tokenizer:
-            return list(encoder.encode(text, add_special_tokens=at_start).ids)
+            return _ids(encoder, text, add_special_tokens=at_start)
         # The prefix space is missing before `text` only: a special token in it is followed by one as usual.
         usual = self._encoder(tokenizer, True, split_special_tokens)
         encoding = usual.encode(text, add_special_tokens=False)
         added = usual.get_added_tokens_decoder()
         first = next((i for i, id in enumerate(encoding.ids) if id in added and not split_special_tokens), None)
         if first is None:
-            return list(encoder.encode(text, add_special_tokens=False).ids)
+            return _ids(encoder, text, add_special_tokens=False)
         before = text[: encoding.offsets[first][0]]
-        return [*encoder.encode(before, add_special_tokens=False).ids, *encoding.ids[first:]]
+        return [*_ids(encoder, before, add_special_tokens=False), *encoding.ids[first:]]
 
     def detokenizer(self) -> Detokenizer | None:
         """How tokens become text; None if the model has no tokenizer. Raises as get."""
@@ -113,15 +150,21 @@ class LazyTokenizer:
         return self._detokenizer
 
     def detokenizer_or_warn(self) -> Detokenizer | None:
-        """As detokenizer, for text that nobody asked for: when reading fails, warns once and gives None."""
-        if self._failed:
+        """As detokenizer, for text that nobody asked for: asks no hub; if none is at hand, warns once and gives None."""
+        if self._failed or self._load_at_hand is None:
             return self._detokenizer
         try:
-            return self.detokenizer()
+            with self._lock:
+                if self._tokenizer is None:
+                    self._tokenizer = self._load_at_hand()
+            if self._tokenizer is not None:
+                return self.detokenizer()
+            problem = "this model's directory has no tokenizer.json, and GPT-2's is not in the hub's cache"
         except (OSError, FormatError) as error:
-            self._failed = True
-            warnings.warn(f"generated text will be empty: {error}", RuntimeWarning, stacklevel=2)
-            return None
+            problem = str(error)
+        self._failed = True
+        warnings.warn(f"generated text will be empty: {problem}", RuntimeWarning, stacklevel=2)
+        return None
 
     def _encoder(self, tokenizer: "Tokenizer", at_start: bool, split_special_tokens: bool) -> "Tokenizer":
         """The tokenizer, or a copy that differs in what is asked for."""
@@ -162,3 +205,21 @@ def _drop_prefix(description: dict[str, Any]) -> bool:
                 changed |= step["add_prefix_space"]
                 step["add_prefix_space"] = False
     return changed
+
+
+def _ids(tokenizer: "Tokenizer", text: str, *, add_special_tokens: bool) -> list[int]:
+    if len(text) > QUICK:  # a batch lets other threads run Python; encode() does not
+        return list(tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+    return list(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+
+_alive: "weakref.WeakSet[LazyTokenizer]" = weakref.WeakSet()
+
+
+def _unlock_after_fork() -> None:
+    """In a forked child, the thread that was loading is not there to finish."""
+    for tokenizer in _alive:
+        tokenizer._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_unlock_after_fork)

@@ -4,7 +4,9 @@
 
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "based/error.h"
@@ -370,6 +372,104 @@ TEST(FailuresOfOneRow, ASessionHasSeenWhatWasReturned) {
   const std::int32_t seven = 7, next = 5;
   replay.step({&seven, 1});
   EXPECT_EQ(floats(session.step({&next, 1})), floats(replay.step({&next, 1})));
+}
+
+// ---- interrupts ----------------------------------------------------------------------------------------------------
+
+struct Interrupted {};
+
+// What a call changes is undone when its last look finds an interrupt, and by undo_last().
+TEST(Interrupts, UndoACallThatIsThrough) {
+  const auto model = Model::random(tiny_config(), 21);
+  const TemporaryFolder dir;
+  Session other(model, 2);
+  other.prefill(Prompts{random_tokens(9, 3), random_tokens(4, 4)});
+  other.save_state(dir.path() / "other");
+  const auto elsewhere = other.checkpoint();
+  const std::vector<std::int32_t> tokens{3, 4}, probe{5, 6};
+  using Call = std::function<void(Session&, const InterruptCheck&)>;
+  const std::vector<std::pair<std::string, Call>> calls{
+      {"prefill",
+       [&](Session& s, const InterruptCheck& last) {
+         s.prefill(Prompts{random_tokens(30, 5), random_tokens(2, 6)}, {}, {}, last);
+       }},
+      {"step", [&](Session& s, const InterruptCheck& last) { s.step(tokens, {}, last); }},
+      {"one step",
+       [&](Session& s, const InterruptCheck& last) {
+         const int one[] = {1};
+         s.step(std::span(tokens).first(1), one, last);
+       }},
+      {"reset", [&](Session& s, const InterruptCheck& last) { s.reset(last); }},
+      {"reset one", [&](Session& s, const InterruptCheck& last) { s.reset(1, last); }},
+      {"copy", [&](Session& s, const InterruptCheck& last) { s.copy(0, 1, last); }},
+      {"restore", [&](Session& s, const InterruptCheck& last) { s.restore(0, *elsewhere->states()[1], last); }},
+      {"rollback", [&](Session& s, const InterruptCheck& last) { s.rollback(*elsewhere, last); }},
+      {"load", [&](Session& s, const InterruptCheck& last) { s.load_state(dir.path() / "other", last); }},
+  };
+  for (const bool fresh : {false, true}) {
+    for (const auto& [name, call] : calls) {
+      SCOPED_TRACE(name);
+      Session session(model, 2);
+      if (!fresh) {
+        session.prefill(Prompts{random_tokens(20, 1), random_tokens(7, 2)});
+        session.step(tokens);
+      }
+      const auto before = session.num_tokens();
+      const auto same = [&] {
+        EXPECT_EQ(session.num_tokens(), before);
+        const auto fork = session.fork();
+        Session replay(model, 2);
+        if (!fresh) {
+          replay.prefill(Prompts{random_tokens(20, 1), random_tokens(7, 2)});
+          replay.step(tokens);
+          // Going on needs what is kept beside the state, too.
+          const GenerationRequest on{{}, greedy(2)};
+          Generator a(*fork, {on, on}), b(replay, {on, on});
+          while (!b.done()) {
+            const auto found = a.next(), expected = b.next();
+            ASSERT_EQ(found.size(), expected.size());
+            for (std::size_t i = 0; i < found.size(); ++i) EXPECT_EQ(found[i].token, expected[i].token);
+          }
+        }
+        EXPECT_EQ(floats(fork->step(probe)), floats(replay.step(probe)));
+      };
+      EXPECT_THROW(call(session, [] { throw Interrupted{}; }), Interrupted);
+      same();
+      int looked = 0;
+      call(session, [&] { ++looked; });
+      EXPECT_EQ(looked, 1);
+      if (name == "prefill" || name == "load") continue;
+      session.undo_last();
+      same();
+      session.undo_last();  // there is nothing more
+      same();
+    }
+  }
+}
+
+// Tokens that a caller did not get, or has not read, are not seen by its session.
+TEST(Interrupts, TokensThatAreNotReadAreNotSeen) {
+  const auto model = Model::random(tiny_config(), 21);
+  const auto prompt = random_tokens(9, 1);
+  const std::vector<std::int32_t> probe{5};
+  for (const std::int64_t max_tokens : {50, 3}) {
+    for (const bool unread : {false, true}) {
+      Session session(model, 1);
+      Generator generator(session, {{prompt, greedy(max_tokens)}});
+      std::vector<std::int32_t> read;
+      for (int i = 0; i < 2; ++i) read.push_back(generator.next()[0].token);
+      EXPECT_THROW(generator.next({}, [] { throw Interrupted{}; }), Interrupted);
+      EXPECT_FALSE(generator.done());
+      if (unread) generator.next();  // the same token again
+      generator.finish(0, 0, unread);
+      EXPECT_TRUE(generator.done());
+      EXPECT_EQ(session.num_tokens()[0], 9 + 2);
+      Session replay(model, 1);
+      replay.prefill({&prompt, 1});
+      for (const std::int32_t token : read) replay.step({&token, 1});
+      EXPECT_EQ(floats(session.step(probe)), floats(replay.step(probe)));
+    }
+  }
 }
 
 }  // namespace

@@ -20,8 +20,8 @@ inline std::vector<float> results_in_filled_memory(const ModelConfig& config, st
   const auto faults = std::make_shared<Faults>();
   faults->fill = fill;
   RandomWeights weights(31);
-  const auto model = Model::Impl::make(config, std::make_unique<FaultyBackend>(std::move(device), faults), weights,
-                                       dtype, "0123456789abcdef");
+  const auto model =
+      Model::Impl::make(config, std::make_unique<FaultyBackend>(std::move(device), faults), weights, dtype);
   std::vector<float> results;
   const auto keep = [&](const Tensor& tensor) {
     const std::size_t begin = results.size();

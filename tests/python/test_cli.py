@@ -442,7 +442,7 @@ def test_a_session_in_pieces_is_one_long_sequence(model: based.Model, model_dire
     session = model.session()
     session.load_state(file)
     assert session.num_tokens == [len(seen)]
-    assert list(tmp_path.iterdir()) == [file]
+    assert sorted(tmp_path.iterdir()) == [file, file.with_name("state.safetensors.before")]
 
 
 def test_a_sample_that_cannot_go_on(model: based.Model, model_directory: Path, tmp_path: Path) -> None:
@@ -469,6 +469,92 @@ def test_a_failed_run_leaves_the_session_file(model_directory: Path, tmp_path: P
     fails(1, "state.safetensors", *run, "Hello")
     assert file.read_bytes() == before[:-1]
     fails(1, "a: No such file or directory", "generate", "-m", model_directory, "--session", tmp_path / "a" / "b", "x")
+
+
+def session_tokens(model: based.Model, file: Path) -> int:
+    session = model.session()
+    session.load_state(file)
+    return session.num_tokens[0]
+
+
+def test_undo(model: based.Model, model_directory: Path, tmp_path: Path) -> None:
+    file = tmp_path / "state.safetensors"
+    run = ["generate", "-m", model_directory, *GREEDY, "--session", file, "--max-tokens", 4]
+    fails(1, "no turn to undo", *run, "--undo")
+    ok(*run, "One")
+    fails(1, "no turn to undo", *run, "--undo")
+    first = file.read_bytes()
+    two = ok(*run, "Two")
+    assert session_tokens(model, file) == 2 * (3 + 4)
+    assert ok(*run, "--undo") == ""
+    assert file.read_bytes() == first
+    fails(1, "no turn to undo", *run, "--undo")
+    ok(*run, "Another")
+    assert ok(*run, "--undo", "Two") == two  # another second turn in the place of the one that was
+    assert session_tokens(model, file) == 2 * (3 + 4)
+    second = file.read_bytes()
+    assert ok(*run, "--undo", "Two") == two
+    assert file.read_bytes() == second
+    fails(1, "300", *run, "--undo", "--token-ids", "300")  # a failed run changes nothing
+    assert file.read_bytes() == second
+    ok(*run, "--undo")
+    assert file.read_bytes() == first
+    # A conversation that begins anew has nothing of the old one.
+    ok(*run, "Two")
+    file.unlink()
+    ok(*run, "New")
+    assert list(tmp_path.iterdir()) == [file]
+    fails(2, "--session FILE", "generate", "--undo", "x")
+
+
+def test_separator(model: based.Model, model_directory: Path, tmp_path: Path) -> None:
+    file = tmp_path / "state.safetensors"
+    run = ["generate", "-m", model_directory, *GREEDY, "--session", file, "--max-tokens", 2, "--separator", "\n--\n"]
+    (first,) = objects(ok(*run, "--json", "One"))
+    assert first["num_prompt_tokens"] == 3
+    (second,) = objects(ok(*run, "--json", "Two"))
+    assert second["num_prompt_tokens"] == 4 + 3
+    seen = [*b"One", *first["token_ids"], *b"\n--\nTwo"]
+    params = based.SamplingParams(temperature=0, max_tokens=2)
+    assert second["token_ids"] == model.generate(seen, params)[0].outputs[0].token_ids
+    assert objects(ok(*run, "--json"))[0]["num_prompt_tokens"] == 0  # goes on: no turn begins
+    fails(2, "--session FILE", "generate", "-m", model_directory, "--separator", "x", "Hello")
+    fails(2, "--token-ids", *run, "--token-ids", "1")
+
+
+def test_one_process_at_a_time_continues_a_session(model: based.Model, model_directory: Path, tmp_path: Path) -> None:
+    file = tmp_path / "state.safetensors"
+    (tmp_path / "link").symlink_to(file)
+    ok("generate", "-m", model_directory, "--session", file, "--max-tokens", 2, "Hello")
+    run = ["generate", "-m", model_directory, "--max-tokens", 10_000_000, "--session", file, "Hello"]
+    with start(*run) as process:
+        assert process.stdout
+        assert process.stdout.read(10)
+        for name in (file, tmp_path / "link"):
+            fails(1, "another process", "generate", "-m", model_directory, "--session", name, "Hello")
+            fails(1, "another process", "generate", "-m", model_directory, "--session", name, "--undo")
+        other = tmp_path / "other.safetensors"
+        ok("generate", "-m", model_directory, "--session", other, "--max-tokens", 2, "Hello")
+    # The one that held it was killed: nothing stays locked.
+    ok("generate", "-m", model_directory, "--session", file, "--max-tokens", 2, "Hello")
+    assert session_tokens(model, file) == 2 * (5 + 2)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_no_turn_is_lost(model: based.Model, model_directory: Path, tmp_path: Path) -> None:
+    """Many at once: each has its turn in the file, or failed and said so."""
+    file = tmp_path / "state.safetensors"
+    run = [*COMMAND, "generate", "-m", str(model_directory), "--session", str(file), "--max-tokens", "5", "Hello"]
+    processes = [
+        subprocess.Popen(run, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(4)
+    ]
+    outcomes = [(process.communicate(timeout=120), process.returncode) for process in processes]
+    done = sum(status == 0 for _, status in outcomes)
+    assert done >= 1
+    assert session_tokens(model, file) == done * (5 + 5)
+    for (_, errors), status in outcomes:
+        assert status == 0 or b"another process continues this conversation" in errors
 
 
 def test_a_session_of_another_model_is_refused(model_directory: Path, tmp_path: Path) -> None:
@@ -519,6 +605,98 @@ def test_interrupt(flags: list[str], model_directory: Path, tmp_path: Path) -> N
         assert process.returncode == 130
         assert time.monotonic() - asked < 5
     assert file.read_bytes() == before
+
+
+# ---- generate: streams that are closed, or lack letters --------------------------------------------------------------
+
+
+def shell(redirection: str, *args: object, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """`based ARGS` with what only a shell can do to its streams."""
+    command = 'exec "$@" ' + redirection
+    return subprocess.run(
+        ["sh", "-c", command, "sh", *COMMAND, *map(str, args)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        env=os.environ | environment,
+    )
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"], ["--stats"]])
+def test_closed_streams_are_the_null_device(flags: list[str], model_directory: Path, tmp_path: Path) -> None:
+    run = ["generate", "-m", model_directory, *GREEDY, "--max-tokens", 3, *flags, "--session"]
+    null = shell("2>/dev/null", *run, tmp_path / "null", "hi")
+    assert (null.returncode, null.stderr) == (0, b"") and null.stdout
+    closed = shell("2>&-", *run, tmp_path / "closed", "hi")
+    assert (closed.returncode, closed.stdout) == (0, null.stdout)
+    failed = shell("2>&-", *run, tmp_path / "absent" / "s", "hi")
+    assert (failed.returncode, failed.stdout) == (1, b"")
+    silent = shell(">&-", *run, tmp_path / "silent", "hi")
+    assert silent.returncode == 0
+    neither = shell(">&- 2>&-", *run, tmp_path / "neither", "hi")
+    assert neither.returncode == 0
+    nothing = shell("<&- >&- 2>&-", *run, tmp_path / "nothing", "hi")
+    assert nothing.returncode == 0
+    states = {(tmp_path / name).read_bytes() for name in ("null", "closed", "silent", "neither", "nothing")}
+    assert len(states) == 1
+
+
+def test_other_commands_with_a_closed_stderr(model_directory: Path, tmp_path: Path) -> None:
+    for args in (["inspect", model_directory], ["tokenize", "-m", model_directory, "hi"]):
+        done = shell("2>&-", *args)
+        assert (done.returncode, done.stdout) == (0, shell("2>/dev/null", *args).stdout)
+    assert shell("2>&-", "convert", GOLDEN, tmp_path / "converted").returncode == 0
+    usage = shell("2>&-", "dance")
+    assert (usage.returncode, usage.stdout) == (2, b"")
+
+
+def test_progress_without_a_stderr(model: based.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    assert model.generate("a", progress=True)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_letters_that_stdout_lacks(encoding: str, model_directory: Path, tmp_path: Path) -> None:
+    """They are escaped; neither the output nor the session is lost."""
+    biases = [f"--logit-bias={byte}:100" for byte in "é→".encode()]
+    run = ["generate", "-m", model_directory, "--seed", 1, "--max-tokens", 40, *biases, "--session"]
+    environment = {"PYTHONIOENCODING": encoding}
+    plain = shell("", *run, tmp_path / "plain", "caf", **environment)
+    assert (plain.returncode, plain.stderr) == (0, b"")
+    text = shell("", *run, tmp_path / "utf8", "caf", PYTHONIOENCODING="utf-8").stdout.decode()
+    assert not text.isascii()
+    assert plain.stdout == text.encode(encoding, "backslashreplace")
+    as_json = shell("", *run, tmp_path / "json", "--json", "caf", **environment)
+    assert as_json.returncode == 0
+    assert json.loads(as_json.stdout.decode(encoding))["text"] + "\n" == text
+    assert len({(tmp_path / name).read_bytes() for name in ("plain", "utf8", "json")}) == 1
+    tokens = shell("", "tokenize", "-m", model_directory, "--json", "é→", **environment)
+    assert json.loads(tokens.stdout.decode(encoding))["text"] == "é→"
+    decoded = shell("", "tokenize", "-m", model_directory, "-d", " ".join(map(str, "é→".encode())), **environment)
+    assert decoded.stdout == "é→\n".encode(encoding, "backslashreplace")
+
+
+@pytest.mark.parametrize(
+    ("status", "fragment", "args"),
+    [
+        (2, "--max-tokens", ["--max-tokens", "0"]),
+        (2, "--min-tokens", ["--min-tokens", "9", "--max-tokens", "3"]),
+        (2, "--top-p", ["--top-p", "2"]),
+        (2, "--temperature", ["--temperature", "-1"]),
+        (2, "--repetition-penalty", ["--repetition-penalty", "0"]),
+        (2, "--stop", ["--stop", ""]),
+        (1, "--device", ["--device", "gpu"]),
+        (1, "--stop-token-ids", ["--stop-token-ids", "100000"]),
+    ],
+)
+def test_messages_name_options_as_they_are_typed(
+    status: int, fragment: str, args: list[str], model_directory: Path
+) -> None:
+    done = based_cli("generate", "-m", model_directory, *args, "x")
+    assert done.returncode == status
+    error = done.stderr.strip().splitlines()[-1].split("error: ", 1)[1]
+    assert fragment in error
+    for name in ("max_tokens", "min_tokens", "top_p", "repetition_penalty", "stop_token_ids"):
+        assert name not in error
 
 
 # ---- convert ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from based import _core, _devices, sizes
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "based-tiny"
 NO_GPU = _core.cuda_problem()
-AUTO = "device='auto' runs on the CPU: "
 
 
 def run(*command, **environment):
@@ -53,12 +52,40 @@ def test_build_info():
 
 def test_auto_without_a_gpu_warns_once(auto):
     auto.setattr(_core, "cuda_problem", lambda: "no CUDA driver is installed")
+    auto.setattr(_devices, "_machine_has_gpu", lambda: True)
     with pytest.warns(RuntimeWarning, match="no CUDA driver is installed.*device='cpu'") as caught:
         assert based.load(GOLDEN).device == "cpu"
     assert [warning.filename for warning in caught] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert based.Model.random(sizes.named_config("tiny")).device == "cpu"
+
+
+def test_auto_is_silent_where_there_is_no_gpu(auto, tmp_path):
+    """Nothing is wrong then. A GPU without a driver is one: its display class and vendor are in sysfs."""
+    auto.setattr(_core, "cuda_problem", lambda: "no CUDA driver is installed")
+    auto.setattr(_devices, "_machine_has_gpu", lambda: False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert based.load(GOLDEN).device == "cpu"
+    for vendor, kind, expected in (
+        ("0x10de", "0x030200", True),
+        ("0x10de", "0x040300", False),
+        ("0x1002", "0x030000", False),
+    ):
+        (tmp_path / "vendor").write_text(vendor + "\n")
+        (tmp_path / "class").write_text(kind + "\n")
+        assert _devices._is_gpu(tmp_path) is expected
+    assert not _devices._is_gpu(tmp_path / "absent")
+
+
+def test_a_hidden_gpu_is_no_gpu(monkeypatch):
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert not _devices._machine_has_gpu()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if not NO_GPU:
+        assert _devices._machine_has_gpu()
 
 
 def test_auto_takes_the_first_gpu_that_works(auto):
@@ -110,10 +137,21 @@ def test_float16_needs_a_gpu():
 
 
 def test_the_command_line_warns_in_plain_words():
-    result = run("-m", "based.cli", "generate", "-m", GOLDEN, "The bee", "--max-tokens", "2", "--no-stats")
+    arguments = ["generate", "-m", str(GOLDEN), "The bee", "--max-tokens", "2", "--no-stats"]
+    code = f"""
+import sys
+from based import _core, _devices, cli
+_core.cuda_problem = lambda: "no CUDA driver is installed"
+_devices._machine_has_gpu = lambda: {{}}
+sys.exit(cli.main({arguments}))
+"""
+    result = run("-c", code.format(True))
     assert result.returncode == 0, result.stderr
-    assert result.stderr.startswith(f"based: warning: {AUTO}")
+    assert result.stderr.startswith("based: warning: --device auto runs on the CPU: no CUDA driver is installed. With")
+    assert "--device cpu" in result.stderr and "device=" not in result.stderr
     assert result.stderr.count("\n") == 1
+    silent = run("-c", code.format(False))
+    assert (silent.returncode, silent.stderr) == (0, "")
     quiet = run("-m", "based.cli", "generate", "-m", GOLDEN, "--device", "cpu", "The bee", "--max-tokens", "2")
     assert (quiet.returncode, quiet.stderr) == (0, "")
     refused = run("-m", "based.cli", "generate", "-m", GOLDEN, "--device", "cuda", "The bee")

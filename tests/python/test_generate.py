@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import time
 from pathlib import Path
 
 import based
@@ -426,6 +427,28 @@ def test_breaking_out_of_astream(model):
         return found
 
     assert asyncio.run(take(5)) == model.generate("Hello", greedy())[0].outputs[0].token_ids[:5]
+
+
+def test_astream_reads_long_texts_off_the_event_loop(model):
+    text = "word " * 100_000
+    begin = time.perf_counter()
+    expected = model.tokenizer.encode(text).ids
+    alone = time.perf_counter() - begin
+
+    async def run():
+        stream = model.astream(text, greedy())
+        first, gaps = asyncio.ensure_future(anext(stream)), [time.perf_counter()]
+        while len(gaps) < 2 or gaps[-1] - gaps[0] < 3 * alone:  # the prompt itself is read for longer
+            await asyncio.sleep(0.001)
+            gaps.append(time.perf_counter())
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        return max(b - a for a, b in itertools.pairwise(gaps))
+
+    assert asyncio.run(run()) < alone / 2
+    from based._generate import encode
+
+    assert encode(text, model._tokenizer, add_special_tokens=True) == expected
 
 
 # ---- sessions --------------------------------------------------------------------------------------------------------

@@ -388,6 +388,46 @@ print(model.generate("Hi")[0].prompt_token_ids)
     assert hub.downloaded() == {"tokenizer.json"}
 
 
+def test_ids_ask_no_hub(hub, python, gpt2_like):
+    """Their text is read with a tokenizer that is at hand, or stays empty."""
+    ids = f"""
+import warnings, based
+warnings.simplefilter("ignore")
+model = based.load({str(gpt2_like)!r})
+params = based.SamplingParams(temperature=0, max_tokens=4, logit_bias={{97: 100}})
+print(repr(model.generate([72, 105], params)[0].outputs[0].text))
+"""
+    assert python(ids) == "''"
+    assert hub.requests == []
+    text = python(f"import based; print(based.load({str(gpt2_like)!r}).generate('Hi')[0].prompt_token_ids)")
+    assert text == "[72, 105]"
+    hub.requests.clear()
+    assert python(ids) == "'aaaa'"  # it is in the hub's cache now
+    python(f"import based; based.load({str(gpt2_like)!r}).generate('Hi')")
+    assert hub.requests == []
+
+
+def test_a_hub_out_of_reach_costs_one_request(hub, python, gpt2_like):
+    hub.close()
+    code = f"""
+import time, based
+model = based.load({str(gpt2_like)!r})
+begin = time.monotonic()
+try:
+    model.generate("Hi")
+except OSError as error:
+    print(time.monotonic() - begin < 8, "could not be fetched" in str(error))
+"""
+    assert python(code) == "True True"
+
+
+def test_token_ids_need_no_tokenizer(gpt2_like):
+    command = [sys.executable, "-m", "based.cli", "generate", "-m", str(gpt2_like), "--token-ids", "1 2"]
+    for flags in ([], ["--json"]):
+        done = subprocess.run([*command, *flags], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [

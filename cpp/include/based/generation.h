@@ -40,8 +40,8 @@ class Generator {
   /// A session of its own, of at most `max_batch_size` sequences, and of no more than these requests have samples.
   Generator(std::shared_ptr<const Model> model, std::vector<GenerationRequest> requests, int max_batch_size);
 
-  /// On a caller's session, which must outlive this: request i continues sequence i; every n must be 1. When all have
-  /// finished, the session has seen every prompt and every token returned. Penalties count what the sequences saw
+  /// On a caller's session, which must outlive this: request i continues sequence i; every n must be 1. When it is
+  /// done(), the session has seen every prompt and every token returned. Penalties count what the sequences saw
   /// before.
   Generator(Session& session, std::vector<GenerationRequest> requests);
   ~Generator();
@@ -55,11 +55,14 @@ class Generator {
   bool done() const;
 
   /// Advances every running sequence by one token. Empty only when done(). `interrupt` is called before each step too:
-  /// what it throws comes out between two tokens, and the next call goes on.
-  std::vector<TokenEvent> next(const InterruptCheck& interrupt = {});
+  /// what it throws comes out between two tokens, and the next call goes on. `last_interrupt` is called once, at the
+  /// end: what it throws leaves the tokens to the next call.
+  std::vector<TokenEvent> next(const InterruptCheck& interrupt = {}, const InterruptCheck& last_interrupt = {});
 
-  /// Ends a sample early (a stop string was found, the reader lost interest). No effect on one that has ended.
-  void finish(int request, int sample);
+  /// Ends a sample early (a stop string was found, the reader lost interest). No effect on one that has ended. unread:
+  /// what the last next() gave of it was not read. A caller's session does not see tokens that were not read; on a GPU,
+  /// where steps run ahead, it may have seen one.
+  void finish(int request, int sample, bool unread = false);
 
  private:
   class Impl;

@@ -38,6 +38,10 @@ class Checkpoint {
 /// model are independent. A call that throws leaves everything as it was; when a step (or putting a state in its place)
 /// fails half-way, as only a failing device or the end of the memory can make it, its sequences are broken: every use
 /// of them throws Error until they are reset, rolled back or given a state.
+///
+/// `last_interrupt` of a call is called once, when all is done, by a thread that may still change its mind: what it
+/// throws undoes the call. While the states that a call changes (a prompt excepted) take more than 64 MiB, it is not
+/// called.
 class Session {
  public:
   Session(std::shared_ptr<const Model> model, int batch_size);
@@ -62,10 +66,15 @@ class Session {
   /// has seen. Returns the logits at each prompt's last token, (prompts.size(), padded_vocab_size) float32. Works in
   /// chunks: memory does not grow with the prompts' length.
   Tensor prefill(std::span<const std::vector<std::int32_t>> prompts, std::span<const int> sequences = {},
-                 const InterruptCheck& interrupt = {});
+                 const InterruptCheck& interrupt = {}, const InterruptCheck& last_interrupt = {});
 
   /// Feeds one token to each listed sequence (all in order when empty). Returns logits as prefill.
-  Tensor step(std::span<const std::int32_t> tokens, std::span<const int> sequences = {});
+  Tensor step(std::span<const std::int32_t> tokens, std::span<const int> sequences = {},
+              const InterruptCheck& last_interrupt = {});
+
+  /// Right after a step, reset, copy, restore or rollback that was given a last_interrupt: makes it undone, unless the
+  /// states take more than 64 MiB.
+  void undo_last();
 
   /// A new session with equal states.
   std::unique_ptr<Session> fork() const;
@@ -74,27 +83,27 @@ class Session {
   std::shared_ptr<const State> snapshot(int sequence) const;
 
   /// Makes a sequence what the state says, bit for bit. Throws StateError for a state of another model.
-  void restore(int sequence, const State& state);
+  void restore(int sequence, const State& state, const InterruptCheck& last_interrupt = {});
 
   /// A snapshot of every sequence.
   std::unique_ptr<Checkpoint> checkpoint() const;
 
   /// Back to the checkpoint, bit for bit. Throws StateError when it comes from another model or batch size.
-  void rollback(const Checkpoint& checkpoint);
+  void rollback(const Checkpoint& checkpoint, const InterruptCheck& last_interrupt = {});
 
   /// Forgets everything.
-  void reset();
+  void reset(const InterruptCheck& last_interrupt = {});
 
   /// Forgets everything that sequence has seen / makes sequence `to` equal to `from`.
-  void reset(int sequence);
-  void copy(int from, int to);
+  void reset(int sequence, const InterruptCheck& last_interrupt = {});
+  void copy(int from, int to, const InterruptCheck& last_interrupt = {});
 
   /// Saves all states as one safetensors file (docs/state-format.md): written aside, then renamed.
   void save_state(const std::filesystem::path& path) const;
 
   /// Replaces all states by a saved file's. Throws StateError on another model, batch size or format version, and
   /// FormatError on a damaged file; then nothing has changed.
-  void load_state(const std::filesystem::path& path);
+  void load_state(const std::filesystem::path& path, const InterruptCheck& last_interrupt = {});
 
   class Impl;
   Impl& impl() const { return *impl_; }

@@ -6,12 +6,15 @@ Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failed, 
 """
 
 import argparse
+import contextlib
 import importlib
+import io
 import os
+import re
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 COMMANDS = {
@@ -72,18 +75,41 @@ class _Version(argparse.Action):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status. argv: without the program's name; None for the process's own."""
+    with _usable_streams():
+        return _main(argv)
+
+
+@contextlib.contextmanager
+def _usable_streams() -> Iterator[None]:
+    """A closed stdout or stderr is /dev/null; what the encoding of stdout lacks is written as an escape."""
+    before = sys.stdout, sys.stderr
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def _main(argv: Sequence[str] | None) -> int:
     debug = False
+    options: Mapping[str, str] = {}
     showwarning = warnings.showwarning
     try:
         args = _make_parser().parse_args(argv)
-        debug = args.debug
-        warnings.showwarning = lambda message, *_, **__: print(
-            f"based: warning: {_printable(str(message))}", file=sys.stderr
-        )
+        debug, options = args.debug, _options(args.parser)
+
+        def show(message: Any, *_: Any, **__: Any) -> None:
+            print(f"based: warning: {_printable(_in_options(str(message), options))}", file=sys.stderr)
+
+        warnings.showwarning = show
         try:
             args.run(args)
         except UsageError as error:
-            args.parser.error(str(error))
+            args.parser.error(_in_options(str(error), options))
         finally:
             warnings.showwarning = showwarning
         sys.stdout.flush()
@@ -99,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"based: error: {_printable(_describe(error))}", file=sys.stderr)
+        print(f"based: error: {_printable(_describe(error, options))}", file=sys.stderr)
         return 1
 
 
@@ -108,9 +134,32 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: Exception, options: Mapping[str, str]) -> str:
     """One line: what str() makes of it, without OSError's "[Errno 2]", or its type when that says nothing."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
         return where + " ".join(error.strerror.split())
-    return " ".join(str(error).split()) or type(error).__name__
+    return _in_options(" ".join(str(error).split()), options) or type(error).__name__
+
+
+def _options(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """The options of a command by the names of the library's arguments."""
+    options = {action.dest: max(action.option_strings, key=len) for action in parser._actions if action.option_strings}
+    if "threads" in options:
+        options["num_threads"] = options["threads"]
+    return options
+
+
+def _in_options(message: str, options: Mapping[str, str]) -> str:
+    """A message of the library with its arguments as they are typed here: --max-tokens for max_tokens.
+
+    A name that is also a word stands for the argument at the beginning only, where the message says what is wrong.
+    """
+    message = message.removeprefix("SamplingParams: ").replace("load(..., tokenizer=path)", "--tokenizer FILE")
+    for name, option in options.items():
+        if "_" in name:
+            message = re.sub(rf"(?<![\w./-]){name}(?![\w./])", option, message)
+        elif name in ("device", "dtype"):
+            message = re.sub(rf"\b{name}='([\w:]*)'", rf"{option} \1", message)
+        message = re.sub(rf"^{name}(?=: |\[| is | must | = )", option, message)
+    return message

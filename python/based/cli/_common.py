@@ -1,12 +1,14 @@
 """What several subcommands share: the model's arguments, where text comes from, how numbers are shown."""
 
 import argparse
+import codecs
+import json
 import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from based._loading import BUNDLED
 from based.cli import UsageError
@@ -153,6 +155,12 @@ def wants_statistics(args: argparse.Namespace) -> bool:
     """Whether to write statistics to stderr."""
     asked: bool | None = args.stats
     return sys.stderr.isatty() if asked is None else asked
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """JSON that stdout can hold: letters as they are where it is UTF-8, escaped elsewhere."""
+    is_utf8 = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
+    return json.dumps(value, ensure_ascii=not is_utf8, **options)
 
 
 class TokenTimer:

@@ -11,7 +11,6 @@ import csv
 import importlib
 import io
 import itertools
-import json
 import math
 import statistics
 import subprocess
@@ -461,7 +460,7 @@ def _csv_line(values: Any) -> str:
 
 class _JsonLines(Writer):
     def add(self, result: Result) -> None:
-        print(json.dumps(self.header | asdict(result), ensure_ascii=False), flush=True)
+        print(_common.to_json(self.header | asdict(result)), flush=True)
 
 
 class _Json(Writer):
@@ -473,7 +472,7 @@ class _Json(Writer):
         self._results.append(asdict(result))
 
     def end(self) -> None:
-        print(json.dumps(self.header | {"results": self._results}, ensure_ascii=False, indent=2))
+        print(_common.to_json(self.header | {"results": self._results}, indent=2))
 
 
 _WRITERS: dict[str, Callable[[dict[str, Any]], Writer]] = {

@@ -6,6 +6,7 @@ on; forks of it; and bytes and speed beside a transformer's KV cache. It takes a
 
 import argparse
 import itertools
+import os
 import random
 import shlex
 import shutil
@@ -125,7 +126,9 @@ def _save(args: argparse.Namespace, model: "Model", session: "Session", pair: "P
             if (value := getattr(args, name)) is not None:
                 command.append(f"--{name}={value}")
         command += [f"--device={model.device}", f"--dtype={model.dtype}", f"--threads={model.num_threads}"]
-        done = subprocess.run([*command, pairs.question(key)], stdout=subprocess.PIPE, encoding="utf-8", check=True)
+        env = os.environ | {"PYTHONIOENCODING": "utf-8"}
+        command.append(pairs.question(key))
+        done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True, env=env)
     there, here = done.stdout.removesuffix("\n"), pairs.ask(session.fork(), [key])[0]
     print(f"{there}\n\nThis process says {'the same' if there == here else here}.")
 

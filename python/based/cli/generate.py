@@ -2,21 +2,27 @@
 
 The text goes to stdout as it comes, without the prompt. With --session the prompt continues what the state in FILE has
 seen, and the state after it replaces FILE: a conversation of any length in a file of constant size. Without a prompt it
-goes on where it stopped.
+goes on where it stopped. The state before the last turn stays in FILE.before, for --undo.
 """
 
 import argparse
-import json
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
 import sys
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from based.cli import UsageError, _common
 
 if TYPE_CHECKING:
-    from based import SamplingParams, StreamChunk
+    from based import SamplingParams, Session, StreamChunk
 
 _FIELDS: dict[str, Any] = {
     "n": int,
@@ -53,6 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _common.add_compute_arguments(parser)
     parser.add_argument(
         "--session", type=Path, metavar="FILE", help="start from the state in FILE, if there is one, and save it there"
+    )
+    parser.add_argument(
+        "--separator", metavar="TEXT", help="with --session: stands before the prompt, unless that is the first"
+    )
+    parser.add_argument(
+        "--undo",
+        action="store_true",
+        help="with --session: take back the last turn, then continue with a prompt if any",
     )
     parser.add_argument("--token-ids", action="store_true", help="the prompt and the output are token ids")
     parser.add_argument("--json", action="store_true", help="one JSON object per sample, at the end")
@@ -112,31 +126,46 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError(f"--session continues one sequence: -n {params.n} must be 1")
     if params.logprobs is not None and not args.json:
         raise UsageError("--logprobs are shown with --json only")
+    if args.session is None and (args.separator is not None or args.undo):
+        raise UsageError("--separator and --undo are for a conversation: name its --session FILE")
+    if args.separator is not None and args.token_ids:
+        raise UsageError("--separator is text, and with --token-ids the prompt is not")
+    with contextlib.ExitStack() as stack:
+        saved = None if args.session is None else stack.enter_context(_SavedSession.locked(args.session, args.undo))
+        if args.token_ids:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message="generated text will be empty")
+        _generate(args, params, saved)
+
+
+def _generate(args: argparse.Namespace, params: "SamplingParams", saved: "_SavedSession | None") -> None:
     # A saved session goes on by itself: it needs no prompt.
-    goes_on = args.session is not None and args.session.exists()
-    text = _common.read_text(args, "prompt", optional=goes_on)
+    goes_on = saved is not None and saved.start is not None
+    text = _common.read_text(args, "prompt", optional=goes_on or args.undo)
+    if saved is not None and args.undo and not text:
+        saved.undo()
+        return
     prompt: list[int] | None = None
     if args.token_ids or (goes_on and not text):
         prompt = _common.parse_ids(text)
 
-    if args.session is not None:
-        args.session.parent.stat()  # a folder that is not there: say so before the work, not after it
     model = _common.load_model(args)
-    session = model.session() if args.session is not None else None
-    if session is not None and goes_on:
-        session.load_state(args.session)
+    session = model.session() if saved is not None else None
+    if session is not None and saved is not None and saved.start is not None:
+        session.load_state(saved.start)
     first = session is None or session.num_tokens == [0]
     if prompt is None:
         if model.tokenizer is None:
             raise ValueError(f"{args.model} has no tokenizer: name one with --tokenizer, or use --token-ids")
-        prompt = model.encode(text, at_start=first, split_special_tokens=args.split_special_tokens)
+        separator = "" if first or args.separator is None else args.separator
+        prompt = model.encode(separator + text, at_start=first, split_special_tokens=args.split_special_tokens)
 
     start = time.perf_counter()
     printer = _JsonPrinter(params, len(prompt)) if args.json else _TextPrinter(params.n, args.token_ids)
     timer = _common.TokenTimer()
     printer.print_all(timer.watch(model.stream(prompt, params) if session is None else session.stream(prompt, params)))
-    if session is not None:
-        session.save_state(args.session)
+    if session is not None and saved is not None:
+        saved.replace(session)
     if printer.errors:
         raise ValueError("; ".join(printer.errors))
 
@@ -152,6 +181,83 @@ def run(args: argparse.Namespace) -> None:
             f"{model.dtype}, {model.num_threads} threads, {model.kernel_isa}",
         ]
         print("; ".join(parts), file=sys.stderr)
+
+
+class _SavedSession:
+    """The state file of a conversation, which one process at a time continues, and beside it the state before it."""
+
+    def __init__(self, path: Path, undo: bool) -> None:
+        self._path = path
+        name = path.name + ".before"
+        self._before = path.with_name(name if len(os.fsencode(name)) <= 255 else _hidden_name(path, "before"))
+        self.start = self._before if undo else path if path.exists() else None
+        """The state to go on from; None for a conversation that begins."""
+        if undo and not self._before.exists():
+            raise FileNotFoundError(
+                errno.ENOENT,
+                "there is no turn to undo: only the last one can be, once, and not the first (remove the session's "
+                "file to begin anew)",
+                str(self._before),
+            )
+
+    @classmethod
+    @contextlib.contextmanager
+    def locked(cls, path: Path, undo: bool) -> "Iterator[_SavedSession]":
+        """Raises BlockingIOError while another process continues the conversation: its turn or ours would be lost."""
+        path = path.resolve()
+        path.parent.stat()  # a folder that is not there: say so before the work, not after it
+        lock = path.with_name(_hidden_name(path, "lock"))
+        while True:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_at(descriptor, lock):
+                    break
+            except BlockingIOError as error:
+                os.close(descriptor)
+                raise BlockingIOError(
+                    errno.EWOULDBLOCK, "another process continues this conversation: wait for its end", str(path)
+                ) from error
+            os.close(descriptor)  # of a process that has just removed it
+        try:
+            yield cls(path, undo)
+        finally:
+            lock.unlink(missing_ok=True)
+            os.close(descriptor)
+
+    def replace(self, session: "Session") -> None:
+        """Saves the state after a turn."""
+        if self.start != self._path:  # what lies in `before` is the state before this turn, or of another conversation
+            session.save_state(self._path)
+            if self.start is None:
+                self._before.unlink(missing_ok=True)
+            return
+        aside = self._path.with_name(f".based-{os.getpid()}.before")
+        try:
+            try:
+                os.link(self._path, aside)
+            except OSError:  # a file system without links
+                shutil.copy2(self._path, aside)
+            session.save_state(self._path)
+            os.replace(aside, self._before)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def undo(self) -> None:
+        """Takes the last turn back."""
+        os.replace(self._before, self._path)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _hidden_name(path: Path, suffix: str) -> str:
+    """Of a file beside `path`, whose own name may have the longest length allowed."""
+    return f".based-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.{suffix}"
 
 
 class _TextPrinter:
@@ -227,4 +333,4 @@ class _JsonPrinter:
                     for chunk in sample
                     for entry in chunk.logprobs or ()
                 ]
-            print(json.dumps(record, ensure_ascii=False))
+            print(_common.to_json(record))

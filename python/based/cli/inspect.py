@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         config, dtype, files = read_directory(directory)
         facts = {"model": args.model, "directory": str(directory)} | _describe(config, dtype)
         facts["files"] = files
-    print(json.dumps(facts, ensure_ascii=False) if args.json else _format(facts, config))
+    print(_common.to_json(facts) if args.json else _format(facts, config))
 
 
 def read_directory(directory: Path) -> tuple["ModelConfig", str, dict[str, int]]:

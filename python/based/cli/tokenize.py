@@ -4,7 +4,6 @@ Ids are written on one line, separated by spaces; they are read separated by spa
 """
 
 import argparse
-import json
 
 from based._tokenizer_json import tokenizer_errors
 from based.cli import _common
@@ -36,6 +35,6 @@ def run(args: argparse.Namespace) -> None:
         ids = found.encode(text, at_start=True, split_special_tokens=args.split_special_tokens)
     if args.json:
         tokens = [tokenizer.id_to_token(token) for token in ids]
-        print(json.dumps({"text": text, "token_ids": ids, "tokens": tokens}, ensure_ascii=False))
+        print(_common.to_json({"text": text, "token_ids": ids, "tokens": tokens}))
     else:
         print(text if args.decode else " ".join(map(str, ids)))

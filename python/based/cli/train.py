@@ -7,7 +7,6 @@ given again. For several GPUs, torchrun starts it. See docs/training.md.
 
 import argparse
 import importlib
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -55,4 +54,4 @@ def run(args: argparse.Namespace) -> None:
             print(f"based: {stop}", file=sys.stderr)
         raise SystemExit(128 + stop.signal) from None
     if training.is_first_process():
-        print(json.dumps(asdict(result), default=str, ensure_ascii=False) if args.json else result.model)
+        print(_common.to_json(asdict(result), default=str) if args.json else result.model)

@@ -71,7 +71,8 @@ class Meter:
     """A run's progress on stderr: a bar on a terminal, a line at a time elsewhere; nothing unless it is wanted."""
 
     def __init__(self, *, wanted: bool) -> None:
-        self._wanted, self._bar = wanted, sys.stderr.isatty()
+        self._wanted = wanted and sys.stderr is not None
+        self._bar = self._wanted and sys.stderr.isatty()
         self._shown = False
 
     def note(self, text: str) -> None:
