@@ -278,9 +278,8 @@ def translate(
         raise FormatError(f"{weights_where}: found tensors {found}, …, expected names like {EMBEDDING}")
     stored = {int(match[1]) for name in shapes if (match := re.match(r"transformer\.layers\.(\d{1,9})\.", name))}
     # Before anything is made for each layer: a number in a config is not a reason to take memory.
-    held = max(stored, default=-1) + 1
-    if held != num_layers:
-        raise FormatError(f"{where}: n_layer: found {num_layers}, but {weights_where} holds {held} layers")
+    if stored and max(stored) + 1 != num_layers:
+        raise FormatError(f"{where}: n_layer: found {num_layers}, but {weights_where} holds {max(stored) + 1} layers")
     if num_layers > _MAX_LAYERS:
         raise FormatError(f"{where}: n_layer: found {num_layers}, expected at most {_MAX_LAYERS}")
     top.boolean("tie_word_embeddings", True)  # the tensors tell: an absent head is the embedding

@@ -8,11 +8,12 @@
 
 #include "based/error.h"
 #include "io/safetensors.h"
+#include "scratch_folder.h"
 
 namespace {
 
 std::filesystem::path make_folder() {
-  const auto folder = std::filesystem::temp_directory_path() / ("based-fuzz-index-" + std::to_string(getpid()));
+  const auto folder = scratch_folder() / ("based-fuzz-index-" + std::to_string(getpid()));
   std::filesystem::create_directories(folder);
   const std::byte byte{7};
   for (const auto& [file, name] : {std::pair("a", "x"), {"b", "y"}}) {

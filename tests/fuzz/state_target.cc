@@ -14,6 +14,7 @@
 #include "based/error.h"
 #include "based/session.h"
 #include "io/state_file.h"
+#include "scratch_folder.h"
 
 namespace {
 
@@ -41,7 +42,7 @@ struct Target {
     session = std::make_unique<Session>(model, 2);
     const std::vector<std::int32_t> prompts[] = {{1, 2, 3, 4}, {5}};
     session->prefill(prompts);
-    path = std::filesystem::temp_directory_path() / ("based-fuzz-state-" + std::to_string(getpid()));
+    path = scratch_folder() / ("based-fuzz-state-" + std::to_string(getpid()));
     static std::filesystem::path removed_at_exit = path;
     std::atexit([] { std::filesystem::remove(removed_at_exit); });
   }

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import based
@@ -326,34 +327,45 @@ def test_a_model_that_differs_in_any_weight_is_another_model(ours, tmp_path):
     np.testing.assert_array_equal(loaded.step([5]), session.step([5]))
 
 
-def test_a_state_file_that_is_cut_while_it_is_read(ours, tmp_path):
-    """Read, not mapped: no moment at which the process dies."""
-    model = based.load(ours, device="cpu")
-    session = model.session(batch_size=8)
-    session.prefill([[1, 2, 3]] * 8)
-    path = tmp_path / "state"
-    session.save_state(path)
-    whole = path.read_bytes()
+@contextmanager
+def cut_again_and_again(path, folder):
+    """While the block runs, another process shortens the file in place and makes it whole, over and over."""
     code = """if True:
         import os, sys
-        for i in range(100000):
-            os.truncate(sys.argv[1], 1000 + i % 7)
+        whole = open(sys.argv[2], "rb").read()
+        while True:
+            os.truncate(sys.argv[1], 1000)
             with open(sys.argv[1], "r+b") as file:
-                file.write(open(sys.argv[2], "rb").read())
+                file.write(whole)
     """
-    (tmp_path / "whole").write_bytes(whole)
-    writer = subprocess.Popen([sys.executable, "-c", code, path, tmp_path / "whole"])
-    refused = 0
+    shutil.copyfile(path, folder / "whole")
+    writer = subprocess.Popen([sys.executable, "-c", code, path, folder / "whole"])
     try:
-        for _ in range(300):
-            try:
-                session.load_state(path)
-            except FormatError as error:
-                refused += str(path) in str(error)
+        yield
     finally:
         writer.kill()
         writer.wait()
-    assert refused > 0
+        shutil.copyfile(folder / "whole", path)
+
+
+def test_files_that_are_cut_while_they_are_read(ours, tmp_path):
+    """Read, not mapped: no moment at which the process dies, and the message names the file."""
+    shutil.copytree(ours, tmp_path / "m")
+    model = based.load(tmp_path / "m", device="cpu")
+    session = model.session(batch_size=8)
+    session.prefill([[1, 2, 3]] * 8)
+    state, weights = tmp_path / "state", tmp_path / "m" / "model.safetensors"
+    session.save_state(state)
+    for path, read in ((state, session.load_state), (weights, lambda _: _core.Model.load(tmp_path / "m"))):
+        refused = 0
+        with cut_again_and_again(path, tmp_path):
+            for _ in range(100):
+                try:
+                    read(path)
+                except FormatError as error:
+                    refused += str(path) in str(error)
+        assert refused > 0
+        read(path)
 
 
 # ---- what conversion leaves ------------------------------------------------------------------------------------------
