@@ -343,7 +343,7 @@ class _Run:
                 self._update()
                 if self.step == timed - 1:
                     self._flush()
-                elif self.step == timed:
+                elif self.step == timed < steps:
                     self._flush()
                     self._say_how_long()
                 stop = self.world.largest(signals.received) if self.step < steps else 0
