@@ -16,6 +16,10 @@ function(based_announce text)
   endif()
 endfunction()
 
+if(NOT BASED_CUDA)
+  return()
+endif()
+
 # The compiler, where CMake itself would look for it, and then where the toolkit puts it.
 if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
   find_program(BASED_NVCC nvcc PATHS ENV CUDA_HOME ENV CUDA_PATH /usr/local/cuda PATH_SUFFIXES bin)
