@@ -8,7 +8,7 @@ import numpy
 import numpy.typing
 import os
 import typing
-__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Error', 'FinishReason', 'FormatError', 'GatedConvConfig', 'Generator', 'LinearAttentionConfig', 'MIXERS', 'MixerField', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'Parameter', 'Projection', 'SafetensorsFile', 'SamplingParams', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'State', 'StateError', 'StateTensor', 'Tensor', 'TokenEvent', 'UnsupportedError', 'add_cublas_path', 'build_info', 'check_batch_size', 'check_config', 'check_prompt', 'convert_dtype', 'cuda_problem', 'devices', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'synchronize', 'write_safetensors']
+__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Error', 'FinishReason', 'FormatError', 'GatedConvConfig', 'Generator', 'LinearAttentionConfig', 'MAX_TOKEN_IDS', 'MIXERS', 'MixerField', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'Parameter', 'Projection', 'SafetensorsFile', 'SamplingParams', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'State', 'StateError', 'StateTensor', 'Tensor', 'TokenEvent', 'Turn', 'Turns', 'UnsupportedError', 'add_cublas_path', 'build_info', 'check_batch_size', 'check_config', 'check_json', 'check_prompt', 'convert_dtype', 'cuda_problem', 'devices', 'exchange_paths', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'parse_limit', 'synchronize', 'write_safetensors']
 class Error(Exception):
     """
     Base of the failures that are particular to this library.
@@ -927,12 +927,13 @@ def check_config(text: str, where: str) -> str:
     """
     The canonical form of a config.json's text. Raises FormatError.
     """
-def check_prompt(prompt: collections.abc.Sequence[int] | numpy.ndarray, vocab_size: typing.SupportsInt | typing.SupportsIndex, name: str) -> numpy.typing.NDArray[numpy.int32]:
-    """
-    Token ids as an array. Raises TypeError and ValueError, in which `name` is the prompt's.
 def check_json(text: bytes, where: str) -> None:
     """
     Refuses what is no JSON, and JSON that would take much more memory than its text. Raises FormatError.
+    """
+def check_prompt(prompt: collections.abc.Sequence[int] | numpy.ndarray, vocab_size: typing.SupportsInt | typing.SupportsIndex, name: str) -> numpy.typing.NDArray[numpy.int32]:
+    """
+    Token ids as an array. Raises TypeError and ValueError, in which `name` is the prompt's.
     """
 def convert_dtype(bits: numpy.ndarray, source: str, target: str) -> numpy.ndarray:
     """
