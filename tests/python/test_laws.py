@@ -625,6 +625,11 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any, Any]] = {
         True,
         lambda a, b: (a[0].text, b[0].text) == ("", "ee"),
     ),
+    "skip_special_tokens": (
+        {"logit_bias": {257: 100.0}, "ignore_eos": True},
+        False,
+        lambda a, b: (a[0].text, b[0].text) == ("", "<eos>" * 16),
+    ),
     "ignore_eos": (
         {"logit_bias": {257: 100.0}},
         True,
