@@ -150,7 +150,7 @@ class LazyTokenizer:
         return self._detokenizer
 
     def detokenizer_or_warn(self) -> Detokenizer | None:
-        """As detokenizer, for text that nobody asked for: asks no hub. If none is at hand, warns once and gives None."""
+        """As detokenizer, for text that nobody asked for: asks no hub. If there is none, warns once and gives None."""
         if self._failed or self._load_at_hand is None:
             return self._detokenizer
         try:
