@@ -108,6 +108,7 @@ class Turns {
     why_ = std::move(why_others_fail);
     return std::make_unique<Turn>(taken_);
   }
+  bool taken() const { return *taken_; }
 
  private:
   std::shared_ptr<bool> taken_ = std::make_shared<bool>(false);
@@ -130,7 +131,8 @@ void bind_session(py::module_& m) {
   py::class_<Turns>(m, "Turns", "Gives turns, one at a time.")
       .def(py::init<>())
       .def("take", &Turns::take, py::arg("why_others_fail"),
-           "A Turn. Raises SessionBusyError with the reason that the holder of the turn gave.");
+           "A Turn. Raises SessionBusyError with the reason that the holder of the turn gave.")
+      .def_property_readonly("taken", &Turns::taken, "Whether somebody has a turn.");
 
   py::class_<State, std::shared_ptr<State>>(
       m, "State", "What one sequence has seen, at one moment. Immutable; any number of sessions may start from it.")

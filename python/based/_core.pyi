@@ -714,6 +714,11 @@ class Turns:
         """
         A Turn. Raises SessionBusyError with the reason that the holder of the turn gave.
         """
+    @property
+    def taken(self) -> bool:
+        """
+        Whether somebody has a turn.
+        """
 class State:
     """
     What one sequence has seen, at one moment. Immutable; any number of sessions may start from it.

@@ -208,8 +208,9 @@ class Session:
 
     def save_state(self, path: str | os.PathLike[str]) -> None:
         """Saves all states as one safetensors file: written aside, then renamed. Raises OSError."""
+        file = os.fspath(path)  # Python code of a path runs here, where an interrupt in it is one
         with self._turn():
-            self._core.save_state(path)
+            self._core.save_state(file)
 
     def load_state(self, path: str | os.PathLike[str], sequence: int | None = None) -> None:
         """Replaces the states by a saved file's.
@@ -221,11 +222,12 @@ class Session:
         Raises StateError on another model, number of sequences or format version, FormatError on a damaged file, and
         OSError; then nothing has changed.
         """
+        file = os.fspath(path)
         with self._turn():
             if sequence is None:
-                self._core.load_state(path)
+                self._core.load_state(file)
             else:
-                self._core.restore(sequence, _core.State.load(path, self._model))
+                self._core.restore(sequence, _core.State.load(file, self._model))
 
     def _turn(self) -> _core.Turn:
         """Keeps other callers out while it is entered, so that the core's calls of one method belong together."""

@@ -109,7 +109,7 @@ def test_texts_that_a_tokenizer_fails_on(ours, tmp_path, values, prompt):
     model = based.load(tmp_path / "m", device="cpu")
     session = model.session()
     for call in (model.generate, session.generate, lambda text: session.prefill([text])):
-        with pytest.raises(FormatError, match="tokenizer failed on a prompt"):
+        with pytest.raises(FormatError, match="tokenizer failed on a text"):
             call(prompt)
     assert session.num_tokens == [0]
 
