@@ -5,7 +5,7 @@ import functools
 import sys
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TextIO, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,11 @@ from based._tokenizer import QUICK, LazyTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    """stream: None where a program has none."""
+    return stream is not None and stream.isatty()
 
 
 def core_options(device: str, dtype: str, num_threads: int | None, deterministic: bool = False) -> dict[str, Any]:
@@ -244,7 +249,7 @@ class Model:
         """
         listed = as_list(prompts)
         pairs = list(pair_params(listed, params))
-        bar = ProgressBar(sum(each.n for _, each in pairs)) if progress and sys.stderr.isatty() else None
+        bar = ProgressBar(sum(each.n for _, each in pairs)) if progress and _is_terminal(sys.stderr) else None
         with contextlib.nullcontext() if bar is None else bar:
             outputs = self._run_all(
                 iter(pairs), max_batch_size, split_special_tokens, len(listed) > 1, None if bar is None else bar.add

@@ -86,6 +86,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "texts").mkdir()
     for index in range(3):
         (tmp_path / "texts" / f"{index}.txt").write_text("Once upon a time there was a state. " * 60)
+    (tmp_path / "book.txt").write_text("Once upon a time there was a state. " * 20)
     for block in blocks_of(ROOT / "docs" / "training.md"):
         if block.language == "yaml":
             (tmp_path / "config.yaml").write_text(block.text)
