@@ -77,7 +77,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   try {
     const auto file = io::SafetensorsFile::parse(std::as_bytes(std::span(data, size)), "fuzz");
     std::vector<io::SavedState> states(2);
-    std::string_view counts = file->metadata().contains("num_tokens") ? file->metadata().at("num_tokens") : "";
+    const auto found = file->metadata().find("num_tokens");
+    std::string_view counts = found == file->metadata().end() ? std::string_view() : std::string_view(found->second);
     for (io::SavedState& state : states) {
       const auto end = std::from_chars(counts.data(), counts.data() + counts.size(), state.num_tokens).ptr;
       counts.remove_prefix(std::min(counts.size(), static_cast<std::size_t>(end - counts.data()) + 1));

@@ -131,7 +131,7 @@ def model_tensors(config: Mapping[str, Any], seed: int) -> dict[str, Array]:
             values *= 2 / np.sqrt(shape[1])
             values[config["vocab_size"] :] *= 0.1  # never the arg-max
         else:
-            values *= 1 / np.sqrt(shape[1])
+            values *= 1 / np.sqrt(shape[-1] if len(shape) > 1 else 1)
         tensors[name] = values.astype(np.float32)
     return tensors
 
