@@ -478,23 +478,22 @@ class Operations(RuleBasedStateMachine):
     @rule(tracked=sessions, data=st.data())
     def fail(self, tracked: Tracked, data: Any) -> None:
         size, vocab_size = tracked.value.batch_size, self.random.config["vocab_size"]
-        bad_call = data.draw(
-            st.sampled_from(
-                [
-                    lambda session: session.step([0] * (size + 1)),
-                    lambda session: session.step([0] * (size - 1) + [vocab_size]),
-                    lambda session: session.step([-1] * size),
-                    lambda session: session.prefill([[0] * 300] * (size - 1) + [[]]),
-                    lambda session: session.prefill([[0] * 300] * (size - 1) + [[0, vocab_size]]),
-                    lambda session: session.prefill([[0], [0]], [0, 0]),
-                    lambda session: session.reset(size),
-                    lambda session: session.copy(0, size),
-                    lambda session: session.copy(-1, 0),
-                    lambda session: session.generate([[0]] * size, based.SamplingParams(n=2)),
-                    lambda session: session.generate([[0]] * (size + 1)),
-                ]
-            )
-        )
+        bad_calls = [
+            lambda session: session.step([0] * (size + 1)),
+            lambda session: session.step([0] * (size - 1) + [vocab_size]),
+            lambda session: session.step([-1] * size),
+            lambda session: session.prefill([[0] * 300] * (size - 1) + [[0, vocab_size]]),
+            lambda session: session.prefill([[0], [0]], [0, 0]),
+            lambda session: session.reset(size),
+            lambda session: session.copy(0, size),
+            lambda session: session.copy(-1, 0),
+            lambda session: session.generate([[0]] * size, based.SamplingParams(n=2)),
+            lambda session: session.generate([[0]] * (size + 1)),
+        ]
+        bos = self.random.config["bos_token_id"]
+        if bos is None or bos >= vocab_size or tracked.histories[-1]:  # otherwise an empty prompt is the bos token
+            bad_calls.append(lambda session: session.prefill([[0] * 300] * (size - 1) + [[]]))
+        bad_call = data.draw(st.sampled_from(bad_calls))
         with pytest.raises(ValueError):  # noqa: PT011 (the texts have tests of their own)
             bad_call(tracked.value)
 
