@@ -483,6 +483,7 @@ void Session::Impl::settle(int changed_slot) {
 
 std::vector<std::shared_ptr<const State>> Session::Impl::snapshots(std::span<const std::int32_t> slots) const {
   std::vector<std::shared_ptr<const State>> result;
+  bool copied = false;
   for (const std::int32_t slot : slots) {
     check_whole(slot);
     const Slot& source = at(slot);
@@ -496,10 +497,11 @@ std::vector<std::shared_ptr<const State>> Session::Impl::snapshots(std::span<con
       impl->states = backend().make_states(config(), model->dtype(), 1);
       backend().copy_state(*states_, slot, *impl->states, 0, num_tokens(slot));
       if (source.last.rows.data) impl->progress.last = own_copy(source.last);
+      copied = true;
     }
     result.back() = std::make_shared<State>(std::move(impl));
   }
-  backend().synchronize();
+  if (copied) backend().synchronize();
   for (std::size_t i = 0; i < slots.size(); ++i) at(slots[i]).snapshot = result[i];
   return result;
 }

@@ -183,6 +183,15 @@ class LazyTokenizer:
             return self._encoders[key]
 
 
+# By the type of a step: what it does to the space before a text, and the value with which it does nothing.
+_WITHOUT_PREFIX: dict[str, tuple[str, Any]] = {
+    "Prepend": ("prepend", ""),
+    "Strip": ("strip_left", False),
+    "Metaspace": ("prepend_scheme", "never"),
+    "ByteLevel": ("add_prefix_space", False),
+}
+
+
 def _drop_prefix(description: dict[str, Any]) -> bool:
     """Takes what adds or removes a space before a text out of a tokenizer.json; whether there was something."""
     changed = False
@@ -192,18 +201,10 @@ def _drop_prefix(description: dict[str, Any]) -> bool:
             kind = step["type"]
             if kind == "Sequence":
                 steps += step["normalizers" if key == "normalizer" else "pretokenizers"]
-            elif kind == "Prepend":
-                changed |= step["prepend"] != ""
-                step["prepend"] = ""
-            elif kind == "Strip":
-                changed |= step["strip_left"]
-                step["strip_left"] = False
-            elif kind == "Metaspace":
-                changed |= step["prepend_scheme"] != "never"
-                step["prepend_scheme"] = "never"
-            elif kind == "ByteLevel":
-                changed |= step["add_prefix_space"]
-                step["add_prefix_space"] = False
+            elif kind in _WITHOUT_PREFIX:
+                option, value = _WITHOUT_PREFIX[kind]
+                changed |= step[option] != value
+                step[option] = value
     return changed
 
 
