@@ -17,7 +17,7 @@
 
 namespace based::test {
 
-/// All three mixers, grouped heads, partial rotary; small and odd-sized.
+/// All mixers, grouped heads, partial rotary; small and odd-sized.
 inline ModelConfig tiny_config() {
   ModelConfig config;
   config.vocab_size = 61;
@@ -35,6 +35,7 @@ inline ModelConfig tiny_config() {
   window.rotary_dim = 4;
   config.layers = {GatedConvConfig{48, 3, true}, LinearAttentionConfig{3, 4, 8, 1e-12}, window,
                    GatedConvConfig{30, 4, false}, LinearAttentionConfig{2, 5, 7, 1e-12}};
+  config.layers.push_back(SelectiveScanConfig{37, 5, 4, 3, true, true});
   config.eos_token_id = 60;
   return config;
 }
