@@ -27,8 +27,8 @@ class SelectiveScan final : public Mixer {
         out_(weights.linear("out_proj")),
         taps_(weights.parameter("conv.weight")),
         conv_bias_(config.conv_bias ? weights.parameter("conv.bias") : backend::Buffer{}),
-        a_(weights.parameter(
-            "A_log", [&](const std::vector<float>& log) { return decay_rates(log, config.inner_size); })),
+        a_(weights.parameter("A_log",
+                             [&](const std::vector<float>& log) { return decay_rates(log, config.inner_size); })),
         d_(weights.parameter("D")),
         projection_dtype_(weights.projection_dtype()),
         activation_dtype_(weights.activation_dtype()) {}

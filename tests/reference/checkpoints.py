@@ -104,6 +104,17 @@ def model_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             linear(f"{name}.proj_k", h * f, d, False)
             linear(f"{name}.proj_v", h * head_dim, d, False)
             linear(f"{name}.out_proj", d, h * head_dim, False)
+        elif layer["mixer"] == "selective_scan":
+            e, n, r = layer["inner_size"], layer["state_size"], layer["dt_rank"]
+            linear(f"{name}.in_proj", 2 * e, d, layer["bias"])
+            shapes[f"{name}.conv.weight"] = (e, layer["kernel_size"])
+            if layer["conv_bias"]:
+                shapes[f"{name}.conv.bias"] = (e,)
+            linear(f"{name}.x_proj", r + 2 * n, e, False)
+            linear(f"{name}.dt_proj", e, r, True)
+            shapes[f"{name}.A_log"] = (e, n)
+            shapes[f"{name}.D"] = (e,)
+            linear(f"{name}.out_proj", d, e, layer["bias"])
         else:
             h, h_kv, head_dim = layer["num_heads"], layer["num_kv_heads"], layer["head_dim"]
             linear(f"{name}.qkv_proj", (h + 2 * h_kv) * head_dim, d, layer["qkv_bias"])
@@ -136,8 +147,11 @@ def model_tensors(config: Mapping[str, Any], seed: int) -> dict[str, Array]:
     return tensors
 
 
-MIXERS = ("gated_conv", "linear_attention", "sliding_window")
+MIXERS = ("gated_conv", "linear_attention", "sliding_window", "selective_scan")
 """The kinds that random models are made of."""
+
+ON_A_GPU = ("gated_conv", "linear_attention", "sliding_window")
+"""Those that GPUs run."""
 
 
 def _random_mixer(choose: Choose, kinds: Sequence[str]) -> Config:
@@ -157,6 +171,16 @@ def _random_mixer(choose: Choose, kinds: Sequence[str]) -> Config:
             "feature_dim": choose.one_of([16, 1, 2, 3, 5, 8, 17, 24]),
             "head_dim": choose.one_of([16, 1, 3, 7, 8, 20, 33]),
             "eps": choose.one_of([1e-12, 0.0, 1e-3]),
+        }
+    if kind == "selective_scan":
+        return {
+            "mixer": kind,
+            "inner_size": choose.integer(1, 40),
+            "state_size": choose.one_of([16, 1, 2, 5, 32]),
+            "kernel_size": choose.integer(1, 5),
+            "dt_rank": choose.one_of([4, 1, 2, 3, 7]),
+            "conv_bias": choose.one_of([True, False]),
+            "bias": choose.one_of([False, True]),
         }
     assert kind == "sliding_window", f"{kind} has no random shapes"
     num_kv_heads, head_dim = choose.integer(1, 3), choose.one_of([16, 1, 2, 3, 7, 8, 24, 33])

@@ -102,8 +102,8 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
                     std::span<const backend::NamedView> tensors) override;
 
  private:
-  /// cpu_mixers.cc: the convolution of channels [0, e) of u (N, 2e), advancing the first part of the layer's state. out = SiLU(conv +
-  /// bias), bias null for none; times channels [e, 2e) of u when `gated`.
+  /// cpu_mixers.cc: the convolution of channels [0, e) of u (N, 2e), advancing the first part of the layer's state. out
+  /// = SiLU(conv + bias), bias null for none; times channels [e, 2e) of u when `gated`.
   void convolve(std::int64_t kernel_size, const float* taps, const float* bias, bool gated,
                 const backend::RaggedBatch& batch, const backend::Matrix& u, backend::StatePool& states, int layer,
                 const backend::Matrix& out);

@@ -1,4 +1,5 @@
-// The selective scan: its convolution is that of gated_conv; a task of the scan is a sequence and some channels. The arithmetic is in kernels/.
+// The selective scan: its convolution is that of gated_conv; a task of the scan is a sequence and some channels. The
+// arithmetic is in kernels/.
 
 #include <algorithm>
 

@@ -23,8 +23,7 @@ enum class NormKind : std::uint8_t { rms_norm, layer_norm };
 enum class Activation : std::uint8_t { identity, silu, gelu, gelu_tanh, sigmoid, relu, relu_squared };
 
 /// A layer's mixer. To add one, see CONTRIBUTING.md.
-using MixerConfig =
-    std::variant<GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig, SelectiveScanConfig>;
+using MixerConfig = std::variant<GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig, SelectiveScanConfig>;
 
 /// Calls f(std::type_identity<Config>{}) for every kind of mixer.
 template <class F>

@@ -6,8 +6,8 @@
 
 namespace based::cpu {
 
-/// out[t, c] = SiLU(Σ_j taps[c, j] · u₁[t − K + 1 + j, c] + bias[c]) · u₂[t, c] for tokens [token_begin, token_end) of a
-/// sequence and channels [channel_begin, channel_end).
+/// out[t, c] = SiLU(Σ_j taps[c, j] · u₁[t − K + 1 + j, c] + bias[c]) · u₂[t, c] for tokens [token_begin, token_end) of
+/// a sequence and channels [channel_begin, channel_end).
 struct GatedConvTask {
   const float* taps;  // (e, K)
   const float* bias;  // (e); null for none

@@ -170,7 +170,7 @@ BASED_INLINE f32v scale_by_power(f32v p, f32v n) {
 BASED_INLINE f32v vexp(f32v x) {
   // e^x = 2^n e^r, n = round(x / ln 2), |r| ≤ ln 2 / 2; e^r by its Taylor polynomial of degree 7.
   const f32v lo = splat(-87.33654f), hi = splat(88.37626f);
-  const f32v z = vmin(hi, vmax(lo, x));  // of two numbers, one NaN, these give the second
+  const f32v z = vmin(hi, vmax(lo, x));   // of two numbers, one NaN, these give the second
   const f32v shift = splat(12582912.0f);  // 1.5 · 2²³: adding it rounds to an integer
   const f32v n = fmadd(z, splat(1.44269504f), shift) - shift;
   f32v r = fnmadd(n, splat(0.693359375f), z);
