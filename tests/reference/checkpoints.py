@@ -725,3 +725,68 @@ def models(
 def checkpoints(draw: Any, max_layers: int = 4) -> Checkpoint:
     """Published checkpoints."""
     return random_checkpoint(_Drawn(draw), max_layers)
+
+
+# ---- published Mambas ------------------------------------------------------------------------------------------------
+
+# What the authors' training script writes of its GPT-2.
+GPT2_FIELDS: Config = {
+    "reorder_and_upcast_attn": False,
+    "scale_attn_by_inverse_layer_idx": True,
+    "n_positions": 2048,
+    "n_embd": 1024,
+    "n_head": 16,
+    "use_flash_attn": True,
+    "fused_dropout_add_ln": True,
+    "fused_mlp": True,
+    "fused_bias_fc": True,
+    "use_fast_path": True,
+}
+
+
+def mamba_checkpoint(seed: int = 0, ssm: Mapping[str, Any] | None = None, **changes: Any) -> MambaCheckpoint:
+    """A small one as state-spaces publish theirs. `ssm`: its ssm_cfg; `changes`: of its config."""
+    ssm = {} if ssm is None else ssm
+    config: Config = {"d_model": 24, "n_layer": 3, "vocab_size": 51, "ssm_cfg": dict(ssm), "rms_norm": True}
+    config |= {"residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 8, **changes}
+    d, vocab_size, multiple = config["d_model"], config["vocab_size"], config.get("pad_vocab_size_multiple", 8)
+    rank = ssm.get("dt_rank", "auto")
+    layer = {
+        "mixer": "selective_scan",
+        "inner_size": int(ssm.get("expand", 2) * d),
+        "state_size": ssm.get("d_state", 16),
+        "kernel_size": ssm.get("d_conv", 4),
+        "dt_rank": -(-d // 16) if rank == "auto" else rank,
+        "conv_bias": ssm.get("conv_bias", True),
+        "bias": ssm.get("bias", False),
+    }
+    expected = {
+        "format": "based",
+        "format_version": 1,
+        "vocab_size": vocab_size,
+        "padded_vocab_size": -(-vocab_size // multiple) * multiple,
+        "hidden_size": d,
+        "norm": {"type": "rms_norm" if config.get("rms_norm", True) else "layer_norm", "eps": 1e-5},
+        "mlp": None,
+        "tie_embeddings": config.get("tie_embeddings", True),
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "layers": [layer] * config["n_layer"],
+    }
+    return MambaCheckpoint(config, expected, seed)
+
+
+class MambaCheckpoint(Checkpoint):
+    """A published Mamba to be."""
+
+    def published_tensors(self) -> dict[str, tuple[str, Array]]:
+        published: dict[str, tuple[str, Array]] = {}
+        for name, (dtype, bits) in self.expected_tensors().items():
+            if name.endswith("mixer.conv.weight"):
+                bits = bits[:, None, :]
+            there = name.replace("norm1", "norm").replace("final_norm", "norm_f").replace(".conv.", ".conv1d.")
+            published[name if name.startswith("lm_head") else f"backbone.{there}"] = (dtype, bits)
+        if self.expected["tie_embeddings"] and self.head != "absent":
+            dtype, bits = published["backbone.embedding.weight"]
+            published["lm_head.weight"] = (dtype, bits if self.head == "shared" else bits.copy())
+        return {self.prefix + name: tensor for name, tensor in published.items()}
