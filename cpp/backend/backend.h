@@ -48,6 +48,14 @@ struct ScanOperands {
   Matrix dt;                 // (tokens, e) projection
 };
 
+/// The weights that Backend::gated_delta_net reads, float32.
+struct DeltaOperands {
+  const float* taps = nullptr;      // (channels, K)
+  const float* norm = nullptr;      // (head_dim)
+  const float* log_rate = nullptr;  // (H); null without a decay
+  const float* dt_bias = nullptr;   // (H); null without a decay
+};
+
 /// What an allocation is for: Model::memory reports the three apart.
 enum class MemoryKind : std::uint8_t { weights, states, workspace };
 
@@ -313,6 +321,14 @@ class Backend {
     unsupported(config, operands, batch, states, layer, out);
   }
 
+  /// GatedDeltaNetConfig's equation up to W_out, after the state, which it advances. u (N, channels | H for b | H for a
+  /// | H·head_dim for g) projection, a and g where the config has them; out (N, H·head_dim) activation.
+  virtual void gated_delta_net(const GatedDeltaNetConfig& config, const DeltaOperands& operands,
+                               const RaggedBatch& batch, const Matrix& u, StatePool& states, int layer,
+                               const Matrix& out) {
+    unsupported(config, operands, batch, u, states, layer, out);
+  }
+
   // ---- states ------------------------------------------------------------------------------------------------
 
   /// Bytes that a slot of such a pool takes when its sequence has seen num_tokens tokens: a long part takes memory when
@@ -367,6 +383,7 @@ struct Implements {
   bool operator()(const SelectiveScanConfig&) const {
     return declares(&Device::scan_conv) && declares(&Device::selective_scan);
   }
+  bool operator()(const GatedDeltaNetConfig&) const { return declares(&Device::gated_delta_net); }
 
  private:
   template <class Class, class... Arguments>

@@ -8,7 +8,7 @@ import numpy
 import numpy.typing
 import os
 import typing
-__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Error', 'FinishReason', 'FormatError', 'GatedConvConfig', 'Generator', 'LinearAttentionConfig', 'MAX_TOKEN_IDS', 'MIXERS', 'MixerField', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'Parameter', 'Projection', 'SafetensorsFile', 'SamplingParams', 'SelectiveScanConfig', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'State', 'StateError', 'StateTensor', 'Tensor', 'TokenEvent', 'Turn', 'Turns', 'UnsupportedError', 'add_cublas_path', 'build_info', 'check_batch_size', 'check_config', 'check_json', 'check_prompt', 'convert_dtype', 'cuda_problem', 'devices', 'exchange_paths', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'parse_limit', 'synchronize', 'write_safetensors']
+__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Error', 'FinishReason', 'FormatError', 'GatedConvConfig', 'GatedDeltaNetConfig', 'Generator', 'LinearAttentionConfig', 'MAX_TOKEN_IDS', 'MIXERS', 'MixerField', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'Parameter', 'Projection', 'SafetensorsFile', 'SamplingParams', 'SelectiveScanConfig', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'State', 'StateError', 'StateTensor', 'Tensor', 'TokenEvent', 'Turn', 'Turns', 'UnsupportedError', 'add_cublas_path', 'build_info', 'check_batch_size', 'check_config', 'check_json', 'check_prompt', 'convert_dtype', 'cuda_problem', 'devices', 'exchange_paths', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'parse_limit', 'synchronize', 'write_safetensors']
 class Error(Exception):
     """
     Base of the failures that are particular to this library.
@@ -458,6 +458,79 @@ class SelectiveScanConfig:
         """
         The shape, in words.
         """
+class GatedDeltaNetConfig:
+    """
+    A gated delta rule (Gated DeltaNet; DeltaNet without the decay).
+    """
+    letter: typing.ClassVar[str] = 'D'
+    mixer: typing.ClassVar[str] = 'gated_delta_net'
+    @staticmethod
+    def fields() -> list[MixerField]:
+        """
+        The keys of config.json beside "mixer", in order.
+        """
+    def __eq__(self, arg0: GatedDeltaNetConfig) -> bool:
+        ...
+    def __getstate__(self) -> dict:
+        ...
+    def __hash__(self) -> int:
+        ...
+    def __setstate__(self, arg0: dict) -> None:
+        ...
+    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+        """
+        The matrices that each token is multiplied by, in order.
+        """
+    @property
+    def decay(self) -> bool:
+        """
+        whether there is an α; false: α = 1, DeltaNet
+        """
+    @property
+    def eps(self) -> float:
+        """
+        of the norm of each head's result
+        """
+    @property
+    def head_dim(self) -> int:
+        """
+        size of v per head
+        """
+    @property
+    def kernel_size(self) -> int:
+        """
+        K, taps of the convolution
+        """
+    @property
+    def key_dim(self) -> int:
+        """
+        size of q and k per head
+        """
+    @property
+    def num_heads(self) -> int:
+        """
+        H
+        """
+    @property
+    def output_gate(self) -> bool:
+        """
+        whether there is a W_g
+        """
+    @property
+    def parameters(self) -> list[Parameter]:
+        """
+        The other tensors of its weights.
+        """
+    @property
+    def state(self) -> list[StateTensor]:
+        """
+        The tensors of a layer in a state file.
+        """
+    @property
+    def summary(self) -> str:
+        """
+        The shape, in words.
+        """
 class MlpConfig:
     def __eq__(self, arg0: MlpConfig) -> bool:
         ...
@@ -515,7 +588,7 @@ class ModelConfig:
     def hidden_size(self) -> int:
         ...
     @property
-    def layers(self) -> list[GatedConvConfig | LinearAttentionConfig | SlidingWindowConfig | SelectiveScanConfig]:
+    def layers(self) -> list[GatedConvConfig | LinearAttentionConfig | SlidingWindowConfig | SelectiveScanConfig | GatedDeltaNetConfig]:
         ...
     @property
     def mlp(self) -> MlpConfig | None:
@@ -1051,4 +1124,4 @@ def write_safetensors(path: os.PathLike | str | bytes, tensors: collections.abc.
     Writes (name, array, dtype name) in this order to a temporary file beside `path` and renames it. Arrays are C-contiguous and hold the dtype's bits (bfloat16 as uint16). Raises OSError, TypeError, ValueError.
     """
 MAX_TOKEN_IDS: int = 268435456
-MIXERS: tuple = (GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig, SelectiveScanConfig)
+MIXERS: tuple = (GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig, SelectiveScanConfig, GatedDeltaNetConfig)

@@ -195,6 +195,12 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
     faults_->tick("selective_scan");
     inner_->selective_scan(config, operands, batch, states, layer, out);
   }
+  void gated_delta_net(const GatedDeltaNetConfig& config, const backend::DeltaOperands& operands,
+                       const backend::RaggedBatch& batch, const backend::Matrix& u, backend::StatePool& states,
+                       int layer, const backend::Matrix& out) override {
+    faults_->tick("gated_delta_net");
+    inner_->gated_delta_net(config, operands, batch, u, states, layer, out);
+  }
   void token_log_probs(const backend::Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
                        std::span<float> out) override {
     faults_->tick("token_log_probs");

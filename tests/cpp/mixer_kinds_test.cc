@@ -275,6 +275,11 @@ class WithoutWindows final : public backend::DeviceBackend<WithoutWindows> {
                       const backend::Matrix& out) override {
     cpu_.selective_scan(config, operands, batch, states, layer, out);
   }
+  void gated_delta_net(const GatedDeltaNetConfig& config, const backend::DeltaOperands& operands,
+                       const backend::RaggedBatch& batch, const backend::Matrix& u, backend::StatePool& states,
+                       int layer, const backend::Matrix& out) override {
+    cpu_.gated_delta_net(config, operands, batch, u, states, layer, out);
+  }
   void token_log_probs(const backend::Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
                        std::span<float> out) override {
     cpu_.token_log_probs(logits, vocab_size, targets, out);

@@ -36,6 +36,7 @@ inline ModelConfig tiny_config() {
   config.layers = {GatedConvConfig{48, 3, true}, LinearAttentionConfig{3, 4, 8, 1e-12}, window,
                    GatedConvConfig{30, 4, false}, LinearAttentionConfig{2, 5, 7, 1e-12}};
   config.layers.push_back(SelectiveScanConfig{37, 5, 4, 3, true, true});
+  config.layers.push_back(GatedDeltaNetConfig{2, 5, 7, 3, 1e-5, true, true});
   config.eos_token_id = 60;
   return config;
 }

@@ -105,6 +105,34 @@ class _Forward:
         self.state.tensors[f"layers.{i}.scan"] = h
         return bf16(bf16(y) * bf16(ACTIVATIONS["silu"](xz[:, e:])))
 
+    def _gated_delta_net(self, x: Array, layer: Config, i: int) -> Array:
+        """As the authors' kernels: bfloat16 inputs and results, float32 inside, and of A_log, dt_bias and the norm."""
+        name, t, h, dk = f"layers.{i}.mixer", len(x), layer["num_heads"], layer["key_dim"]
+        dv, taps = layer["head_dim"], self.w[f"layers.{i}.mixer.conv.weight"]
+        padded = np.concatenate(
+            [np.zeros((layer["kernel_size"] - 1, len(taps)), np.float32), self._linear(x, f"{name}.qkv_proj")]
+        )
+        self.state.tensors[f"layers.{i}.conv"] = padded[t:].astype(np.float64)
+        conv = bf16(ACTIVATIONS["silu"](bf16(sum(taps[:, j] * padded[j : j + t] for j in range(taps.shape[1])))))
+        q, k, v = (part.reshape(t, h, -1) for part in np.split(conv, [h * dk, 2 * h * dk], axis=-1))
+        q, k = (bf16(part / np.sqrt((part**2).sum(-1, keepdims=True) + 1e-6)) for part in (q, k))
+        beta = bf16(ACTIVATIONS["sigmoid"](self._linear(x, f"{name}.b_proj")))
+        alpha = np.ones((t, h))
+        if layer["decay"]:
+            step = np.logaddexp(0, self._linear(x, f"{name}.a_proj") + self.wide[f"{name}.dt_bias"])
+            alpha = np.exp(-np.exp(self.wide[f"{name}.A_log"]) * step)
+        s, y = np.zeros((h, dk, dv)), np.zeros((t, h, dv))
+        for n in range(t):
+            s = alpha[n, :, None, None] * s
+            s = s + k[n, :, :, None] * (beta[n, :, None] * (v[n] - np.einsum("hkd,hk->hd", s, k[n])))[:, None]
+            y[n] = np.einsum("hkd,hk->hd", s, q[n]) / math.sqrt(dk)
+        self.state.tensors[f"layers.{i}.delta"] = s
+        y = bf16(y)
+        y = y / np.sqrt((y**2).mean(-1, keepdims=True) + np.float32(layer["eps"])) * self.wide[f"{name}.norm.weight"]
+        if layer["output_gate"]:
+            y = y * ACTIVATIONS["silu"](self._linear(x, f"{name}.g_proj")).reshape(y.shape)
+        return bf16(y).reshape(t, -1)
+
     def _sliding_window(self, x: Array, layer: Config, i: int) -> Array:
         t, h, h_kv, window = len(x), layer["num_heads"], layer["num_kv_heads"], layer["window"]
         qkv = self._linear(x, f"layers.{i}.mixer.qkv_proj").reshape(t, h + 2 * h_kv, layer["head_dim"])

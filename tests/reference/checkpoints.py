@@ -115,6 +115,18 @@ def model_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes[f"{name}.A_log"] = (e, n)
             shapes[f"{name}.D"] = (e,)
             linear(f"{name}.out_proj", d, e, layer["bias"])
+        elif layer["mixer"] == "gated_delta_net":
+            h, dk, head_dim = layer["num_heads"], layer["key_dim"], layer["head_dim"]
+            linear(f"{name}.qkv_proj", h * (2 * dk + head_dim), d, False)
+            linear(f"{name}.b_proj", h, d, False)
+            if layer["decay"]:
+                linear(f"{name}.a_proj", h, d, False)
+                shapes[f"{name}.A_log"] = shapes[f"{name}.dt_bias"] = (h,)
+            if layer["output_gate"]:
+                linear(f"{name}.g_proj", h * head_dim, d, False)
+            shapes[f"{name}.conv.weight"] = (h * (2 * dk + head_dim), layer["kernel_size"])
+            shapes[f"{name}.norm.weight"] = (head_dim,)
+            linear(f"{name}.out_proj", d, h * head_dim, False)
         else:
             h, h_kv, head_dim = layer["num_heads"], layer["num_kv_heads"], layer["head_dim"]
             linear(f"{name}.qkv_proj", (h + 2 * h_kv) * head_dim, d, layer["qkv_bias"])
@@ -147,7 +159,7 @@ def model_tensors(config: Mapping[str, Any], seed: int) -> dict[str, Array]:
     return tensors
 
 
-MIXERS = ("gated_conv", "linear_attention", "sliding_window", "selective_scan")
+MIXERS = ("gated_conv", "linear_attention", "sliding_window", "selective_scan", "gated_delta_net")
 """The kinds that random models are made of."""
 
 ON_A_GPU = ("gated_conv", "linear_attention", "sliding_window")
@@ -181,6 +193,17 @@ def _random_mixer(choose: Choose, kinds: Sequence[str]) -> Config:
             "dt_rank": choose.one_of([4, 1, 2, 3, 7]),
             "conv_bias": choose.one_of([True, False]),
             "bias": choose.one_of([False, True]),
+        }
+    if kind == "gated_delta_net":
+        return {
+            "mixer": kind,
+            "num_heads": choose.integer(1, 3),
+            "key_dim": choose.one_of([8, 1, 3, 16, 21]),
+            "head_dim": choose.one_of([16, 1, 5, 8, 33]),
+            "kernel_size": choose.integer(1, 5),
+            "eps": choose.one_of([1e-5, 1e-3]),
+            "decay": choose.one_of([True, False]),
+            "output_gate": choose.one_of([True, False]),
         }
     assert kind == "sliding_window", f"{kind} has no random shapes"
     num_kv_heads, head_dim = choose.integer(1, 3), choose.one_of([16, 1, 2, 3, 7, 8, 24, 33])

@@ -85,7 +85,7 @@ class State:
     """What one sequence has seen, named and shaped as in a saved state (docs/state-format.md), float64.
 
     layers.{i}.conv (K-1, e) · layers.{i}.taylor (H, features, head_dim + 1) · layers.{i}.keys and .values
-    (min(num_tokens, window), H_kv, head_dim) · layers.{i}.scan (N, e).
+    (min(num_tokens, window), H_kv, head_dim) · layers.{i}.scan (N, e) · layers.{i}.delta (H, key_dim, head_dim).
     """
 
     num_tokens: int = 0
@@ -220,6 +220,42 @@ class Model:
             y = y + np.einsum("t,tje,j,je->te", c[:, n], decay, b[:, n], delta * x, optimize=True)
         return y * ACTIVATIONS["silu"](z)
 
+    def _delta_inputs(self, x: Array, layer: int, before: Array) -> tuple[Array, ...]:
+        """Of tokens x (T, d) after the last K − 1 rows of W_qkv u: q, k (T, H, key_dim), v (T, H, head_dim), β and
+        log α (T, H), the gate (T, H, head_dim), and the rows of W_qkv u with what came before."""
+        name, mixer = f"layers.{layer}.mixer", self.layers[layer]
+        t, h, dk = len(x), mixer["num_heads"], mixer["key_dim"]
+        padded = np.concatenate([before, self._linear(x, f"{name}.qkv_proj")])
+        taps = self.tensors[f"{name}.conv.weight"]
+        conv = ACTIVATIONS["silu"](sum(taps[:, j] * padded[j : j + t] for j in range(taps.shape[1])))
+        q, k, v = (part.reshape(t, h, -1) for part in np.split(conv, [h * dk, 2 * h * dk], axis=-1))
+        q, k = (part / np.sqrt((part**2).sum(-1, keepdims=True) + 1e-6) for part in (q, k))
+        beta = ACTIVATIONS["sigmoid"](self._linear(x, f"{name}.b_proj"))
+        log_alpha, gate = np.zeros((t, h)), np.ones_like(v)
+        if mixer["decay"]:
+            step = np.logaddexp(0, self._linear(x, f"{name}.a_proj") + self.tensors[f"{name}.dt_bias"])
+            log_alpha = -np.exp(self.tensors[f"{name}.A_log"]) * step
+        if mixer["output_gate"]:
+            gate = ACTIVATIONS["silu"](self._linear(x, f"{name}.g_proj")).reshape(v.shape)
+        return q / math.sqrt(dk), k, v, beta, log_alpha, gate, padded
+
+    def _delta_output(self, y: Array, gate: Array, layer: int) -> Array:
+        """The norm of each head, and the gate: (T, H · head_dim) of y (T, H, head_dim)."""
+        y = y / np.sqrt((y**2).mean(-1, keepdims=True) + self.layers[layer]["eps"])
+        return (y * self.tensors[f"layers.{layer}.mixer.norm.weight"] * gate).reshape(len(y), -1)
+
+    def _gated_delta_net(self, x: Array, layer: int) -> Array:
+        """u_t + β_t Σ_{j<t} (γ_t/γ_j) (k_t·k_j) u_j = β_t v_t, y_t = Σ_{j≤t} (γ_t/γ_j) (q_t·k_j) u_j, γ_t = Π_{i≤t} α_i."""
+        mixer, t = self.layers[layer], len(x)
+        before = np.zeros((mixer["kernel_size"] - 1, len(self.tensors[f"layers.{layer}.mixer.conv.weight"])))
+        q, k, v, beta, log_alpha, gate, _ = self._delta_inputs(x, layer, before)
+        time = log_alpha.cumsum(0).T  # (H, T)
+        decay = np.exp(np.where(np.tri(t, dtype=bool), time[:, :, None] - time[:, None], -np.inf))
+        products = np.einsum("thd,shd->hts", k, k) * decay * beta.T[..., None]
+        u = np.linalg.solve(np.eye(t) + np.tril(products, -1), (beta[..., None] * v).transpose(1, 0, 2))
+        y = np.einsum("hts,hsd->thd", np.einsum("thd,shd->hts", q, k) * decay, u)
+        return self._delta_output(y, gate, layer)
+
     # ---- token by token ----------------------------------------------------------------------------------------
 
     def fresh_state(self) -> State:
@@ -235,6 +271,10 @@ class Model:
             elif mixer["mixer"] == "selective_scan":
                 state.tensors[f"layers.{i}.conv"] = np.zeros((mixer["kernel_size"] - 1, mixer["inner_size"]))
                 state.tensors[f"layers.{i}.scan"] = np.zeros((mixer["state_size"], mixer["inner_size"]))
+            elif mixer["mixer"] == "gated_delta_net":
+                h, dk, dv = mixer["num_heads"], mixer["key_dim"], mixer["head_dim"]
+                state.tensors[f"layers.{i}.conv"] = np.zeros((mixer["kernel_size"] - 1, h * (2 * dk + dv)))
+                state.tensors[f"layers.{i}.delta"] = np.zeros((h, dk, dv))
             else:
                 assert mixer["mixer"] == "sliding_window", f"{mixer['mixer']} has no state here"
                 for name in ("keys", "values"):
@@ -294,3 +334,12 @@ class Model:
         state.tensors[f"layers.{layer}.conv"], state.tensors[f"layers.{layer}.scan"] = padded[1:], h
         y = c @ h + self.tensors[f"layers.{layer}.mixer.D"] * x
         return (y * ACTIVATIONS["silu"](z))[None]
+
+    def _gated_delta_net_step(self, x: Array, layer: int, state: State) -> Array:
+        inputs = self._delta_inputs(x, layer, state.tensors[f"layers.{layer}.conv"])
+        q, k, v, beta, log_alpha, gate = (part[0] for part in inputs[:6])
+        s = np.exp(log_alpha)[:, None, None] * state.tensors[f"layers.{layer}.delta"]
+        change = beta[:, None] * (v - np.einsum("hkd,hk->hd", s, k))
+        s = s + k[:, :, None] * change[:, None, :]
+        state.tensors[f"layers.{layer}.conv"], state.tensors[f"layers.{layer}.delta"] = inputs[6][1:], s
+        return self._delta_output(np.einsum("hkd,hk->hd", s, q)[None], gate[None], layer)

@@ -83,6 +83,22 @@ def scan_reference(
     return torch.stack(y, 1), h
 
 
+def delta_reference(
+    q: Any, k: Any, v: Any, beta: Any, log_alpha: Any = None, before: Any = None, dtype: torch.dtype = torch.float64
+) -> tuple[Any, Any]:
+    """Token by token: Sᵀq (B, T, H, d_v), and S after the last token, (B, H, d_k, d_v)."""
+    q, k, v, beta = (part.to(dtype) for part in (q, k, v, beta))
+    s = q.new_zeros(len(q), *q.shape[2:], v.shape[-1]) if before is None else before.to(dtype)
+    y = []
+    for t in range(q.shape[1]):
+        if log_alpha is not None:
+            s = log_alpha[:, t, :, None, None].to(dtype).exp() * s
+        change = beta[:, t, :, None] * (v[:, t] - (k[:, t, :, None] @ s)[:, :, 0])
+        s = s + k[:, t, :, :, None] * change[:, :, None]
+        y.append((q[:, t, :, None] @ s)[:, :, 0])
+    return torch.stack(y, 1), s
+
+
 def rotary_reference(x: Any, layer: Mapping[str, Any]) -> Any:
     n = -(-layer["rotary_dim"] // 2)
     if n == 0:
@@ -138,6 +154,27 @@ def forward(
         y = scan_reference(x, dt, -a_log.exp(), b, c, d, dtype=wide)[0]
         return y.to(dtype) * functional.silu(z)
 
+    def delta(x: torch.Tensor, layer: Mapping[str, Any], name: str) -> torch.Tensor:
+        def kept(part: str) -> torch.Tensor:
+            return torch.from_numpy(np.asarray(tensors[f"{name}.{part}"], np.float32)).to(wide)
+
+        h, dk, taps = layer["num_heads"], layer["key_dim"], w[f"{name}.conv.weight"]
+        padded = functional.pad(linear(x, f"{name}.qkv_proj").mT, (taps.shape[1] - 1, 0))
+        u = functional.silu(functional.conv1d(padded, taps[:, None], groups=len(taps)).mT)
+        q, k, v = (part.unflatten(-1, (h, -1)) for part in u.split([h * dk, h * dk, len(taps) - 2 * h * dk], -1))
+        q, k = (
+            (part.to(wide) / (part.to(wide).square().sum(-1, keepdim=True) + 1e-6).sqrt()).to(dtype) for part in (q, k)
+        )
+        beta, log_alpha = torch.sigmoid(linear(x, f"{name}.b_proj")), None
+        if layer["decay"]:
+            step = functional.softplus(linear(x, f"{name}.a_proj").to(wide) + kept("dt_bias"))
+            log_alpha = -kept("A_log").exp() * step
+        y = delta_reference(q.to(wide) / math.sqrt(dk), k, v, beta, log_alpha, dtype=wide)[0].to(dtype).to(wide)
+        y = functional.rms_norm(y, y.shape[-1:], kept("norm.weight"), layer["eps"])
+        if layer["output_gate"]:
+            y = y * functional.silu(linear(x, f"{name}.g_proj").to(wide)).unflatten(-1, (h, -1))
+        return y.to(dtype).flatten(2)
+
     def mix(x: torch.Tensor, layer: Mapping[str, Any], name: str) -> torch.Tensor:
         if layer["mixer"] == "gated_conv":
             return conv_reference(linear(x, f"{name}.in_proj"), w[f"{name}.conv.weight"], dtype=dtype)[0]
@@ -146,6 +183,8 @@ def forward(
             return taylor_reference(q, k, v, layer["eps"], dtype).flatten(2)
         if layer["mixer"] == "selective_scan":
             return scan(x, layer, name)
+        if layer["mixer"] == "gated_delta_net":
+            return delta(x, layer, name)
         h, h_kv = layer["num_heads"], layer["num_kv_heads"]
         qkv = linear(x, f"{name}.qkv_proj").unflatten(-1, (h + 2 * h_kv, -1))
         q, k, v = qkv.split([h, h_kv, h_kv], dim=2)

@@ -16,6 +16,7 @@ std::size_t scratch_nbytes(const GatedConvConfig& config, const Lengths& lengths
 std::size_t scratch_nbytes(const LinearAttentionConfig& config, const Lengths& lengths, Isa isa, int num_threads);
 std::size_t scratch_nbytes(const SlidingWindowConfig& config, const Lengths& lengths, Isa isa, int num_threads);
 std::size_t scratch_nbytes(const SelectiveScanConfig& config, const Lengths& lengths, Isa isa, int num_threads);
+std::size_t scratch_nbytes(const GatedDeltaNetConfig& config, const Lengths& lengths, Isa isa, int num_threads);
 
 /// Of CpuBackend::convolve.
 std::size_t conv_scratch_nbytes(std::int64_t kernel_size, const Lengths& lengths, int num_threads);
@@ -84,6 +85,11 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
   void selective_scan(const SelectiveScanConfig& config, const backend::ScanOperands& operands,
                       const backend::RaggedBatch& batch, backend::StatePool& states, int layer,
                       const backend::Matrix& out) override;
+
+  // cpu_gated_delta_net.cc
+  void gated_delta_net(const GatedDeltaNetConfig& config, const backend::DeltaOperands& operands,
+                       const backend::RaggedBatch& batch, const backend::Matrix& u, backend::StatePool& states,
+                       int layer, const backend::Matrix& out) override;
 
   // cpu_sampler.cc
   void token_log_probs(const backend::Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,

@@ -17,6 +17,7 @@ from based._core import (
     Activation,
     FormatError,
     GatedConvConfig,
+    GatedDeltaNetConfig,
     LinearAttentionConfig,
     MlpConfig,
     ModelConfig,
@@ -28,6 +29,7 @@ from based._loading import model_directory
 from based.convert import StrPath, atomic_directory, find_tokenizer, open_weights, sync
 from based.torch import ops
 from based.torch._autograd import is_transformed
+from based.torch._delta import gated_delta_rule
 from based.torch.loss import IGNORED, linear_cross_entropy
 
 _FILE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -483,8 +485,66 @@ class _SlidingWindow(nn.Module):
         return self.out_proj(y.flatten(2))
 
 
+class _GatedDeltaNet(nn.Module):
+    def __init__(self, config: GatedDeltaNetConfig, d: int, factory: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = config
+        self.qkv_proj = _projection(config, "qkv_proj", d, factory)
+        self.b_proj = _projection(config, "b_proj", d, factory)
+        self.a_proj = _projection(config, "a_proj", d, factory) if config.decay else None
+        self.g_proj = _projection(config, "g_proj", d, factory) if config.output_gate else None
+        self.conv = _DepthwiseConv(self.qkv_proj.out_features, config.kernel_size, factory)
+        self.norm = _HeadNorm(config.head_dim, config.eps, factory)
+        if config.decay:
+            self.A_log = nn.Parameter(torch.empty(config.num_heads, **factory))
+            self.dt_bias = nn.Parameter(torch.empty(config.num_heads, **factory))
+        self.out_proj = _projection(config, "out_proj", d, factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, d_k = self.config.num_heads, self.config.key_dim
+        u = functional.silu(self.conv(self.qkv_proj(x)))
+        q, k, v = (part.unflatten(-1, (h, -1)) for part in u.split([h * d_k, h * d_k, u.shape[-1] - 2 * h * d_k], -1))
+        wide = torch.promote_types(u.dtype, torch.float32)
+        q, k = (part.to(wide) / (part.to(wide).square().sum(-1, keepdim=True) + 1e-6).sqrt() for part in (q, k))
+        log_alpha = None
+        if self.a_proj is not None:
+            log_alpha = -self.A_log.to(wide).exp() * functional.softplus(
+                self.a_proj(x).to(wide) + self.dt_bias.to(wide)
+            )
+        y, _ = gated_delta_rule(q * d_k**-0.5, k, v, torch.sigmoid(self.b_proj(x)), log_alpha)
+        y = self.norm(y).flatten(2)
+        return self.out_proj(y if self.g_proj is None else y * functional.silu(self.g_proj(x)))
+
+
+class _DepthwiseConv(nn.Module):
+    """Causal: y[t, c] = Σ_j weight[c, j] · x[t − K + 1 + j, c]."""
+
+    def __init__(self, channels: int, kernel_size: int, factory: dict[str, Any]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, kernel_size, **factory))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        channels, k = self.weight.shape
+        padded = functional.pad(x.mT, (k - 1, 0))
+        return functional.conv1d(padded, self.weight.to(padded.dtype)[:, None], groups=channels).mT
+
+
+class _HeadNorm(nn.Module):
+    """RMSNorm of each head's result."""
+
+    def __init__(self, head_dim: int, eps: float, factory: dict[str, Any]) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(head_dim, **factory))
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(y.dtype, torch.float32)
+        return functional.rms_norm(y.to(wide), y.shape[-1:], self.weight.to(wide), self.eps).to(y.dtype)
+
+
 _MIXERS: dict[type[sizes.Mixer], Callable[[Any, int, dict[str, Any]], nn.Module]] = {
     GatedConvConfig: _GatedConv,
+    GatedDeltaNetConfig: _GatedDeltaNet,
     LinearAttentionConfig: _LinearAttention,
     SlidingWindowConfig: _SlidingWindow,
 }

@@ -14,25 +14,6 @@ namespace {
 constexpr std::int64_t kTokens = 16;
 static_assert(2 * kLanes <= kScanScratch);
 
-/// log(1 + e^v) to about 4 ulp; v itself from v = 20 on, as there e^−v is below half an ulp of v. NaN stays NaN.
-BASED_INLINE f32v softplus(f32v v) {
-  // max(v, 0) + log(1 + w), w = e^−|v| ≤ 1; log(1 + w) = 2 artanh(s), s = w / (2 + w) ≤ 1/3, by its Taylor series.
-  const f32v zero{};
-  const f32v w = vexp(v < zero ? v : -v);
-  const f32v s = w / (splat(2.0f) + w), s2 = s * s;
-  f32v p = splat(1.0f / 17);
-  p = fmadd(p, s2, splat(1.0f / 15));
-  p = fmadd(p, s2, splat(1.0f / 13));
-  p = fmadd(p, s2, splat(1.0f / 11));
-  p = fmadd(p, s2, splat(1.0f / 9));
-  p = fmadd(p, s2, splat(1.0f / 7));
-  p = fmadd(p, s2, splat(1.0f / 5));
-  p = fmadd(p, s2, splat(1.0f / 3));
-  const f32v twice = s + s;
-  const f32v log = fmadd(twice * s2, p, twice);
-  return vmax(zero, v) + log;  // of two numbers, one NaN, vmax gives the second
-}
-
 template <bool kWhole>  // whether all lanes are channels
 BASED_INLINE void scan_vector(const SelectiveScanTask& task, std::int64_t c, std::int64_t lanes, std::int64_t begin,
                               std::int64_t end) {
