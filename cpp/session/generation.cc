@@ -29,7 +29,7 @@ class Generator::Impl {
 
   bool done() const { return waiting_.empty() && active_.empty() && ready_.empty() && given_.empty() && !failure_; }
   std::vector<TokenEvent> next(const InterruptCheck& interrupt, const InterruptCheck& last_interrupt);
-  void finish(int request, int sample, bool unread);
+  void finish(int request, int sample, std::int64_t num_read);
   int add(GenerationRequest request);
 
  private:
@@ -399,7 +399,7 @@ void Generator::Impl::advance(const InterruptCheck& interrupt) {
   settle();
 }
 
-void Generator::Impl::finish(int request_index, int sample_index, bool unread) {
+void Generator::Impl::finish(int request_index, int sample_index, std::int64_t num_read) {
   if (request_index >= 0 && request_index < num_dropped_) return;
   if (request_index < 0 || request_index >= num_requests() || sample_index < 0 ||
       sample_index >= request(request_index).params.n)
@@ -410,7 +410,11 @@ void Generator::Impl::finish(int request_index, int sample_index, bool unread) {
   auto num_unread = std::erase_if(ready_, [&](const TokenEvent& event) {
     return event.request == request_index && event.sample == sample_index && event.finish != FinishReason::error;
   });
-  if (unread) num_unread += std::erase_if(given_, [&](const Given& given) { return given.request == request_index; });
+  for (const Sequence& sequence : active_) {
+    if (sequence.request != request_index || sequence.sample != sample_index) continue;
+    if (num_read < sequence.taken - static_cast<std::int64_t>(num_unread))
+      num_unread += std::erase_if(given_, [&](const Given& given) { return given.request == request_index; });
+  }
   count_given();
   int ended = 0;
   for (Sequence& sequence : active_) {
@@ -445,6 +449,6 @@ std::vector<TokenEvent> Generator::next(const InterruptCheck& interrupt, const I
   return impl_->next(interrupt, last_interrupt);
 }
 int Generator::add(GenerationRequest request) { return impl_->add(std::move(request)); }
-void Generator::finish(int request, int sample, bool unread) { impl_->finish(request, sample, unread); }
+void Generator::finish(int request, int sample, std::int64_t num_read) { impl_->finish(request, sample, num_read); }
 
 }  // namespace based

@@ -884,9 +884,9 @@ class Generator:
         """
     def done(self) -> bool:
         ...
-    def finish(self, request: typing.SupportsInt | typing.SupportsIndex, sample: typing.SupportsInt | typing.SupportsIndex, unread: bool = False) -> None:
+    def finish(self, request: typing.SupportsInt | typing.SupportsIndex, sample: typing.SupportsInt | typing.SupportsIndex, num_read: typing.SupportsInt | typing.SupportsIndex = 9223372036854775807) -> None:
         """
-        Ends a sample early. No effect on one that has ended. unread: what the last next() gave of it was not read, so that a session must not see it.
+        Ends a sample early. No effect on one that has ended. num_read: of its tokens, that the caller has read: a session does not see the others.
         """
     def next(self) -> list[TokenEvent]:
         """

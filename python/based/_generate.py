@@ -178,22 +178,21 @@ class Run:
         When it is closed or raises, a session is left having seen every token that was yielded.
         """
         generator = self._generator
-        read = True
         try:
             while not generator.done():
-                read = False
                 for event in generator.next():
-                    chunk = self._running[event.request][1][event.sample].add(event)
-                    read = True
+                    sample = self._running[event.request][1][event.sample]
+                    chunk = sample.add(event)
                     if chunk.finish_reason is not None:
                         self.num_running -= 1
+                    sample.num_read += len(chunk.token_ids)
                     yield event.request, chunk
                     if chunk.finish_reason is not None and event.finish is _core.FinishReason.none:
                         generator.finish(event.request, event.sample)
         except BaseException:
             if self._continues_session:
-                for request in self._running:
-                    generator.finish(request, 0, unread=not read)
+                for request, (_, samples) in self._running.items():
+                    generator.finish(request, 0, samples[0].num_read)
             raise
 
     def outputs(self, on_chunk: Callable[[StreamChunk], None] | None = None) -> Iterator[RequestOutput]:
@@ -297,6 +296,7 @@ class _Sample:
     def __init__(self, request: Request, index: int, texts: Detokenizer | None, eos_token_id: int | None) -> None:
         params = self._params = request.params
         self.output = _Output(index)
+        self.num_read = 0  # tokens whose chunks were yielded
         self._index = index
         self._texts = texts
         self._eos_token_id = None if params.ignore_eos else eos_token_id

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -59,10 +60,11 @@ class Generator {
   /// end: what it throws leaves the tokens to the next call.
   std::vector<TokenEvent> next(const InterruptCheck& interrupt = {}, const InterruptCheck& last_interrupt = {});
 
-  /// Ends a sample early (a stop string was found, the reader lost interest). No effect on one that has ended. unread:
-  /// what the last next() gave of it was not read. A caller's session does not see tokens that were not read; on a GPU,
-  /// where steps run ahead, it may have seen one.
-  void finish(int request, int sample, bool unread = false);
+  /// Ends a sample early (a stop string was found, the reader lost interest). No effect on one that has ended.
+  /// num_read: of the sample's tokens, that the caller has read; all that earlier calls of next() gave must have been.
+  /// A caller's session does not see tokens that were not read; on a GPU, where steps run ahead, it may have seen one.
+  void finish(int request, int sample, std::int64_t num_read = kAllTokens);
+  static constexpr std::int64_t kAllTokens = std::numeric_limits<std::int64_t>::max();
 
  private:
   class Impl;
