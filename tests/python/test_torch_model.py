@@ -125,6 +125,22 @@ def test_bfloat16_is_as_good_as_a_plain_evaluation(random, length, seed):
             assert rel_l2(logits_of(BasedForCausalLM.load(directory), tokens)[0], exact) <= allowed
 
 
+def test_norms_in_float32_beside_16_bit_matrices():
+    torch.manual_seed(0)
+    narrow = BasedForCausalLM(tiny(3), dtype=torch.bfloat16)
+    mixed = copy.deepcopy(narrow)
+    for name, module in mixed.named_modules():
+        if "norm" in name:
+            module.float()
+    tokens = torch.randint(0, mixed.config.vocab_size, (2, 20))
+    assert torch.equal(mixed(tokens), narrow(tokens))  # norms of ones
+    loss = mixed(tokens, tokens)
+    loss.backward()
+    assert mixed.final_norm.weight.grad.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(mixed.float()(tokens)).all()
+
+
 def test_results_have_single_precision_at_least(tmp_path):
     random_model(Seeded(0)).write(tmp_path)
     tokens = torch.zeros(1, 3, dtype=torch.int64)

@@ -28,6 +28,7 @@ from based._loading import model_directory
 from based.convert import StrPath, atomic_directory, find_tokenizer, open_weights, sync
 from based.torch import ops
 from based.torch._autograd import is_transformed
+from based.torch._documents import by_documents
 from based.torch.loss import IGNORED, linear_cross_entropy
 
 _FILE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -139,6 +140,7 @@ class BasedForCausalLM(nn.Module):
         attention_mask: torch.Tensor | None = None,
         reduction: Literal["mean", "sum"] = "mean",
         num_items_in_batch: torch.Tensor | int | None = None,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits of every position; with labels, their loss instead.
 
@@ -151,6 +153,8 @@ class BasedForCausalLM(nn.Module):
                 sequence's last one, where padding changes nothing: its labels are -100.
             reduction: Of the loss: the mean, or the sum, for micro-batches of unequal numbers of labels.
             num_items_in_batch: The loss is the sum over this number, which counts the labels of all micro-batches.
+            cu_seqlens: input_ids (1, T) hold N documents one behind the other, each a sequence of its own: where they
+                begin, and T, (N + 1) int32 or int64. Logits at a document's last token are scored against no label.
 
         Returns:
             Logits (B, T, padded_vocab_size), float32 (float64 of float64 parameters); columns from vocab_size on are no
@@ -167,32 +171,45 @@ class BasedForCausalLM(nn.Module):
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction is {reduction!r}, expected mean or sum")
         if labels is None:
-            return self.logits(self.hidden(input_ids))
+            return self.logits(self.hidden(input_ids, cu_seqlens=cu_seqlens))
         self._check_tokens("labels", labels, (torch.int64,), ignored=IGNORED)
         if labels.shape != input_ids.shape or labels.shape[1] < 2:
             expected = f"that of input_ids, {tuple(input_ids.shape)}, with T ≥ 2"
             raise ValueError(f"labels has shape {tuple(labels.shape)}, expected {expected}")
         targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        hidden = self.hidden(input_ids).flatten(0, 1)
+        hidden = self.hidden(input_ids, cu_seqlens=cu_seqlens).flatten(0, 1)
+        if cu_seqlens is not None:
+            targets = targets.index_fill(1, cu_seqlens[1:].to(targets.device, torch.int64) - 1, IGNORED)
         is_sum = reduction == "sum" or num_items_in_batch is not None
         loss = linear_cross_entropy(hidden, self._head.weight, targets.flatten(), self.config.vocab_size, is_sum)
         return loss if num_items_in_batch is None else loss / num_items_in_batch
 
-    def hidden(self, input_ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+    def hidden(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        *,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """final_norm(r) of tokens (B, T), which are not checked: (B, T, d), of the parameters' dtype.
 
         After fully_shard(model), register_fsdp_forward_method(model, "hidden") lets it gather weights; "logits", too.
 
-        positions: (B, N) int64 in [0, T): those of them alone, (B, N, d).
+        positions: (B, N) int64 in [0, T): those of them alone, (B, N, d). cu_seqlens: as forward.
         """
         self._check_gathered("hidden")
+        r = self._residual(input_ids) if cu_seqlens is None else by_documents(self._residual, cu_seqlens, input_ids)
+        if positions is not None:
+            r = r.gather(1, positions[..., None].expand(-1, -1, r.shape[-1]))
+        return self.final_norm(r).to(self._head.weight.dtype)
+
+    def _residual(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The residual stream behind the last layer, (B, T, d)."""
         r = self.embedding(input_ids)
         r = r.to(torch.promote_types(r.dtype, torch.float32))
         for layer in self.layers:
             r = _recomputed(layer, r) if self.activation_checkpointing else layer(r)
-        if positions is not None:
-            r = r.gather(1, positions[..., None].expand(-1, -1, r.shape[-1]))
-        return self.final_norm(r)
+        return r
 
     @property
     def _head(self) -> nn.Embedding | nn.Linear:
@@ -420,10 +437,17 @@ class _Norm(nn.Module):
         return y.to(self.weight.dtype)
 
 
+class _Linear(nn.Linear):
+    """Takes x of any dtype: norms may be kept in float32 beside 16-bit matrices."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 def _projection(config: sizes.Mixer, name: str, d: int, factory: dict[str, Any]) -> nn.Linear:
     """The projection of this name in the mixer's description."""
     (p,) = (p for p in config.projections(d) if p.name == name)
-    return nn.Linear(p.cols, p.rows, bias=p.bias, **factory)
+    return _Linear(p.cols, p.rows, bias=p.bias, **factory)
 
 
 class _GatedConv(nn.Module):
@@ -497,8 +521,8 @@ class _Mlp(nn.Module):
         super().__init__()
         self.gated, self.activation = config.gated, _ACTIVATIONS[config.activation]
         rows = config.inner_size * (2 if config.gated else 1)
-        self.fc1 = nn.Linear(d, rows, bias=config.fc1_bias, **factory)
-        self.fc2 = nn.Linear(config.inner_size, d, bias=config.fc2_bias, **factory)
+        self.fc1 = _Linear(d, rows, bias=config.fc1_bias, **factory)
+        self.fc2 = _Linear(config.inner_size, d, bias=config.fc2_bias, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.fc1(x)
