@@ -46,7 +46,9 @@ class Model:
 
     size: str | None = _key("a named shape: " + ", ".join(sizes.SIZES), None)
     from_: str | None = _key("a model to start from: a directory, or owner/name at the hub", None)
-    layers: str | None = _key("a letter per layer: c convolution, L linear attention, W sliding window, A full attention", None)
+    layers: str | None = _key(
+        "a letter per layer: c convolution, L linear attention, W sliding window, A full attention", None
+    )
     hidden_size: int | None = _key("width of the residual stream", None, at_least=1)
     num_heads: int | None = _key("heads of L, W and A layers", None, at_least=1)
     inner_size: int | None = _key("width of the MLP", None, at_least=1)
