@@ -22,6 +22,13 @@ using test::tiny_config;
 
 using Prompts = std::vector<std::vector<std::int32_t>>;
 
+// The saved form of the states, as bytes.
+std::string bytes(const Session& session) {
+  const TemporaryFolder dir;
+  session.save_state(dir.path() / "state");
+  return read_bytes(dir.path() / "state");
+}
+
 class SessionTest : public ::testing::TestWithParam<DType> {
  protected:
   std::shared_ptr<const Model> model_ = [this] {
@@ -39,13 +46,6 @@ class SessionTest : public ::testing::TestWithParam<DType> {
       norm += std::pow(static_cast<double>(b[i]), 2);
     }
     EXPECT_LE(std::sqrt(difference / norm), tolerance_);
-  }
-
-  // The saved form of the states, as bytes.
-  std::string bytes(const Session& session) const {
-    const TemporaryFolder dir;
-    session.save_state(dir.path() / "state");
-    return read_bytes(dir.path() / "state");
   }
 };
 

@@ -235,7 +235,8 @@ def test_states_that_grow_are_forked_saved_and_rolled_back(tmp_path: Path) -> No
 def test_1024_sequences_are_made_at_once() -> None:
     config = json.loads(sizes.named_config("attn-360m").to_json())
     config["layers"] = config["layers"][:2]
-    small = based.ModelConfig.from_json(json.dumps(config | {"vocab_size": 100, "padded_vocab_size": 112}))
+    config |= {"vocab_size": 100, "padded_vocab_size": 112, "bos_token_id": None, "eos_token_id": None}
+    small = based.ModelConfig.from_json(json.dumps(config))
     model = based.Model.random(small, device="cpu", dtype="bfloat16")
     session = model.session(1024)
     session.prefill([[1, 2]] * 2, [0, 1023])
