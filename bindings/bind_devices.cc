@@ -2,7 +2,6 @@
 
 #include <string>
 
-#include "backend/cpu/cpu_memory.h"
 #include "based/device.h"
 #include "bindings.h"
 
@@ -18,9 +17,8 @@ void bind_devices(py::module_& m) {
       .def_readonly("free_nbytes", &DeviceDescription::free_nbytes)
       .def_readonly("problem", &DeviceDescription::problem, "Why it cannot be used; empty when it can.");
   m.def("devices", &devices, NoGil(), "The CPU, then every GPU of this machine.");
-  m.def(
-      "available_memory", [] { return cpu::available_memory(); }, NoGil(),
-      "Bytes of the machine's memory that this process may still take.");
+  m.def("available_memory", &available_memory, NoGil(),
+        "Bytes of the machine's memory that this process may still take.");
   m.def("cuda_problem", &cuda_problem, NoGil(), "Why no GPU can be used; empty when one can.");
   m.def(
       "synchronize", [](const std::string& device) { synchronize(Device::parse(device)); }, py::arg("device"), NoGil(),
