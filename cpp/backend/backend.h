@@ -106,7 +106,7 @@ class StatePool : public Identified {
  public:
   virtual ~StatePool() = default;
   virtual int capacity() const = 0;
-  virtual std::size_t nbytes_per_slot() const = 0;  // of a sequence that fills every part
+  virtual std::size_t nbytes_per_slot() const = 0;  // of a sequence that fills every part, without ContextState
 };
 
 /// A tensor of a state's saved form.
@@ -206,6 +206,9 @@ class Backend {
   /// Gives back the memory that is only kept to be used again (scratch, recorded steps). Does not throw.
   virtual void trim() noexcept = 0;
 
+  /// Bytes that states may still take, as far as the device knows; the greatest number where it does not. Any thread.
+  virtual std::size_t available_nbytes() const { return std::numeric_limits<std::size_t>::max(); }
+
   // ---- steps -------------------------------------------------------------------------------------------------
 
   /// Takes the scratch memory of a step of num_sequences sequences of this model, one token each: its operations take
@@ -288,10 +291,17 @@ class Backend {
     unsupported(config, batch, qkv, states, layer, out);
   }
 
+  /// Rotary on q and k at their positions, then softmax attention over all keys so far, those before the call from the
+  /// state, which it advances. Operands as of sliding_window.
+  virtual void full_attention(const FullAttentionConfig& config, const RaggedBatch& batch, const Matrix& qkv,
+                              StatePool& states, int layer, const Matrix& out) {
+    unsupported(config, batch, qkv, states, layer, out);
+  }
+
   // ---- states ------------------------------------------------------------------------------------------------
 
   /// Bytes that a slot of such a pool takes when its sequence has seen num_tokens tokens: a long part takes memory when
-  /// it is used. Any thread.
+  /// it is used. kAnyNumber: of a sequence that fills every part; a ContextState has no end. Any thread.
   virtual std::size_t state_nbytes(const ModelConfig& config, DType dtype,
                                    std::int64_t num_tokens = kAnyNumber) const = 0;
   static constexpr std::int64_t kAnyNumber = std::numeric_limits<std::int64_t>::max();
@@ -301,7 +311,7 @@ class Backend {
 
   /// Takes the memory that the slots of sequences of so many tokens need; those of a longer one keep theirs. Comes
   /// before the batch that makes them so long. Throws OutOfMemory, and then every state is as before. Does nothing
-  /// where the system hands out memory at its first use.
+  /// where states have all their memory from the start.
   virtual void reserve_states(StatePool&, std::span<const std::int32_t> /*slots*/,
                               std::span<const std::int64_t> /*num_tokens*/) {}
 
@@ -339,6 +349,7 @@ struct Implements {
   bool operator()(const GatedConvConfig&) const { return declares(&Device::gated_conv); }
   bool operator()(const LinearAttentionConfig&) const { return declares(&Device::linear_attention); }
   bool operator()(const SlidingWindowConfig&) const { return declares(&Device::sliding_window); }
+  bool operator()(const FullAttentionConfig&) const { return declares(&Device::full_attention); }
 
  private:
   template <class Class, class... Arguments>

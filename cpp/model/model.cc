@@ -73,6 +73,25 @@ DType choose_dtype(const LoadOptions& options, DType file_dtype) {
   return *options.dtype;
 }
 
+bool has_context(const ModelConfig& config) {
+  const auto grows = [](const MixerConfig& mixer) {
+    return std::ranges::any_of(mixer_state(mixer),
+                               [](const StatePart& part) { return std::holds_alternative<ContextState>(part); });
+  };
+  return std::ranges::any_of(config.layers, grows);
+}
+
+// Before weights are loaded, which takes long.
+void check_max_context(const ModelConfig& config, std::optional<std::int64_t> max_context) {
+  if (!max_context) return;
+  if (!has_context(config))
+    throw InvalidArgument("max_context is " + std::to_string(*max_context) +
+                          ", but this model has no full_attention layer: its sequences may have any number of tokens");
+  if (*max_context < 1 || *max_context > limits::kSize)
+    throw InvalidArgument("max_context is " + std::to_string(*max_context) + ", expected 1 to " +
+                          std::to_string(limits::kSize));
+}
+
 }  // namespace
 
 void check_tokens(std::span<const std::int32_t> tokens, std::int64_t vocab_size, const std::string& what) {
@@ -94,8 +113,25 @@ Model::Impl::Impl(const ModelConfig& config, std::unique_ptr<backend::Backend> b
       }()) {}
 
 std::shared_ptr<Model> Model::Impl::make(const ModelConfig& config, std::unique_ptr<backend::Backend> backend,
-                                         WeightSource& source, DType dtype) {
-  return std::shared_ptr<Model>(new Model(std::make_unique<Impl>(config, std::move(backend), source, dtype)));
+                                         WeightSource& source, DType dtype, std::optional<std::int64_t> max_context) {
+  check_max_context(config, max_context);
+  auto impl = std::make_unique<Impl>(config, std::move(backend), source, dtype);
+  if (has_context(config)) {
+    // Of 16 tokens that no window has place for.
+    impl->context_nbytes = (impl->state_nbytes_of(limits::kSize + 16) - impl->state_nbytes_of(limits::kSize)) / 16;
+    const std::size_t fits = impl->executors.device().available_nbytes() / impl->context_nbytes;
+    impl->max_context =
+        max_context.value_or(static_cast<std::int64_t>(std::clamp<std::size_t>(fits, 1, limits::kSize)));
+  }
+  return std::shared_ptr<Model>(new Model(std::move(impl)));
+}
+
+void Model::Impl::check_context(std::int64_t seen, std::int64_t more, const std::string& what) const {
+  if (!max_context || more <= *max_context - seen) return;
+  throw InvalidArgument(what + ": " + std::to_string(more) + " tokens" +
+                        (seen > 0 ? " behind " + std::to_string(seen) : "") +
+                        " are more than the model's max_context, " + std::to_string(*max_context) +
+                        " tokens: load it with a greater one");
 }
 
 Model::Model(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -108,7 +144,7 @@ std::shared_ptr<const Model> Model::load(const std::filesystem::path& directory,
       ModelConfig::from_json(io::read_file(config_path, io::parse_limit(kMaxConfigBytes)), config_path.string());
   FileWeights weights(io::WeightFiles::open(directory), directory.string());
   const DType dtype = weights.dtype_of("embedding.weight", {config.padded_vocab_size, config.hidden_size});
-  auto model = Impl::make(config, std::move(backend), weights, choose_dtype(options, dtype));
+  auto model = Impl::make(config, std::move(backend), weights, choose_dtype(options, dtype), options.max_context);
   weights.check_all_taken();
   model->impl_->fingerprints = weights.fingerprints(config);
   return model;
@@ -121,7 +157,7 @@ std::shared_ptr<const Model> Model::random(const ModelConfig& config, std::uint6
   hash.add(config.to_json());
   hash.add("random " + std::to_string(seed));
   auto model = Impl::make(config, backend::make_backend(options.device, options.num_threads, options.deterministic),
-                          weights, choose_dtype(options, DType::float32));
+                          weights, choose_dtype(options, DType::float32), options.max_context);
   model->impl_->fingerprints = {hash.hex(), hash.hex()};
   return model;
 }
@@ -132,7 +168,15 @@ DType Model::dtype() const { return impl_->dtype; }
 int Model::num_threads() const { return impl_->executors.device().num_threads(); }
 std::int64_t Model::num_parameters() const { return config().num_parameters(); }
 std::size_t Model::weight_nbytes() const { return impl_->transformer.nbytes(); }
-std::size_t Model::state_nbytes() const { return impl_->state_nbytes_of(backend::Backend::kAnyNumber); }
+std::size_t Model::state_nbytes() const {
+  return impl_->state_nbytes_of(impl_->max_context.value_or(backend::Backend::kAnyNumber));
+}
+std::size_t Model::state_nbytes(std::int64_t num_tokens) const {
+  if (num_tokens < 0) throw InvalidArgument("num_tokens is " + std::to_string(num_tokens) + ", expected ≥ 0");
+  impl_->check_context(0, num_tokens, "state_nbytes");
+  return impl_->state_nbytes_of(num_tokens);
+}
+std::optional<std::int64_t> Model::max_context() const { return impl_->max_context; }
 MemoryUse Model::memory() const {
   const auto& nbytes = impl_->executors.device().memory().nbytes;
   const auto of = [&](backend::MemoryKind kind) { return nbytes[static_cast<std::size_t>(kind)].load(); };
@@ -143,6 +187,7 @@ const std::string& Model::fingerprint() const { return impl_->fingerprints.all; 
 
 Tensor Model::forward(std::span<const std::int32_t> tokens, const InterruptCheck& interrupt) const {
   check_tokens(tokens, config().vocab_size, "forward: tokens");
+  impl_->check_context(0, static_cast<std::int64_t>(tokens.size()), "forward");
   OneSequence sequence(*impl_, 0);
   const auto total = static_cast<std::int64_t>(tokens.size());
   Tensor logits = impl_->transformer.new_logits(sequence.backend(), total);
@@ -157,8 +202,9 @@ Tensor Model::forward(std::span<const std::int32_t> tokens, const InterruptCheck
 
 std::vector<float> Model::score(std::span<const std::int32_t> tokens, const InterruptCheck& interrupt) const {
   check_tokens(tokens, config().vocab_size, "score: tokens");
-  OneSequence sequence(*impl_, 0);
   const auto total = static_cast<std::int64_t>(tokens.size()) - 1;
+  impl_->check_context(0, total, "score");
+  OneSequence sequence(*impl_, 0);
   std::vector<float> scores(static_cast<std::size_t>(total));
   const std::int64_t chunk = std::min(sequence.chunk_tokens(), total);
   const Tensor logits = impl_->transformer.new_logits(sequence.backend(), chunk);
@@ -176,6 +222,7 @@ std::vector<float> Model::score(std::span<const std::int32_t> tokens, const Inte
 LayerTrace Model::trace(std::span<const std::int32_t> tokens, const InterruptCheck& interrupt) const {
   check_tokens(tokens, config().vocab_size, "trace: tokens");
   const auto n = static_cast<std::int64_t>(tokens.size());
+  impl_->check_context(0, n, "trace");
   OneSequence sequence(*impl_, n);
   LayerTrace trace;
   const Tensor logits = impl_->transformer.new_logits(sequence.backend(), n);

@@ -136,6 +136,13 @@ std::size_t Session::Impl::state_nbytes() const {
   return total;
 }
 
+void Session::Impl::check_context(std::span<const std::int32_t> slots, std::span<const std::int64_t> more,
+                                  const char* what) const {
+  for (std::size_t i = 0; i < slots.size(); ++i)
+    model->impl().check_context(num_tokens(slots[i]), more[i],
+                                std::string(what) + ": sequence " + std::to_string(slots[i]));
+}
+
 // Memory for `more` tokens of each of these sequences.
 void Session::Impl::reserve_states(std::span<const std::int32_t> slots, std::span<const std::int64_t> more) {
   std::vector<std::int64_t> lengths;
@@ -183,7 +190,10 @@ void Session::Impl::undo(std::span<const std::int32_t> slots,
 template <typename F>
 void Session::Impl::interruptible(std::span<const std::int32_t> slots, const InterruptCheck& last_interrupt, F&& f) {
   undo_.clear();
-  if (!last_interrupt || slots.size() * states_->nbytes_per_slot() > kMostUndone) return f();
+  std::size_t nbytes = slots.size() * states_->nbytes_per_slot();
+  for (const std::int32_t slot : slots)
+    nbytes += static_cast<std::size_t>(num_tokens(slot)) * model->impl().context_nbytes;
+  if (!last_interrupt || nbytes > kMostUndone) return f();
   if (!spare_ || static_cast<std::size_t>(spare_->capacity()) < slots.size())
     spare_ = backend().make_states(config(), model->dtype(), static_cast<int>(slots.size()));
   std::vector<Undo> before;
@@ -233,17 +243,18 @@ std::size_t Session::Impl::hidden_nbytes() const {
 
 Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts, std::span<const std::int32_t> slots,
                               const InterruptCheck& interrupt, const InterruptCheck& last_interrupt) {
-  undo_.clear();
   const auto count = static_cast<std::int64_t>(prompts.size());
-  const backend::Buffer last = backend().allocate(prompts.size() * hidden_nbytes(), backend::MemoryKind::workspace);
-  const backend::Matrix last_x{last.data.get(), transformer().activation_dtype(), count, config().hidden_size};
-  const Tensor logits = transformer().new_logits(backend(), count);
   std::size_t most = 0;
   std::vector<std::int64_t> lengths;
   for (const auto& prompt : prompts) {
     most += prompt.size();
     lengths.push_back(static_cast<std::int64_t>(prompt.size()));
   }
+  check_context(slots, lengths, "prefill");
+  undo_.clear();
+  const backend::Buffer last = backend().allocate(prompts.size() * hidden_nbytes(), backend::MemoryKind::workspace);
+  const backend::Matrix last_x{last.data.get(), transformer().activation_dtype(), count, config().hidden_size};
+  const Tensor logits = transformer().new_logits(backend(), count);
   transformer().reserve(backend(), workspace(), std::min(static_cast<std::int64_t>(most), backend().chunk_tokens()));
   reserve_states(slots, lengths);
   std::vector<SeenTokens> seen;
@@ -325,8 +336,8 @@ void Session::Impl::feed(std::span<const std::vector<std::int32_t>> prompts, std
 // ---- steps ---------------------------------------------------------------------------------------------------------
 
 // Everything that is likely to fail comes before the states change: a step is too short to be stopped half-way.
-std::int64_t Session::Impl::reserve_step(std::size_t count) {
-  const std::int64_t rows = backend().step_rows(static_cast<std::int64_t>(count));
+std::int64_t Session::Impl::reserve_step(std::span<const std::int32_t> slots) {
+  const std::int64_t rows = backend().step_rows(static_cast<std::int64_t>(slots.size()));
   transformer().reserve(backend(), workspace(), rows);
   backend().reserve_step(config(), rows);
   if (rows > step_output_.capacity) {
@@ -339,6 +350,7 @@ std::int64_t Session::Impl::reserve_step(std::size_t count) {
     grown.capacity = rows;
     step_output_ = std::move(grown);
   }
+  reserve_states(slots, std::vector<std::int64_t>(slots.size(), 1));
   return rows;
 }
 
@@ -370,7 +382,6 @@ void Session::Impl::advance(std::span<const std::int32_t> tokens, std::span<cons
   padded_slots.resize(static_cast<std::size_t>(rows), -1);
   positions.resize(static_cast<std::size_t>(rows), 0);
   std::iota(offsets.begin(), offsets.end(), 0);
-  reserve_states(slots, std::vector<std::int64_t>(slots.size(), 1));
   keep_hidden_of_others(slots);
 
   const backend::RaggedBatch batch{padded_tokens, offsets, padded_slots, positions, tokens.empty() ? sampler : nullptr};
@@ -395,7 +406,8 @@ void Session::Impl::advance(std::span<const std::int32_t> tokens, std::span<cons
 
 Tensor Session::Impl::step(std::span<const std::int32_t> tokens, std::span<const std::int32_t> slots,
                            const InterruptCheck& last_interrupt) {
-  const std::int64_t rows = reserve_step(tokens.size());
+  check_context(slots, std::vector<std::int64_t>(slots.size(), 1), "step");
+  const std::int64_t rows = reserve_step(slots);
   const Tensor logits = transformer().new_logits(backend(), static_cast<std::int64_t>(tokens.size()));
   if (keeps_seen_)
     for (const std::int32_t slot : slots) at(slot).seen.reserve_one();
@@ -415,7 +427,7 @@ void Session::Impl::step(std::span<const std::int32_t> slots, backend::Sampler& 
   undo_.clear();
   if (keeps_seen_)
     for (const std::int32_t slot : slots) at(slot).seen.reserve_one();
-  advance({}, slots, reserve_step(slots.size()), &sampler);
+  advance({}, slots, reserve_step(slots), &sampler);
 }
 
 Tensor Session::Impl::last_logits(std::span<const std::int32_t> slots) {

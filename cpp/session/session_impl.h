@@ -74,6 +74,9 @@ class Session::Impl {
   std::vector<std::int32_t> check_sequences(std::span<const int> sequences, std::size_t count, const char* what) const;
   void check_sequence(int sequence, const char* what) const;
 
+  /// Throws InvalidArgument unless slots[i] has room for more[i] tokens.
+  void check_context(std::span<const std::int32_t> slots, std::span<const std::int64_t> more, const char* what) const;
+
   /// Throws Error when a call on this sequence failed half-way.
   void check_whole(int slot) const;
 
@@ -85,8 +88,8 @@ class Session::Impl {
   Tensor last_logits(std::span<const std::int32_t> slots);
   bool has_last_logits(int slot) const { return at(slot).last.rows.data != nullptr; }
 
-  /// Memory for a step of `count` sequences; returns the rows that it takes. Throws OutOfMemory.
-  std::int64_t reserve_step(std::size_t count);
+  /// Memory for a step of these sequences; returns the rows that it takes. Throws OutOfMemory.
+  std::int64_t reserve_step(std::span<const std::int32_t> slots);
 
   /// See Session::step; arguments checked already.
   Tensor step(std::span<const std::int32_t> tokens, std::span<const std::int32_t> slots,

@@ -36,6 +36,7 @@ def load(
     dtype: str = "auto",
     num_threads: int | None = None,
     deterministic: bool = False,
+    max_context: int | None = None,
     revision: str | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> Model:
@@ -56,6 +57,9 @@ def load(
         deterministic: A sequence's results do not depend, to the bit, on what else is in its batch. On a GPU every
             matrix product then runs by one algorithm for any number of rows, which is slower (docs/performance.md). On
             the CPU it is always so, and this changes nothing.
+        max_context: Tokens that a sequence may have in a model with full attention, up to 2^24; None for as many as
+            there is memory for now, for one sequence. Memory is taken as a sequence grows. Other models have no such
+            limit, and take none.
         revision: Branch, tag or commit at the hub.
         tokenizer: A tokenizer.json, or a directory that holds one. By default the model's own; the published models
             have none and use GPT-2's, which is fetched from the hub when text is first needed.
@@ -68,7 +72,7 @@ def load(
         MemoryError: The device has less memory than the weights need.
         ValueError: An argument outside its domain.
     """
-    options = core_options(device, dtype, num_threads, deterministic)
+    options = core_options(device, dtype, num_threads, deterministic, max_context)
     source = _locate(path_or_id, revision)
     lazy_tokenizer = _tokenizer_of(source, tokenizer)
     return Model(_core.Model.load(_in_our_format(source), **options), lazy_tokenizer)

@@ -207,7 +207,7 @@ class _Weights:
 
 @dataclass(frozen=True)
 class _Attention:
-    """The top-level fields that sliding-window layers read."""
+    """The top-level fields that softmax attentions read."""
 
     num_heads: int | None
     num_kv_heads: int | None
@@ -302,7 +302,7 @@ def translate(
     take_norm("final_norm", "transformer.ln_f")
 
     # ---- layers ------------------------------------------------------------------------------------------------
-    mlp = _Mlp(top, weights, d)
+    mlp = _Mlp(top, weights, d, all(top.values.get(key) is None for key in ("mixer", "alt_mixer", "alt_mixer_2")))
     attention = _Attention(
         num_heads=top.alias("n_head", "num_attention_heads", None),
         num_kv_heads=top.integer("n_head_kv", None, null=True),
@@ -328,16 +328,15 @@ def translate(
     for layer in range(num_layers):
         # The last list that names the layer decides; "mixer" takes the rest.
         value, key = next((v, k) for v, k, listed in reversed(alternatives) if listed is None or layer in listed)
-        if value is None:
-            raise FormatError(
-                f"{where}: {key}: {'found null' if key in top.values else 'missing'}: layer {layer} would be full "
-                "causal attention, which is not supported"
-            )
-        fields = _Fields(value, where, f"{key}.")
-        target = fields.get("_target_")
         published = f"transformer.layers.{layer}"
         take_norm(f"layers.{layer}.norm1", f"{published}.norm1")
         take_norm(f"layers.{layer}.norm2", f"{published}.norm2")
+        if value is None:  # the authors' code makes full causal attention of it
+            layers.append({"mixer": "full_attention"} | _softmax_attention(weights, d, layer, attention, top))
+            mlp.take(layer)
+            continue
+        fields = _Fields(value, where, f"{key}.")
+        target = fields.get("_target_")
         for suffix, translate_mixer in _MIXERS.items():
             if isinstance(target, str) and target.rsplit(".", 1)[-1] == suffix:
                 layers.append(translate_mixer(fields, weights, d, layer, attention, top))
@@ -377,7 +376,8 @@ def _token_id(top: _Fields, key: str, vocab_size: int) -> int | None:
 class _Mlp:
     """W₁, W₂ of every layer. Gated, published: fc1 = [value; gate], or (mlp_type alt) fc1 = gate, fc3 = value."""
 
-    def __init__(self, top: _Fields, weights: _Weights, d: int) -> None:
+    def __init__(self, top: _Fields, weights: _Weights, d: int, is_transformer: bool) -> None:
+        """is_transformer: where no width is given, the tensor's is right."""
         self.weights = weights
         self.d = d
         activation = top.choice("activation_function", "gelu_new", tuple(_ACTIVATIONS))
@@ -396,11 +396,14 @@ class _Mlp:
             exact, self.reason = n_inner or int(8 * d / 3), f"n_inner {_show(n_inner)}"
             if self.split:
                 exact, self.reason = int(2 * d * ff_mult / 3), f"mlp_type 'alt', ff_mult {ff_mult:g}"
-            sizes = [-(-exact // 256) * 256, exact]
-        # The authors' gated MLP rounds up to a multiple of 256; a file made without the rounding is as unambiguous.
+            sizes = [-(-exact // 256) * 256, -(-exact // 128) * 128, exact]
+        # The authors' gated MLP rounds up to a multiple of 256, that of their transformers' code to one of 128; a file
+        # made without the rounding is as unambiguous.
         self.inner_size = sizes[0]
         fc1 = weights.shapes.get("transformer.layers.0.mlp.fc1.weight", ())
         rows_per_channel = 2 if gated and not self.split else 1
+        if is_transformer and gated and n_inner is None and fc1 and fc1[0] % rows_per_channel == 0:
+            sizes.append(fc1[0] // rows_per_channel)
         if fc1 and fc1[0] in [size * rows_per_channel for size in sizes]:
             self.inner_size = fc1[0] // rows_per_channel
         self.rows = self.inner_size * rows_per_channel
@@ -499,10 +502,15 @@ def _sliding_window(
     # The authors' code overwrites these by the top level's.
     overwritten = "num_heads num_heads_kv qkv_proj_bias out_proj_bias softmax_scale layer_idx rotary_emb_dim"
     fields.finish((*overwritten.split(), "rotary_emb_base", "rotary_emb_interleaved", "checkpointing"))
+    softmax = _softmax_attention(weights, d, layer, attention, top)
+    return {"mixer": "sliding_window", "window": window_size // 2 + 1} | softmax
 
+
+def _softmax_attention(weights: _Weights, d: int, layer: int, attention: _Attention, top: _Fields) -> dict[str, Any]:
+    """The fields that both have, from the top level; takes the tensors."""
     num_heads = attention.num_heads
     if num_heads is None:
-        raise top.error("n_head", f"a number of heads, for the sliding window of layer {layer}")
+        raise top.error("n_head", f"a number of heads, for the attention of layer {layer}")
     num_kv_heads = attention.num_kv_heads or num_heads
     if num_heads % num_kv_heads:
         raise top.error("n_head_kv", f"a divisor of n_head {num_heads}")
@@ -525,11 +533,9 @@ def _sliding_window(
     weights.take(f"{ours}.out_proj.weight", f"{published}.out_proj.weight", (d, num_heads * head_dim), heads)
     weights.take_bias(f"{ours}.out_proj.bias", f"{published}.out_proj.bias", d, attention.out_bias, out_bias)
     return {
-        "mixer": "sliding_window",
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
-        "window": window_size // 2 + 1,
         "scale": scale,
         "qkv_bias": attention.qkv_bias,
         "out_bias": attention.out_bias,

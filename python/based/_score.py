@@ -53,7 +53,9 @@ def _read_pair(index: int, context: Any, continuation: Any, reader: PromptReader
     else:
         context, continuation = reader.read(context), reader.read(continuation, at_start=False)
     tokens = _core.check_prompt(continuation, vocab_size, names[1])
-    return _core.check_prompt(reader.read(context), vocab_size, names[0]), tokens
+    before = _core.check_prompt(reader.read(context), vocab_size, names[0])
+    reader.check_context(len(before) + len(tokens) - 1, f"{names[0]} and its continuation")  # the last is not fed
+    return before, tokens
 
 
 def score_pairs(

@@ -40,7 +40,9 @@ PENDING_TOKENS = 8
 
 
 def mixer_nbytes(mixer: Mixer, ring_dtype: str, num_tokens: int | None = None) -> int:
-    """Bytes that one layer keeps of a sequence of `num_tokens` tokens; None: of one that fills every window.
+    """Bytes that one layer keeps of a sequence of `num_tokens` tokens.
+
+    None: of one that fills every window, without what grows with every token (mixer_token_nbytes).
 
     ring_dtype: of a window's keys and values, the model's. All other state is float32. A device may round up, keep the
     inputs of convolutions in the model's dtype, and a few tokens of linear layers beside their sums.
@@ -51,8 +53,16 @@ def mixer_nbytes(mixer: Mixer, ring_dtype: str, num_tokens: int | None = None) -
     )
 
 
+def mixer_token_nbytes(mixer: Mixer, ring_dtype: str) -> int:
+    """Bytes by which one layer's state grows with every token: its keys and values in full attention, otherwise 0."""
+    item = ITEM_SIZE[ring_dtype]
+    return sum(prod(tensor.shape[1:]) * item for tensor in mixer.state if tensor.kind == "context")
+
+
 def _rows(tensor: StateTensor, num_tokens: int | None) -> list[int]:
-    """The tensor's shape; of a ring, in a sequence of `num_tokens` tokens."""
+    """The tensor's shape; of a ring and of all tokens' keys, in a sequence of `num_tokens` tokens."""
+    if tensor.kind == "context":
+        return [num_tokens or 0, *tensor.shape[1:]]
     if tensor.kind == "ring" and num_tokens is not None:
         return [min(tensor.shape[0], num_tokens), *tensor.shape[1:]]
     return tensor.shape
@@ -61,6 +71,11 @@ def _rows(tensor: StateTensor, num_tokens: int | None) -> list[int]:
 def state_nbytes(config: ModelConfig, ring_dtype: str, num_tokens: int | None = None) -> int:
     """Bytes of one sequence's state: the sum of mixer_nbytes over all layers."""
     return sum(mixer_nbytes(mixer, ring_dtype, num_tokens) for mixer in config.layers)
+
+
+def token_nbytes(config: ModelConfig, ring_dtype: str) -> int:
+    """Bytes by which a sequence's state grows with every token: the sum of mixer_token_nbytes over all layers."""
+    return sum(mixer_token_nbytes(mixer, ring_dtype) for mixer in config.layers)
 
 
 def mixer_step_nbytes(mixer: Mixer, dtype: str, num_tokens: int, *, on_gpu: bool) -> float:
@@ -74,7 +89,7 @@ def mixer_step_nbytes(mixer: Mixer, dtype: str, num_tokens: int, *, on_gpu: bool
     for tensor in mixer.state:
         item = ITEM_SIZE[dtype if tensor.dtype == "model" or (on_gpu and tensor.dtype == "projection") else "float32"]
         match tensor.kind:
-            case "ring":  # reads what it has, writes one row
+            case "ring" | "context":  # reads what it has, writes one row
                 step += (prod(_rows(tensor, num_tokens)) + prod(_rows(tensor, 1))) * item
             case "taylor" if on_gpu:
                 step += (1 + 1 / PENDING_TOKENS) * prod(tensor.shape) * item
@@ -129,9 +144,9 @@ def recipe(
     """The config.json of a model of the published recipe (docs/model-format.md). Nothing is checked.
 
     Args:
-        layers: A letter each: c convolution, L linear attention, W sliding window.
+        layers: A letter each: c convolution, L linear attention, W sliding window, A full attention.
         hidden_size: Width of the residual stream.
-        num_heads: Of both attentions.
+        num_heads: Of all attentions.
         inner_size: Of the MLP.
         window: Keys, a query's own included; of use where a layer is W.
         feature_dim: Size of a head's queries and keys in linear attention.
@@ -167,7 +182,10 @@ def recipe(
         "rotary_base": 10000.0,
         "rotary_interleaved": False,
     }
+    full = {key: value for key, value in attention.items() if key != "window"}
+    full |= {"mixer": "full_attention", "rotary_dim": head_dim // 2}
     mixers: dict[str, dict[str, Any]] = {"c": conv, "L": taylor, "W": attention}
+    mixers["A"] = full
     return {
         "format": "based",
         "format_version": 1,
@@ -202,10 +220,21 @@ def _based(
     return recipe(layers, **sizes, vocab_size=vocab_size, end_token_id=vocab_size - 1)
 
 
+def _attn(hidden_size: int, num_layers: int, num_heads: int, inner_size: int) -> dict[str, Any]:
+    """The authors' transformers, to which they compare."""
+    layers = "A" * num_layers
+    config = recipe(layers, hidden_size, num_heads, inner_size, vocab_size=50257, end_token_id=50256)
+    return config | {"padded_vocab_size": 50272}
+
+
 SIZES: dict[str, Callable[[], dict[str, Any]]] = {
     "tiny": lambda: _based(128, 7, 4, 256, [1, 6], [2], window_size=16, vocab_size=258),
     "60m": lambda: _based(512, 12, 8, 1024, [1, 6], [2, 7]),
     "360m": lambda: _based(1024, 27, 16, 2048, [1, 6, 11, 16, 21], [2, 7, 12, 17, 22]),
     "1.3b": lambda: _based(1792, 36, 16, 3584, [1, 6, 11, 16, 21, 27, 33], [2, 7, 12, 17, 22, 28, 34]),
+    "attn-360m": lambda: _attn(1024, 24, 16, 2816),
+    "attn-1b": lambda: _attn(1680, 36, 24, 4480),
 }
-"""Names for `named_config`: 360m and 1.3b are the published models' shapes, the others smaller ones of that recipe."""
+SIZES |= {"attn-360M-30B": SIZES["attn-360m"], "attn-1b-50bn": SIZES["attn-1b"]}
+"""Names for `named_config`: 360m and 1.3b are the published models' shapes, the others smaller ones of that recipe;
+attn-* are the authors' transformers."""

@@ -95,6 +95,7 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
   std::size_t state_nbytes(const ModelConfig& config, DType dtype, std::int64_t num_tokens) const override {
     return inner_->state_nbytes(config, dtype, num_tokens);
   }
+  std::size_t available_nbytes() const override { return inner_->available_nbytes(); }
   DType projection_dtype(DType weights) const override { return inner_->projection_dtype(weights); }
   std::int64_t chunk_tokens() const override { return inner_->chunk_tokens(); }
   std::int64_t step_rows(std::int64_t num_sequences) const override { return inner_->step_rows(num_sequences); }
@@ -182,6 +183,11 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
                       backend::StatePool& states, int layer, const backend::Matrix& out) override {
     faults_->tick("sliding_window");
     inner_->sliding_window(config, batch, qkv, states, layer, out);
+  }
+  void full_attention(const FullAttentionConfig& config, const backend::RaggedBatch& batch, const backend::Matrix& qkv,
+                      backend::StatePool& states, int layer, const backend::Matrix& out) override {
+    faults_->tick("full_attention");
+    inner_->full_attention(config, batch, qkv, states, layer, out);
   }
   void token_log_probs(const backend::Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
                        std::span<float> out) override {

@@ -80,6 +80,7 @@ struct Mixer {
       void operator()(const GatedConvConfig& c) const { cpu.gated_conv(c, taps, batch, in, states, 0, out); }
       void operator()(const LinearAttentionConfig& c) const { cpu.linear_attention(c, batch, in, states, 0, out); }
       void operator()(const SlidingWindowConfig& c) const { cpu.sliding_window(c, batch, in, states, 0, out); }
+      void operator()(const FullAttentionConfig& c) const { cpu.full_attention(c, batch, in, states, 0, out); }
     };
     std::visit(Run{cpu, taps.data(), batch, in, states, out}, config);
   }
@@ -110,6 +111,9 @@ std::vector<std::vector<float>> feed(const Mixer& mixer, CpuBackend& cpu, backen
     positions.push_back(piece.position);
     in.insert(in.end(), piece.in, piece.in + piece.tokens * mixer.input_width());
   }
+  std::vector<std::int64_t> ends;
+  for (const Piece& piece : pieces) ends.push_back(piece.position + piece.tokens);
+  cpu.reserve_states(states, slots, ends);
   const auto rows = static_cast<std::int64_t>(tokens.size());
   std::vector<float> out(static_cast<std::size_t>(rows * mixer.output_width()), std::nanf(""));
   std::vector<std::uint16_t> out16(out.size(), 0x7fc0);
@@ -180,8 +184,9 @@ std::vector<double> reference(const LinearAttentionConfig& c, const std::vector<
 }
 
 // The first token stands at `start`; what the ring holds before is zeros.
-std::vector<double> reference(const SlidingWindowConfig& c, const std::vector<float>&, const std::vector<float>& qkv,
-                              std::int64_t start) {
+template <class Config>
+std::vector<double> softmax_reference(const Config& c, std::int64_t window, const std::vector<float>& qkv,
+                                      std::int64_t start) {
   const std::int64_t H = c.num_heads, Hkv = c.num_kv_heads, hd = c.head_dim, width = (H + 2 * Hkv) * hd;
   const std::int64_t tokens = static_cast<std::int64_t>(qkv.size()) / width;
   const auto rotated = [&](std::int64_t t, std::int64_t head) {
@@ -203,7 +208,7 @@ std::vector<double> reference(const SlidingWindowConfig& c, const std::vector<fl
       const auto q = rotated(t, h);
       double denominator = 0;
       std::vector<double> numerator(static_cast<std::size_t>(hd));
-      for (std::int64_t p = std::max<std::int64_t>(0, start + t - c.window + 1); p <= start + t; ++p) {
+      for (std::int64_t p = std::max<std::int64_t>(0, start + t - window + 1); p <= start + t; ++p) {
         if (p < start) {
           denominator += 1;
           continue;
@@ -219,6 +224,16 @@ std::vector<double> reference(const SlidingWindowConfig& c, const std::vector<fl
     }
   }
   return out;
+}
+
+std::vector<double> reference(const SlidingWindowConfig& c, const std::vector<float>&, const std::vector<float>& qkv,
+                              std::int64_t start) {
+  return softmax_reference(c, c.window, qkv, start);
+}
+
+std::vector<double> reference(const FullAttentionConfig& c, const std::vector<float>&, const std::vector<float>& qkv,
+                              std::int64_t start) {
+  return softmax_reference(c, limits::kSize, qkv, start);
 }
 
 std::vector<double> reference(const Mixer& mixer, const std::vector<float>& in, std::int64_t start = 0) {
@@ -260,9 +275,18 @@ std::vector<Mixer> windows() {
           Mixer(window_config(2, 1, 80, 300, 13, true)), Mixer(window_config(5, 5, 33, 31, 31))};
 }
 
+std::vector<Mixer> fulls() {
+  const auto full = [](std::int64_t H, std::int64_t Hkv, std::int64_t hd, std::int64_t rotary, bool interleaved) {
+    return Mixer(FullAttentionConfig{H, Hkv, hd, 1 / std::sqrt(static_cast<double>(hd)), false, false, rotary, 10000,
+                                     interleaved});
+  };
+  return {full(4, 4, 32, 16, false), full(2, 2, 70, 35, false), full(1, 1, 1, 0, false), full(6, 2, 7, 3, true),
+          full(40, 1, 16, 16, false)};
+}
+
 std::vector<Mixer> all_mixers() {
   std::vector<Mixer> all = convs();
-  for (auto& mixers : {linears(), windows()}) all.insert(all.end(), mixers.begin(), mixers.end());
+  for (auto& mixers : {linears(), windows(), fulls()}) all.insert(all.end(), mixers.begin(), mixers.end());
   return all;
 }
 
@@ -330,10 +354,10 @@ TEST_P(Mixers, MatchReferenceInRaggedBatches) {
   }
 }
 
-TEST_P(Mixers, CutsChangeNoBitOfConvAndWindow) {
+TEST_P(Mixers, CutsChangeNoBitOfConvAndSoftmax) {
   CpuBackend cpu = make_cpu(GetParam());
   std::vector<Mixer> mixers = convs();
-  for (const Mixer& mixer : windows()) mixers.push_back(mixer);
+  for (const auto& more : {windows(), fulls()}) mixers.insert(mixers.end(), more.begin(), more.end());
   std::mt19937 random(6);
   for (const Mixer& mixer : mixers) {
     SCOPED_TRACE(describe(mixer));
@@ -349,6 +373,55 @@ TEST_P(Mixers, CutsChangeNoBitOfConvAndWindow) {
         EXPECT_EQ(feed_cut(mixer, cpu, in, cuts, ring), whole);
       }
     }
+  }
+}
+
+// Several spans of keys, which several threads share in a step.
+TEST_P(Mixers, LongContextsAreExactAndCutsAndThreadsChangeNoBit) {
+  const std::int64_t tokens = 2700;
+  for (const Mixer& mixer : {fulls()[1], fulls()[3]}) {
+    SCOPED_TRACE(describe(mixer));
+    const auto in = mixer.input(tokens, 17), other = mixer.input(tokens, 18);
+    const std::vector<std::int64_t> cuts{511, 1, 1, 1, 777, 1, 128, 1, 1277, 1, 1};
+    const std::vector<std::int64_t> whole{tokens};
+    std::vector<float> first;
+    for (const DType dtype : {DType::float32, DType::bfloat16}) {
+      CpuBackend one = make_cpu(GetParam(), 1);
+      const auto out = feed_cut(mixer, one, in, whole, dtype);
+      EXPECT_LT(relative_error(out, reference(mixer, in)), dtype == DType::float32 ? kTolerance : 8e-3);
+      for (const int threads : {1, 2, 3, 40}) {
+        CpuBackend cpu = make_cpu(GetParam(), threads);
+        EXPECT_EQ(feed_cut(mixer, cpu, in, cuts, dtype), out) << threads << " threads";
+        // A last step beside shorter sequences.
+        const auto states = mixer.states(cpu, dtype, 3);
+        const float* at = in.data();
+        feed(mixer, cpu, *states, {{at, tokens - 1, 1, 0}, {other.data(), 700, 0, 0}, {other.data(), 3, 2, 0}});
+        const std::int64_t width = mixer.input_width();
+        const auto parts = feed(mixer, cpu, *states,
+                                {{other.data() + 700 * width, 1, 0, 700},
+                                 {at + (tokens - 1) * width, 1, 1, tokens - 1},
+                                 {other.data() + 3 * width, 1, 2, 3}});
+        EXPECT_EQ(parts[1], std::vector<float>(out.end() - mixer.output_width(), out.end())) << threads << " threads";
+      }
+    }
+  }
+}
+
+TEST_P(Mixers, AStepTakesNoMoreScratchThanWasReserved) {
+  for (const Mixer& mixer : {fulls()[0], fulls()[4]}) {
+    SCOPED_TRACE(describe(mixer));
+    CpuBackend cpu = make_cpu(GetParam(), 3);
+    ModelConfig model;
+    model.layers = {mixer.config};
+    const auto in = mixer.input(2000, 19);
+    const auto states = mixer.states(cpu, DType::float32, 1);
+    feed(mixer, cpu, *states, {{in.data(), 1999, 0, 0}});
+    cpu.trim();
+    cpu.reserve_step(model, 1);
+    const auto& held = cpu.memory().nbytes[static_cast<std::size_t>(backend::MemoryKind::workspace)];
+    const std::size_t before = held;
+    feed(mixer, cpu, *states, {{in.data() + 1999 * mixer.input_width(), 1, 0, 1999}});
+    EXPECT_EQ(held, before);
   }
 }
 
@@ -438,12 +511,13 @@ TEST_P(Mixers, LinearAttentionStaysExactOverManyTokens) {
   EXPECT_LT(relative_error(feed_cut(mixer, cpu, in, std::vector<std::int64_t>(3000, 1)), expected), 3e-6);
 }
 
-TEST_P(Mixers, WindowAttentionWithLargeScoresIsExact) {
+TEST_P(Mixers, SoftmaxAttentionWithLargeScoresIsExact) {
   CpuBackend cpu = make_cpu(GetParam());
-  const Mixer mixer(window_config(2, 2, 64, 33, 0));
-  auto in = mixer.input(60, 16);
-  for (float& x : in) x *= 6;  // scores up to some hundred
-  EXPECT_LT(relative_error(feed_cut(mixer, cpu, in, {60}), reference(mixer, in)), 2e-5);
+  for (const Mixer& mixer : {Mixer(window_config(2, 2, 64, 33, 0)), Mixer(FullAttentionConfig{2, 2, 64, 0.125})}) {
+    auto in = mixer.input(700, 16);
+    for (float& x : in) x *= 6;  // scores up to some hundred
+    EXPECT_LT(relative_error(feed_cut(mixer, cpu, in, {700}), reference(mixer, in)), 2e-5);
+  }
 }
 
 // ---- norm -----------------------------------------------------------------------------------------------------------

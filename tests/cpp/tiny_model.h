@@ -17,8 +17,8 @@
 
 namespace based::test {
 
-/// All three mixers, grouped heads, partial rotary; small and odd-sized.
-inline ModelConfig tiny_config() {
+/// The mixers that a GPU has kernels for, grouped heads, partial rotary; small and odd-sized.
+inline ModelConfig gpu_config() {
   ModelConfig config;
   config.vocab_size = 61;
   config.padded_vocab_size = 64;
@@ -36,6 +36,13 @@ inline ModelConfig tiny_config() {
   config.layers = {GatedConvConfig{48, 3, true}, LinearAttentionConfig{3, 4, 8, 1e-12}, window,
                    GatedConvConfig{30, 4, false}, LinearAttentionConfig{2, 5, 7, 1e-12}};
   config.eos_token_id = 60;
+  return config;
+}
+
+/// All mixers.
+inline ModelConfig tiny_config() {
+  ModelConfig config = gpu_config();
+  config.layers.push_back(FullAttentionConfig{4, 2, 6, 0.4, true, false, 3});
   return config;
 }
 

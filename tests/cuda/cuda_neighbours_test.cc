@@ -59,7 +59,7 @@ class CudaMixerNeighbours : public CudaTest, public ::testing::WithParamInterfac
       cols = (window.num_heads + 2 * window.num_kv_heads) * window.head_dim;
       out_cols = window.num_heads * window.head_dim;
     }
-    ModelConfig model = test::tiny_config();
+    ModelConfig model = test::gpu_config();
     model.layers = {c.config};
     const auto neighbours = static_cast<int>(before.size() + after.size());
     const auto states = device.make_states(model, c.dtype, neighbours + 1);
@@ -155,7 +155,7 @@ INSTANTIATE_TEST_SUITE_P(Mixers, CudaCounts,
 TEST_P(CudaCounts, GoOnBeyondFloat32) {
   const auto& config = std::get<LinearAttentionConfig>(GetParam().config);
   const auto device = backend::make_backend(kCuda, 0);
-  ModelConfig model = test::tiny_config();
+  ModelConfig model = test::gpu_config();
   model.layers = {config};
   const std::int64_t heads = config.num_heads, features = config.num_features(), width = config.head_dim + 1;
   const std::int64_t cols = heads * (2 * config.feature_dim + config.head_dim);
@@ -224,7 +224,7 @@ TEST_P(CudaCounts, GoOnBeyondFloat32) {
 // ---- whole models --------------------------------------------------------------------------------------------------
 
 ModelConfig model_config(bool odd) {
-  ModelConfig config = test::tiny_config();
+  ModelConfig config = test::gpu_config();
   if (odd) return config;
   config.vocab_size = 500;
   config.padded_vocab_size = 504;

@@ -72,7 +72,7 @@ class MixedStep {
   }
 
   static ModelConfig config() {
-    ModelConfig config = tiny_config();
+    ModelConfig config = gpu_config();
     SlidingWindowConfig window;
     window.num_heads = window.num_kv_heads = 4;
     window.head_dim = 32;

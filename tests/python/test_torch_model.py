@@ -91,7 +91,7 @@ def test_any_architecture_gives_the_runtimes_logits(random, length, seed):
         assert rel_l2(logits_of(BasedForCausalLM.load(directory, dtype=torch.float64), tokens), exact) <= FLOAT64
 
 
-@pytest.mark.parametrize("case", ["based-tiny", "based-tiny-bf16"])
+@pytest.mark.parametrize("case", ["based-tiny", "based-tiny-bf16", "attn-tiny"])
 def test_golden_logits(golden, case):
     expected = golden(case)
     for dtype in (torch.float32, torch.bfloat16):

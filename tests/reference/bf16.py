@@ -86,8 +86,11 @@ class _Forward:
         y = bf16(bf16(p @ v) / bf16(bf16(p.sum(-1, keepdims=True)) + np.float32(layer["eps"])))
         return y.transpose(1, 0, 2).reshape(len(x), -1)
 
+    def _full_attention(self, x: Array, layer: Config, i: int) -> Array:
+        return self._sliding_window(x, layer, i)
+
     def _sliding_window(self, x: Array, layer: Config, i: int) -> Array:
-        t, h, h_kv, window = len(x), layer["num_heads"], layer["num_kv_heads"], layer["window"]
+        t, h, h_kv, window = len(x), layer["num_heads"], layer["num_kv_heads"], layer.get("window", len(x))
         qkv = self._linear(x, f"layers.{i}.mixer.qkv_proj").reshape(t, h + 2 * h_kv, layer["head_dim"])
         q, k, v = _rotate(qkv[:, :h], layer), _rotate(qkv[:, h : h + h_kv], layer), qkv[:, h + h_kv :]
         for name, kept in (("keys", k), ("values", v)):

@@ -136,8 +136,11 @@ def model_tensors(config: Mapping[str, Any], seed: int) -> dict[str, Array]:
     return tensors
 
 
-MIXERS = ("gated_conv", "linear_attention", "sliding_window")
+MIXERS = ("gated_conv", "linear_attention", "sliding_window", "full_attention")
 """The kinds that random models are made of."""
+
+ON_A_GPU = ("gated_conv", "linear_attention", "sliding_window")
+"""Those that a GPU has kernels for."""
 
 
 def _random_mixer(choose: Choose, kinds: Sequence[str]) -> Config:
@@ -158,14 +161,14 @@ def _random_mixer(choose: Choose, kinds: Sequence[str]) -> Config:
             "head_dim": choose.one_of([16, 1, 3, 7, 8, 20, 33]),
             "eps": choose.one_of([1e-12, 0.0, 1e-3]),
         }
-    assert kind == "sliding_window", f"{kind} has no random shapes"
+    assert kind in ("sliding_window", "full_attention"), f"{kind} has no random shapes"
     num_kv_heads, head_dim = choose.integer(1, 3), choose.one_of([16, 1, 2, 3, 7, 8, 24, 33])
     return {
         "mixer": kind,
         "num_heads": num_kv_heads * choose.integer(1, 3),
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
-        "window": choose.one_of([9, 1, 2, 3, 17, 64]),
+        **({"window": choose.one_of([9, 1, 2, 3, 17, 64])} if kind == "sliding_window" else {}),
         "scale": choose.one_of([head_dim**-0.5, 1.0, 0.1]),
         "qkv_bias": choose.one_of([False, True]),
         "out_bias": choose.one_of([False, True]),
@@ -395,9 +398,9 @@ def random_checkpoint(choose: Choose, max_layers: int = 4) -> Checkpoint:
     qkv_bias, out_bias, scaled, by_layer = (choose.one_of(flag) for _ in range(4))
     rotary_base, interleaved = choose.one_of([10000.0, 500.0]), choose.one_of(flag)
 
-    def mixer(key: str) -> tuple[Config, Callable[[int], Config]]:
+    def mixer(key: str) -> tuple[Config | None, Callable[[int], Config]]:
         """The published dict of a mixer, and what it means in a layer."""
-        kind = choose.one_of(["gated_conv", "linear_attention", "sliding_window"])
+        kind = choose.one_of(["gated_conv", "linear_attention", "sliding_window", "full_attention"])
         if kind == "gated_conv":
             expand, kernel_size = choose.one_of([2, 4, *([] if d % 2 else [1, 3])]), choose.one_of([3, 1, 2, 4, 7])
             bias = choose.one_of(flag)
@@ -439,12 +442,6 @@ def random_checkpoint(choose: Choose, max_layers: int = 4) -> Checkpoint:
             }
             return _omit_defaults(choose, published, _MIXER_DEFAULTS[kind]), lambda _: ours
         window_size = choose.one_of([16, 0, 1, 2, 5, 9, 128])
-        published = {
-            "_target_": "based.models.mixers.slide_attention.SlidingAttention",
-            "window_size": window_size,
-            "num_heads": 99,  # not read: the top level's are
-            "causal": True,
-        }
 
         def meaning(layer: int) -> Config:
             scale = head_dim**-0.5 if scaled else 1.0
@@ -453,7 +450,7 @@ def random_checkpoint(choose: Choose, max_layers: int = 4) -> Checkpoint:
                 "num_heads": num_heads,
                 "num_kv_heads": num_heads_kv,
                 "head_dim": head_dim,
-                "window": window_size // 2 + 1,
+                **({"window": window_size // 2 + 1} if kind == "sliding_window" else {}),
                 "scale": scale / (layer + 1) if by_layer else scale,
                 "qkv_bias": qkv_bias,
                 "out_bias": out_bias,
@@ -462,6 +459,14 @@ def random_checkpoint(choose: Choose, max_layers: int = 4) -> Checkpoint:
                 "rotary_interleaved": interleaved,
             }
 
+        if kind == "full_attention":
+            return None, meaning
+        published = {
+            "_target_": "based.models.mixers.slide_attention.SlidingAttention",
+            "window_size": window_size,
+            "num_heads": 99,  # not read: the top level's are
+            "causal": True,
+        }
         return _omit_defaults(choose, published, _MIXER_DEFAULTS[kind]), meaning
 
     num_layers = choose.integer(1, max_layers)

@@ -85,7 +85,7 @@ class State:
     """What one sequence has seen, named and shaped as in a saved state (docs/state-format.md), float64.
 
     layers.{i}.conv (K-1, e) · layers.{i}.taylor (H, features, head_dim + 1) · layers.{i}.keys and .values
-    (min(num_tokens, window), H_kv, head_dim).
+    (min(num_tokens, window), H_kv, head_dim), (num_tokens, H_kv, head_dim) with full attention.
     """
 
     num_tokens: int = 0
@@ -182,14 +182,18 @@ class Model:
         y = np.einsum("hts,shd->thd", p, v)
         return (y / (p.sum(-1).T[..., None] + self.layers[layer]["eps"])).reshape(len(x), -1)
 
-    def _sliding_window(self, x: Array, layer: int) -> Array:
+    def _full_attention(self, x: Array, layer: int) -> Array:
+        return self._sliding_window(x, layer, window=len(x))
+
+    def _sliding_window(self, x: Array, layer: int, window: int | None = None) -> Array:
         q, k, v = self._heads(x, layer)
         mixer, positions = self.layers[layer], np.arange(len(x))
         group = mixer["num_heads"] // mixer["num_kv_heads"]
         q, k = rotate(q, positions, mixer), rotate(k, positions, mixer)
         k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
         age = positions[:, None] - positions
-        scores = np.where((age >= 0) & (age < mixer["window"]), np.einsum("thd,shd->hts", q, k), -np.inf)
+        window = mixer["window"] if window is None else window
+        scores = np.where((age >= 0) & (age < window), np.einsum("thd,shd->hts", q, k), -np.inf)
         return np.einsum("hts,shd->thd", softmax(scores * mixer["scale"]), v).reshape(len(x), -1)
 
     # ---- token by token ----------------------------------------------------------------------------------------
@@ -205,7 +209,7 @@ class Model:
                 shape = (mixer["num_heads"], 1 + f + f * (f + 1) // 2, mixer["head_dim"] + 1)
                 state.tensors[f"layers.{i}.taylor"] = np.zeros(shape)
             else:
-                assert mixer["mixer"] == "sliding_window", f"{mixer['mixer']} has no state here"
+                assert mixer["mixer"] in ("sliding_window", "full_attention"), f"{mixer['mixer']} has no state here"
                 for name in ("keys", "values"):
                     state.tensors[f"layers.{i}.{name}"] = np.zeros((0, mixer["num_kv_heads"], mixer["head_dim"]))
         return state
@@ -242,12 +246,16 @@ class Model:
         y = np.einsum("hp,hpd->hd", taylor_features(q), s)
         return (y[:, :-1] / (y[:, -1:] + self.layers[layer]["eps"])).reshape(1, -1)
 
-    def _sliding_window_step(self, x: Array, layer: int, state: State) -> Array:
+    def _full_attention_step(self, x: Array, layer: int, state: State) -> Array:
+        return self._sliding_window_step(x, layer, state, window=state.num_tokens + 1)
+
+    def _sliding_window_step(self, x: Array, layer: int, state: State, window: int | None = None) -> Array:
         q, k, v = self._heads(x, layer)
         mixer, position = self.layers[layer], np.array([state.num_tokens])
         q, k = rotate(q, position, mixer), rotate(k, position, mixer)
+        window = mixer["window"] if window is None else window
         for name, new in (("keys", k), ("values", v)):
-            kept = np.concatenate([state.tensors[f"layers.{layer}.{name}"], new])[-mixer["window"] :]
+            kept = np.concatenate([state.tensors[f"layers.{layer}.{name}"], new])[-window:]
             state.tensors[f"layers.{layer}.{name}"] = kept
         group = mixer["num_heads"] // mixer["num_kv_heads"]
         keys = np.repeat(state.tensors[f"layers.{layer}.keys"], group, axis=1)

@@ -117,7 +117,7 @@ def forward(
         qkv = linear(x, f"{name}.qkv_proj").unflatten(-1, (h + 2 * h_kv, -1))
         q, k, v = qkv.split([h, h_kv, h_kv], dim=2)
         q, k = rotary_reference(q, layer), rotary_reference(k, layer)
-        return window_reference(q, k, v, layer["window"], layer["scale"], dtype).flatten(2)
+        return window_reference(q, k, v, layer.get("window", len(tokens)), layer["scale"], dtype).flatten(2)
 
     r = w["embedding.weight"][torch.as_tensor(np.asarray(tokens, np.int64))][None].to(wide)
     for i, layer in enumerate(config["layers"]):

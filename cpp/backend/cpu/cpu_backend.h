@@ -15,6 +15,7 @@ class Lengths;  // cpu_operands.h
 std::size_t scratch_nbytes(const GatedConvConfig& config, const Lengths& lengths, Isa isa, int num_threads);
 std::size_t scratch_nbytes(const LinearAttentionConfig& config, const Lengths& lengths, Isa isa, int num_threads);
 std::size_t scratch_nbytes(const SlidingWindowConfig& config, const Lengths& lengths, Isa isa, int num_threads);
+std::size_t scratch_nbytes(const FullAttentionConfig& config, const Lengths& lengths, Isa isa, int num_threads);
 
 /// The CPU device. Weights are packed for kernels of the best instruction set of this machine; all operations are
 /// synchronous and run on the pool. Kernels are in kernels/, one file per operation; the methods here cut an operation
@@ -69,8 +70,10 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
                         const backend::Matrix& qkv, backend::StatePool& states, int layer,
                         const backend::Matrix& out) override;
 
-  // cpu_sliding_window.cc
+  // cpu_softmax_attention.cc
   void sliding_window(const SlidingWindowConfig& config, const backend::RaggedBatch& batch, const backend::Matrix& qkv,
+                      backend::StatePool& states, int layer, const backend::Matrix& out) override;
+  void full_attention(const FullAttentionConfig& config, const backend::RaggedBatch& batch, const backend::Matrix& qkv,
                       backend::StatePool& states, int layer, const backend::Matrix& out) override;
 
   // cpu_sampler.cc
@@ -80,7 +83,12 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
 
   // cpu_states.cc
   std::size_t state_nbytes(const ModelConfig& config, DType dtype, std::int64_t num_tokens = kAnyNumber) const override;
+  std::size_t available_nbytes() const override;
   std::unique_ptr<backend::StatePool> make_states(const ModelConfig& config, DType dtype, int capacity) override;
+  void reserve_states(backend::StatePool& states, std::span<const std::int32_t> slots,
+                      std::span<const std::int64_t> num_tokens) override;
+  /// Throws OutOfMemory unless the system has so many bytes that nothing was promised yet.
+  void check_available(std::size_t nbytes);
   void copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot,
                   std::int64_t num_tokens) override;
   void reset_state(backend::StatePool& states, int slot) override;
@@ -97,6 +105,9 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
   // before it changes a state.
   std::byte* scratch(std::size_t nbytes);
   backend::Buffer scratch_;
+
+  static constexpr std::size_t kFoundAhead = std::size_t{64} << 20;
+  std::size_t found_ = 0;  // bytes that were available when last asked, and are not used yet; at most kFoundAhead
 };
 
 }  // namespace based::cpu

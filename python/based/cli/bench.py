@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "float32", "bfloat16", "float16"),
         help="of the weights (default: the model's, bfloat16 with --size)",
     )
+    _common.add_context_argument(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights and tokens (default: 0)")
     parser.add_argument("--no-warmup", action="store_true", help="do not run each test once before measuring it")
     parser.add_argument("--no-bandwidth", action="store_true", help="do not measure the memory's bandwidth")
@@ -196,7 +197,12 @@ def _make_model(args: argparse.Namespace, threads: int | None) -> "_core.Model":
     from based import Model, load
     from based.sizes import named_config
 
-    options: dict[str, Any] = {"device": args.device, "dtype": args.dtype, "num_threads": threads}
+    options: dict[str, Any] = {
+        "device": args.device,
+        "dtype": args.dtype,
+        "num_threads": threads,
+        "max_context": args.max_context,
+    }
     if args.size is None:
         return load(args.model, revision=args.revision, **options)._core
     if args.dtype == "auto":
@@ -381,7 +387,7 @@ def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
 
 def _header(model: "_core.Model", name: str, load_seconds: float | None, bandwidth: Bandwidth | None) -> dict[str, Any]:
     """What all results of one run have in common."""
-    from based import build_info
+    from based import build_info, sizes
 
     return {
         "version": build_info()["version"],
@@ -394,7 +400,8 @@ def _header(model: "_core.Model", name: str, load_seconds: float | None, bandwid
         "num_parameters": model.num_parameters,
         "dtype": model.dtype,
         "weight_nbytes": model.weight_nbytes,
-        "state_nbytes": model.state_nbytes,
+        "state_nbytes": model.state_nbytes if model.max_context is None else model.state_nbytes_at(0),
+        "token_nbytes": sizes.token_nbytes(model.config, model.dtype),
         "load_seconds": load_seconds,
         "bandwidth_kind": None if bandwidth is None else bandwidth.kind,
     }
@@ -452,6 +459,7 @@ class _Markdown(Writer):
         print(
             f"based {header['version']}{commit}, {header['compiler']}; {header['cpu']}, {header['kernel_isa']}; "
             f"{header['model']}: {weights} {header['dtype']}, state {_common.nbytes(header['state_nbytes'])}"
+            + (f" + {_common.nbytes(header['token_nbytes'])} per token" if header["token_nbytes"] else "")
             + (f", loaded in {header['load_seconds']:.2f} s" if header["load_seconds"] is not None else "")
             + (f"; bandwidth: {header['bandwidth_kind']}" if header["bandwidth_kind"] is not None else "")
             + "\n"

@@ -16,6 +16,7 @@ from based import _core, sizes
 from based._core import (
     Activation,
     FormatError,
+    FullAttentionConfig,
     GatedConvConfig,
     LinearAttentionConfig,
     MlpConfig,
@@ -484,12 +485,15 @@ class _LinearAttention(nn.Module):
         return self.out_proj(ops.taylor_linear_attention(q, k, v, self.eps).flatten(2))
 
 
-class _SlidingWindow(nn.Module):
-    def __init__(self, config: SlidingWindowConfig, d: int, factory: dict[str, Any]) -> None:
+class _SoftmaxAttention(nn.Module):
+    """Over a window, or over all keys."""
+
+    def __init__(self, config: SlidingWindowConfig | FullAttentionConfig, d: int, factory: dict[str, Any]) -> None:
         super().__init__()
         h, h_kv = config.num_heads, config.num_kv_heads
         self.heads = [h, h_kv, h_kv]
-        self.window, self.scale = config.window, config.scale
+        self.window = config.window if isinstance(config, SlidingWindowConfig) else None
+        self.scale = config.scale
         self.rotary: dict[str, Any] = {
             "rotary_dim": config.rotary_dim,
             "base": config.rotary_base,
@@ -503,14 +507,15 @@ class _SlidingWindow(nn.Module):
         v = qkv[:, :, -self.heads[2] :]
         qk = ops.rotary_embedding(qkv[:, :, : -self.heads[2]], **self.rotary)
         q, k = qk.split(self.heads[:2], dim=2)
-        y = ops.sliding_window_attention(q, k, v, window=self.window, scale=self.scale)
+        y = ops.sliding_window_attention(q, k, v, window=self.window or x.shape[1], scale=self.scale)
         return self.out_proj(y.flatten(2))
 
 
 _MIXERS: dict[type[sizes.Mixer], Callable[[Any, int, dict[str, Any]], nn.Module]] = {
     GatedConvConfig: _GatedConv,
     LinearAttentionConfig: _LinearAttention,
-    SlidingWindowConfig: _SlidingWindow,
+    SlidingWindowConfig: _SoftmaxAttention,
+    FullAttentionConfig: _SoftmaxAttention,
 }
 
 

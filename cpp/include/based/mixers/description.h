@@ -87,6 +87,7 @@ enum class StateKind : std::uint8_t {
   ring,     // its rows (first axis) are those of the last tokens: a state file has min(num_tokens, rows) of them
   taylor,   // always whole in a state file; every device packs it in its own way
   pending,  // a row for each token that a device has not added to the sums of `taylor` yet: n ≥ 0 of them
+  context,  // a row for each token
 };
 
 /// A tensor of a state file, called "layers.{i}.{name}".
@@ -94,7 +95,7 @@ struct StateTensor {
   std::string_view name;
   StateKind kind = StateKind::dense;
   StateDType dtype = StateDType::float32;
-  std::vector<std::int64_t> shape;  // first extent of a ring: the rows of a full one; of pending tokens: 0
+  std::vector<std::int64_t> shape;  // first extent of a ring: the rows of a full one; of pending and context: 0
 };
 
 /// An array that memory and state file hold alike.
@@ -134,7 +135,18 @@ struct TaylorState {
   }
 };
 
-/// What a device lays out, saves and restores as one: a function for each of the three.
-using StatePart = std::variant<DenseState, RingState, TaylorState>;
+/// Keys and values of all tokens, each (num_tokens, num_heads, head_dim).
+struct ContextState {
+  std::int64_t num_heads = 0, head_dim = 0;
+
+  std::vector<std::int64_t> saved_shape(std::int64_t num_tokens) const { return {num_tokens, num_heads, head_dim}; }
+  std::vector<StateTensor> tensors() const {
+    return {{"keys", StateKind::context, StateDType::model, saved_shape(0)},
+            {"values", StateKind::context, StateDType::model, saved_shape(0)}};
+  }
+};
+
+/// What a device lays out, saves and restores as one: a function for each of them.
+using StatePart = std::variant<DenseState, RingState, TaylorState, ContextState>;
 
 }  // namespace based

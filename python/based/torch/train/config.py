@@ -46,9 +46,11 @@ class Model:
 
     size: str | None = _key("a named shape: " + ", ".join(sizes.SIZES), None)
     from_: str | None = _key("a model to start from: a directory, or owner/name at the hub", None)
-    layers: str | None = _key("a letter per layer: c convolution, L linear attention, W sliding window", None)
+    layers: str | None = _key(
+        "a letter per layer: c convolution, L linear attention, W sliding window, A full attention", None
+    )
     hidden_size: int | None = _key("width of the residual stream", None, at_least=1)
-    num_heads: int | None = _key("heads of L and W layers", None, at_least=1)
+    num_heads: int | None = _key("heads of L, W and A layers", None, at_least=1)
     inner_size: int | None = _key("width of the MLP", None, at_least=1)
     window: int | None = _key("keys of a W layer, the query's own included", None, at_least=1)
     feature_dim: int | None = _key("size of q and k per head in L layers; 16 by default", None, at_least=1)
@@ -258,8 +260,8 @@ def _check_model(model: Model) -> None:
         if getattr(model, name) is None:
             raise FormatError(f"model.{name}: missing")
     assert model.layers is not None and model.hidden_size is not None and model.num_heads is not None
-    if not re.fullmatch("[cLW]+", model.layers):
-        raise FormatError(f"model.layers: found {model.layers!r}, expected letters c, L, W, one per layer")
+    if not re.fullmatch("[cLWA]+", model.layers):
+        raise FormatError(f"model.layers: found {model.layers!r}, expected letters c, L, W, A, one per layer")
     if "W" in model.layers and model.window is None:
         raise FormatError("model.window: missing, and layers has W")
     if model.head_dim is None and model.hidden_size % model.num_heads != 0:
