@@ -133,7 +133,7 @@ def recipe(
         layers: A letter each: c convolution, L linear attention, W sliding window, S selective scan.
         hidden_size: Width of the residual stream.
         num_heads: Of both attentions.
-        inner_size: Of the MLP.
+        inner_size: Of the MLP; 0 for a model without.
         window: Keys, a query's own included; of use where a layer is W.
         feature_dim: Size of a head's queries and keys in linear attention.
         head_dim: None for hidden_size / num_heads.
@@ -178,6 +178,7 @@ def recipe(
         "conv_bias": True,
         "bias": False,
     }
+    mlp = {"gated": True, "activation": "silu", "inner_size": inner_size, "fc1_bias": False, "fc2_bias": False}
     mixers: dict[str, dict[str, Any]] = {"c": conv, "L": taylor, "W": attention, "S": scan}
     return {
         "format": "based",
@@ -186,7 +187,7 @@ def recipe(
         "padded_vocab_size": -(-vocab_size // 8) * 8,
         "hidden_size": hidden_size,
         "norm": {"type": "rms_norm", "eps": 1e-5},
-        "mlp": {"gated": True, "activation": "silu", "inner_size": inner_size, "fc1_bias": False, "fc2_bias": False},
+        "mlp": mlp if inner_size else None,
         "tie_embeddings": True,
         "bos_token_id": end_token_id,
         "eos_token_id": end_token_id,
@@ -217,8 +218,8 @@ def _mamba(
     hidden_size: int, num_layers: int, *, vocab_size: int = 50277, padded_vocab_size: int = 50280
 ) -> dict[str, Any]:
     """Scans without MLPs. By default with GPT-NeoX's tokens, whose first one ends a text."""
-    config = recipe("S" * num_layers, hidden_size, 1, 1, vocab_size=vocab_size, end_token_id=0)
-    return config | {"mlp": None, "padded_vocab_size": padded_vocab_size}
+    config = recipe("S" * num_layers, hidden_size, 1, 0, vocab_size=vocab_size, end_token_id=0)
+    return config | {"padded_vocab_size": padded_vocab_size}
 
 
 def _authors_mamba(hidden_size: int) -> dict[str, Any]:
