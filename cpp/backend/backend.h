@@ -38,6 +38,16 @@ struct Matrix {
   std::int64_t cols = 0;
 };
 
+/// What Backend::selective_scan reads. N: numbers of state per channel, e: channels.
+struct ScanOperands {
+  const float* a = nullptr;  // (N, e) float32, ≤ 0
+  const float* d = nullptr;  // (e) float32
+  Matrix xz;                 // (tokens, 2e) projection: [·|z]
+  Matrix x;                  // (tokens, e) projection
+  Matrix bc;                 // (tokens, 2N) projection: [B|C]
+  Matrix dt;                 // (tokens, e) projection
+};
+
 /// What an allocation is for: Model::memory reports the three apart.
 enum class MemoryKind : std::uint8_t { weights, states, workspace };
 
@@ -298,6 +308,21 @@ class Backend {
     unsupported(config, batch, qkv, states, layer, out);
   }
 
+  /// x = SiLU(conv(u) + bias), xz = [u|z] (N, 2e) projection, taps (e, K) and bias (e; null for none) float32: the
+  /// convolution of gated_conv, which keeps what came before the batch in the first part of the state.
+  /// x (N, e) projection.
+  virtual void scan_conv(const SelectiveScanConfig& config, const float* taps, const float* bias,
+                         const RaggedBatch& batch, const Matrix& xz, StatePool& states, int layer, const Matrix& x) {
+    unsupported(config, taps, bias, batch, xz, states, layer, x);
+  }
+
+  /// Δ = softplus(dt), h[n, c] ← exp(Δ[c] a[n, c]) h[n, c] + Δ[c] B[n] x[c], the second part of the state, and
+  /// out[c] = (Σ_n C[n] h[n, c] + d[c] x[c]) · SiLU(z[c]). out (N, e) activation.
+  virtual void selective_scan(const SelectiveScanConfig& config, const ScanOperands& operands, const RaggedBatch& batch,
+                              StatePool& states, int layer, const Matrix& out) {
+    unsupported(config, operands, batch, states, layer, out);
+  }
+
   // ---- states ------------------------------------------------------------------------------------------------
 
   /// Bytes that a slot of such a pool takes when its sequence has seen num_tokens tokens: a long part takes memory when
@@ -350,6 +375,9 @@ struct Implements {
   bool operator()(const LinearAttentionConfig&) const { return declares(&Device::linear_attention); }
   bool operator()(const SlidingWindowConfig&) const { return declares(&Device::sliding_window); }
   bool operator()(const FullAttentionConfig&) const { return declares(&Device::full_attention); }
+  bool operator()(const SelectiveScanConfig&) const {
+    return declares(&Device::scan_conv) && declares(&Device::selective_scan);
+  }
 
  private:
   template <class Class, class... Arguments>

@@ -1,6 +1,7 @@
 #include "model/mixer.h"
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 #include <utility>
 
@@ -46,8 +47,29 @@ std::shared_ptr<const backend::LinearWeight> MixerWeights::linear(std::string_vi
   return loader_.linear(stack, first.cols, first.bias);
 }
 
+std::vector<std::shared_ptr<const backend::LinearWeight>> MixerWeights::rows_of(std::string_view name,
+                                                                                const std::vector<std::int64_t>& rows) {
+  const auto it = take(projections_, name, loaded_);
+  const bool is_alone = !it->bias && !it->stacked && (it + 1 == projections_.end() || !(it + 1)->stacked);
+  if (!is_alone || std::accumulate(rows.begin(), rows.end(), std::int64_t{0}) != it->rows)
+    throw std::logic_error(std::string(name) + " cannot be cut into these rows");
+  return loader_.rows_of(prefix_ + std::string(name), rows, it->cols);
+}
+
 backend::Buffer MixerWeights::parameter(std::string_view name) {
   return loader_.vector(prefix_ + std::string(name), take(parameters_, name, loaded_)->shape);
+}
+
+backend::Buffer MixerWeights::parameter(std::string_view name, const Change& change) {
+  backend::Buffer buffer = parameter(name);
+  std::vector<float> values(buffer.nbytes / sizeof(float));
+  loader_.backend.copy_to_host(values.data(), buffer.data.get(), buffer.nbytes);
+  values = change(values);
+  if (values.size() * sizeof(float) != buffer.nbytes)
+    throw std::logic_error(std::string(name) + " was changed to another size");
+  loader_.backend.copy_from_host(buffer.data.get(), values.data(), buffer.nbytes);
+  loader_.backend.synchronize();
+  return buffer;
 }
 
 void MixerWeights::check_all_loaded() const {

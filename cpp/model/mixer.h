@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <set>
 #include <span>
@@ -56,8 +57,16 @@ class MixerWeights {
   /// The projection of this name and those stacked on it, as one matrix.
   std::shared_ptr<const backend::LinearWeight> linear(std::string_view name);
 
+  /// Its rows as several matrices, the first of rows[0] rows, and so on; for a projection without bias and neighbours.
+  std::vector<std::shared_ptr<const backend::LinearWeight>> rows_of(std::string_view name,
+                                                                    const std::vector<std::int64_t>& rows);
+
   /// A parameter, in float32.
   backend::Buffer parameter(std::string_view name);
+
+  /// What `change` makes of its numbers: as many.
+  using Change = std::function<std::vector<float>(const std::vector<float>&)>;
+  backend::Buffer parameter(std::string_view name, const Change& change);
 
   DType activation_dtype() const { return loader_.backend.activation_dtype(loader_.dtype); }
   DType projection_dtype() const { return loader_.backend.projection_dtype(loader_.dtype); }

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <future>
+#include <numeric>
 #include <span>
 #include <system_error>
 #include <thread>
@@ -184,6 +185,23 @@ std::shared_ptr<const backend::LinearWeight> WeightLoader::linear(const std::vec
   source.release();
   nbytes += packed->nbytes();
   return packed;
+}
+
+std::vector<std::shared_ptr<const backend::LinearWeight>> WeightLoader::rows_of(const std::string& name,
+                                                                                const std::vector<std::int64_t>& rows,
+                                                                                std::int64_t in_features) {
+  const std::int64_t all = std::accumulate(rows.begin(), rows.end(), std::int64_t{0});
+  TensorView rest = source.take(name + ".weight", {all, in_features});
+  std::vector<std::shared_ptr<const backend::LinearWeight>> parts;
+  for (const std::int64_t count : rows) {
+    backend::LinearSource part;
+    part.weights.push_back({rest.dtype, {count, in_features}, rest.data});
+    rest.data += part.weights[0].nbytes();
+    parts.push_back(backend.pack_linear(part, dtype));
+    nbytes += parts.back()->nbytes();
+  }
+  source.release();
+  return parts;
 }
 
 backend::Buffer WeightLoader::vector(const std::string& name, const std::vector<std::int64_t>& shape) {

@@ -95,6 +95,11 @@ struct WeightLoader {
   std::shared_ptr<const backend::LinearWeight> linear(const std::vector<Matrix>& stacked, std::int64_t in_features,
                                                       bool bias, Activation activation = Activation::identity,
                                                       bool gated = false);
+
+  /// The rows of one matrix as several: rows[0] of them, then rows[1], …
+  std::vector<std::shared_ptr<const backend::LinearWeight>> rows_of(const std::string& name,
+                                                                    const std::vector<std::int64_t>& rows,
+                                                                    std::int64_t in_features);
   backend::Buffer vector(const std::string& name, const std::vector<std::int64_t>& shape);
 };
 

@@ -75,7 +75,7 @@ def load(
     options = core_options(device, dtype, num_threads, deterministic, max_context)
     source = _locate(path_or_id, revision)
     lazy_tokenizer = _tokenizer_of(source, tokenizer)
-    return Model(_core.Model.load(_in_our_format(source), **options), lazy_tokenizer)
+    return Model(_core.Model.load(_in_our_format(source, tokenizer), **options), lazy_tokenizer)
 
 
 def model_directory(path_or_id: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -170,13 +170,19 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _in_our_format(source: _Source) -> Path:
-    """The source itself, or its conversion in the cache."""
-    from based.convert import convert, is_published
+def _in_our_format(source: _Source, tokenizer: str | os.PathLike[str] | None = None) -> Path:
+    """The source itself, or its conversion in the cache; one of its own for a tokenizer that changes it."""
+    from based.convert import changed_vocabulary, convert, is_published
 
     if not is_published(source.directory):
         return source.directory
-    identity = json.dumps([_core.build_info()["version"], *source.identity]).encode()
+    parts = [_core.build_info()["version"], *source.identity]
+    if tokenizer is not None:
+        if (vocabulary := changed_vocabulary(source.directory, tokenizer)) is None:
+            tokenizer = None
+        else:
+            parts.append([vocabulary.num_tokens, vocabulary.end_token_id])
+    identity = json.dumps(parts).encode()
     cache = _cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
     # Of a name only as much as leaves room for the rest: a file's name has at most 255 bytes.
@@ -190,7 +196,7 @@ def _in_our_format(source: _Source) -> Path:
             for leftover in cache.glob(f".{glob.escape(converted.name)}.*"):  # of a process that was killed
                 shutil.rmtree(leftover)
             shutil.rmtree(converted, ignore_errors=True)  # somebody deleted or damaged a file in it
-            convert(source.directory, converted)
+            convert(source.directory, converted, tokenizer=tokenizer)
     return converted
 
 

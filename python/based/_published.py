@@ -20,6 +20,8 @@ class Recipe:
     name: str
     sources: tuple[str, ...]
     shape: Shape
+    wide: bool = False
+    """Float32, whatever the dtype that weights are converted to."""
 
 
 EMBEDDING = "transformer.embeddings.word_embeddings.weight"
@@ -174,8 +176,16 @@ class _Weights:
         self.missing: list[str] = []
         self.recipes: list[Recipe] = []
 
-    def take(self, ours: str, sources: str | Sequence[str], shape: Shape, reason: str, to: Shape | None = None) -> None:
-        """`shape`: of each source. `to`: our shape, where it is not the sources' stacked ones."""
+    def take(
+        self,
+        ours: str,
+        sources: str | Sequence[str],
+        shape: Shape,
+        reason: str,
+        to: Shape | None = None,
+        wide: bool = False,
+    ) -> None:
+        """`shape`: of each source. `to`: our shape, where it is not the sources' stacked ones. `wide`: see Recipe."""
         names = (sources,) if isinstance(sources, str) else tuple(sources)
         for name in names:
             found = self.shapes.get(name)
@@ -186,17 +196,19 @@ class _Weights:
                     f"{self.where}: {name}: found shape {found}, expected {shape} ({reason} in {self.config})"
                 )
             self.left.discard(name)
-        self.recipes.append(Recipe(ours, names, to or (shape[0] * len(names), *shape[1:])))
+        self.recipes.append(Recipe(ours, names, to or (shape[0] * len(names), *shape[1:]), wide))
 
-    def take_bias(self, ours: str, sources: str | Sequence[str], size: int, wanted: bool, reason: str) -> None:
-        """`wanted`: what the field in `reason` says."""
+    def take_bias(
+        self, ours: str, sources: str | Sequence[str], size: int, wanted: bool, reason: str, wide: bool = False
+    ) -> None:
+        """`wanted`: what the field in `reason` says. `wide`: see Recipe."""
         names = (sources,) if isinstance(sources, str) else tuple(sources)
         for name in names:
             if (name in self.shapes) != wanted:
                 found = "is there" if name in self.shapes else "is missing"
                 raise FormatError(f"{self.where}: {name}: {found}, but {self.config} says {reason}")
         if wanted:
-            self.take(ours, names, (size,), reason)
+            self.take(ours, names, (size,), reason, wide=wide)
 
     def finish(self) -> None:
         for what, names in (("missing", sorted(self.missing)), ("not expected", sorted(self.left))):
@@ -251,9 +263,6 @@ def translate(
     Raises FormatError naming the field or tensor, what was found and what was expected.
     """
     top = _Fields(config, where)
-    for key in ("d_model", "ssm_cfg"):
-        if key in top.values:
-            raise FormatError(f"{where}: {key}: found {_show(top.values[key])}: a Mamba model, not supported")
     weights = _Weights(shapes, weights_where, where)
 
     # ---- sizes -------------------------------------------------------------------------------------------------
@@ -270,7 +279,9 @@ def translate(
         raise top.error(key, "0: a table of learned positions is not supported")
     for name in shapes:
         if name.startswith("backbone."):
-            raise FormatError(f"{weights_where}: {name}: the tensors of a Mamba model, not supported")
+            raise FormatError(
+                f"{weights_where}: {name}: the tensors of a Mamba model, but {where} is not of mamba_ssm: no d_model"
+            )
         if "position_embeddings" in name:
             raise FormatError(f"{weights_where}: {name}: a table of learned positions, not supported")
     if shapes and not any(name.startswith("transformer.") for name in shapes):

@@ -10,6 +10,8 @@ import errno
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,32 @@ def read_bytes(path: Path) -> bytes:
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     with path.open("rb") as file:
         return file.read(parse_limit(_MAX_BYTES) + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What a model's config says of its tokenizer's tokens."""
+
+    num_tokens: int
+    """The largest id, plus one."""
+    end_token_id: int | None
+    """Of <|endoftext|>, which stands between texts."""
+
+
+def read_vocabulary(path: Path | None) -> Vocabulary | None:
+    """Of a tokenizer.json, without the library; None where there is no file, or no vocabulary in it. Raises OSError."""
+    if path is None:
+        return None
+    try:
+        document = json.loads(read_bytes(path))
+        words = document["model"]["vocab"]  # of Unigram a list
+        ids = dict(words) if isinstance(words, dict) else dict(zip((word for word, _ in words), count(), strict=False))
+        ids |= {token["content"]: token["id"] for token in document.get("added_tokens") or []}
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return None
+    if not ids or not all(type(id) is int and 0 <= id < 1 << 31 for id in ids.values()):
+        return None
+    return Vocabulary(max(ids.values()) + 1, ids.get("<|endoftext|>"))
 
 
 def parse_tokenizer(data: bytes, where: str) -> "Tokenizer":

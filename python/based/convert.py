@@ -23,6 +23,10 @@ from based._core import FormatError
 from based._lfs import refuse_lfs_pointer
 from based._pickle import StoredTensor, read_torch_file
 from based._published import EMBEDDING, HEAD, Recipe, normalise_names, translate
+from based._published_mamba import EMBEDDING as MAMBA_EMBEDDING
+from based._published_mamba import has_gpt2_tokens, is_mamba, translate_mamba
+from based._tokenizer import GPT2_VOCAB_SIZE
+from based._tokenizer_json import Vocabulary, read_vocabulary
 
 StrPath = str | os.PathLike[str]
 Tensors = dict[str, StoredTensor]
@@ -49,13 +53,16 @@ def convert(
     tokenizer: StrPath | None = None,
     *,
     overwrite: bool = False,
-) -> None:
+) -> list[str]:
     """Writes the model directory `dst` from the published directory `src`.
 
     src: holds config.json and the weights as model.safetensors or pytorch_model.bin, either of them possibly in shards
     with an index. dtype: of the weights written; None keeps each tensor's own. tokenizer: a tokenizer.json, or a
     directory that holds one; by default that of `src`, if it has one. dst: must not exist, or be an empty directory;
     with `overwrite` it may also be a model directory, which is replaced. It appears whole or not at all.
+
+    Returns what the config says otherwise than the published one, a sentence each: a vocabulary larger than the
+    tokenizer is cut to its size, so that no token without text is sampled.
 
     Raises FormatError (config or weights say something wrong, contradictory or unsupported: the message names it),
     ValueError (dtype), and OSError: FileNotFoundError, FileExistsError, a full disk.
@@ -73,7 +80,12 @@ def convert(
     tensors = {short: stored[name] for short, name in names.items()}
     shapes = {name: tensor.bits.shape for name, tensor in tensors.items()}
 
-    translated, recipes = translate(config, shapes, _head_differs(tensors), str(config_path), str(weights_path))
+    mamba = is_mamba(config)
+    head_differs = _head_differs(tensors, MAMBA_EMBEDDING if mamba else EMBEDDING)
+    translated, recipes = (translate_mamba if mamba else translate)(
+        config, shapes, head_differs, str(config_path), str(weights_path)
+    )
+    notes = _fit_vocabulary(translated, config, read_vocabulary(tokenizer_path))
     text = _core.check_config(json.dumps(translated), f"{config_path} (translated)")
     for recipe in recipes:
         for name in recipe.sources:
@@ -90,6 +102,40 @@ def convert(
             sync(directory / "tokenizer.json")
         (directory / "config.json").write_text(text, encoding="utf-8")
         sync(directory / "config.json")
+    return notes
+
+
+def _fit_vocabulary(translated: dict[str, Any], config: Any, vocabulary: Vocabulary | None) -> list[str]:
+    """Cuts vocab_size to the tokens that there are; what is to be said of it.
+
+    A Mamba's config has no word of its end token: that is the tokenizer's.
+    """
+    published = translated["vocab_size"]
+    reason = "its tokenizer has no more tokens"
+    if vocabulary is None and is_mamba(config) and has_gpt2_tokens(config):
+        vocabulary, reason = Vocabulary(GPT2_VOCAB_SIZE, GPT2_VOCAB_SIZE - 1), "the authors' models use GPT-2's tokens"
+    if vocabulary is None:
+        return []
+    translated["vocab_size"] = min(published, vocabulary.num_tokens)
+    for key in ("bos_token_id", "eos_token_id"):
+        if is_mamba(config) and key not in config:
+            translated[key] = vocabulary.end_token_id
+        if translated[key] is not None and translated[key] >= translated["vocab_size"]:
+            translated[key] = None
+    if translated["vocab_size"] == published:
+        return []
+    return [f"vocab_size is {translated['vocab_size']}, not {published}: {reason}"]
+
+
+def changed_vocabulary(source: Path, tokenizer: StrPath) -> Vocabulary | None:
+    """What convert() makes another config of with this tokenizer than without; None where it makes the same."""
+    config = _read_json(source / "config.json", _MAX_CONFIG)
+    vocabulary = read_vocabulary(find_tokenizer(source, tokenizer))
+    if vocabulary is None or not isinstance(config, dict):
+        return None
+    size = config.get("vocab_size")
+    changes = is_mamba(config) or (type(size) is int and vocabulary.num_tokens < size)
+    return vocabulary if changes else None
 
 
 def is_published(directory: StrPath) -> bool:
@@ -197,9 +243,9 @@ def find_tokenizer(source: Path, tokenizer: StrPath | None) -> Path | None:
     return path
 
 
-def _head_differs(tensors: Tensors) -> bool:
+def _head_differs(tensors: Tensors, embedding_name: str) -> bool:
     """Whether there is an output head that is not bit for bit the embedding."""
-    head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)
+    head, embedding = tensors.get(HEAD), tensors.get(embedding_name)
     if head is None or embedding is None:
         return head is not None
     a, b = head.bits, embedding.bits
@@ -233,7 +279,7 @@ def _write_weights(directory: Path, recipes: list[Recipe], tensors: Tensors, dty
         for recipe in recipes:
             parts = [tensors[name] for name in recipe.sources]
             common = parts[0].dtype if len({part.dtype for part in parts}) == 1 else "float32"
-            target = dtype or common
+            target = "float32" if dtype and recipe.wide else dtype or common
             if len(parts) == 1 and parts[0].dtype == target and parts[0].bits.flags.c_contiguous:
                 output.append((recipe.name, parts[0].bits.reshape(recipe.shape), target))
                 continue

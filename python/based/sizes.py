@@ -138,20 +138,22 @@ def recipe(
     feature_dim: int = 16,
     head_dim: int | None = None,
     conv_size: int | None = None,
+    scan_state: int = 16,
     vocab_size: int,
     end_token_id: int | None,
 ) -> dict[str, Any]:
     """The config.json of a model of the published recipe (docs/model-format.md). Nothing is checked.
 
     Args:
-        layers: A letter each: c convolution, L linear attention, W sliding window, A full attention.
+        layers: A letter each: c convolution, L linear attention, W sliding window, A full attention, S selective scan.
         hidden_size: Width of the residual stream.
         num_heads: Of all attentions.
-        inner_size: Of the MLP.
+        inner_size: Of the MLP; 0 for a model without.
         window: Keys, a query's own included; of use where a layer is W.
         feature_dim: Size of a head's queries and keys in linear attention.
         head_dim: None for hidden_size / num_heads.
-        conv_size: Channels of a convolution; None for 2 · hidden_size.
+        conv_size: Channels of a convolution, or of a scan; None for 2 · hidden_size.
+        scan_state: Numbers of state of each channel of a scan.
         vocab_size: Number of tokens.
         end_token_id: The token that starts and ends a text, if there is one.
     """
@@ -184,8 +186,17 @@ def recipe(
     }
     full = {key: value for key, value in attention.items() if key != "window"}
     full |= {"mixer": "full_attention", "rotary_dim": head_dim // 2}
-    mixers: dict[str, dict[str, Any]] = {"c": conv, "L": taylor, "W": attention}
-    mixers["A"] = full
+    scan = {
+        "mixer": "selective_scan",
+        "inner_size": 2 * hidden_size if conv_size is None else conv_size,
+        "state_size": scan_state,
+        "kernel_size": 4,
+        "dt_rank": -(-hidden_size // 16),
+        "conv_bias": True,
+        "bias": False,
+    }
+    mlp = {"gated": True, "activation": "silu", "inner_size": inner_size, "fc1_bias": False, "fc2_bias": False}
+    mixers: dict[str, dict[str, Any]] = {"c": conv, "L": taylor, "W": attention, "A": full, "S": scan}
     return {
         "format": "based",
         "format_version": 1,
@@ -193,7 +204,7 @@ def recipe(
         "padded_vocab_size": -(-vocab_size // 8) * 8,
         "hidden_size": hidden_size,
         "norm": {"type": "rms_norm", "eps": 1e-5},
-        "mlp": {"gated": True, "activation": "silu", "inner_size": inner_size, "fc1_bias": False, "fc2_bias": False},
+        "mlp": mlp if inner_size else None,
         "tie_embeddings": True,
         "bos_token_id": end_token_id,
         "eos_token_id": end_token_id,
@@ -227,14 +238,38 @@ def _attn(hidden_size: int, num_layers: int, num_heads: int, inner_size: int) ->
     return config | {"padded_vocab_size": 50272}
 
 
+def _mamba(
+    hidden_size: int, num_layers: int, *, vocab_size: int = 50277, padded_vocab_size: int = 50280
+) -> dict[str, Any]:
+    """Scans without MLPs. By default with GPT-NeoX's tokens, whose first one ends a text."""
+    config = recipe("S" * num_layers, hidden_size, 1, 0, vocab_size=vocab_size, end_token_id=0)
+    return config | {"padded_vocab_size": padded_vocab_size}
+
+
+def _authors_mamba(hidden_size: int) -> dict[str, Any]:
+    """With GPT-2's tokens."""
+    config = _mamba(hidden_size, 46, vocab_size=50257, padded_vocab_size=50288)
+    return config | {"bos_token_id": 50256, "eos_token_id": 50256}
+
+
 SIZES: dict[str, Callable[[], dict[str, Any]]] = {
     "tiny": lambda: _based(128, 7, 4, 256, [1, 6], [2], window_size=16, vocab_size=258),
     "60m": lambda: _based(512, 12, 8, 1024, [1, 6], [2, 7]),
     "360m": lambda: _based(1024, 27, 16, 2048, [1, 6, 11, 16, 21], [2, 7, 12, 17, 22]),
     "1.3b": lambda: _based(1792, 36, 16, 3584, [1, 6, 11, 16, 21, 27, 33], [2, 7, 12, 17, 22, 28, 34]),
     "attn-360m": lambda: _attn(1024, 24, 16, 2816),
+    "attn-360M-30B": lambda: _attn(1024, 24, 16, 2816),
     "attn-1b": lambda: _attn(1680, 36, 24, 4480),
+    "attn-1b-50bn": lambda: _attn(1680, 36, 24, 4480),
+    "mamba-360m": lambda: _authors_mamba(1024),
+    "mamba-360M-30B": lambda: _authors_mamba(1024),
+    "mamba-1b": lambda: _authors_mamba(2048),
+    "mamba-1b-50b": lambda: _authors_mamba(2048),
+    "mamba-130m": lambda: _mamba(768, 24),
+    "mamba-370m": lambda: _mamba(1024, 48),
+    "mamba-790m": lambda: _mamba(1536, 48),
+    "mamba-1.4b": lambda: _mamba(2048, 48),
+    "mamba-2.8b": lambda: _mamba(2560, 64),
 }
-SIZES |= {"attn-360M-30B": SIZES["attn-360m"], "attn-1b-50bn": SIZES["attn-1b"]}
-"""Names for `named_config`: 360m and 1.3b are the published models' shapes, the others smaller ones of that recipe;
-attn-* are the authors' transformers."""
+"""Names for `named_config`: 360m and 1.3b are the published models' shapes, tiny and 60m smaller ones of that recipe;
+attn-… are the authors' transformers, mamba-… the Mambas that they and state-spaces published."""

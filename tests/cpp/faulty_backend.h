@@ -189,6 +189,18 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
     faults_->tick("full_attention");
     inner_->full_attention(config, batch, qkv, states, layer, out);
   }
+  void scan_conv(const SelectiveScanConfig& config, const float* taps, const float* bias,
+                 const backend::RaggedBatch& batch, const backend::Matrix& xz, backend::StatePool& states, int layer,
+                 const backend::Matrix& x) override {
+    faults_->tick("scan_conv");
+    inner_->scan_conv(config, taps, bias, batch, xz, states, layer, x);
+  }
+  void selective_scan(const SelectiveScanConfig& config, const backend::ScanOperands& operands,
+                      const backend::RaggedBatch& batch, backend::StatePool& states, int layer,
+                      const backend::Matrix& out) override {
+    faults_->tick("selective_scan");
+    inner_->selective_scan(config, operands, batch, states, layer, out);
+  }
   void token_log_probs(const backend::Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
                        std::span<float> out) override {
     faults_->tick("token_log_probs");

@@ -277,6 +277,16 @@ class WithoutWindows final : public backend::DeviceBackend<WithoutWindows> {
                       backend::StatePool& states, int layer, const backend::Matrix& out) override {
     cpu_.full_attention(config, batch, qkv, states, layer, out);
   }
+  void scan_conv(const SelectiveScanConfig& config, const float* taps, const float* bias,
+                 const backend::RaggedBatch& batch, const backend::Matrix& xz, backend::StatePool& states, int layer,
+                 const backend::Matrix& x) override {
+    cpu_.scan_conv(config, taps, bias, batch, xz, states, layer, x);
+  }
+  void selective_scan(const SelectiveScanConfig& config, const backend::ScanOperands& operands,
+                      const backend::RaggedBatch& batch, backend::StatePool& states, int layer,
+                      const backend::Matrix& out) override {
+    cpu_.selective_scan(config, operands, batch, states, layer, out);
+  }
   void token_log_probs(const backend::Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
                        std::span<float> out) override {
     cpu_.token_log_probs(logits, vocab_size, targets, out);
@@ -371,6 +381,19 @@ TEST(MixerWeights, HoldAMixerToItsDescription) {
                     "layers.3.mixer.out_proj is in the mixer's description");
   weights.linear("out_proj");
   EXPECT_NO_THROW(weights.check_all_loaded());
+}
+
+TEST(MixerWeights, CutOnlyWhatStandsAlone) {
+  OneLayer layer;
+  MixerWeights weights(SelectiveScanConfig{6, 2, 3, 5, true, false}, 24, layer.loader, "layers.3.mixer.");
+  const auto parts = weights.rows_of("x_proj", {5, 4});
+  ASSERT_EQ(parts.size(), 2u);
+  EXPECT_EQ(parts[0]->out_features(), 5);
+  EXPECT_EQ(parts[1]->out_features(), 4);
+  EXPECT_THROW_WITH(weights.rows_of("x_proj", {5, 3}), std::logic_error, "x_proj cannot be cut into these rows");
+  EXPECT_THROW_WITH(weights.rows_of("dt_proj", {6}), std::logic_error, "dt_proj cannot be cut into these rows");
+  const auto longer = [](const std::vector<float>& values) { return std::vector<float>(values.size() + 1); };
+  EXPECT_THROW_WITH(weights.parameter("D", longer), std::logic_error, "D was changed to another size");
 }
 
 TEST(Activations, GiveNoMoreScratchThanWasAnnounced) {

@@ -7,9 +7,11 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
+#include <string_view>
 #include <variant>
 #include <vector>
 
@@ -46,17 +48,40 @@ constexpr double kTolerance = 3e-6;
 
 CpuBackend make_cpu(Isa isa, int threads = 2) { return {std::make_shared<ThreadPool>(threads), isa}; }
 
-// One mixer layer, seen from outside: a sequence of input rows to a sequence of output rows.
+using Parameters = std::map<std::string_view, std::vector<float>>;
+
+// Columns [begin, begin + cols) of a float32 matrix, dense.
+struct Columns {
+  std::vector<float> values;
+  std::int64_t rows, cols;
+
+  Columns(const Matrix& from, std::int64_t begin, std::int64_t count) : rows(from.rows), cols(count) {
+    for (std::int64_t i = 0; i < rows; ++i) {
+      const float* row = static_cast<const float*>(from.data) + i * from.cols + begin;
+      values.insert(values.end(), row, row + cols);
+    }
+  }
+  Matrix matrix() { return {values.data(), DType::float32, rows, cols}; }
+};
+
+// One mixer layer, seen from outside: a sequence of input rows to a sequence of output rows. An input row is what the
+// projections make, those of the description but the last one side by side.
 struct Mixer {
   MixerConfig config;
-  std::vector<float> taps;  // of a gated conv
+  Parameters parameters;  // of the description, drawn from N(0, 0.5)
 
   explicit Mixer(MixerConfig mixer) : config(std::move(mixer)) {
+    std::uint64_t seed = 77;
     for (const Parameter& p : mixer_parameters(config))
-      taps = random_floats(static_cast<std::size_t>(num_elements(p.shape)), 77, 0.5);
+      parameters[p.name] = random_floats(static_cast<std::size_t>(num_elements(p.shape)), seed++, 0.5);
   }
 
-  // The last projection is the output's, all others are stacked.
+  // Null where the mixer has none of this name.
+  static const float* find(const Parameters& parameters, std::string_view name) {
+    const auto it = parameters.find(name);
+    return it == parameters.end() ? nullptr : it->second.data();
+  }
+
   std::int64_t input_width() const {
     std::int64_t rows = -1;  // the output projection's, of hidden size 1
     for (const Projection& p : mixer_projections(config, 1)) rows += p.rows;
@@ -72,17 +97,32 @@ struct Mixer {
            const Matrix& out) const {
     struct Run {
       CpuBackend& cpu;
-      const float* taps;
+      const Parameters& parameters;
       const RaggedBatch& batch;
       const Matrix& in;
       backend::StatePool& states;
       const Matrix& out;
-      void operator()(const GatedConvConfig& c) const { cpu.gated_conv(c, taps, batch, in, states, 0, out); }
+      const float* find(std::string_view name) const { return Mixer::find(parameters, name); }
+      void operator()(const GatedConvConfig& c) const {
+        cpu.gated_conv(c, find("conv.weight"), batch, in, states, 0, out);
+      }
       void operator()(const LinearAttentionConfig& c) const { cpu.linear_attention(c, batch, in, states, 0, out); }
       void operator()(const SlidingWindowConfig& c) const { cpu.sliding_window(c, batch, in, states, 0, out); }
       void operator()(const FullAttentionConfig& c) const { cpu.full_attention(c, batch, in, states, 0, out); }
+      // [x|z|δ|B|C|Δ]: the scan's inputs need not be projections of what the convolution makes of x.
+      void operator()(const SelectiveScanConfig& c) const {
+        const std::int64_t e = c.inner_size, bc = 2 * e + c.dt_rank, dt = bc + 2 * c.state_size;
+        Columns xz(in, 0, 2 * e), x(in, 0, e), b_and_c(in, bc, 2 * c.state_size), steps(in, dt, e);
+        const std::vector<float>& log = parameters.at("A_log");
+        std::vector<float> a(log.size());
+        for (std::int64_t i = 0; i < e; ++i)
+          for (std::int64_t n = 0; n < c.state_size; ++n) a[n * e + i] = -std::exp(log[i * c.state_size + n]);
+        cpu.scan_conv(c, find("conv.weight"), find("conv.bias"), batch, xz.matrix(), states, 0, x.matrix());
+        cpu.selective_scan(c, {a.data(), find("D"), xz.matrix(), x.matrix(), b_and_c.matrix(), steps.matrix()}, batch,
+                           states, 0, out);
+      }
     };
-    std::visit(Run{cpu, taps.data(), batch, in, states, out}, config);
+    std::visit(Run{cpu, parameters, batch, in, states, out}, config);
   }
   // Input of one sequence.
   std::vector<float> input(std::int64_t tokens, std::uint64_t seed) const {
@@ -145,8 +185,9 @@ std::vector<float> feed_cut(const Mixer& mixer, CpuBackend& cpu, const std::vect
 
 // ---- references -----------------------------------------------------------------------------------------------------
 
-std::vector<double> reference(const GatedConvConfig& c, const std::vector<float>& taps, const std::vector<float>& u,
+std::vector<double> reference(const GatedConvConfig& c, const Parameters& parameters, const std::vector<float>& u,
                               std::int64_t) {
+  const float* taps = Mixer::find(parameters, "conv.weight");
   const std::int64_t e = c.inner_size, k = c.kernel_size, tokens = static_cast<std::int64_t>(u.size()) / (2 * e);
   std::vector<double> out;
   for (std::int64_t t = 0; t < tokens; ++t) {
@@ -160,7 +201,7 @@ std::vector<double> reference(const GatedConvConfig& c, const std::vector<float>
   return out;
 }
 
-std::vector<double> reference(const LinearAttentionConfig& c, const std::vector<float>&, const std::vector<float>& qkv,
+std::vector<double> reference(const LinearAttentionConfig& c, const Parameters&, const std::vector<float>& qkv,
                               std::int64_t) {
   const std::int64_t H = c.num_heads, f = c.feature_dim, dv = c.head_dim, width = H * (2 * f + dv);
   const std::int64_t tokens = static_cast<std::int64_t>(qkv.size()) / width;
@@ -226,18 +267,46 @@ std::vector<double> softmax_reference(const Config& c, std::int64_t window, cons
   return out;
 }
 
-std::vector<double> reference(const SlidingWindowConfig& c, const std::vector<float>&, const std::vector<float>& qkv,
+std::vector<double> reference(const SlidingWindowConfig& c, const Parameters&, const std::vector<float>& qkv,
                               std::int64_t start) {
   return softmax_reference(c, c.window, qkv, start);
 }
 
-std::vector<double> reference(const FullAttentionConfig& c, const std::vector<float>&, const std::vector<float>& qkv,
+std::vector<double> reference(const FullAttentionConfig& c, const Parameters&, const std::vector<float>& qkv,
                               std::int64_t start) {
   return softmax_reference(c, limits::kSize, qkv, start);
 }
 
+std::vector<double> reference(const SelectiveScanConfig& c, const Parameters& parameters, const std::vector<float>& in,
+                              std::int64_t) {
+  const std::int64_t e = c.inner_size, size = c.state_size, k = c.kernel_size, width = 3 * e + c.dt_rank + 2 * size;
+  const std::int64_t tokens = static_cast<std::int64_t>(in.size()) / width;
+  const float *taps = Mixer::find(parameters, "conv.weight"), *bias = Mixer::find(parameters, "conv.bias");
+  const float *log = Mixer::find(parameters, "A_log"), *d = Mixer::find(parameters, "D");
+  const auto silu = [](double v) { return v / (1 + std::exp(-v)); };
+  std::vector<double> out, h(static_cast<std::size_t>(e * size));
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    const float *row = in.data() + t * width, *b = row + 2 * e + c.dt_rank, *dt = b + 2 * size;
+    for (std::int64_t i = 0; i < e; ++i) {
+      double x = bias == nullptr ? 0 : bias[i];
+      for (std::int64_t j = 0; j < k; ++j)
+        if (t - k + 1 + j >= 0) x += double{taps[i * k + j]} * in[(t - k + 1 + j) * width + i];
+      x = silu(x);
+      const double delta = dt[i] > 20 ? dt[i] : std::log1p(std::exp(double{dt[i]}));
+      double y = d[i] * x;
+      for (std::int64_t n = 0; n < size; ++n) {
+        double& s = h[i * size + n];
+        s = std::exp(-delta * std::exp(double{log[i * size + n]})) * s + delta * b[n] * x;
+        y += b[size + n] * s;
+      }
+      out.push_back(y * silu(row[e + i]));
+    }
+  }
+  return out;
+}
+
 std::vector<double> reference(const Mixer& mixer, const std::vector<float>& in, std::int64_t start = 0) {
-  return std::visit([&](const auto& config) { return reference(config, mixer.taps, in, start); }, mixer.config);
+  return std::visit([&](const auto& config) { return reference(config, mixer.parameters, in, start); }, mixer.config);
 }
 
 // ---- shapes ---------------------------------------------------------------------------------------------------------
@@ -284,9 +353,15 @@ std::vector<Mixer> fulls() {
           full(40, 1, 16, 16, false)};
 }
 
+std::vector<Mixer> scans() {
+  return {Mixer(SelectiveScanConfig{256, 16, 4, 8, true, false}), Mixer(SelectiveScanConfig{1, 1, 1, 1, false, false}),
+          Mixer(SelectiveScanConfig{37, 5, 3, 2, true, true}), Mixer(SelectiveScanConfig{150, 32, 2, 3, false, false}),
+          Mixer(SelectiveScanConfig{19, 7, 90, 1, true, false})};
+}
+
 std::vector<Mixer> all_mixers() {
   std::vector<Mixer> all = convs();
-  for (auto& mixers : {linears(), windows(), fulls()}) all.insert(all.end(), mixers.begin(), mixers.end());
+  for (auto& mixers : {linears(), windows(), fulls(), scans()}) all.insert(all.end(), mixers.begin(), mixers.end());
   return all;
 }
 
@@ -354,10 +429,10 @@ TEST_P(Mixers, MatchReferenceInRaggedBatches) {
   }
 }
 
-TEST_P(Mixers, CutsChangeNoBitOfConvAndSoftmax) {
+TEST_P(Mixers, CutsChangeNoBitOfWhatGoesTokenByToken) {
   CpuBackend cpu = make_cpu(GetParam());
   std::vector<Mixer> mixers = convs();
-  for (const auto& more : {windows(), fulls()}) mixers.insert(mixers.end(), more.begin(), more.end());
+  for (const auto& more : {windows(), fulls(), scans()}) mixers.insert(mixers.end(), more.begin(), more.end());
   std::mt19937 random(6);
   for (const Mixer& mixer : mixers) {
     SCOPED_TRACE(describe(mixer));
@@ -509,6 +584,61 @@ TEST_P(Mixers, LinearAttentionStaysExactOverManyTokens) {
   const auto expected = reference(mixer, in);
   EXPECT_LT(relative_error(feed_cut(mixer, cpu, in, {3000}), expected), 3e-6);
   EXPECT_LT(relative_error(feed_cut(mixer, cpu, in, std::vector<std::int64_t>(3000, 1)), expected), 3e-6);
+}
+
+// Steps from e⁻⁶⁰ to 60: what stays for ever, and what is forgotten at once.
+TEST_P(Mixers, ScanIsExactForStepsOfAllSizes) {
+  CpuBackend cpu = make_cpu(GetParam());
+  const Mixer mixer(SelectiveScanConfig{35, 16, 4, 1, true, false});
+  const std::int64_t width = mixer.input_width();
+  auto in = mixer.input(3000, 17);
+  for (std::size_t i = 0; i < in.size(); ++i)
+    if (static_cast<std::int64_t>(i) % width >= width - 35) in[i] *= 20;
+  const auto expected = reference(mixer, in);
+  const auto whole = feed_cut(mixer, cpu, in, {3000});
+  EXPECT_LT(relative_error(whole, expected), 1e-6);
+  EXPECT_EQ(feed_cut(mixer, cpu, in, std::vector<std::int64_t>(3000, 1)), whole);
+  // Each channel by itself: where steps are small, the outputs are.
+  for (std::int64_t i = 0; i < 35; ++i) {
+    std::vector<float> one;
+    std::vector<double> one_expected;
+    for (std::size_t t = 0; t < 3000; ++t) {
+      one.push_back(whole[t * 35 + static_cast<std::size_t>(i)]);
+      one_expected.push_back(expected[t * 35 + static_cast<std::size_t>(i)]);
+    }
+    EXPECT_LT(relative_error(one, one_expected), 2e-6) << i;
+  }
+}
+
+// The only input that matters is Δ, far below 0: softplus must be right relative to its own size.
+TEST_P(Mixers, SmallStepsOfTheScanHaveAllTheirDigits) {
+  CpuBackend cpu = make_cpu(GetParam());
+  Mixer mixer(SelectiveScanConfig{20, 1, 1, 1, false, false});
+  std::ranges::fill(mixer.parameters["D"], 0.0f);
+  for (float dt = -80; dt < 25; dt += 0.37f) {
+    auto in = mixer.input(1, 18);
+    std::fill(in.end() - 20, in.end(), dt);
+    const auto out = feed_cut(mixer, cpu, in, {1});
+    const auto expected = reference(mixer, in);
+    for (std::size_t i = 0; i < out.size(); ++i) EXPECT_NEAR(out[i] / expected[i], 1, 1e-6) << dt;
+  }
+}
+
+// What is no number stays none: it may not vanish in a comparison.
+TEST_P(Mixers, ScanHandsOnWhatIsNoNumber) {
+  CpuBackend cpu = make_cpu(GetParam());
+  const Mixer mixer(SelectiveScanConfig{40, 3, 2, 2, true, false});
+  const std::int64_t e = 40, width = mixer.input_width();
+  for (const std::int64_t column : {std::int64_t{7}, e + 7, 2 * e + 2, 2 * e + 2 + 3, width - e + 7}) {
+    auto in = mixer.input(3, 19);
+    in[static_cast<std::size_t>(width + column)] = std::nanf("");
+    const auto out = feed_cut(mixer, cpu, in, {3});
+    EXPECT_FALSE(std::isnan(out[7])) << column;
+    EXPECT_TRUE(std::isnan(out[static_cast<std::size_t>(e + 7)])) << column;
+  }
+  Mixer damaged = mixer;
+  damaged.parameters["A_log"][7 * 3] = std::nanf("");
+  EXPECT_TRUE(std::isnan(feed_cut(damaged, cpu, mixer.input(3, 19), {3})[7]));
 }
 
 TEST_P(Mixers, SoftmaxAttentionWithLargeScoresIsExact) {

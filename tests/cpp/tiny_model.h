@@ -43,6 +43,7 @@ inline ModelConfig gpu_config() {
 inline ModelConfig tiny_config() {
   ModelConfig config = gpu_config();
   config.layers.push_back(FullAttentionConfig{4, 2, 6, 0.4, true, false, 3});
+  config.layers.push_back(SelectiveScanConfig{37, 5, 4, 3, true, true});
   return config;
 }
 

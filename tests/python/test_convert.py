@@ -516,8 +516,8 @@ def without(*keys):
         (top(mixer=None), "layers.0.mixer.out_proj.weight: found shape (8, 16), expected (8, 8)"),
         (without("alt_mixer"), "layers.1.mixer.Wqkv.weight"),
         # What we do not run, by name and value.
-        (top(d_model=8), "d_model: found 8: a Mamba model"),
-        (top(ssm_cfg={}), "ssm_cfg: found an object: a Mamba model"),
+        (top(d_model=8, n_layer=3), "expected names like backbone.embedding.weight"),
+        (top(ssm_cfg={}), "d_model: missing, expected a value"),
         (top(prenorm=False), "prenorm: found false, expected true"),
         (top(parallel_block=True), "parallel_block: found true, expected false"),
         (top(word_embed_proj_dim=4), "word_embed_proj_dim: found 4, expected null"),

@@ -14,7 +14,7 @@ import pytest
 from tests.reference.compare import max_abs, rel_l2
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-CASES = ["based-tiny", "based-tiny-bf16", "attn-tiny"]
+CASES = ["based-tiny", "based-tiny-bf16", "attn-tiny", "mamba-tiny"]
 ISAS = based.build_info()["instruction_sets"]
 NUM_NEW = 24  # greedy tokens
 

@@ -218,7 +218,7 @@ def test_the_documented_weights_are_those_of_the_descriptions(kind: Any) -> None
     for row in section[1].splitlines():
         tensors, shape, _ = (cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:4])
         for name in re.findall(r"layers\.\{i\}\.mixer\.([\w.]+)", tensors):
-            documented[name] = (first_shape(shape, values), ".bias" in tensors)
+            documented[name] = (first_shape(shape, values), "`.bias`" in tensors)
     expected = {f"{p.name}.weight": ([p.rows, p.cols], p.bias) for p in mixer.projections(HIDDEN_SIZE)}
     expected |= {p.name: (p.shape, False) for p in mixer.parameters}
     assert documented == expected

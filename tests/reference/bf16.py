@@ -31,6 +31,7 @@ class _Forward:
     def __init__(self, config: Config, tensors: Mapping[str, Array]) -> None:
         self.config = config
         self.w = {name: bf16(values) for name, values in tensors.items()}
+        self.wide = tensors  # what a 16-bit model keeps in float32
         self.state = State()
 
     def run(self, tokens: Array) -> tuple[Array, State]:
@@ -88,6 +89,24 @@ class _Forward:
 
     def _full_attention(self, x: Array, layer: Config, i: int) -> Array:
         return self._sliding_window(x, layer, i)
+
+    def _selective_scan(self, u: Array, layer: Config, i: int) -> Array:
+        """As the authors' kernel: bfloat16 inputs and result, float32 inside, and of A, D and the bias of Δ."""
+        name, e, r, n = f"layers.{i}.mixer", layer["inner_size"], layer["dt_rank"], layer["state_size"]
+        xz, taps = self._linear(u, f"{name}.in_proj"), self.w[f"{name}.conv.weight"]
+        padded = np.concatenate([np.zeros((layer["kernel_size"] - 1, e), np.float32), xz[:, :e]])
+        self.state.tensors[f"layers.{i}.conv"] = padded[len(u) :].astype(np.float64)
+        conv = sum(taps[:, j] * padded[j : j + len(u)] for j in range(taps.shape[1]))
+        x = bf16(ACTIVATIONS["silu"](bf16(conv + self.w.get(f"{name}.conv.bias", np.float32(0)))))
+        projected = self._linear(x, f"{name}.x_proj")
+        step = bf16(projected[:, :r] @ self.w[f"{name}.dt_proj.weight"].T)
+        delta = np.logaddexp(0, step + self.wide[f"{name}.dt_proj.bias"])
+        a, h, y = -np.exp(self.wide[f"{name}.A_log"]).T, np.zeros((n, e)), np.zeros((len(u), e))
+        for t in range(len(u)):
+            h = np.exp(delta[t] * a) * h + projected[t, r : r + n, None] * (delta[t] * x[t])
+            y[t] = projected[t, r + n :] @ h + self.wide[f"{name}.D"] * x[t]
+        self.state.tensors[f"layers.{i}.scan"] = h
+        return bf16(bf16(y) * bf16(ACTIVATIONS["silu"](xz[:, e:])))
 
     def _sliding_window(self, x: Array, layer: Config, i: int) -> Array:
         t, h, h_kv, window = len(x), layer["num_heads"], layer["num_kv_heads"], layer.get("window", len(x))

@@ -104,6 +104,17 @@ def model_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             linear(f"{name}.proj_k", h * f, d, False)
             linear(f"{name}.proj_v", h * head_dim, d, False)
             linear(f"{name}.out_proj", d, h * head_dim, False)
+        elif layer["mixer"] == "selective_scan":
+            e, n, r = layer["inner_size"], layer["state_size"], layer["dt_rank"]
+            linear(f"{name}.in_proj", 2 * e, d, layer["bias"])
+            shapes[f"{name}.conv.weight"] = (e, layer["kernel_size"])
+            if layer["conv_bias"]:
+                shapes[f"{name}.conv.bias"] = (e,)
+            linear(f"{name}.x_proj", r + 2 * n, e, False)
+            linear(f"{name}.dt_proj", e, r, True)
+            shapes[f"{name}.A_log"] = (e, n)
+            shapes[f"{name}.D"] = (e,)
+            linear(f"{name}.out_proj", d, e, layer["bias"])
         else:
             h, h_kv, head_dim = layer["num_heads"], layer["num_kv_heads"], layer["head_dim"]
             linear(f"{name}.qkv_proj", (h + 2 * h_kv) * head_dim, d, layer["qkv_bias"])
@@ -136,7 +147,7 @@ def model_tensors(config: Mapping[str, Any], seed: int) -> dict[str, Array]:
     return tensors
 
 
-MIXERS = ("gated_conv", "linear_attention", "sliding_window", "full_attention")
+MIXERS = ("gated_conv", "linear_attention", "sliding_window", "full_attention", "selective_scan")
 """The kinds that random models are made of."""
 
 ON_A_GPU = ("gated_conv", "linear_attention", "sliding_window")
@@ -160,6 +171,16 @@ def _random_mixer(choose: Choose, kinds: Sequence[str]) -> Config:
             "feature_dim": choose.one_of([16, 1, 2, 3, 5, 8, 17, 24]),
             "head_dim": choose.one_of([16, 1, 3, 7, 8, 20, 33]),
             "eps": choose.one_of([1e-12, 0.0, 1e-3]),
+        }
+    if kind == "selective_scan":
+        return {
+            "mixer": kind,
+            "inner_size": choose.integer(1, 40),
+            "state_size": choose.one_of([16, 1, 2, 5, 32]),
+            "kernel_size": choose.integer(1, 5),
+            "dt_rank": choose.one_of([4, 1, 2, 3, 7]),
+            "conv_bias": choose.one_of([True, False]),
+            "bias": choose.one_of([False, True]),
         }
     assert kind in ("sliding_window", "full_attention"), f"{kind} has no random shapes"
     num_kv_heads, head_dim = choose.integer(1, 3), choose.one_of([16, 1, 2, 3, 7, 8, 24, 33])
@@ -706,3 +727,68 @@ def models(
 def checkpoints(draw: Any, max_layers: int = 4) -> Checkpoint:
     """Published checkpoints."""
     return random_checkpoint(_Drawn(draw), max_layers)
+
+
+# ---- published Mambas ------------------------------------------------------------------------------------------------
+
+# What the authors' training script writes of its GPT-2.
+GPT2_FIELDS: Config = {
+    "reorder_and_upcast_attn": False,
+    "scale_attn_by_inverse_layer_idx": True,
+    "n_positions": 2048,
+    "n_embd": 1024,
+    "n_head": 16,
+    "use_flash_attn": True,
+    "fused_dropout_add_ln": True,
+    "fused_mlp": True,
+    "fused_bias_fc": True,
+    "use_fast_path": True,
+}
+
+
+def mamba_checkpoint(seed: int = 0, ssm: Mapping[str, Any] | None = None, **changes: Any) -> MambaCheckpoint:
+    """A small one as state-spaces publish theirs. `ssm`: its ssm_cfg; `changes`: of its config."""
+    ssm = {} if ssm is None else ssm
+    config: Config = {"d_model": 24, "n_layer": 3, "vocab_size": 51, "ssm_cfg": dict(ssm), "rms_norm": True}
+    config |= {"residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 8, **changes}
+    d, vocab_size, multiple = config["d_model"], config["vocab_size"], config.get("pad_vocab_size_multiple", 8)
+    rank = ssm.get("dt_rank", "auto")
+    layer = {
+        "mixer": "selective_scan",
+        "inner_size": int(ssm.get("expand", 2) * d),
+        "state_size": ssm.get("d_state", 16),
+        "kernel_size": ssm.get("d_conv", 4),
+        "dt_rank": -(-d // 16) if rank == "auto" else rank,
+        "conv_bias": ssm.get("conv_bias", True),
+        "bias": ssm.get("bias", False),
+    }
+    expected = {
+        "format": "based",
+        "format_version": 1,
+        "vocab_size": vocab_size,
+        "padded_vocab_size": -(-vocab_size // multiple) * multiple,
+        "hidden_size": d,
+        "norm": {"type": "rms_norm" if config.get("rms_norm", True) else "layer_norm", "eps": 1e-5},
+        "mlp": None,
+        "tie_embeddings": config.get("tie_embeddings", True),
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "layers": [layer] * config["n_layer"],
+    }
+    return MambaCheckpoint(config, expected, seed)
+
+
+class MambaCheckpoint(Checkpoint):
+    """A published Mamba to be."""
+
+    def published_tensors(self) -> dict[str, tuple[str, Array]]:
+        published: dict[str, tuple[str, Array]] = {}
+        for name, (dtype, bits) in self.expected_tensors().items():
+            if name.endswith("mixer.conv.weight"):
+                bits = bits[:, None, :]
+            there = name.replace("norm1", "norm").replace("final_norm", "norm_f").replace(".conv.", ".conv1d.")
+            published[name if name.startswith("lm_head") else f"backbone.{there}"] = (dtype, bits)
+        if self.expected["tie_embeddings"] and self.head != "absent":
+            dtype, bits = published["backbone.embedding.weight"]
+            published["lm_head.weight"] = (dtype, bits if self.head == "shared" else bits.copy())
+        return {self.prefix + name: tensor for name, tensor in published.items()}

@@ -85,7 +85,7 @@ class State:
     """What one sequence has seen, named and shaped as in a saved state (docs/state-format.md), float64.
 
     layers.{i}.conv (K-1, e) · layers.{i}.taylor (H, features, head_dim + 1) · layers.{i}.keys and .values
-    (min(num_tokens, window), H_kv, head_dim), (num_tokens, H_kv, head_dim) with full attention.
+    (min(num_tokens, window), H_kv, head_dim), (num_tokens, H_kv, head_dim) with full attention · layers.{i}.scan (N, e).
     """
 
     num_tokens: int = 0
@@ -196,6 +196,34 @@ class Model:
         scores = np.where((age >= 0) & (age < window), np.einsum("thd,shd->hts", q, k), -np.inf)
         return np.einsum("hts,shd->thd", softmax(scores * mixer["scale"]), v).reshape(len(x), -1)
 
+    def _scan_inputs(self, u: Array, layer: int, before: Array) -> tuple[Array, ...]:
+        """Of tokens u (T, d) after the last K − 1 values of x: x (T, e) after the convolution, z and Δ (T, e), B and C
+        (T, N), A (N, e), and x before the convolution with what came before, (K − 1 + T, e)."""
+        name, mixer = f"layers.{layer}.mixer", self.layers[layer]
+        e, r, n = mixer["inner_size"], mixer["dt_rank"], mixer["state_size"]
+        xz = self._linear(u, f"{name}.in_proj")
+        taps = self.tensors[f"{name}.conv.weight"]
+        padded = np.concatenate([before, xz[:, :e]])
+        conv = sum(taps[:, j] * padded[j : j + len(u)] for j in range(taps.shape[1]))
+        x = ACTIVATIONS["silu"](conv + self.tensors.get(f"{name}.conv.bias", 0))
+        projected = self._linear(x, f"{name}.x_proj")
+        delta = np.logaddexp(0, self._linear(projected[:, :r], f"{name}.dt_proj"))
+        a = -np.exp(self.tensors[f"{name}.A_log"]).T
+        return x, xz[:, e:], delta, projected[:, r : r + n], projected[:, r + n :], a, padded
+
+    def _selective_scan(self, u: Array, layer: int) -> Array:
+        """y_t = Σ_{j≤t} Σ_n C_t[n] exp(A[n] Σ_{j<i≤t} Δ_i) Δ_j B_j[n] x_j + D x_t, times SiLU(z_t)."""
+        mixer = self.layers[layer]
+        before = np.zeros((mixer["kernel_size"] - 1, mixer["inner_size"]))
+        x, z, delta, b, c, a, _ = self._scan_inputs(u, layer, before)
+        time = delta.cumsum(0)
+        y = self.tensors[f"layers.{layer}.mixer.D"] * x
+        causal = np.tri(len(u), dtype=bool)[..., None]
+        for n in range(len(a)):
+            decay = np.exp(np.where(causal, (time[:, None] - time) * a[n], -np.inf))  # (T, T, e)
+            y = y + np.einsum("t,tje,j,je->te", c[:, n], decay, b[:, n], delta * x, optimize=True)
+        return y * ACTIVATIONS["silu"](z)
+
     # ---- token by token ----------------------------------------------------------------------------------------
 
     def fresh_state(self) -> State:
@@ -208,6 +236,9 @@ class Model:
                 f = mixer["feature_dim"]
                 shape = (mixer["num_heads"], 1 + f + f * (f + 1) // 2, mixer["head_dim"] + 1)
                 state.tensors[f"layers.{i}.taylor"] = np.zeros(shape)
+            elif mixer["mixer"] == "selective_scan":
+                state.tensors[f"layers.{i}.conv"] = np.zeros((mixer["kernel_size"] - 1, mixer["inner_size"]))
+                state.tensors[f"layers.{i}.scan"] = np.zeros((mixer["state_size"], mixer["inner_size"]))
             else:
                 assert mixer["mixer"] in ("sliding_window", "full_attention"), f"{mixer['mixer']} has no state here"
                 for name in ("keys", "values"):
@@ -262,3 +293,12 @@ class Model:
         values = np.repeat(state.tensors[f"layers.{layer}.values"], group, axis=1)
         scores = np.einsum("hd,shd->hs", q[0], keys) * mixer["scale"]
         return np.einsum("hs,shd->hd", softmax(scores), values).reshape(1, -1)
+
+    def _selective_scan_step(self, u: Array, layer: int, state: State) -> Array:
+        inputs = self._scan_inputs(u, layer, state.tensors[f"layers.{layer}.conv"])
+        x, z, delta, b, c = (part[0] for part in inputs[:5])
+        a, padded = inputs[5:]
+        h = np.exp(delta * a) * state.tensors[f"layers.{layer}.scan"] + b[:, None] * (delta * x)
+        state.tensors[f"layers.{layer}.conv"], state.tensors[f"layers.{layer}.scan"] = padded[1:], h
+        y = c @ h + self.tensors[f"layers.{layer}.mixer.D"] * x
+        return (y * ACTIVATIONS["silu"](z))[None]

@@ -66,6 +66,23 @@ def conv_reference(u: Any, weight: Any, before: Any = None, dtype: torch.dtype =
     return functional.silu(conv) * u2, padded[:, padded.shape[1] - (taps - 1) :]
 
 
+def scan_reference(
+    x: Any, dt: Any, a: Any, b: Any, c: Any, d: Any, before: Any = None, dtype: torch.dtype = torch.float64
+) -> tuple[Any, Any]:
+    """Token by token, before the gate: the result (B, T, e) and h after the last token, (B, e, N).
+
+    x, dt (B, T, e); a (e, N); b, c (B, T, N); d (e).
+    """
+    x, dt, a, b, c, d = (part.to(dtype) for part in (x, dt, a, b, c, d))
+    delta = torch.where(dt > 20, dt, dt.clamp(max=20).exp().log1p())
+    h = x.new_zeros(len(x), *a.shape) if before is None else before.to(dtype)
+    y = []
+    for t in range(x.shape[1]):
+        h = (delta[:, t, :, None] * a).exp() * h + (delta[:, t] * x[:, t])[..., None] * b[:, t, None]
+        y.append((h @ c[:, t, :, None])[..., 0] + d * x[:, t])
+    return torch.stack(y, 1), h
+
+
 def rotary_reference(x: Any, layer: Mapping[str, Any]) -> Any:
     n = -(-layer["rotary_dim"] // 2)
     if n == 0:
@@ -107,12 +124,28 @@ def forward(
             y = functional.layer_norm(r, (r.shape[-1],), weight, w[f"{name}.bias"].to(wide), norm_config["eps"])
         return y.to(dtype)
 
+    def scan(u: torch.Tensor, layer: Mapping[str, Any], name: str) -> torch.Tensor:
+        a_log, d, dt_bias = (
+            torch.from_numpy(np.asarray(tensors[f"{name}.{part}"], np.float32)).to(wide)
+            for part in ("A_log", "D", "dt_proj.bias")
+        )
+        (e, n), taps = a_log.shape, w[f"{name}.conv.weight"]
+        x, z = linear(u, f"{name}.in_proj").split(e, -1)
+        padded = functional.pad(x.mT, (taps.shape[1] - 1, 0))
+        x = functional.silu(functional.conv1d(padded, taps[:, None], w.get(f"{name}.conv.bias"), groups=e)).mT
+        step, b, c = linear(x, f"{name}.x_proj").split([layer["dt_rank"], n, n], -1)
+        dt = functional.linear(step, w[f"{name}.dt_proj.weight"]).to(wide) + dt_bias
+        y = scan_reference(x, dt, -a_log.exp(), b, c, d, dtype=wide)[0]
+        return y.to(dtype) * functional.silu(z)
+
     def mix(x: torch.Tensor, layer: Mapping[str, Any], name: str) -> torch.Tensor:
         if layer["mixer"] == "gated_conv":
             return conv_reference(linear(x, f"{name}.in_proj"), w[f"{name}.conv.weight"], dtype=dtype)[0]
         if layer["mixer"] == "linear_attention":
             q, k, v = (linear(x, f"{name}.proj_{part}").unflatten(-1, (layer["num_heads"], -1)) for part in "qkv")
             return taylor_reference(q, k, v, layer["eps"], dtype).flatten(2)
+        if layer["mixer"] == "selective_scan":
+            return scan(x, layer, name)
         h, h_kv = layer["num_heads"], layer["num_kv_heads"]
         qkv = linear(x, f"{name}.qkv_proj").unflatten(-1, (h + 2 * h_kv, -1))
         q, k, v = qkv.split([h, h_kv, h_kv], dim=2)

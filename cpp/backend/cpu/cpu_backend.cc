@@ -57,16 +57,8 @@ std::shared_ptr<void> or_out_of_memory(std::size_t nbytes, Make&& make) {
 // The widest row of x that linear() is given.
 std::int64_t max_in_features(const ModelConfig& config) {
   std::int64_t most = std::max(config.hidden_size, config.mlp ? config.mlp->inner_size : 0);
-  for (const MixerConfig& mixer : config.layers) {
-    if (const auto* conv = std::get_if<GatedConvConfig>(&mixer))
-      most = std::max(most, conv->inner_size);
-    else
-      std::visit(
-          [&](const auto& c) {
-            if constexpr (requires { c.num_heads; }) most = std::max(most, c.num_heads * c.head_dim);
-          },
-          mixer);
-  }
+  for (const MixerConfig& mixer : config.layers)
+    for (const Projection& p : mixer_projections(mixer, config.hidden_size)) most = std::max(most, p.cols);
   return most;
 }
 

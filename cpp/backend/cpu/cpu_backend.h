@@ -16,6 +16,10 @@ std::size_t scratch_nbytes(const GatedConvConfig& config, const Lengths& lengths
 std::size_t scratch_nbytes(const LinearAttentionConfig& config, const Lengths& lengths, Isa isa, int num_threads);
 std::size_t scratch_nbytes(const SlidingWindowConfig& config, const Lengths& lengths, Isa isa, int num_threads);
 std::size_t scratch_nbytes(const FullAttentionConfig& config, const Lengths& lengths, Isa isa, int num_threads);
+std::size_t scratch_nbytes(const SelectiveScanConfig& config, const Lengths& lengths, Isa isa, int num_threads);
+
+/// Of CpuBackend::convolve.
+std::size_t conv_scratch_nbytes(std::int64_t kernel_size, const Lengths& lengths, int num_threads);
 
 /// The CPU device. Weights are packed for kernels of the best instruction set of this machine; all operations are
 /// synchronous and run on the pool. Kernels are in kernels/, one file per operation; the methods here cut an operation
@@ -76,6 +80,14 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
   void full_attention(const FullAttentionConfig& config, const backend::RaggedBatch& batch, const backend::Matrix& qkv,
                       backend::StatePool& states, int layer, const backend::Matrix& out) override;
 
+  // cpu_selective_scan.cc
+  void scan_conv(const SelectiveScanConfig& config, const float* taps, const float* bias,
+                 const backend::RaggedBatch& batch, const backend::Matrix& xz, backend::StatePool& states, int layer,
+                 const backend::Matrix& x) override;
+  void selective_scan(const SelectiveScanConfig& config, const backend::ScanOperands& operands,
+                      const backend::RaggedBatch& batch, backend::StatePool& states, int layer,
+                      const backend::Matrix& out) override;
+
   // cpu_sampler.cc
   void token_log_probs(const backend::Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
                        std::span<float> out) override;
@@ -98,6 +110,12 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
                     std::span<const backend::NamedView> tensors) override;
 
  private:
+  /// cpu_mixers.cc: the convolution of channels [0, e) of u (N, 2e), advancing the first part of the layer's state. out
+  /// = SiLU(conv + bias), bias null for none; times channels [e, 2e) of u when `gated`.
+  void convolve(std::int64_t kernel_size, const float* taps, const float* bias, bool gated,
+                const backend::RaggedBatch& batch, const backend::Matrix& u, backend::StatePool& states, int layer,
+                const backend::Matrix& out);
+
   std::shared_ptr<ThreadPool> pool_;
   Isa isa_;
   std::shared_ptr<backend::MemoryCounters> counters_;

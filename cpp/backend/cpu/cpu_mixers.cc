@@ -45,10 +45,10 @@ struct ConvPlan {
   Block* blocks;
   ThreadFloats scratch;
 
-  ConvPlan(Carver& carver, const GatedConvConfig& config, const Lengths& lengths, int num_threads)
+  ConvPlan(Carver& carver, std::int64_t kernel_size, const Lengths& lengths, int num_threads)
       : num_blocks(count_blocks(lengths)),
         blocks(carver.take<Block>(num_blocks)),
-        scratch(carver, num_threads, config.kernel_size * kConvChannels) {}
+        scratch(carver, num_threads, kernel_size * kConvChannels) {}
 
   static std::int64_t count_blocks(const Lengths& lengths) {
     std::int64_t count = 0;
@@ -60,19 +60,29 @@ struct ConvPlan {
 }  // namespace
 
 std::size_t scratch_nbytes(const GatedConvConfig& config, const Lengths& lengths, Isa, int num_threads) {
-  return plan_nbytes<ConvPlan>(config, lengths, num_threads);
+  return conv_scratch_nbytes(config.kernel_size, lengths, num_threads);
+}
+
+std::size_t conv_scratch_nbytes(std::int64_t kernel_size, const Lengths& lengths, int num_threads) {
+  return plan_nbytes<ConvPlan>(kernel_size, lengths, num_threads);
 }
 
 void CpuBackend::gated_conv(const GatedConvConfig& config, const float* taps, const RaggedBatch& batch, const Matrix& u,
                             backend::StatePool& states, int layer, const Matrix& out) {
+  convolve(config.kernel_size, taps, nullptr, true, batch, u, states, layer, out);
+}
+
+void CpuBackend::convolve(std::int64_t kernel_size, const float* taps, const float* bias, bool gated,
+                          const RaggedBatch& batch, const Matrix& u, backend::StatePool& states, int layer,
+                          const Matrix& out) {
   const GatedConvKernels& kernels =
       for_isa(isa_, [](auto tag) -> const GatedConvKernels& { return gated_conv_kernels(tag); });
   const CpuStatePool& pool = pool_of(states);
-  const std::int64_t e = config.inner_size, past_rows = config.kernel_size - 1;
+  const std::int64_t e = out.cols, past_rows = kernel_size - 1;
 
   const Lengths lengths(batch);
-  Carver carver(scratch(scratch_nbytes(config, lengths, isa_, num_threads())));
-  const ConvPlan plan(carver, config, lengths, num_threads());
+  Carver carver(scratch(conv_scratch_nbytes(kernel_size, lengths, num_threads())));
+  const ConvPlan plan(carver, kernel_size, lengths, num_threads());
   ConvPlan::Block* next = plan.blocks;
   for (std::int64_t b = 0; b < batch.num_sequences(); ++b) {
     const std::int64_t tokens = lengths.tokens(b);
@@ -97,9 +107,9 @@ void CpuBackend::gated_conv(const GatedConvConfig& config, const float* taps, co
     const std::int64_t first = batch.offsets[block.sequence];
     const std::int64_t channel_begin = task % channel_blocks * kConvChannels;
     const std::int64_t channel_end = std::min(channel_begin + kConvChannels, e);
-    kernels.convolve({taps, row(u, first), pool.layer<float>(batch.slots[block.sequence], layer), e, config.kernel_size,
-                      block.token_begin, block.token_end, channel_begin, channel_end, element(out, first, 0),
-                      is_bf16(out), plan.scratch.of(thread)});
+    kernels.convolve({taps, bias, gated, row(u, first), pool.layer<float>(batch.slots[block.sequence], layer), e,
+                      kernel_size, block.token_begin, block.token_end, channel_begin, channel_end,
+                      element(out, first, 0), is_bf16(out), plan.scratch.of(thread)});
     if (block.whole) advance(block.sequence, channel_begin, channel_end);
   });
   for (const ConvPlan::Block& block :

@@ -12,6 +12,7 @@
 #include "based/mixers/full_attention.h"
 #include "based/mixers/gated_conv.h"
 #include "based/mixers/linear_attention.h"
+#include "based/mixers/selective_scan.h"
 #include "based/mixers/sliding_window.h"
 #include "based/tensor.h"
 
@@ -23,7 +24,8 @@ enum class NormKind : std::uint8_t { rms_norm, layer_norm };
 enum class Activation : std::uint8_t { identity, silu, gelu, gelu_tanh, sigmoid, relu, relu_squared };
 
 /// A layer's mixer. To add one, see CONTRIBUTING.md.
-using MixerConfig = std::variant<GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig, FullAttentionConfig>;
+using MixerConfig = std::variant<GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig, FullAttentionConfig,
+                                 SelectiveScanConfig>;
 
 /// Calls f(std::type_identity<Config>{}) for every kind of mixer.
 template <class F>

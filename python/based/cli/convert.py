@@ -31,7 +31,8 @@ def run(args: argparse.Namespace) -> None:
     from based.convert import convert
 
     start = time.perf_counter()
-    convert(args.src, args.dst, args.dtype, args.tokenizer, overwrite=args.overwrite)
+    for note in convert(args.src, args.dst, args.dtype, args.tokenizer, overwrite=args.overwrite):
+        print(f"{args.dst}: {note}", file=sys.stderr)
     if _common.wants_statistics(args):
         size = sum(path.stat().st_size for path in args.dst.iterdir())
         print(f"{args.dst}: {_common.nbytes(size)} in {time.perf_counter() - start:.1f} s", file=sys.stderr)

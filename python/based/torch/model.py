@@ -22,6 +22,7 @@ from based._core import (
     MlpConfig,
     ModelConfig,
     NormKind,
+    SelectiveScanConfig,
     SlidingWindowConfig,
     UnsupportedError,
 )
@@ -59,6 +60,8 @@ _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     Activation.relu_squared: _relu_squared,
 }
 _ONTO_RESIDUAL = ("mixer.out_proj.weight", "mlp.fc2.weight")
+_WIDE = ("mixer.A_log", "mixer.D", "mixer.dt_proj.bias")
+"""Float32 in 16-bit models and their files: where they are rounded, a scan forgets at other times."""
 
 
 class BasedForCausalLM(nn.Module):
@@ -118,10 +121,13 @@ class BasedForCausalLM(nn.Module):
 
         Normal with standard deviation σ = 0.02, or √(2 / 5d) with special_initializer; σ / √(2L) for the two matrices
         of each of the L layers whose products are added to the residual stream. Convolutions as torch.nn.Conv1d, norms
-        ones, biases zeros.
+        ones, biases zeros. A selective scan as mamba_ssm: see its module.
         """
         std = math.sqrt(2 / (5 * self.config.hidden_size)) if self.special_initializer else 0.02
+        scans = {id(parameter) for layer in self.layers for parameter in _scan_parameters(layer)}
         for name, parameter in self.named_parameters():
+            if id(parameter) in scans:
+                continue
             if "norm" in name:
                 nn.init.constant_(parameter, 1 if name.endswith("weight") else 0)
             elif name.endswith("bias"):
@@ -132,6 +138,9 @@ class BasedForCausalLM(nn.Module):
             else:
                 onto_residual = name.endswith(_ONTO_RESIDUAL)
                 nn.init.normal_(parameter, std=std / math.sqrt(2 * len(self.layers)) if onto_residual else std)
+        for layer in self.layers:
+            if isinstance(layer.mixer, _SelectiveScan):
+                layer.mixer.reset_parameters(len(self.layers) * (1 if self.config.mlp is None else 2))
 
     def forward(
         self,
@@ -294,7 +303,7 @@ class BasedForCausalLM(nn.Module):
             if tensor.dtype not in _FILE_DTYPES:
                 raise FormatError(f"{path}: tensor {name} has dtype {tensor.dtype}, expected {', '.join(_FILE_DTYPES)}")
             bits = torch.from_numpy(np.array(tensor.bits))  # a copy: the file may be replaced by save()
-            state[name] = bits.view(_FILE_DTYPES[tensor.dtype]).to(device, dtype)
+            state[name] = bits.view(_FILE_DTYPES[tensor.dtype]).to(device, parameter.dtype)
         model.load_state_dict(state, assign=True)
         tokenizer = find_tokenizer(directory, None)
         model.tokenizer_json = None if tokenizer is None else tokenizer.read_bytes()
@@ -344,11 +353,12 @@ class BasedForCausalLM(nn.Module):
                 whole = parameter
             if not writes:
                 continue
-            tensor = whole.to("cpu", _FILE_DTYPES[dtype_name]).contiguous()
+            own = "float32" if name.endswith(_WIDE) else dtype_name
+            tensor = whole.to("cpu", _FILE_DTYPES[own]).contiguous()
             if tensor.isinf().sum() > whole.isinf().sum():
-                raise ValueError(f"{name} holds values beyond the range of {dtype_name}, expected a wider dtype")
-            bits = tensor.view(torch.uint16) if dtype_name == "bfloat16" else tensor
-            tensors.append((name, bits.numpy(), dtype_name))
+                raise ValueError(f"{name} holds values beyond the range of {own}, expected a wider dtype")
+            bits = tensor.view(torch.uint16) if own == "bfloat16" else tensor
+            tensors.append((name, bits.numpy(), own))
         if not writes:
             return
         with atomic_directory(None, Path(path), overwrite) as directory:
@@ -511,11 +521,70 @@ class _SoftmaxAttention(nn.Module):
         return self.out_proj(y.flatten(2))
 
 
+class _SelectiveScan(nn.Module):
+    def __init__(self, config: SelectiveScanConfig, d: int, factory: dict[str, Any]) -> None:
+        super().__init__()
+        e, n, r = config.inner_size, config.state_size, config.dt_rank
+        wide = factory | {"dtype": torch.promote_types(factory["dtype"], torch.float32)}
+        self.parts = [r, n, n]
+        self.in_proj = _projection(config, "in_proj", d, factory)
+        self.conv = _SiluShortConv(config, factory)
+        self.x_proj = _projection(config, "x_proj", d, factory)
+        self.dt_proj = nn.Linear(r, e, bias=False, **factory)
+        self.dt_proj.bias = nn.Parameter(torch.empty(e, **wide))
+        self.A_log = nn.Parameter(torch.empty(e, n, **wide))
+        self.D = nn.Parameter(torch.empty(e, **wide))
+        self.out_proj = _projection(config, "out_proj", d, factory)
+
+    def reset_parameters(self, num_residuals: int) -> None:
+        """As mamba_ssm: PyTorch's own, but W_out over √num_residuals, A = −1 … −N, D = 1, and W_dt uniform in ±R^−½.
+
+        The steps that the bias of W_dt makes by itself are log-uniform in 0.001 … 0.1.
+        """
+        for projection in (self.in_proj, self.x_proj, self.out_proj):
+            bound = projection.in_features**-0.5
+            nn.init.uniform_(projection.weight, -bound, bound)
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+        self.out_proj.weight.div_(math.sqrt(num_residuals))
+        bound = self.conv.weight.shape[1] ** -0.5
+        for parameter in self.conv.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+        nn.init.uniform_(self.dt_proj.weight, -(self.parts[0] ** -0.5), self.parts[0] ** -0.5)
+        steps = nn.init.uniform_(self.dt_proj.bias, math.log(0.001), math.log(0.1)).exp_()
+        steps.add_((-torch.expm1(-steps)).log())  # the inverse of softplus
+        nn.init.ones_(self.A_log).cumsum_(1).log_()
+        nn.init.ones_(self.D)
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        x, z = self.in_proj(u).chunk(2, -1)
+        x = self.conv(x)
+        step, b, c = self.x_proj(x).split(self.parts, -1)
+        dt = functional.linear(step, self.dt_proj.weight)
+        y, _ = ops.selective_scan(x, dt, self.dt_proj.bias, -self.A_log.exp(), b, c, self.D)
+        return self.out_proj(ops.swiglu(torch.cat([y, z], -1)))
+
+
+class _SiluShortConv(nn.Module):
+    def __init__(self, config: SelectiveScanConfig, factory: dict[str, Any]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.inner_size, config.kernel_size, **factory))
+        self.bias = nn.Parameter(torch.empty(config.inner_size, **factory)) if config.conv_bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.silu_short_conv(x, self.weight, self.bias)
+
+
+def _scan_parameters(layer: Any) -> list[nn.Parameter]:
+    return list(layer.mixer.parameters()) if isinstance(layer.mixer, _SelectiveScan) else []
+
+
 _MIXERS: dict[type[sizes.Mixer], Callable[[Any, int, dict[str, Any]], nn.Module]] = {
     GatedConvConfig: _GatedConv,
     LinearAttentionConfig: _LinearAttention,
     SlidingWindowConfig: _SoftmaxAttention,
     FullAttentionConfig: _SoftmaxAttention,
+    SelectiveScanConfig: _SelectiveScan,
 }
 
 

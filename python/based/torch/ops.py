@@ -28,6 +28,8 @@ from based.torch.kernels import HAS_TRITON
 __all__ = [
     "gated_short_conv",
     "rotary_embedding",
+    "selective_scan",
+    "silu_short_conv",
     "sliding_window_attention",
     "swiglu",
     "taylor_linear_attention",
@@ -808,6 +810,249 @@ def _correlate(x: torch.Tensor, w: torch.Tensor, t: int) -> torch.Tensor:
     for j in range(1, w.shape[1]):
         y = torch.addcmul(y, w[:, j], x[:, j : j + t])
     return y
+
+
+# ---- selective scan --------------------------------------------------------------------------------------------------
+
+
+def selective_scan(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    dt_bias: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    d: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    chunk_size: int = 32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """h_t = exp(Δ_t a) h_{t-1} + Δ_t b_t x_t, y_t = Σ_n c_t h_t + d x_t with Δ = softplus(dt + dt_bias).
+
+    The scan of Mamba (arXiv:2312.00752). Chunk after chunk; inside one by pairwise doubling, in which no number grows.
+    Saves its inputs and the state before each chunk; the backward pass makes the rest again, a chunk at a time.
+
+    Args:
+        x: (B, T, e).
+        dt: (B, T, e).
+        dt_bias: (e), of x's dtype, or float32 for 16-bit x; so a and d.
+        a: (e, N), ≤ 0: what is above it would grow without bounds.
+        b: (B, T, N).
+        c: (B, T, N).
+        d: (e).
+        initial_state: h_0, (B, e, N), of the returned one's dtype; None for zeros.
+        chunk_size: Tokens of a chunk. The result does not depend on it but for rounding. The states that are kept take
+            B·e·N·T/chunk_size numbers, those of the chunk at hand a few times B·e·N·chunk_size.
+
+    Returns:
+        y (B, T, e), of x's dtype, and h_T (B, e, N), float32 (float64 of float64 inputs).
+    """
+    _check_tensors(("x", x, "BTe"), ("dt", dt, "BTe"), ("b", b, "BTN"), ("c", c, "BTN"))
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}, expected ≥ 1")
+    e, n = x.shape[2], b.shape[2]
+    x, dt, b, c = _as_autocast(x, dt, b, c)
+    dtype = _accumulation_dtype(x)
+    for name, tensor, shape in (("dt_bias", dt_bias, (e,)), ("a", a, (e, n)), ("d", d, (e,))):
+        _check_beside(name, tensor, shape, x, (x.dtype, dtype))
+    shape = (x.shape[0], e, n)
+    if initial_state is None:
+        initial_state = x.new_zeros(shape, dtype=dtype)
+    _check_beside("initial_state", initial_state, shape, x, (dtype,))
+    inputs = (x, dt, dt_bias, a, b, c, d, initial_state)
+    if is_transformed():
+        return _plain_scan(*inputs, chunk_size)[:2]
+    y, state, _ = _SelectiveScan.apply(*inputs, chunk_size)
+    return y, state
+
+
+def _check_beside(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {x.device}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} is {_name(tensor)}, expected {str(dtypes[-1]).removeprefix('torch.')}")
+
+
+def _doubling(decay: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """h_t = decay_t h_{t-1} + u_t from h_{-1} = 0, and Π_{i≤t} decay_i, over axis 1: in log₂ of its extent steps.
+
+    Nothing is changed in place, so that autograd and torch.func can differentiate and batch it.
+    """
+    step, t = 1, u.shape[1]
+    while step < t:
+        u = torch.cat([u[:, :step], torch.addcmul(u[:, step:], decay[:, step:], u[:, :-step])], 1)
+        decay = torch.cat([decay[:, :step], decay[:, step:] * decay[:, :-step]], 1)
+        step *= 2
+    return u, decay
+
+
+def _scan_chunk(delta: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, h: torch.Tensor) -> Any:
+    """The states (B, C, e, N) of a chunk after h (B, e, N), and each token's decay."""
+    decay = (delta[..., None] * a).exp()
+    u, decays = _doubling(decay, (delta * x)[..., None] * b[:, :, None])
+    return torch.addcmul(u, decays, h[:, None]), decay
+
+
+def _plain_scan(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    dt_bias: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    d: torch.Tensor,
+    h: torch.Tensor,
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, the state after it, and those before each chunk (B, chunks, e, N)."""
+    with torch.autocast(x.device.type, enabled=False):
+        dtype, result_dtype = _accumulation_dtype(x), x.dtype
+        x, dt, dt_bias, a, b, c, d = (part.to(dtype) for part in (x, dt, dt_bias, a, b, c, d))
+        ys, starts = [], []
+        for xs, dts, bs, cs in zip(*(part.split(chunk_size, 1) for part in (x, dt, b, c)), strict=True):
+            starts.append(h)
+            states, _ = _scan_chunk(functional.softplus(dts + dt_bias), xs, a, bs, h)
+            h = states[:, -1]
+            ys.append((states @ cs[..., None])[..., 0] + d * xs)
+        # A copy of the last state: what is a view may not be changed by whoever gets it.
+        return _cast(torch.cat(ys, 1), result_dtype), h.clone(), torch.stack(starts, 1)
+
+
+def _scan_gradients(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    dt_bias: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    d: torch.Tensor,
+    starts: torch.Tensor,
+    dy: torch.Tensor,
+    dh: torch.Tensor,
+    chunk_size: int,
+) -> list[torch.Tensor]:
+    """Of the seven inputs and of h_0. dh: of the last state."""
+    dtypes = [part.dtype for part in (x, dt, dt_bias, a, b, c, d)]
+    with torch.autocast(x.device.type, enabled=False):
+        dtype = starts.dtype
+        x, dt, dt_bias, a, b, c, d, dy = (part.to(dtype) for part in (x, dt, dt_bias, a, b, c, d, dy))
+        da, dd = torch.zeros_like(a), (dy * x).sum((0, 1))
+        parts: list[tuple[torch.Tensor, ...]] = []
+        chunks = zip(*(part.split(chunk_size, 1) for part in (x, dt, b, c, dy)), starts.unbind(1), strict=True)
+        for xs, dts, bs, cs, dys, h in reversed(list(chunks)):
+            raw = dts + dt_bias
+            delta = functional.softplus(raw)
+            states, decay = _scan_chunk(delta, xs, a, bs, h)
+            # g_t = c_t dy_t + decay_{t+1} g_{t+1}: the same scan from the end, decays one token later.
+            g = dys[..., None] * cs[:, :, None]
+            g = torch.cat([g[:, :-1], g[:, -1:] + dh[:, None]], 1)
+            later = torch.cat([decay[:, 1:], torch.zeros_like(decay[:, :1])], 1)
+            g = _doubling(later.flip(1), g.flip(1))[0].flip(1)
+            before = torch.cat([h[:, None], states[:, :-1]], 1)
+            exponent = g * before * decay  # the gradient of Δ a
+            along_b = (g @ bs[..., None])[..., 0]  # of Δ x
+            ddelta = (exponent * a).sum(-1) + along_b * xs
+            da = da + (exponent * delta[..., None]).sum((0, 1))
+            dbs = ((delta * xs)[:, :, None] @ g)[:, :, 0]
+            dcs = (dys[:, :, None] @ states)[:, :, 0]
+            parts.append((along_b * delta + d * dys, ddelta * torch.sigmoid(raw), dbs, dcs))
+            dh = decay[:, 0] * g[:, 0]
+        dx, ddt, db, dc = (torch.cat(part[::-1], 1) for part in zip(*parts, strict=True))
+        found = (dx, ddt, ddt.sum((0, 1)), da, db, dc, dd)
+        return [*(part.to(kind) for part, kind in zip(found, dtypes, strict=True)), dh.clone()]
+
+
+# For compiled graphs, which would have all chunks one after another.
+_scan_chunks = torch.library.custom_op("based::selective_scan", _plain_scan, mutates_args=())
+_scan_chunks_backward = torch.library.custom_op("based::selective_scan_backward", _scan_gradients, mutates_args=())
+
+
+@_scan_chunks.register_fake
+def _(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    dt_bias: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    d: torch.Tensor,
+    h: torch.Tensor,
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_chunks = (x.shape[1] + chunk_size - 1) // chunk_size
+    starts = h.new_empty(h.shape[0], num_chunks, h.shape[1], h.shape[2])
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(h), starts
+
+
+@_scan_chunks_backward.register_fake
+def _(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    dt_bias: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    d: torch.Tensor,
+    starts: torch.Tensor,
+    dy: torch.Tensor,
+    dh: torch.Tensor,
+    chunk_size: int,
+) -> list[torch.Tensor]:
+    inputs = (x, dt, dt_bias, a, b, c, d, starts[:, 0])
+    return [torch.empty_like(part, memory_format=torch.contiguous_format) for part in inputs]
+
+
+class _SelectiveScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        *tensors, chunk_size = inputs
+        y, state, starts = (_scan_chunks if torch.compiler.is_compiling() else _plain_scan)(*tensors, chunk_size)
+        ctx.save_for_backward(*tensors, starts)
+        ctx.chunk_size = chunk_size
+        ctx.mark_non_differentiable(starts)
+        return y, state, starts
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor, dh: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+        *tensors, starts = ctx.saved_tensors
+        if is_differentiated():
+
+            def scan(*inputs: torch.Tensor) -> torch.Tensor:
+                """Both results as one, so that one gradient is of both."""
+                y, state, _ = _plain_scan(*inputs, ctx.chunk_size)
+                return (y * dy).sum(dtype=state.dtype) + (state * dh).sum()
+
+            one = torch.ones((), dtype=starts.dtype, device=starts.device)
+            return *gradients(scan, tensors, ctx.needs_input_grad[:8], one), None
+        backward = _scan_chunks_backward if torch.compiler.is_compiling() else _scan_gradients
+        return *backward(*tensors[:7], starts, dy, dh, ctx.chunk_size), None
+
+
+def silu_short_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """SiLU(conv(x) + bias), conv depthwise and causal: Σ_j weight[:, j] · x[t − K + 1 + j].
+
+    Args:
+        x: (B, T, e).
+        weight: (e, K), of x's dtype, or float32 for 16-bit x; the last tap is the present token's.
+        bias: (e), likewise; None for none.
+
+    Returns:
+        (B, T, e), of x's dtype.
+    """
+    _check_tensors(("x", x, "BTe"))
+    _check_tensors(("weight", weight, "eK"))
+    (x,) = _as_autocast(x)
+    dtype = _accumulation_dtype(x)
+    _check_beside("weight", weight, (x.shape[2], weight.shape[1]), x, (x.dtype, dtype))
+    if bias is not None:
+        _check_beside("bias", bias, (x.shape[2],), x, (x.dtype, dtype))
+    conv = _causal_conv(x.to(dtype), weight.to(dtype))
+    return _cast(functional.silu(conv if bias is None else conv + bias.to(dtype)), x.dtype)
 
 
 # ---- gates -----------------------------------------------------------------------------------------------------------

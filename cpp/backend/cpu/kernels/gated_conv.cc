@@ -25,13 +25,14 @@ void convolve_taps(const GatedConvTask& task) {
     for (std::int64_t c = task.channel_begin; c < task.channel_end; c += kLanes) {
       const std::int64_t n = task.channel_end - c < kLanes ? task.channel_end - c : kLanes;
       const float* w = wt + (c - task.channel_begin);
-      f32v acc{};
+      const auto get = [n](const float* p) { return n == kLanes ? load(p) : load_n(p, n); };
+      f32v acc = task.bias == nullptr ? f32v{} : get(task.bias + c);
       for (std::int64_t j = 0; j < taps; ++j) {
         const float* x = (j < from_past ? task.past + (t + j) * e : task.u + (t - taps + 1 + j) * 2 * e) + c;
-        acc = fmadd(load(w + j * width), n == kLanes ? load(x) : load_n(x, n), acc);
+        acc = fmadd(load(w + j * width), get(x), acc);
       }
-      const f32v y = silu(acc) * (n == kLanes ? load(gate + c) : load_n(gate + c, n));
-      store_as(task.out, t * e + c, y, n, task.out_bf16);
+      const f32v y = silu(acc);
+      store_as(task.out, t * e + c, task.gated ? y * get(gate + c) : y, n, task.out_bf16);
     }
   }
 }

@@ -6,10 +6,12 @@
 
 namespace based::cpu {
 
-/// out[t, c] = SiLU(Σ_j taps[c, j] · u₁[t − K + 1 + j, c]) · u₂[t, c] for tokens [token_begin, token_end) of a sequence
-/// and channels [channel_begin, channel_end).
+/// out[t, c] = SiLU(Σ_j taps[c, j] · u₁[t − K + 1 + j, c] + bias[c]) · u₂[t, c] for tokens [token_begin, token_end) of
+/// a sequence and channels [channel_begin, channel_end).
 struct GatedConvTask {
   const float* taps;  // (e, K)
+  const float* bias;  // (e); null for none
+  bool gated;         // false: without the factor u₂
   const float* u;     // the sequence's first token of the call: rows [u₁ (e) | u₂ (e)]
   const float* past;  // (K − 1, e): u₁ before it, oldest first
   std::int64_t inner_size, kernel_size;

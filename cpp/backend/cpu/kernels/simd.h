@@ -154,11 +154,23 @@ BASED_INLINE void store_as(void* out, std::int64_t index, f32v v, std::int64_t n
   }
 }
 
-/// e^x to about 2 ulp; 0 below −87.3, and clamped at 88.37 (2.4e38). x finite.
+/// p · 2^n for whole n from −126 to 127.
+BASED_INLINE f32v scale_by_power(f32v p, f32v n) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_maskz_scalef_ps((__mmask16)-1, (__m512)p, (__m512)n);
+#else
+  const i32v bits = (__builtin_convertvector(n, i32v) + 127) << 23;
+  f32v scale;
+  __builtin_memcpy(&scale, &bits, sizeof scale);
+  return p * scale;
+#endif
+}
+
+/// e^x to about 2 ulp; 0 below −87.3, and clamped at 88.37 (2.4e38). NaN stays NaN.
 BASED_INLINE f32v vexp(f32v x) {
   // e^x = 2^n e^r, n = round(x / ln 2), |r| ≤ ln 2 / 2; e^r by its Taylor polynomial of degree 7.
   const f32v lo = splat(-87.33654f), hi = splat(88.37626f);
-  const f32v z = vmin(vmax(x, lo), hi);
+  const f32v z = vmin(hi, vmax(lo, x));   // of two numbers, one NaN, these give the second
   const f32v shift = splat(12582912.0f);  // 1.5 · 2²³: adding it rounds to an integer
   const f32v n = fmadd(z, splat(1.44269504f), shift) - shift;
   f32v r = fnmadd(n, splat(0.693359375f), z);
@@ -171,10 +183,7 @@ BASED_INLINE f32v vexp(f32v x) {
   p = fmadd(p, r, splat(0.5f));
   p = fmadd(p, r, splat(1.0f));
   p = fmadd(p, r, splat(1.0f));
-  const i32v bits = (__builtin_convertvector(n, i32v) + 127) << 23;
-  f32v scale;
-  __builtin_memcpy(&scale, &bits, sizeof scale);
-  const f32v y = p * scale;
+  const f32v y = scale_by_power(p, n);
   return x < lo ? f32v{} : y;
 }
 

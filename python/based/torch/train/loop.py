@@ -655,8 +655,8 @@ def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:
 def _make_optimizer(model: BasedForCausalLM, config: Optimizer, device: torch.device) -> torch.optim.AdamW:
     """AdamW, which shrinks matrices and the embedding only: a convolution's weight is no matrix."""
     named = list(model.named_parameters())
-    decays = [p for name, p in named if p.ndim == 2 and not name.endswith("conv.weight")]
-    others = [p for name, p in named if p.ndim != 2 or name.endswith("conv.weight")]
+    decays = [p for name, p in named if p.ndim == 2 and not name.endswith(("conv.weight", "A_log"))]
+    others = [p for name, p in named if p.ndim != 2 or name.endswith(("conv.weight", "A_log"))]
     groups = [{"params": decays, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, config.learning_rate, betas, config.eps, fused=device.type == "cuda")
