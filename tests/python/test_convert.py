@@ -24,6 +24,7 @@ from tests.reference.checkpoints import (
     Seeded,
     checkpoints,
     contiguous_strides,
+    first_upload,
     golden_like,
     random_checkpoint,
     write_torch,
@@ -451,7 +452,7 @@ def without(*keys):
         (mixer("mixer", kernel=3), "mixer.kernel: found 3: unknown field"),
         (mixer("alt_mixer", window_size=3), "alt_mixer.window_size: found 3: unknown field"),
         (lambda c: c["alt_mixer"]["feature_map"].update(temp=2), "alt_mixer.feature_map.temp: found 2: unknown field"),
-        (without("vocab_size"), "vocab_size: missing"),
+        (without("vocab_size"), "found shape (24, 8), expected (50264, 8) (vocab_size 50257, as where it is absent,"),
         (without("n_embd"), "n_embd: missing"),
         (without("n_layer"), "n_layer: missing"),
         (without("n_head"), "n_head: missing"),
@@ -550,6 +551,45 @@ def test_config_refusals(tmp_path, change, fragment):
     (tmp_path / "published" / "config.json").write_text(json.dumps(checkpoint.config))
     message = assert_refused(tmp_path / "published", fragment)
     assert "published/config.json" in message
+
+
+@pytest.mark.parametrize("container", ["bin", "safetensors"])
+def test_first_upload(tmp_path, container):
+    """based-1.3b: the authors' older class names, and no vocab_size."""
+    checkpoint = first_upload(container=container)
+    checkpoint.write(tmp_path / "published")
+    convert(tmp_path / "published", tmp_path / "model")
+    assert_converted(checkpoint, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    [
+        (mixer("mixer", kernel_sizes=[3, 7]), "mixer.kernel_sizes: found [3, 7], expected a list of one integer"),
+        (mixer("mixer", kernel_sizes=[]), "mixer.kernel_sizes: found [], expected a list of one integer"),
+        (mixer("mixer", kernel_sizes=3), "mixer.kernel_sizes: found 3, expected a list of one integer"),
+        (mixer("mixer", kernel_sizes=[0]), "mixer.kernel_sizes: found [0], expected a list of one integer"),
+        (mixer("mixer", kernel_sizes=[4]), "conv1.conv.weight: found shape (16, 1, 3), expected (16, 1, 4)"),
+        (mixer("mixer", kernel_size=3), "mixer.kernel_size: found 3: unknown field"),
+        (mixer("mixer", _target_="x.BaseConv"), "tensors missing for"),
+        (mixer("alt_mixer", feature_name="taylor_exp_3"), 'feature_name: found "taylor_exp_3", expected one of taylor'),
+        (mixer("alt_mixer", feature_name=None), "alt_mixer.feature_name: found null, expected one of taylor_exp"),
+        (mixer("alt_mixer", num_key_value_heads=1), "num_key_value_heads: found 1, expected 2, as alt_mixer.num_heads"),
+        (lambda c: c["alt_mixer"].pop("num_key_value_heads"), "num_key_value_heads: missing, expected 2"),
+        (mixer("alt_mixer", scale_dim=16), "alt_mixer.scale_dim: found 16, expected null or 4"),
+        (mixer("alt_mixer", use_rotary_apply=True), "alt_mixer.use_rotary_apply: found true, expected false"),
+        (mixer("alt_mixer", use_output_gating=True), "alt_mixer.use_output_gating: found true, expected false"),
+        (mixer("alt_mixer", unknown=1), "alt_mixer.unknown: found 1: unknown field"),
+        (mixer("alt_mixer_2", cross_attn=True), "alt_mixer_2.cross_attn: found true, expected false"),
+        (mixer("alt_mixer_2", causal=False), "alt_mixer_2.causal: found false, expected true"),
+    ],
+)
+def test_first_upload_refusals(tmp_path, change, fragment):
+    checkpoint = first_upload()
+    checkpoint.write(tmp_path / "published")
+    change(checkpoint.config)
+    (tmp_path / "published" / "config.json").write_text(json.dumps(checkpoint.config))
+    assert_refused(tmp_path / "published", fragment)
 
 
 JSON = st.recursive(

@@ -306,6 +306,7 @@ class Checkpoint:
     head: str = "shared"  # of a tied model: the embedding's storage, a copy, or absent
     ordered: bool = True  # an OrderedDict with _metadata, or a plain dict
     extras: bool = True  # metric counters and transformer.decay.decay
+    conv_name: str = "conv"  # of a convolution's module
 
     def expected_tensors(self) -> dict[str, tuple[str, Array]]:
         """(dtype, bits) by our names."""
@@ -320,6 +321,7 @@ class Checkpoint:
         if self.expected["tie_embeddings"] and self.head != "absent":
             copy = (embedding[0], embedding[1].copy())
             published["lm_head.weight"] = embedding if self.head == "shared" else copy
+        published = {k.replace(".conv.conv.", f".{self.conv_name}.conv."): v for k, v in published.items()}
         if self.extras:
             published["transformer.decay.decay"] = ("float32", np.zeros(4, np.float32))
         published = {self.prefix + name: tensor for name, tensor in published.items()}
@@ -591,6 +593,35 @@ def golden_like(seed: int = 0, **changes: Any) -> Checkpoint:
         ],
     }
     return replace(Checkpoint(config, expected, seed), **changes)
+
+
+def first_upload(**changes: Any) -> Checkpoint:
+    """golden_like() as the authors' first upload, based-1.3b, writes it: other names, fewer fields. No tensor differs
+    but in its name and the vocabulary's size, GPT-2's."""
+    checkpoint = golden_like(conv_name="conv1", extras=False)
+    config, mixers = dict(checkpoint.config), "based.models.mixers"
+    del config["vocab_size"]
+    config["mixer"] = {
+        "_target_": f"{mixers}.base_conv.BaseConvWithSiLU4",
+        "l_max": 2048,
+        "use_bias": True,
+        "expand_proj": 4,
+        "kernel_sizes": [3],
+    }
+    config["alt_mixer"] = {
+        "_target_": f"{mixers}.linear_attn.LinearAttention",
+        "l_max": 2048,
+        "feature_dim": 4,
+        "feature_name": "taylor_exp",
+        "num_heads": 2,
+        "num_key_value_heads": 2,
+        "train_view": "quadratic",
+    }
+    config["alt_mixer_2"] = {"_target_": f"{mixers}.slide_fa2.SlidingsMHA", "causal": True, "window_size": 6}
+    config["alt_mixer_2"] |= {"num_heads": 2, "do_update": True}
+    expected = dict(checkpoint.expected) | {"vocab_size": 50257, "padded_vocab_size": 50264}
+    expected |= {"bos_token_id": 50256, "eos_token_id": 50256}
+    return replace(checkpoint, config=config, expected=expected, **changes)
 
 
 # ---- torch's file format, by hand ------------------------------------------------------------------------------------
