@@ -395,7 +395,7 @@ def test_missing_files(tmp_path):
     published = tmp_path / "published"
     assert_refused(published, "config.json", FileNotFoundError)
     golden_like().write(published)
-    assert_refused(published, "no tokenizer", FileNotFoundError, tokenizer=tmp_path / "none.json")
+    assert_refused(published, "no such tokenizer", FileNotFoundError, tokenizer=tmp_path / "none.json")
     (published / "pytorch_model.bin").unlink()
     message = assert_refused(published, "no weights", FileNotFoundError)
     assert "pytorch_model.bin" in message

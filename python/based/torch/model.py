@@ -25,7 +25,8 @@ from based._core import (
     UnsupportedError,
 )
 from based._loading import model_directory
-from based.convert import StrPath, atomic_directory, find_tokenizer, open_weights, sync
+from based._tokenizer_files import find_tokenizer, read_tokenizer_json
+from based.convert import StrPath, atomic_directory, open_weights, sync
 from based.torch import ops
 from based.torch._autograd import is_transformed
 from based.torch.loss import IGNORED, linear_cross_entropy
@@ -279,7 +280,7 @@ class BasedForCausalLM(nn.Module):
             state[name] = bits.view(_FILE_DTYPES[tensor.dtype]).to(device, dtype)
         model.load_state_dict(state, assign=True)
         tokenizer = find_tokenizer(directory, None)
-        model.tokenizer_json = None if tokenizer is None else tokenizer.read_bytes()
+        model.tokenizer_json = None if tokenizer is None else read_tokenizer_json(tokenizer)
         return model
 
     @torch.no_grad()
@@ -314,7 +315,7 @@ class BasedForCausalLM(nn.Module):
         text = self.tokenizer_json
         if tokenizer is not None:
             found = find_tokenizer(Path(tokenizer), tokenizer)
-            text = None if found is None else found.read_bytes()
+            text = None if found is None else read_tokenizer_json(found)
         self._check_parameters()
         tensors = []
         writes = True
