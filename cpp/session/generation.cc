@@ -163,6 +163,7 @@ int Generator::Impl::add(GenerationRequest request) {
 void Generator::Impl::check_prompt(int slot) const {
   const bool exists = slot < session_.batch_size();
   if (exists) session_.check_whole(slot);
+  if (exists && !request(slot).prompt.empty()) session_.check_prefix(slot, "generate: prompt " + std::to_string(slot));
   if (!request(slot).prompt.empty() || (exists && session_.has_last_logits(slot))) return;
   const std::string what = "generate: prompt " + std::to_string(slot) + " is empty, and its sequence has ";
   if (!exists || session_.num_tokens(slot) == 0)

@@ -8,7 +8,7 @@ import numpy
 import numpy.typing
 import os
 import typing
-__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Error', 'FinishReason', 'FormatError', 'GatedConvConfig', 'Generator', 'LinearAttentionConfig', 'MAX_TOKEN_IDS', 'MIXERS', 'MixerField', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'Parameter', 'Projection', 'SafetensorsFile', 'SamplingParams', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'State', 'StateError', 'StateTensor', 'Tensor', 'TokenEvent', 'Turn', 'Turns', 'UnsupportedError', 'add_cublas_path', 'build_info', 'check_batch_size', 'check_config', 'check_json', 'check_prompt', 'convert_dtype', 'cuda_problem', 'devices', 'exchange_paths', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'parse_limit', 'synchronize', 'write_safetensors']
+__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Error', 'FinishReason', 'FormatError', 'GatedConvConfig', 'Generator', 'LinearAttentionConfig', 'MAX_TOKEN_IDS', 'MIXERS', 'MixerField', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'Parameter', 'PrefixLinearAttentionConfig', 'Projection', 'SafetensorsFile', 'SamplingParams', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'State', 'StateError', 'StateTensor', 'Tensor', 'TokenEvent', 'Turn', 'Turns', 'UnsupportedError', 'add_cublas_path', 'build_info', 'check_batch_size', 'check_config', 'check_json', 'check_prompt', 'convert_dtype', 'cuda_problem', 'devices', 'exchange_paths', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'parse_limit', 'synchronize', 'write_safetensors']
 class Error(Exception):
     """
     Base of the failures that are particular to this library.
@@ -390,6 +390,69 @@ class SlidingWindowConfig:
         """
         keys attended, the query's own included
         """
+class PrefixLinearAttentionConfig:
+    """
+    Second-order Taylor linear attention that reads a prefix as a whole (JRT-RNN).
+    """
+    letter: typing.ClassVar[str] = 'P'
+    mixer: typing.ClassVar[str] = 'prefix_linear_attention'
+    @staticmethod
+    def fields() -> list[MixerField]:
+        """
+        The keys of config.json beside "mixer", in order.
+        """
+    def __eq__(self, arg0: PrefixLinearAttentionConfig) -> bool:
+        ...
+    def __getstate__(self) -> dict:
+        ...
+    def __hash__(self) -> int:
+        ...
+    def __setstate__(self, arg0: dict) -> None:
+        ...
+    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+        """
+        The matrices that each token is multiplied by, in order.
+        """
+    @property
+    def enc_length(self) -> int:
+        """
+        tokens of the prefix
+        """
+    @property
+    def eps(self) -> float:
+        """
+        added to the denominator
+        """
+    @property
+    def feature_dim(self) -> int:
+        """
+        f, size of q and k per head
+        """
+    @property
+    def head_dim(self) -> int:
+        """
+        size of v per head
+        """
+    @property
+    def num_heads(self) -> int:
+        """
+        H
+        """
+    @property
+    def parameters(self) -> list[Parameter]:
+        """
+        The other tensors of its weights.
+        """
+    @property
+    def state(self) -> list[StateTensor]:
+        """
+        The tensors of a layer in a state file.
+        """
+    @property
+    def summary(self) -> str:
+        """
+        The shape, in words.
+        """
 class MlpConfig:
     def __eq__(self, arg0: MlpConfig) -> bool:
         ...
@@ -447,7 +510,7 @@ class ModelConfig:
     def hidden_size(self) -> int:
         ...
     @property
-    def layers(self) -> list[GatedConvConfig | LinearAttentionConfig | SlidingWindowConfig]:
+    def layers(self) -> list[GatedConvConfig | LinearAttentionConfig | SlidingWindowConfig | PrefixLinearAttentionConfig]:
         ...
     @property
     def mlp(self) -> MlpConfig | None:
@@ -466,6 +529,11 @@ class ModelConfig:
     @property
     def padded_vocab_size(self) -> int:
         ...
+    @property
+    def prefix_tokens(self) -> int:
+        """
+        Tokens at the beginning of a sequence that are read as a whole; 0 for a causal model.
+        """
     @property
     def tie_embeddings(self) -> bool:
         ...
@@ -983,4 +1051,4 @@ def write_safetensors(path: os.PathLike | str | bytes, tensors: collections.abc.
     Writes (name, array, dtype name) in this order to a temporary file beside `path` and renames it. Arrays are C-contiguous and hold the dtype's bits (bfloat16 as uint16). Raises OSError, TypeError, ValueError.
     """
 MAX_TOKEN_IDS: int = 268435456
-MIXERS: tuple = (GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig)
+MIXERS: tuple = (GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig, PrefixLinearAttentionConfig)

@@ -46,6 +46,7 @@ summary_use_proj suppress_tokens target_lookbehind task_specific_params temperat
 tie_encoder_decoder token_healing tokenizer_class top_h top_k top_p torch_dtype torchscript transformers_version
 typical_p use_bfloat16 use_cache watermarking_config xla_device
 
+data_type dec_length enc_length
 fixed_decay l_max mlp_checkpoint_lvl parallel_block_tied_norm residual_in_fp32 sequence_parallel special_initializer
 use_flash_attn use_weight_init
 """
@@ -544,6 +545,44 @@ def _linear_attention(
     }
 
 
+def _prefix_linear_attention(
+    fields: _Fields, weights: _Weights, d: int, layer: int, _: _Attention, top: _Fields
+) -> dict[str, Any]:
+    num_heads = fields.integer("num_heads")
+    feature_dim = fields.integer("feature_dim", 16)
+    enc_length = fields.integer("enc_length")
+    if top.values.get("enc_length", enc_length) != enc_length:
+        raise fields.error("enc_length", f"{_show(top.values['enc_length'])}, as enc_length of the model")
+    eps = fields.number("eps", 1e-12)
+    if d % num_heads:
+        raise fields.error("num_heads", f"a divisor of n_embd {d}")
+    head_dim = d // num_heads
+    fields.choice("implementation", "default", ("default", "fla_parallel"))  # two ways to the same sums
+    fields.choice("feature_name", "taylor_exp", ("taylor_exp",))
+    if fields.integer("num_key_value_heads", num_heads) != num_heads:
+        raise fields.error("num_key_value_heads", f"{num_heads}, as {fields.path}num_heads")
+    if fields.integer("scale_dim", None, null=True) not in (None, feature_dim):
+        raise fields.error("scale_dim", f"null or {feature_dim}, as {fields.path}feature_dim")
+    fields.finish(("use_mask", "layer_idx"))  # a mask is for padding, which we have not
+
+    ours, published = f"layers.{layer}.mixer", f"transformer.layers.{layer}.mixer"
+    features = f"{fields.path}num_heads {num_heads}, {fields.path}feature_dim {feature_dim}, n_embd {d}"
+    heads = f"{fields.path}num_heads {num_heads}, n_embd {d}"
+    for name in ("proj_q", "proj_k", "proj_k_enc"):
+        shape = (num_heads * feature_dim, d)
+        weights.take(f"{ours}.{name}.weight", f"{published}.{name}.weight", shape, features)
+    for name in ("proj_v", "proj_v_enc", "out_proj"):
+        weights.take(f"{ours}.{name}.weight", f"{published}.{name}.weight", (d, d), heads)
+    return {
+        "mixer": "prefix_linear_attention",
+        "num_heads": num_heads,
+        "feature_dim": feature_dim,
+        "head_dim": head_dim,
+        "enc_length": enc_length,
+        "eps": eps,
+    }
+
+
 def _sliding_window(
     fields: _Fields, weights: _Weights, d: int, layer: int, attention: _Attention, top: _Fields
 ) -> dict[str, Any]:
@@ -561,6 +600,7 @@ def _sliding_window(
             "checkpointing",
             "do_update",
             "batch_size",
+            "use_mask",
         )
     )
 
@@ -607,6 +647,7 @@ _MIXERS = {
     "BaseConv": _gated_conv,
     "LinearAttention": _linear_attention,
     "SlidingAttention": _sliding_window,
+    "PrefixLinearAttention": _prefix_linear_attention,
     # The names of the same in the first upload, based-1.3b.
     "BaseConvWithSiLU4": _gated_conv,
     "SlidingsMHA": _sliding_window,

@@ -46,6 +46,15 @@ constexpr double kTolerance = 3e-6;
 
 CpuBackend make_cpu(Isa isa, int threads = 2) { return {std::make_shared<ThreadPool>(threads), isa}; }
 
+std::vector<float> columns(const Matrix& m, std::int64_t begin, std::int64_t end) {
+  std::vector<float> part;
+  for (std::int64_t i = 0; i < m.rows; ++i) {
+    const float* row = static_cast<const float*>(m.data) + i * m.cols;
+    part.insert(part.end(), row + begin, row + end);
+  }
+  return part;
+}
+
 // One mixer layer, seen from outside: a sequence of input rows to a sequence of output rows.
 struct Mixer {
   MixerConfig config;
@@ -80,6 +89,12 @@ struct Mixer {
       void operator()(const GatedConvConfig& c) const { cpu.gated_conv(c, taps, batch, in, states, 0, out); }
       void operator()(const LinearAttentionConfig& c) const { cpu.linear_attention(c, batch, in, states, 0, out); }
       void operator()(const SlidingWindowConfig& c) const { cpu.sliding_window(c, batch, in, states, 0, out); }
+      void operator()(const PrefixLinearAttentionConfig& c) const {
+        const std::int64_t cols = c.num_heads * (2 * c.feature_dim + c.head_dim);
+        std::vector<float> qkv = columns(in, 0, cols), encoder = columns(in, cols, in.cols);
+        cpu.prefix_linear_attention(c, batch, {qkv.data(), in.dtype, in.rows, cols},
+                                    {encoder.data(), in.dtype, in.rows, in.cols - cols}, states, 0, out);
+      }
     };
     std::visit(Run{cpu, taps.data(), batch, in, states, out}, config);
   }
@@ -179,6 +194,39 @@ std::vector<double> reference(const LinearAttentionConfig& c, const std::vector<
   return out;
 }
 
+// Sums over all keys, each with its value: first those of the prefix, then those of the tokens up to t.
+std::vector<double> reference(const PrefixLinearAttentionConfig& c, const std::vector<float>&,
+                              const std::vector<float>& in, std::int64_t start) {
+  const std::int64_t H = c.num_heads, f = c.feature_dim, dv = c.head_dim, width = H * (3 * f + 2 * dv);
+  const std::int64_t tokens = static_cast<std::int64_t>(in.size()) / width;
+  const std::int64_t prefix = start == 0 ? std::min(c.enc_length, tokens) : 0;
+  std::vector<double> out;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    for (std::int64_t h = 0; h < H; ++h) {
+      double denominator = c.eps;
+      std::vector<double> numerator(static_cast<std::size_t>(dv));
+      const auto add = [&](const float* k, const float* v) {
+        double s = 0;
+        for (std::int64_t i = 0; i < f; ++i) s += double{in[t * width + h * f + i]} * k[i];
+        s /= std::sqrt(static_cast<double>(f));
+        const double p = 1 + s + s * s / 2;
+        denominator += p;
+        for (std::int64_t i = 0; i < dv; ++i) numerator[i] += p * v[i];
+      };
+      for (std::int64_t m = 0; m < prefix; ++m) {
+        const float* encoder = in.data() + m * width + H * (2 * f + dv);
+        add(encoder + h * f, encoder + H * f + h * dv);
+      }
+      for (std::int64_t j = 0; j <= t; ++j) {
+        const float* x = in.data() + j * width;
+        add(x + (H + h) * f, x + 2 * H * f + h * dv);
+      }
+      for (std::int64_t i = 0; i < dv; ++i) out.push_back(numerator[i] / denominator);
+    }
+  }
+  return out;
+}
+
 // The first token stands at `start`; what the ring holds before is zeros.
 std::vector<double> reference(const SlidingWindowConfig& c, const std::vector<float>&, const std::vector<float>& qkv,
                               std::int64_t start) {
@@ -260,9 +308,14 @@ std::vector<Mixer> windows() {
           Mixer(window_config(2, 1, 80, 300, 13, true)), Mixer(window_config(5, 5, 33, 31, 31))};
 }
 
+// A prefix of one token: these may be cut anywhere.
+std::vector<Mixer> prefixes() {
+  return {Mixer(PrefixLinearAttentionConfig{4, 16, 32, 1, 1e-12}), Mixer(PrefixLinearAttentionConfig{1, 5, 70, 1, 0})};
+}
+
 std::vector<Mixer> all_mixers() {
   std::vector<Mixer> all = convs();
-  for (auto& mixers : {linears(), windows()}) all.insert(all.end(), mixers.begin(), mixers.end());
+  for (auto& mixers : {linears(), windows(), prefixes()}) all.insert(all.end(), mixers.begin(), mixers.end());
   return all;
 }
 
@@ -276,6 +329,27 @@ INSTANTIATE_TEST_SUITE_P(Cpu, Mixers, testing::ValuesIn(available_isas()),
                          [](const auto& isa) { return std::string(name_of(isa.param)); });
 
 // ---- tests ----------------------------------------------------------------------------------------------------------
+
+// One call holds the prefix; how the rest is cut changes nothing but the rounding.
+TEST_P(Mixers, ReadAPrefixAsAWhole) {
+  CpuBackend cpu = make_cpu(GetParam());
+  for (std::int64_t prefix : {1, 5, 63, 64, 100, 1000}) {
+    for (const auto& config : {PrefixLinearAttentionConfig{3, 16, 20, prefix, 1e-12},
+                               PrefixLinearAttentionConfig{1, 5, 70, prefix, 0}}) {
+      const Mixer mixer(config);
+      SCOPED_TRACE(describe(mixer) + ", prefix " + std::to_string(prefix));
+      for (std::int64_t tokens : {1, 4, 17, 64, 65, 150}) {
+        const auto in = mixer.input(tokens, static_cast<std::uint64_t>(tokens));
+        const auto expected = reference(mixer, in);
+        EXPECT_LT(relative_error(feed_cut(mixer, cpu, in, {tokens}), expected), kTolerance) << tokens;
+        if (tokens <= prefix) continue;
+        std::vector<std::int64_t> cuts{prefix};
+        cuts.resize(static_cast<std::size_t>(1 + tokens - prefix), 1);
+        EXPECT_LT(relative_error(feed_cut(mixer, cpu, in, cuts), expected), kTolerance) << tokens;
+      }
+    }
+  }
+}
 
 TEST_P(Mixers, MatchReferenceInOneCall) {
   CpuBackend cpu = make_cpu(GetParam());

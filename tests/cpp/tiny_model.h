@@ -17,7 +17,7 @@
 
 namespace based::test {
 
-/// All three mixers, grouped heads, partial rotary; small and odd-sized.
+/// All mixers, grouped heads, partial rotary; small and odd-sized. A prefix of one token lets prompts be cut anywhere.
 inline ModelConfig tiny_config() {
   ModelConfig config;
   config.vocab_size = 61;
@@ -34,7 +34,8 @@ inline ModelConfig tiny_config() {
   window.qkv_bias = true;
   window.rotary_dim = 4;
   config.layers = {GatedConvConfig{48, 3, true}, LinearAttentionConfig{3, 4, 8, 1e-12}, window,
-                   GatedConvConfig{30, 4, false}, LinearAttentionConfig{2, 5, 7, 1e-12}};
+                   GatedConvConfig{30, 4, false}, LinearAttentionConfig{2, 5, 7, 1e-12},
+                   PrefixLinearAttentionConfig{2, 3, 5, 1, 1e-12}};
   config.eos_token_id = 60;
   return config;
 }

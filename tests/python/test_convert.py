@@ -8,11 +8,13 @@ import shutil
 import signal
 import stat
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
+import based
 import numpy as np
 import pytest
-from based import FormatError, _core
+from based import FormatError, _core, sizes
 from based.convert import convert, is_published
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -586,6 +588,80 @@ def test_first_upload(tmp_path, container):
 )
 def test_first_upload_refusals(tmp_path, change, fragment):
     checkpoint = first_upload()
+    checkpoint.write(tmp_path / "published")
+    change(checkpoint.config)
+    (tmp_path / "published" / "config.json").write_text(json.dumps(checkpoint.config))
+    assert_refused(tmp_path / "published", fragment)
+
+
+def jrt() -> Checkpoint:
+    """golden_like() with a prefix in its linear layer, with the fields of the authors' configurations."""
+    checkpoint = golden_like()
+    config, expected = json.loads(json.dumps(checkpoint.config)), json.loads(json.dumps(checkpoint.expected))
+    config["alt_mixer"] = {
+        "_target_": "based.models.mixers.prefix_linear_attention.PrefixLinearAttention",
+        "l_max": 2048,
+        "feature_dim": 4,
+        "feature_name": "taylor_exp",
+        "num_heads": 2,
+        "num_key_value_heads": 2,
+        "enc_length": 1024,
+        "dec_length": 1024,
+        "implementation": "fla_parallel",
+        "use_mask": True,
+    }
+    config["alt_mixer_2"] |= {"use_mask": True, "causal": True}
+    config |= {"data_type": "mixed", "enc_length": 1024, "dec_length": 1024}
+    expected["layers"][1] |= {"mixer": "prefix_linear_attention", "enc_length": 1024}
+    return replace(checkpoint, config=config, expected=expected)
+
+
+def test_jrt(tmp_path):
+    """JRT-360M-30B, JRT-1B-50B. 50257 of 50264 rows are tokens: the mask token of their training, 50263, is none."""
+    checkpoint = jrt()
+    checkpoint.write(tmp_path / "published")
+    convert(tmp_path / "published", tmp_path / "model")
+    assert_converted(checkpoint, tmp_path / "model")
+    config = based.load(tmp_path / "model", device="cpu").config
+    assert config.prefix_tokens == 1024
+    for size in ("jrt-360m", "jrt-1.3b"):
+        config = sizes.named_config(size)
+        assert (config.vocab_size, config.padded_vocab_size, config.prefix_tokens) == (50257, 50264, 1024)
+    model = based.Model.random(sizes.ModelConfig.from_json(small_vocabulary(config)), device="cpu")
+    with pytest.raises(ValueError, match=r"token id 50263 at index 1 is outside \[0, vocab_size = 50257\)"):
+        model.forward([1, 50263])
+    assert np.asarray(model.forward([1])).shape == (1, 50257)
+
+
+def small_vocabulary(config: based.ModelConfig) -> str:
+    """The config with GPT-2's vocabulary and nothing else that is large."""
+    small = json.loads(config.to_json()) | {"hidden_size": 2}
+    small["mlp"] |= {"inner_size": 2}
+    small["layers"] = [
+        {"mixer": "prefix_linear_attention", "num_heads": 1, "feature_dim": 1, "head_dim": 2, "enc_length": 9, "eps": 0}
+    ]
+    return json.dumps(small)
+
+
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    [
+        (lambda c: c["alt_mixer"].pop("enc_length"), "alt_mixer.enc_length: missing, expected a value"),
+        (mixer("alt_mixer", enc_length=0), "alt_mixer.enc_length: found 0, expected an integer from 1"),
+        (mixer("alt_mixer", enc_length=1 << 17), "enc_length: found 131072, expected 1024, as enc_length of the model"),
+        (top(enc_length=512), "alt_mixer.enc_length: found 1024, expected 512, as enc_length of the model"),
+        (lambda c: c["alt_mixer"].pop("num_heads"), "alt_mixer.num_heads: missing"),
+        (mixer("alt_mixer", num_heads=3), "alt_mixer.num_heads: found 3, expected a divisor of n_embd 8"),
+        (mixer("alt_mixer", feature_name="exp"), 'alt_mixer.feature_name: found "exp", expected one of taylor_exp'),
+        (mixer("alt_mixer", implementation="tk"), 'implementation: found "tk", expected one of default, fla_parallel'),
+        (mixer("alt_mixer", num_key_value_heads=1), "num_key_value_heads: found 1, expected 2, as alt_mixer.num_heads"),
+        (mixer("alt_mixer", feature_dim=5), "proj_q.weight: found shape (8, 8), expected (10, 8)"),
+        (mixer("alt_mixer", head_dim=4), "alt_mixer.head_dim: found 4: unknown field"),
+        (mixer("alt_mixer", _target_="x.PrefixAttention"), 'found "x.PrefixAttention", expected a class named'),
+    ],
+)
+def test_jrt_refusals(tmp_path, change, fragment):
+    checkpoint = jrt()
     checkpoint.write(tmp_path / "published")
     change(checkpoint.config)
     (tmp_path / "published" / "config.json").write_text(json.dumps(checkpoint.config))

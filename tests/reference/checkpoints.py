@@ -104,6 +104,13 @@ def model_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             linear(f"{name}.proj_k", h * f, d, False)
             linear(f"{name}.proj_v", h * head_dim, d, False)
             linear(f"{name}.out_proj", d, h * head_dim, False)
+        elif layer["mixer"] == "prefix_linear_attention":
+            h, f, head_dim = layer["num_heads"], layer["feature_dim"], layer["head_dim"]
+            for part in ("q", "k", "k_enc"):
+                linear(f"{name}.proj_{part}", h * f, d, False)
+            for part in ("v", "v_enc"):
+                linear(f"{name}.proj_{part}", h * head_dim, d, False)
+            linear(f"{name}.out_proj", d, h * head_dim, False)
         else:
             h, h_kv, head_dim = layer["num_heads"], layer["num_kv_heads"], layer["head_dim"]
             linear(f"{name}.qkv_proj", (h + 2 * h_kv) * head_dim, d, layer["qkv_bias"])
@@ -136,8 +143,11 @@ def model_tensors(config: Mapping[str, Any], seed: int) -> dict[str, Array]:
     return tensors
 
 
-MIXERS = ("gated_conv", "linear_attention", "sliding_window")
+MIXERS = ("gated_conv", "linear_attention", "sliding_window", "prefix_linear_attention")
 """The kinds that random models are made of."""
+
+ON_A_GPU = ("gated_conv", "linear_attention", "sliding_window")
+"""Those that a GPU runs."""
 
 
 def _random_mixer(choose: Choose, kinds: Sequence[str]) -> Config:
@@ -156,6 +166,15 @@ def _random_mixer(choose: Choose, kinds: Sequence[str]) -> Config:
             "num_heads": choose.integer(1, 4),
             "feature_dim": choose.one_of([16, 1, 2, 3, 5, 8, 17, 24]),
             "head_dim": choose.one_of([16, 1, 3, 7, 8, 20, 33]),
+            "eps": choose.one_of([1e-12, 0.0, 1e-3]),
+        }
+    if kind == "prefix_linear_attention":  # a prefix of one token: such models may be fed in any pieces
+        return {
+            "mixer": kind,
+            "num_heads": choose.integer(1, 4),
+            "feature_dim": choose.one_of([16, 1, 3, 8, 17]),
+            "head_dim": choose.one_of([16, 1, 7, 20]),
+            "enc_length": 1,
             "eps": choose.one_of([1e-12, 0.0, 1e-3]),
         }
     assert kind == "sliding_window", f"{kind} has no random shapes"
@@ -283,6 +302,7 @@ _MIXER_DEFAULTS: dict[str, Config] = {
     "gated_conv": {"expand_proj": 2, "kernel_size": 3, "use_bias": True},
     "linear_attention": {"num_heads": 16, "feature_dim": 16, "head_dim": None, "eps": 1e-12},
     "sliding_window": {"window_size": 128},
+    "prefix_linear_attention": {"feature_dim": 16, "eps": 1e-12, "implementation": "default", "use_mask": True},
 }
 
 
@@ -399,7 +419,7 @@ def random_checkpoint(choose: Choose, max_layers: int = 4) -> Checkpoint:
 
     def mixer(key: str) -> tuple[Config, Callable[[int], Config]]:
         """The published dict of a mixer, and what it means in a layer."""
-        kind = choose.one_of(["gated_conv", "linear_attention", "sliding_window"])
+        kind = choose.one_of(["gated_conv", "linear_attention", "sliding_window", "prefix_linear_attention"])
         if kind == "gated_conv":
             expand, kernel_size = choose.one_of([2, 4, *([] if d % 2 else [1, 3])]), choose.one_of([3, 1, 2, 4, 7])
             bias = choose.one_of(flag)
@@ -439,6 +459,25 @@ def random_checkpoint(choose: Choose, max_layers: int = 4) -> Checkpoint:
                 "head_dim": size or d // heads,
                 "eps": eps,
             }
+            return _omit_defaults(choose, published, _MIXER_DEFAULTS[kind]), lambda _: ours
+        if kind == "prefix_linear_attention":
+            heads = choose.one_of([h for h in (1, 2, 3, 4) if d % h == 0])
+            f, eps, length = choose.one_of([16, 1, 5]), choose.one_of([1e-12, 1e-3]), choose.one_of([1024, 1, 7])
+            published = {
+                "_target_": "based.models.mixers.prefix_linear_attention.PrefixLinearAttention",
+                "l_max": 2048,
+                "feature_dim": f,
+                "feature_name": "taylor_exp",
+                "num_heads": heads,
+                "num_key_value_heads": heads,
+                "enc_length": length,
+                "dec_length": 1024,
+                "eps": eps,
+                "implementation": choose.one_of(["fla_parallel", "default"]),
+                "use_mask": True,
+            }
+            ours = {"mixer": kind, "num_heads": heads, "feature_dim": f, "head_dim": d // heads}
+            ours |= {"enc_length": length, "eps": eps}
             return _omit_defaults(choose, published, _MIXER_DEFAULTS[kind]), lambda _: ours
         window_size = choose.one_of([16, 0, 1, 2, 5, 9, 128])
         published = {

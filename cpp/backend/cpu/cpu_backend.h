@@ -15,6 +15,7 @@ class Lengths;  // cpu_operands.h
 std::size_t scratch_nbytes(const GatedConvConfig& config, const Lengths& lengths, Isa isa, int num_threads);
 std::size_t scratch_nbytes(const LinearAttentionConfig& config, const Lengths& lengths, Isa isa, int num_threads);
 std::size_t scratch_nbytes(const SlidingWindowConfig& config, const Lengths& lengths, Isa isa, int num_threads);
+std::size_t scratch_nbytes(const PrefixLinearAttentionConfig& config, const Lengths& lengths, Isa isa, int num_threads);
 
 /// The CPU device. Weights are packed for kernels of the best instruction set of this machine; all operations are
 /// synchronous and run on the pool. Kernels are in kernels/, one file per operation; the methods here cut an operation
@@ -69,6 +70,10 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
                         const backend::Matrix& qkv, backend::StatePool& states, int layer,
                         const backend::Matrix& out) override;
 
+  void prefix_linear_attention(const PrefixLinearAttentionConfig& config, const backend::RaggedBatch& batch,
+                               const backend::Matrix& qkv, const backend::Matrix& encoder, backend::StatePool& states,
+                               int layer, const backend::Matrix& out) override;
+
   // cpu_sliding_window.cc
   void sliding_window(const SlidingWindowConfig& config, const backend::RaggedBatch& batch, const backend::Matrix& qkv,
                       backend::StatePool& states, int layer, const backend::Matrix& out) override;
@@ -90,6 +95,11 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
                     std::span<const backend::NamedView> tensors) override;
 
  private:
+  /// linear_attention, and the other where `encoder` is given.
+  void taylor_attention(const LinearAttentionConfig& config, std::int64_t enc_length, const backend::RaggedBatch& batch,
+                        const backend::Matrix& qkv, const backend::Matrix* encoder, backend::StatePool& states,
+                        int layer, const backend::Matrix& out);
+
   std::shared_ptr<ThreadPool> pool_;
   Isa isa_;
   std::shared_ptr<backend::MemoryCounters> counters_;

@@ -21,6 +21,7 @@ from based._core import (
     MlpConfig,
     ModelConfig,
     NormKind,
+    PrefixLinearAttentionConfig,
     SlidingWindowConfig,
     UnsupportedError,
 )
@@ -147,7 +148,8 @@ class BasedForCausalLM(nn.Module):
             input_ids: Tokens (B, T), int64 or int32, in [0, vocab_size): checked on the CPU, where that waits for
                 nothing.
             labels: (B, T) int64: what input_ids says, or -100 where a token shall not count. The logits at position t
-                are scored against the label at t + 1, so T ≥ 2.
+                are scored against the label at t + 1, so T ≥ 2. Of a model with a prefix (prefix_linear_attention),
+                the labels of the prefix's tokens never count, and T must be larger than it.
             attention_mask: (B, T) of ones, as data collators of other models make it. Zeros must stand behind a
                 sequence's last one, where padding changes nothing: its labels are -100.
             reduction: Of the loss: the mean, or the sum, for micro-batches of unequal numbers of labels.
@@ -174,6 +176,13 @@ class BasedForCausalLM(nn.Module):
             expected = f"that of input_ids, {tuple(input_ids.shape)}, with T ≥ 2"
             raise ValueError(f"labels has shape {tuple(labels.shape)}, expected {expected}")
         targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        if (prefix := self.config.prefix_tokens) > 1:
+            if labels.shape[1] <= prefix:
+                raise ValueError(
+                    f"labels has {labels.shape[1]} tokens a sequence, and this model reads the first {prefix} as a "
+                    "whole: expected more, since only what follows them can be learnt"
+                )
+            targets[:, : prefix - 1] = IGNORED  # the prefix has been read when they are predicted
         hidden = self.hidden(input_ids).flatten(0, 1)
         is_sum = reduction == "sum" or num_items_in_batch is not None
         loss = linear_cross_entropy(hidden, self._head.weight, targets.flatten(), self.config.vocab_size, is_sum)
@@ -461,6 +470,28 @@ class _LinearAttention(nn.Module):
         return self.out_proj(ops.taylor_linear_attention(q, k, v, self.eps).flatten(2))
 
 
+class _PrefixLinearAttention(nn.Module):
+    def __init__(self, config: PrefixLinearAttentionConfig, d: int, factory: dict[str, Any]) -> None:
+        super().__init__()
+        self.num_heads, self.eps, self.enc_length = config.num_heads, config.eps, config.enc_length
+        self.proj_q = _projection(config, "proj_q", d, factory)
+        self.proj_k = _projection(config, "proj_k", d, factory)
+        self.proj_v = _projection(config, "proj_v", d, factory)
+        self.proj_k_enc = _projection(config, "proj_k_enc", d, factory)
+        self.proj_v_enc = _projection(config, "proj_v_enc", d, factory)
+        self.out_proj = _projection(config, "out_proj", d, factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The prefix's M keys and values stand before all others, where every token sees them; nobody asks there."""
+        prefix = x[:, : self.enc_length]
+        inputs = ((self.proj_q, x), (self.proj_k, x), (self.proj_v, x))
+        inputs += ((self.proj_k_enc, prefix), (self.proj_v_enc, prefix))
+        q, k, v, k_enc, v_enc = (proj(rows).unflatten(-1, (self.num_heads, -1)) for proj, rows in inputs)
+        q = torch.cat([torch.zeros_like(k_enc), q], dim=1)
+        y = ops.taylor_linear_attention(q, torch.cat([k_enc, k], dim=1), torch.cat([v_enc, v], dim=1), self.eps)
+        return self.out_proj(y[:, prefix.shape[1] :].flatten(2))
+
+
 class _SlidingWindow(nn.Module):
     def __init__(self, config: SlidingWindowConfig, d: int, factory: dict[str, Any]) -> None:
         super().__init__()
@@ -488,6 +519,7 @@ _MIXERS: dict[type[sizes.Mixer], Callable[[Any, int, dict[str, Any]], nn.Module]
     GatedConvConfig: _GatedConv,
     LinearAttentionConfig: _LinearAttention,
     SlidingWindowConfig: _SlidingWindow,
+    PrefixLinearAttentionConfig: _PrefixLinearAttention,
 }
 
 

@@ -517,6 +517,8 @@ class _Run:
         tokens = self.world.in_each(lambda: self.dataset.open(stream))
         length = self.config.data.sequence_length
         windows = validation_windows(tokens, length, self.config.validation.tokens)
+        unscored = max(1, self.config_of_model.prefix_tokens)  # of each window
+        windows = [w for w in windows if w.stop - w.start > unscored]
         whole = [w for w in windows if w.stop - w.start == length]
         batches = [whole[i : i + self.micro] for i in range(0, len(whole), self.micro)]
         batches += [[w] for w in windows[len(whole) :]]
@@ -529,7 +531,7 @@ class _Run:
             with self._autocast(), torch.compiler.set_stance("force_eager"):
                 loss = self.model(rows, labels=rows)
             if index < len(mine):
-                count = rows.shape[0] * (rows.shape[1] - 1)
+                count = rows.shape[0] * (rows.shape[1] - unscored)
                 sums += torch.tensor([float(loss) * count, count], dtype=torch.float64)
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # what only a backward pass does by itself
