@@ -295,9 +295,9 @@ class Backend {
     unsupported(config, batch, qkv, states, layer, out);
   }
 
-  /// The same with a prefix (PrefixLinearAttentionConfig's equation). qkv and out as above; encoder (N, H·f | H·head_dim)
-  /// projection: the prefix's keys and values, read where the batch begins a sequence, of its first enc_length tokens
-  /// or of as many as the batch has.
+  /// The same with a prefix (PrefixLinearAttentionConfig's equation). qkv and out as above; encoder (N, H·f |
+  /// H·head_dim) projection: the prefix's keys and values, read where the batch begins a sequence, of its first
+  /// enc_length tokens or of as many as the batch has.
   virtual void prefix_linear_attention(const PrefixLinearAttentionConfig& config, const RaggedBatch& batch,
                                        const Matrix& qkv, const Matrix& encoder, StatePool& states, int layer,
                                        const Matrix& out) {

@@ -133,12 +133,13 @@ void Session::Impl::check_whole(int slot) const {
 void Session::Impl::check_prefix(int slot, const std::string& what) const {
   const std::int64_t prefix = transformer().prefix_tokens(), seen = num_tokens(slot);
   if (seen == 0 || seen >= prefix) return;
-  throw InvalidArgument(what + ": sequence " + std::to_string(slot) + " has seen " + std::to_string(seen) +
-                        " tokens, and this model reads the first " + std::to_string(prefix) +
-                        " tokens of a sequence as a whole: expected a prompt for a sequence that has seen nothing, or " +
-                        std::to_string(prefix) +
-                        " tokens or more. Reset the sequence and give the whole text as one prompt, or feed single "
-                        "tokens with step()");
+  throw InvalidArgument(
+      what + ": sequence " + std::to_string(slot) + " has seen " + std::to_string(seen) +
+      " tokens, and this model reads the first " + std::to_string(prefix) +
+      " tokens of a sequence as a whole: expected a prompt for a sequence that has seen nothing, or " +
+      std::to_string(prefix) +
+      " tokens or more. Reset the sequence and give the whole text as one prompt, or feed single "
+      "tokens with step()");
 }
 
 std::size_t Session::Impl::state_nbytes() const {
@@ -644,7 +645,8 @@ Tensor Session::prefill(std::span<const std::vector<std::int32_t>> prompts, std:
   const auto slots = impl_->check_sequences(sequences, prompts.size(), "prefill: prompts");
   for (std::size_t i = 0; i < prompts.size(); ++i)
     check_tokens(prompts[i], impl_->config().vocab_size, "prefill: prompt " + std::to_string(i));
-  for (std::size_t i = 0; i < prompts.size(); ++i) impl_->check_prefix(slots[i], "prefill: prompt " + std::to_string(i));
+  for (std::size_t i = 0; i < prompts.size(); ++i)
+    impl_->check_prefix(slots[i], "prefill: prompt " + std::to_string(i));
   return impl_->prefill(prompts, slots, interrupt, last_interrupt);
 }
 

@@ -334,8 +334,8 @@ INSTANTIATE_TEST_SUITE_P(Cpu, Mixers, testing::ValuesIn(available_isas()),
 TEST_P(Mixers, ReadAPrefixAsAWhole) {
   CpuBackend cpu = make_cpu(GetParam());
   for (std::int64_t prefix : {1, 5, 63, 64, 100, 1000}) {
-    for (const auto& config : {PrefixLinearAttentionConfig{3, 16, 20, prefix, 1e-12},
-                               PrefixLinearAttentionConfig{1, 5, 70, prefix, 0}}) {
+    for (const auto& config :
+         {PrefixLinearAttentionConfig{3, 16, 20, prefix, 1e-12}, PrefixLinearAttentionConfig{1, 5, 70, prefix, 0}}) {
       const Mixer mixer(config);
       SCOPED_TRACE(describe(mixer) + ", prefix " + std::to_string(prefix));
       for (std::int64_t tokens : {1, 4, 17, 64, 65, 150}) {

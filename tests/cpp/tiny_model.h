@@ -33,8 +33,11 @@ inline ModelConfig tiny_config() {
   window.scale = 0.4;
   window.qkv_bias = true;
   window.rotary_dim = 4;
-  config.layers = {GatedConvConfig{48, 3, true}, LinearAttentionConfig{3, 4, 8, 1e-12}, window,
-                   GatedConvConfig{30, 4, false}, LinearAttentionConfig{2, 5, 7, 1e-12},
+  config.layers = {GatedConvConfig{48, 3, true},
+                   LinearAttentionConfig{3, 4, 8, 1e-12},
+                   window,
+                   GatedConvConfig{30, 4, false},
+                   LinearAttentionConfig{2, 5, 7, 1e-12},
                    PrefixLinearAttentionConfig{2, 3, 5, 1, 1e-12}};
   config.eos_token_id = 60;
   return config;

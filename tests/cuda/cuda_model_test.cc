@@ -91,9 +91,9 @@ class CudaSmall : public CudaTest, public ::testing::WithParamInterface<Case> {
 };
 
 INSTANTIATE_TEST_SUITE_P(Models, CudaSmall,
-                         ::testing::Values(Case{"OddSizesFloat32", test::tiny_config, DType::float32},
-                                           Case{"OddSizesBfloat16", test::tiny_config, DType::bfloat16},
-                                           Case{"OddSizesFloat16", test::tiny_config, DType::float16},
+                         ::testing::Values(Case{"OddSizesFloat32", test::tiny_gpu_config, DType::float32},
+                                           Case{"OddSizesBfloat16", test::tiny_gpu_config, DType::bfloat16},
+                                           Case{"OddSizesFloat16", test::tiny_gpu_config, DType::float16},
                                            Case{"FastSizesFloat32", fast_config, DType::float32},
                                            Case{"FastSizesBfloat16", fast_config, DType::bfloat16},
                                            Case{"FastSizesFloat16", fast_config, DType::float16},
@@ -378,7 +378,7 @@ TEST_F(CudaTest, PendingTokensMoveBetweenDevices) {
 
 TEST_F(CudaTest, SessionsOfManyThreadsAndModelsAreIndependent) {
   const auto model = Model::random(fast_config(), 11, on(kCuda, DType::bfloat16));
-  const auto second = Model::random(test::tiny_config(), 12, on(kCuda));
+  const auto second = Model::random(test::tiny_gpu_config(), 12, on(kCuda));
   const auto tokens = random_tokens(400, 1, 61);
   const auto want = host_floats(model->forward(tokens)), want_second = host_floats(second->forward(tokens));
   std::vector<std::thread> threads;

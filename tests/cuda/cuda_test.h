@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <variant>
 #include <vector>
 
 #include "based/device.h"
@@ -17,6 +18,14 @@ class CudaTest : public ::testing::Test {
     if (const std::string problem = cuda_problem(); !problem.empty()) GTEST_SKIP() << problem;
   }
 };
+
+/// tiny_config() of the mixers that a GPU has.
+inline ModelConfig tiny_gpu_config() {
+  ModelConfig config = tiny_config();
+  std::erase_if(config.layers,
+                [](const MixerConfig& layer) { return std::holds_alternative<PrefixLinearAttentionConfig>(layer); });
+  return config;
+}
 
 constexpr Device kCuda{Device::Type::cuda, 0};
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from based import SamplingParams, sizes
 
-from tests.reference.checkpoints import RandomModel, Seeded, random_model
+from tests.reference.checkpoints import ON_A_GPU, RandomModel, Seeded, random_model
 from tests.reference.compare import max_abs, rel_l2
 from tests.reference.files import read_layers, read_safetensors, round_to, write_state
 from tests.reference.model import Model as Reference
@@ -114,7 +114,7 @@ def test_golden_layers(load, golden):
 @pytest.mark.parametrize("seed", range(200 if LONG else 40))
 def test_random_architectures(tmp_path, seed):
     """Any layer kinds and sizes, against float64: whole, cut into calls, and step by step."""
-    drawn = random_model(Seeded(seed))
+    drawn = random_model(Seeded(seed), kinds=ON_A_GPU)
     drawn.write(tmp_path / "model")
     model = based.load(tmp_path / "model", device=CUDA, dtype="float32")
     tokens = tokens_of(model, 150, seed)

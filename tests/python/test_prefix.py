@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.python.test_laws import CHUNK, FLOAT32, draw_tokens, load
+from tests.python.test_laws import CHUNK, FLOAT32, directory_of, draw_tokens, load
 from tests.reference.checkpoints import RandomModel
 from tests.reference.checkpoints import models as random_models
 from tests.reference.compare import rel_l2
@@ -116,6 +116,70 @@ def test_forks_states_and_files_go_on(random, length, tmp_path_factory):
     session.reset()
     session.restore(0, state)
     np.testing.assert_array_equal(session.step([0]), expected)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20)
+@given(random=prefix_models(), length=st.integers(1, 40) | st.integers(CHUNK, CHUNK + 20))
+def test_the_model_in_pytorch_reads_the_prefix_too(random, length):
+    torch = pytest.importorskip("torch")
+    from based.torch import BasedForCausalLM
+
+    tokens = np.stack([draw_tokens(random, length, seed) for seed in range(2)])
+    with directory_of(random) as directory:
+        found = BasedForCausalLM.load(directory, device="cpu")(torch.from_numpy(tokens)).detach().numpy()
+    reference = Model(random.config, random.tensors())
+    assert rel_l2(found, np.stack([reference.forward(row).logits for row in tokens])) <= FLOAT32
+
+
+def test_only_what_follows_the_prefix_is_learnt():
+    torch = pytest.importorskip("torch")
+    from based.torch import BasedForCausalLM
+
+    model = BasedForCausalLM(tiny().config, dtype=torch.float64)
+    tokens = torch.arange(24).reshape(2, 12)
+    log_probs = model(tokens)[:, 7:-1, : model.config.vocab_size].log_softmax(-1)  # of tokens 8 to 11
+    expected = -log_probs.gather(-1, tokens[:, 8:, None]).mean()
+    torch.testing.assert_close(model(tokens, labels=tokens), expected)
+    with pytest.raises(
+        ValueError, match=r"labels has 8 tokens a sequence, and this model reads the first 8 as a whole"
+    ):
+        model(tokens[:, :8], labels=tokens[:, :8])
+
+
+def test_a_run_goes_on_from_a_model_with_a_prefix(tmp_path):
+    torch = pytest.importorskip("torch")
+    from based.torch import BasedForCausalLM
+    from based.torch.train import read_config, train
+
+    config = based.sizes.recipe("cP", 16, 2, 20, enc_length=8, vocab_size=257, end_token_id=256)
+    BasedForCausalLM(based.ModelConfig.from_json(json.dumps(config))).save(tmp_path / "start")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"some words and {name} few more " * 40)
+    values = {
+        "output": "run",
+        "model": {"from": "start"},
+        "data": {"tokenizer": "bytes", "sequence_length": 12, "train": [{"text": "a.txt"}]},
+        "training": {"steps": 2, "batch_size": 2, "precision": "float32", "device": "cpu"},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1},
+    }
+    values["data"]["validation"] = [{"text": "b.txt"}]
+    (tmp_path / "config.yaml").write_text(json.dumps(values))
+    result = train(read_config(tmp_path / "config.yaml"))
+    assert np.isfinite(result.validation_loss)
+    model = based.load(tmp_path / "run" / "model", device="cpu")
+    text = (tmp_path / "b.txt").read_bytes()
+    tokens = [256, *text, 256]
+    found = []
+    for begin in range(0, len(tokens) - 1, 11):
+        window = tokens[begin : begin + 12]
+        logits = torch.from_numpy(model.forward(window)).log_softmax(-1)
+        found += [-float(logits[t - 1, window[t]]) for t in range(8, len(window))]
+    assert result.validation_loss == pytest.approx(np.mean(found), rel=1e-2)  # windows may begin elsewhere
+    with pytest.raises(based.FormatError, match=r"data\.sequence_length: found 8, expected more than the 8 tokens"):
+        train(read_config(tmp_path / "config.yaml", ["data.sequence_length=8"], tmp_path / "other"))
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

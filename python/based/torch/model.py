@@ -484,8 +484,8 @@ class _PrefixLinearAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The prefix's M keys and values stand before all others, where every token sees them; nobody asks there."""
         prefix = x[:, : self.enc_length]
-        inputs = ((self.proj_q, x), (self.proj_k, x), (self.proj_v, x))
-        inputs += ((self.proj_k_enc, prefix), (self.proj_v_enc, prefix))
+        inputs = [(self.proj_q, x), (self.proj_k, x), (self.proj_v, x)]
+        inputs += [(self.proj_k_enc, prefix), (self.proj_v_enc, prefix)]
         q, k, v, k_enc, v_enc = (proj(rows).unflatten(-1, (self.num_heads, -1)) for proj, rows in inputs)
         q = torch.cat([torch.zeros_like(k_enc), q], dim=1)
         y = ops.taylor_linear_attention(q, torch.cat([k_enc, k], dim=1), torch.cat([v_enc, v], dim=1), self.eps)

@@ -42,7 +42,7 @@ inline constexpr std::int64_t kHeads = 1 << 16;
 inline constexpr std::int64_t kHeadDim = 1 << 16;
 inline constexpr std::int64_t kFeatureDim = 4096;
 inline constexpr std::int64_t kKernelSize = 1 << 16;
-inline constexpr std::int64_t kPrefix = 1 << 16;  // tokens that are read as a whole
+inline constexpr std::int64_t kPrefix = 1 << 16;                  // tokens that are read as a whole
 inline constexpr std::int64_t kElements = std::int64_t{1} << 40;  // of one matrix, of one layer's state: exclusive
 }  // namespace limits
 

@@ -18,7 +18,8 @@ struct PrefixLinearAttentionConfig {
 
   static constexpr std::string_view kName = "prefix_linear_attention";
   static constexpr char kLetter = 'P';
-  static constexpr const char* kAbout = "Second-order Taylor linear attention that reads a prefix as a whole (JRT-RNN).";
+  static constexpr const char* kAbout =
+      "Second-order Taylor linear attention that reads a prefix as a whole (JRT-RNN).";
 
   template <class Visitor>
   void fields(Visitor&& field) const {
@@ -31,12 +32,9 @@ struct PrefixLinearAttentionConfig {
   }
 
   std::vector<Projection> projections(std::int64_t d) const {
-    return {{"proj_q", num_heads * feature_dim, d, false},
-            {"proj_k", num_heads * feature_dim, d, false, true},
-            {"proj_v", num_heads * head_dim, d, false, true},
-            {"proj_k_enc", num_heads * feature_dim, d, false},
-            {"proj_v_enc", num_heads * head_dim, d, false, true},
-            {"out_proj", d, num_heads * head_dim, false}};
+    return {{"proj_q", num_heads * feature_dim, d, false},        {"proj_k", num_heads * feature_dim, d, false, true},
+            {"proj_v", num_heads * head_dim, d, false, true},     {"proj_k_enc", num_heads * feature_dim, d, false},
+            {"proj_v_enc", num_heads * head_dim, d, false, true}, {"out_proj", d, num_heads * head_dim, false}};
   }
   std::vector<Parameter> parameters() const { return {}; }
 
