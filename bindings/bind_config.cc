@@ -239,6 +239,8 @@ void bind_config(py::module_& m) {
       .def_readonly("eos_token_id", &ModelConfig::eos_token_id)
       .def_readonly("layers", &ModelConfig::layers)
       .def_property_readonly("num_parameters", &ModelConfig::num_parameters)
+      .def_property_readonly("prefix_tokens", &ModelConfig::prefix_tokens,
+                             "Tokens at the beginning of a sequence that are read as a whole; 0 for a causal model.")
       .def(py::self == py::self)
       .def("__hash__", [](const ModelConfig& c) { return py::hash(py::str(c.to_json())); })
       .def(py::pickle([](const ModelConfig& c) { return c.to_json(); },

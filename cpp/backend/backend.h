@@ -91,6 +91,13 @@ struct RaggedBatch {
 
   std::int64_t num_tokens() const { return offsets.empty() ? 0 : offsets.back(); }
   std::int64_t num_sequences() const { return static_cast<std::int64_t>(slots.size()); }
+
+  /// Whether a sequence of the batch has seen nothing before it.
+  bool begins_a_sequence() const {
+    for (std::size_t b = 0; b < slots.size(); ++b)
+      if (slots[b] >= 0 && positions[b] == 0) return true;
+    return false;
+  }
 };
 
 /// What a linear layer is made of: y = act(x Wᵀ + b), W the given (rows_i, K) matrices stacked.
@@ -323,6 +330,15 @@ class Backend {
     unsupported(config, operands, batch, states, layer, out);
   }
 
+  /// The same with a prefix (PrefixLinearAttentionConfig's equation). qkv and out as above; encoder (N, H·f |
+  /// H·head_dim) projection: the prefix's keys and values, read where the batch begins a sequence, of its first
+  /// enc_length tokens or of as many as the batch has.
+  virtual void prefix_linear_attention(const PrefixLinearAttentionConfig& config, const RaggedBatch& batch,
+                                       const Matrix& qkv, const Matrix& encoder, StatePool& states, int layer,
+                                       const Matrix& out) {
+    unsupported(config, batch, qkv, encoder, states, layer, out);
+  }
+
   // ---- states ------------------------------------------------------------------------------------------------
 
   /// Bytes that a slot of such a pool takes when its sequence has seen num_tokens tokens: a long part takes memory when
@@ -378,6 +394,7 @@ struct Implements {
   bool operator()(const SelectiveScanConfig&) const {
     return declares(&Device::scan_conv) && declares(&Device::selective_scan);
   }
+  bool operator()(const PrefixLinearAttentionConfig&) const { return declares(&Device::prefix_linear_attention); }
 
  private:
   template <class Class, class... Arguments>

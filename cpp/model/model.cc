@@ -16,20 +16,17 @@ constexpr std::size_t kMaxConfigBytes = std::size_t{4} << 20;  // 4096 layers ta
 // A single sequence that starts from nothing and is fed in chunks: forward, score and trace.
 class OneSequence {
  public:
-  OneSequence(const Model::Impl& impl, std::int64_t chunk_tokens)
+  explicit OneSequence(const Model::Impl& impl)
       : transformer_(impl.transformer),
         lease_(impl.executors.lease()),
-        states_(backend().make_states(transformer_.config(), impl.dtype, 1)),
-        chunk_tokens_(chunk_tokens > 0 ? chunk_tokens : backend().chunk_tokens()) {
-    const std::int64_t d = transformer_.config().hidden_size;
-    normed_ = backend().allocate(static_cast<std::size_t>(chunk_tokens_ * d) * size_of(transformer_.activation_dtype()),
-                                 backend::MemoryKind::workspace);
-  }
+        states_(backend().make_states(transformer_.config(), impl.dtype, 1)) {}
 
   backend::Backend& backend() { return lease_->backend(); }
-  std::int64_t chunk_tokens() const { return chunk_tokens_; }
 
-  // Feeds at most chunk_tokens() tokens; writes their logits (N, padded_vocab_size) float32.
+  // Tokens to feed next, of `left` that follow in one prompt.
+  std::int64_t piece(std::int64_t left) { return std::min(left, transformer_.piece_tokens(backend(), position_ == 0)); }
+
+  // Feeds tokens; writes their logits (N, padded_vocab_size) float32.
   void feed(std::span<const std::int32_t> tokens, void* logits, const InterruptCheck& interrupt,
             LayerTrace* trace = nullptr) {
     const ModelConfig& config = transformer_.config();
@@ -43,6 +40,12 @@ class OneSequence {
     backend().begin(batch);
     const auto r = transformer_.hidden(backend(), batch, *states_, lease_->workspace(), interrupt, trace);
     if (interrupt) interrupt();
+    if (n > normed_rows_) {
+      normed_ = backend().allocate(
+          static_cast<std::size_t>(n * config.hidden_size) * size_of(transformer_.activation_dtype()),
+          backend::MemoryKind::workspace);
+      normed_rows_ = n;
+    }
     const backend::Matrix x{normed_.data.get(), transformer_.activation_dtype(), n, config.hidden_size};
     transformer_.final_norm(backend(), r, {}, x);
     transformer_.logits(backend(), x, {logits, DType::float32, n, config.padded_vocab_size});
@@ -53,8 +56,8 @@ class OneSequence {
   const Transformer& transformer_;
   Executors::Lease lease_;
   std::unique_ptr<backend::StatePool> states_;
-  std::int64_t chunk_tokens_;
   backend::Buffer normed_;
+  std::int64_t normed_rows_ = 0;
   std::int64_t position_ = 0;
 };
 
@@ -188,11 +191,11 @@ const std::string& Model::fingerprint() const { return impl_->fingerprints.all; 
 Tensor Model::forward(std::span<const std::int32_t> tokens, const InterruptCheck& interrupt) const {
   check_tokens(tokens, config().vocab_size, "forward: tokens");
   impl_->check_context(0, static_cast<std::int64_t>(tokens.size()), "forward");
-  OneSequence sequence(*impl_, 0);
+  OneSequence sequence(*impl_);
   const auto total = static_cast<std::int64_t>(tokens.size());
   Tensor logits = impl_->transformer.new_logits(sequence.backend(), total);
-  for (std::int64_t t = 0; t < total; t += sequence.chunk_tokens()) {
-    const std::int64_t n = std::min(sequence.chunk_tokens(), total - t);
+  for (std::int64_t t = 0, n = 0; t < total; t += n) {
+    n = sequence.piece(total - t);
     sequence.feed(tokens.subspan(static_cast<std::size_t>(t), static_cast<std::size_t>(n)),
                   logits.data_as<float>() + t * config().padded_vocab_size, interrupt);
   }
@@ -204,13 +207,15 @@ std::vector<float> Model::score(std::span<const std::int32_t> tokens, const Inte
   check_tokens(tokens, config().vocab_size, "score: tokens");
   const auto total = static_cast<std::int64_t>(tokens.size()) - 1;
   impl_->check_context(0, total, "score");
-  OneSequence sequence(*impl_, 0);
+  OneSequence sequence(*impl_);
   std::vector<float> scores(static_cast<std::size_t>(total));
-  const std::int64_t chunk = std::min(sequence.chunk_tokens(), total);
+  const std::int64_t chunk = std::min(sequence.backend().chunk_tokens(), total);
   const Tensor logits = impl_->transformer.new_logits(sequence.backend(), chunk);
-  for (std::int64_t t = 0; t < total; t += chunk) {
+  // Whoever reads a prefix as a whole has seen the tokens that are to be scored: there, the first one is the prompt.
+  const std::int64_t prompt = impl_->transformer.prefix_tokens() > 0 ? std::min<std::int64_t>(1, total) : 0;
+  for (std::int64_t t = 0, most = prompt > 0 ? prompt : chunk; t < total; t += most, most = chunk) {
     const auto first = static_cast<std::size_t>(t);
-    const auto n = static_cast<std::size_t>(std::min(chunk, total - t));
+    const auto n = static_cast<std::size_t>(std::min(most, total - t));
     sequence.feed(tokens.subspan(first, n), logits.data(), interrupt);
     sequence.backend().token_log_probs(
         {logits.data(), DType::float32, static_cast<std::int64_t>(n), config().padded_vocab_size}, config().vocab_size,
@@ -223,7 +228,7 @@ LayerTrace Model::trace(std::span<const std::int32_t> tokens, const InterruptChe
   check_tokens(tokens, config().vocab_size, "trace: tokens");
   const auto n = static_cast<std::int64_t>(tokens.size());
   impl_->check_context(0, n, "trace");
-  OneSequence sequence(*impl_, n);
+  OneSequence sequence(*impl_);
   LayerTrace trace;
   const Tensor logits = impl_->transformer.new_logits(sequence.backend(), n);
   sequence.feed(tokens, logits.data(), interrupt, &trace);

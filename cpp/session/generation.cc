@@ -172,6 +172,7 @@ void Generator::Impl::check_prompt(int slot) const {
                                          static_cast<std::int64_t>(request(slot).prompt.size()),
                                          "generate: prompt " + std::to_string(slot));
   }
+  if (exists && !request(slot).prompt.empty()) session_.check_prefix(slot, "generate: prompt " + std::to_string(slot));
   if (!request(slot).prompt.empty() || (exists && session_.has_last_logits(slot))) return;
   const std::string what = "generate: prompt " + std::to_string(slot) + " is empty, and its sequence has ";
   if (!exists || session_.num_tokens(slot) == 0)

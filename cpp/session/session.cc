@@ -130,6 +130,18 @@ void Session::Impl::check_whole(int slot) const {
               ". Its state is neither the old nor the new one: reset it, roll it back or load a state");
 }
 
+void Session::Impl::check_prefix(int slot, const std::string& what) const {
+  const std::int64_t prefix = transformer().prefix_tokens(), seen = num_tokens(slot);
+  if (seen == 0 || seen >= prefix) return;
+  throw InvalidArgument(
+      what + ": sequence " + std::to_string(slot) + " has seen " + std::to_string(seen) +
+      " tokens, and this model reads the first " + std::to_string(prefix) +
+      " tokens of a sequence as a whole: expected a prompt for a sequence that has seen nothing, or " +
+      std::to_string(prefix) +
+      " tokens or more. Reset the sequence and give the whole text as one prompt, or feed single "
+      "tokens with step()");
+}
+
 std::size_t Session::Impl::state_nbytes() const {
   std::size_t total = 0;
   for (int slot = 0; slot < batch_size(); ++slot) total += model->impl().state_nbytes_of(num_tokens(slot));
@@ -255,7 +267,8 @@ Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts
   const backend::Buffer last = backend().allocate(prompts.size() * hidden_nbytes(), backend::MemoryKind::workspace);
   const backend::Matrix last_x{last.data.get(), transformer().activation_dtype(), count, config().hidden_size};
   const Tensor logits = transformer().new_logits(backend(), count);
-  transformer().reserve(backend(), workspace(), std::min(static_cast<std::int64_t>(most), backend().chunk_tokens()));
+  transformer().reserve(backend(), workspace(),
+                        std::min(static_cast<std::int64_t>(most), transformer().piece_tokens(backend(), true)));
   reserve_states(slots, lengths);
   std::vector<SeenTokens> seen;
   if (keeps_seen_) {
@@ -291,8 +304,9 @@ Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts
   return logits;
 }
 
-// A batch holds up to `chunk` tokens, at most one piece of each prompt. Pieces end at multiples of `chunk` of their own
-// prompt, so how a prompt is cut does not depend on its neighbours. last_x[i]: the final norm at prompt i's last token.
+// A batch holds up to `chunk` tokens, at most one piece of each prompt, or one longer piece, with a prefix that is read
+// as a whole. Pieces end at multiples of `chunk` of their own prompt, so how a prompt is cut does not depend on its
+// neighbours. last_x[i]: the final norm at prompt i's last token.
 void Session::Impl::feed(std::span<const std::vector<std::int32_t>> prompts, std::span<const std::int32_t> slots,
                          const backend::Matrix& last_x, const InterruptCheck& interrupt) {
   const auto chunk = static_cast<std::size_t>(backend().chunk_tokens());
@@ -309,8 +323,10 @@ void Session::Impl::feed(std::span<const std::vector<std::int32_t>> prompts, std
     positions.clear();
     members.clear();
     for (const std::size_t i : waiting) {
-      const std::size_t piece = std::min(prompts[i].size() - fed[i], chunk);
-      if (tokens.size() + piece > chunk) continue;
+      const bool begins = fed[i] == 0 && num_tokens(slots[i]) == 0;
+      const auto most = static_cast<std::size_t>(transformer().piece_tokens(backend(), begins));
+      const std::size_t piece = std::min(prompts[i].size() - fed[i], most);
+      if (!tokens.empty() && tokens.size() + piece > chunk) continue;
       const auto first = prompts[i].begin() + static_cast<std::ptrdiff_t>(fed[i]);
       tokens.insert(tokens.end(), first, first + static_cast<std::ptrdiff_t>(piece));
       offsets.push_back(static_cast<std::int32_t>(tokens.size()));
@@ -641,6 +657,8 @@ Tensor Session::prefill(std::span<const std::vector<std::int32_t>> prompts, std:
   const auto slots = impl_->check_sequences(sequences, prompts.size(), "prefill: prompts");
   for (std::size_t i = 0; i < prompts.size(); ++i)
     check_tokens(prompts[i], impl_->config().vocab_size, "prefill: prompt " + std::to_string(i));
+  for (std::size_t i = 0; i < prompts.size(); ++i)
+    impl_->check_prefix(slots[i], "prefill: prompt " + std::to_string(i));
   return impl_->prefill(prompts, slots, interrupt, last_interrupt);
 }
 

@@ -80,6 +80,9 @@ class Session::Impl {
   /// Throws Error when a call on this sequence failed half-way.
   void check_whole(int slot) const;
 
+  /// Throws InvalidArgument, opened by `what`, when the sequence is inside its model's prefix: no further prompt then.
+  void check_prefix(int slot, const std::string& what) const;
+
   /// See Session::prefill; arguments checked already.
   Tensor prefill(std::span<const std::vector<std::int32_t>> prompts, std::span<const std::int32_t> slots,
                  const InterruptCheck& interrupt, const InterruptCheck& last_interrupt = {});

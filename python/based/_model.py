@@ -173,6 +173,8 @@ class Model:
     def forward(self, token_ids: Prompt, *, include_padding: bool = False) -> Logits:
         """Logits (T, vocab_size) float32 at every position of one sequence: a NumPy array, on a GPU a `based.Tensor`.
 
+        The sequence is one prompt: a model with a prefix (`config.prefix_tokens`) sees all of it at each of its tokens.
+
         Args:
             token_ids: The sequence, T tokens (or a text).
             include_padding: Also return the columns of the embedding's padding rows: (T, padded_vocab_size).
@@ -192,6 +194,8 @@ class Model:
         self, context: Prompts, continuation: Prompts | None = None, *, max_batch_size: int | None = None
     ) -> npt.NDArray[np.float32] | ContinuationScore | list[ContinuationScore]:
         """Natural-log probability of each token given its past, or of continuations given their contexts.
+
+        Of a model with a prefix, a context without continuation is read as its first token and what follows it.
 
         Args:
             context: A prompt. With continuations: one for all of them, or one each. An empty one is the bos token.

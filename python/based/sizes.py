@@ -136,6 +136,7 @@ def recipe(
     *,
     window: int = 0,
     feature_dim: int = 16,
+    enc_length: int = 1024,
     head_dim: int | None = None,
     conv_size: int | None = None,
     scan_state: int = 16,
@@ -145,12 +146,14 @@ def recipe(
     """The config.json of a model of the published recipe (docs/model-format.md). Nothing is checked.
 
     Args:
-        layers: A letter each: c convolution, L linear attention, W sliding window, A full attention, S selective scan.
+        layers: A letter each: c convolution, L linear attention, W sliding window, P linear attention with a prefix, A
+            full attention, S selective scan.
         hidden_size: Width of the residual stream.
         num_heads: Of all attentions.
         inner_size: Of the MLP; 0 for a model without.
         window: Keys, a query's own included; of use where a layer is W.
         feature_dim: Size of a head's queries and keys in linear attention.
+        enc_length: Tokens of a prefix; of use where a layer is P.
         head_dim: None for hidden_size / num_heads.
         conv_size: Channels of a convolution, or of a scan; None for 2 · hidden_size.
         scan_state: Numbers of state of each channel of a scan.
@@ -196,7 +199,9 @@ def recipe(
         "bias": False,
     }
     mlp = {"gated": True, "activation": "silu", "inner_size": inner_size, "fc1_bias": False, "fc2_bias": False}
-    mixers: dict[str, dict[str, Any]] = {"c": conv, "L": taylor, "W": attention, "A": full, "S": scan}
+    prefix = taylor | {"mixer": "prefix_linear_attention", "enc_length": enc_length}
+    mixers: dict[str, dict[str, Any]] = {"c": conv, "L": taylor, "W": attention}
+    mixers |= {"P": prefix, "A": full, "S": scan}
     return {
         "format": "based",
         "format_version": 1,
@@ -222,10 +227,11 @@ def _based(
     *,
     window_size: int = 256,
     vocab_size: int = 50257,
+    linear_letter: str = "L",
 ) -> dict[str, Any]:
     """The recipe with convolutions but for the layers listed; the authors' window_size is not the number of keys."""
     linear, window = set(linear), set(window)
-    layers = "".join("L" if i in linear else "W" if i in window else "c" for i in range(num_layers))
+    layers = "".join(linear_letter if i in linear else "W" if i in window else "c" for i in range(num_layers))
     keys = window_size // 2 + 1
     sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "inner_size": inner_size, "window": keys}
     return recipe(layers, **sizes, vocab_size=vocab_size, end_token_id=vocab_size - 1)
@@ -252,11 +258,18 @@ def _authors_mamba(hidden_size: int) -> dict[str, Any]:
     return config | {"bos_token_id": 50256, "eos_token_id": 50256}
 
 
+_OF_1_3B = ([1, 6, 11, 16, 21, 27, 33], [2, 7, 12, 17, 22, 28, 34])
+
 SIZES: dict[str, Callable[[], dict[str, Any]]] = {
     "tiny": lambda: _based(128, 7, 4, 256, [1, 6], [2], window_size=16, vocab_size=258),
     "60m": lambda: _based(512, 12, 8, 1024, [1, 6], [2, 7]),
     "360m": lambda: _based(1024, 27, 16, 2048, [1, 6, 11, 16, 21], [2, 7, 12, 17, 22]),
-    "1.3b": lambda: _based(1792, 36, 16, 3584, [1, 6, 11, 16, 21, 27, 33], [2, 7, 12, 17, 22, 28, 34]),
+    "1.3b": lambda: _based(1792, 36, 16, 3584, *_OF_1_3B),
+    # The first upload, with windows of 65 keys.
+    "1.3b-w128": lambda: _based(1792, 36, 16, 3584, *_OF_1_3B, window_size=128),
+    # JRT-360M-30B, of 26 layers, and JRT-1B-50B: the linear layers read a prefix of 1,024 tokens as a whole.
+    "jrt-360m": lambda: _based(1024, 26, 16, 2048, [1, 6, 11, 16, 21], [2, 7, 12, 17, 22], linear_letter="P"),
+    "jrt-1.3b": lambda: _based(1792, 36, 16, 3584, *_OF_1_3B, linear_letter="P"),
     "attn-360m": lambda: _attn(1024, 24, 16, 2816),
     "attn-360M-30B": lambda: _attn(1024, 24, 16, 2816),
     "attn-1b": lambda: _attn(1680, 36, 24, 4480),

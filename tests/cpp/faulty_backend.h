@@ -201,6 +201,12 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
     faults_->tick("selective_scan");
     inner_->selective_scan(config, operands, batch, states, layer, out);
   }
+  void prefix_linear_attention(const PrefixLinearAttentionConfig& config, const backend::RaggedBatch& batch,
+                               const backend::Matrix& qkv, const backend::Matrix& encoder, backend::StatePool& states,
+                               int layer, const backend::Matrix& out) override {
+    faults_->tick("prefix_linear_attention");
+    inner_->prefix_linear_attention(config, batch, qkv, encoder, states, layer, out);
+  }
   void token_log_probs(const backend::Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
                        std::span<float> out) override {
     faults_->tick("token_log_probs");

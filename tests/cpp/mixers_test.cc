@@ -121,6 +121,11 @@ struct Mixer {
         cpu.selective_scan(c, {a.data(), find("D"), xz.matrix(), x.matrix(), b_and_c.matrix(), steps.matrix()}, batch,
                            states, 0, out);
       }
+      void operator()(const PrefixLinearAttentionConfig& c) const {
+        const std::int64_t cols = c.num_heads * (2 * c.feature_dim + c.head_dim);
+        Columns qkv(in, 0, cols), encoder(in, cols, in.cols - cols);
+        cpu.prefix_linear_attention(c, batch, qkv.matrix(), encoder.matrix(), states, 0, out);
+      }
     };
     std::visit(Run{cpu, parameters, batch, in, states, out}, config);
   }
@@ -219,6 +224,39 @@ std::vector<double> reference(const LinearAttentionConfig& c, const Parameters&,
         for (std::int64_t i = 0; i < dv; ++i) numerator[i] += p * qkv[j * width + 2 * H * f + h * dv + i];
       }
       for (std::int64_t i = 0; i < dv; ++i) out[(t * H + h) * dv + i] = numerator[i] / denominator;
+    }
+  }
+  return out;
+}
+
+// Sums over all keys, each with its value: first those of the prefix, then those of the tokens up to t.
+std::vector<double> reference(const PrefixLinearAttentionConfig& c, const Parameters&,
+                              const std::vector<float>& in, std::int64_t start) {
+  const std::int64_t H = c.num_heads, f = c.feature_dim, dv = c.head_dim, width = H * (3 * f + 2 * dv);
+  const std::int64_t tokens = static_cast<std::int64_t>(in.size()) / width;
+  const std::int64_t prefix = start == 0 ? std::min(c.enc_length, tokens) : 0;
+  std::vector<double> out;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    for (std::int64_t h = 0; h < H; ++h) {
+      double denominator = c.eps;
+      std::vector<double> numerator(static_cast<std::size_t>(dv));
+      const auto add = [&](const float* k, const float* v) {
+        double s = 0;
+        for (std::int64_t i = 0; i < f; ++i) s += double{in[t * width + h * f + i]} * k[i];
+        s /= std::sqrt(static_cast<double>(f));
+        const double p = 1 + s + s * s / 2;
+        denominator += p;
+        for (std::int64_t i = 0; i < dv; ++i) numerator[i] += p * v[i];
+      };
+      for (std::int64_t m = 0; m < prefix; ++m) {
+        const float* encoder = in.data() + m * width + H * (2 * f + dv);
+        add(encoder + h * f, encoder + H * f + h * dv);
+      }
+      for (std::int64_t j = 0; j <= t; ++j) {
+        const float* x = in.data() + j * width;
+        add(x + (H + h) * f, x + 2 * H * f + h * dv);
+      }
+      for (std::int64_t i = 0; i < dv; ++i) out.push_back(numerator[i] / denominator);
     }
   }
   return out;
@@ -359,9 +397,15 @@ std::vector<Mixer> scans() {
           Mixer(SelectiveScanConfig{19, 7, 90, 1, true, false})};
 }
 
+// A prefix of one token: these may be cut anywhere.
+std::vector<Mixer> prefixes() {
+  return {Mixer(PrefixLinearAttentionConfig{4, 16, 32, 1, 1e-12}), Mixer(PrefixLinearAttentionConfig{1, 5, 70, 1, 0})};
+}
+
 std::vector<Mixer> all_mixers() {
   std::vector<Mixer> all = convs();
-  for (auto& mixers : {linears(), windows(), fulls(), scans()}) all.insert(all.end(), mixers.begin(), mixers.end());
+  for (auto& mixers : {linears(), windows(), prefixes(), fulls(), scans()})
+    all.insert(all.end(), mixers.begin(), mixers.end());
   return all;
 }
 
@@ -375,6 +419,27 @@ INSTANTIATE_TEST_SUITE_P(Cpu, Mixers, testing::ValuesIn(available_isas()),
                          [](const auto& isa) { return std::string(name_of(isa.param)); });
 
 // ---- tests ----------------------------------------------------------------------------------------------------------
+
+// One call holds the prefix; how the rest is cut changes nothing but the rounding.
+TEST_P(Mixers, ReadAPrefixAsAWhole) {
+  CpuBackend cpu = make_cpu(GetParam());
+  for (std::int64_t prefix : {1, 5, 63, 64, 100, 1000}) {
+    for (const auto& config :
+         {PrefixLinearAttentionConfig{3, 16, 20, prefix, 1e-12}, PrefixLinearAttentionConfig{1, 5, 70, prefix, 0}}) {
+      const Mixer mixer(config);
+      SCOPED_TRACE(describe(mixer) + ", prefix " + std::to_string(prefix));
+      for (std::int64_t tokens : {1, 4, 17, 64, 65, 150}) {
+        const auto in = mixer.input(tokens, static_cast<std::uint64_t>(tokens));
+        const auto expected = reference(mixer, in);
+        EXPECT_LT(relative_error(feed_cut(mixer, cpu, in, {tokens}), expected), kTolerance) << tokens;
+        if (tokens <= prefix) continue;
+        std::vector<std::int64_t> cuts{prefix};
+        cuts.resize(static_cast<std::size_t>(1 + tokens - prefix), 1);
+        EXPECT_LT(relative_error(feed_cut(mixer, cpu, in, cuts), expected), kTolerance) << tokens;
+      }
+    }
+  }
+}
 
 TEST_P(Mixers, MatchReferenceInOneCall) {
   CpuBackend cpu = make_cpu(GetParam());

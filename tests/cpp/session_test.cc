@@ -410,11 +410,11 @@ TEST_P(SessionTest, RefusesPendingTokensThatCannotBe) {
     io::write_state_file(path, model_->fingerprint(), {state});
   };
   const DType f32 = DType::float32, b16 = DType::bfloat16;
-  // Linear layers: 1 with 3 heads, f 4, head_dim 8; 4 with 2 heads, f 5, head_dim 7.
-  const std::vector<Pending> good{{"layers.1.pending_keys", b16, {3, 3, 4}},
-                                  {"layers.1.pending_values", b16, {3, 3, 8}},
-                                  {"layers.4.pending_keys", b16, {3, 2, 5}},
-                                  {"layers.4.pending_values", b16, {3, 2, 7}}};
+  // Linear layers: 1 with 3 heads, f 4, head_dim 8; 4 with 2 heads, f 5, head_dim 7; 5 with 2 heads, f 3, head_dim 5.
+  const std::vector<Pending> good{
+      {"layers.1.pending_keys", b16, {3, 3, 4}}, {"layers.1.pending_values", b16, {3, 3, 8}},
+      {"layers.4.pending_keys", b16, {3, 2, 5}}, {"layers.4.pending_values", b16, {3, 2, 7}},
+      {"layers.5.pending_keys", b16, {3, 2, 3}}, {"layers.5.pending_values", b16, {3, 2, 5}}};
   const auto changed = [&](std::size_t i, DType dtype, std::vector<std::int64_t> shape) {
     auto all = good;
     all[i].dtype = dtype;

@@ -39,9 +39,10 @@ inline ModelConfig gpu_config() {
   return config;
 }
 
-/// All mixers.
+/// All mixers. A prefix of one token lets prompts be cut anywhere.
 inline ModelConfig tiny_config() {
   ModelConfig config = gpu_config();
+  config.layers.push_back(PrefixLinearAttentionConfig{2, 3, 5, 1, 1e-12});
   config.layers.push_back(FullAttentionConfig{4, 2, 6, 0.4, true, false, 3});
   config.layers.push_back(SelectiveScanConfig{37, 5, 4, 3, true, true});
   return config;

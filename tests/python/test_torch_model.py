@@ -507,7 +507,7 @@ def test_what_cannot_be_saved(tmp_path):
         model.save(tmp_path / "a", dtype="int8")
     with pytest.raises(ValueError, match="dtype is 'float64'"):
         model.double().save(tmp_path / "a")
-    with pytest.raises(FileNotFoundError, match="no tokenizer"):
+    with pytest.raises(FileNotFoundError, match="no such tokenizer"):
         model.float().save(tmp_path / "a", tokenizer=tmp_path)
     with torch.no_grad():
         model.layers[1].mlp.fc2.weight[0, 0] = 1e6

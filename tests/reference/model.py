@@ -85,7 +85,8 @@ class State:
     """What one sequence has seen, named and shaped as in a saved state (docs/state-format.md), float64.
 
     layers.{i}.conv (K-1, e) · layers.{i}.taylor (H, features, head_dim + 1) · layers.{i}.keys and .values
-    (min(num_tokens, window), H_kv, head_dim), (num_tokens, H_kv, head_dim) with full attention · layers.{i}.scan (N, e).
+    (min(num_tokens, window), H_kv, head_dim), (num_tokens, H_kv, head_dim) with full attention · layers.{i}.scan
+    (N, e).
     """
 
     num_tokens: int = 0
@@ -145,7 +146,7 @@ class Model:
         """q, k, v of an attention layer, (T, heads, size) each."""
         name, mixer = f"layers.{layer}.mixer", self.layers[layer]
         t = x.shape[0]
-        if mixer["mixer"] == "linear_attention":
+        if mixer["mixer"] in ("linear_attention", "prefix_linear_attention"):
             projections = (x @ self.tensors[f"{name}.proj_{part}.weight"].T for part in "qkv")
             q, k, v = (projected.reshape(t, mixer["num_heads"], -1) for projected in projections)
             return q, k, v
@@ -155,8 +156,12 @@ class Model:
 
     # ---- the whole sequence at once ----------------------------------------------------------------------------
 
-    def forward(self, tokens: Sequence[int] | Array) -> Trace:
-        """Logits and intermediate values of one sequence that starts from nothing."""
+    def forward(self, tokens: Sequence[int] | Array, prompt: int | None = None) -> Trace:
+        """Logits and intermediate values of one sequence that starts from nothing.
+
+        prompt: how many of the tokens were its first prompt, in which a prefix lies; by default all.
+        """
+        self.prompt = len(tokens) if prompt is None else prompt
         r = self.tensors["embedding.weight"][np.asarray(tokens)]
         embed, mixer_out, block_out = r, [], []
         for layer, mixer in enumerate(self.layers):
@@ -181,6 +186,22 @@ class Model:
         p = np.tril(taylor(np.einsum("thf,shf->hts", q, k) / math.sqrt(q.shape[-1])))
         y = np.einsum("hts,shd->thd", p, v)
         return (y / (p.sum(-1).T[..., None] + self.layers[layer]["eps"])).reshape(len(x), -1)
+
+    def _prefix(self, x: Array, layer: int) -> tuple[Array, Array]:
+        """The prefix's own keys and values, (M, heads, size) each, of its tokens x."""
+        name, heads = f"layers.{layer}.mixer", self.layers[layer]["num_heads"]
+        k, v = (x @ self.tensors[f"{name}.{part}.weight"].T for part in ("proj_k_enc", "proj_v_enc"))
+        return k.reshape(len(x), heads, -1), v.reshape(len(x), heads, -1)
+
+    def _prefix_linear_attention(self, x: Array, layer: int) -> Array:
+        """y_t = (Σ_{j≤t} p_tj v_j + Σ_{m<M} p'_tm v'_m) / (Σ_{j≤t} p_tj + Σ_{m<M} p'_tm + eps)."""
+        q, k, v = self._heads(x, layer)
+        k_enc, v_enc = self._prefix(x[: min(self.layers[layer]["enc_length"], self.prompt)], layer)
+        p = np.tril(taylor(np.einsum("thf,shf->hts", q, k) / math.sqrt(q.shape[-1])))
+        p_enc = taylor(np.einsum("thf,mhf->htm", q, k_enc) / math.sqrt(q.shape[-1]))
+        y = np.einsum("hts,shd->thd", p, v) + np.einsum("htm,mhd->thd", p_enc, v_enc)
+        total = (p.sum(-1) + p_enc.sum(-1)).T[..., None]
+        return (y / (total + self.layers[layer]["eps"])).reshape(len(x), -1)
 
     def _full_attention(self, x: Array, layer: int) -> Array:
         return self._sliding_window(x, layer, window=len(x))
@@ -232,7 +253,7 @@ class Model:
         for i, mixer in enumerate(self.layers):
             if mixer["mixer"] == "gated_conv":
                 state.tensors[f"layers.{i}.conv"] = np.zeros((mixer["kernel_size"] - 1, mixer["inner_size"]))
-            elif mixer["mixer"] == "linear_attention":
+            elif mixer["mixer"] in ("linear_attention", "prefix_linear_attention"):
                 f = mixer["feature_dim"]
                 shape = (mixer["num_heads"], 1 + f + f * (f + 1) // 2, mixer["head_dim"] + 1)
                 state.tensors[f"layers.{i}.taylor"] = np.zeros(shape)
@@ -276,6 +297,15 @@ class Model:
         state.tensors[f"layers.{layer}.taylor"] = s
         y = np.einsum("hp,hpd->hd", taylor_features(q), s)
         return (y[:, :-1] / (y[:, -1:] + self.layers[layer]["eps"])).reshape(1, -1)
+
+    def _prefix_linear_attention_step(self, x: Array, layer: int, state: State) -> Array:
+        """The first token is a prompt of one, and its own prefix."""
+        if state.num_tokens == 0:
+            k, v = (part[0] for part in self._prefix(x, layer))
+            extended = np.concatenate([v, np.ones((len(v), 1))], axis=-1)
+            name = f"layers.{layer}.taylor"
+            state.tensors[name] = state.tensors[name] + taylor_features(k)[:, :, None] * extended[:, None, :]
+        return self._linear_attention_step(x, layer, state)
 
     def _full_attention_step(self, x: Array, layer: int, state: State) -> Array:
         return self._sliding_window_step(x, layer, state, window=state.num_tokens + 1)

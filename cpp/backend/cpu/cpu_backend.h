@@ -17,6 +17,7 @@ std::size_t scratch_nbytes(const LinearAttentionConfig& config, const Lengths& l
 std::size_t scratch_nbytes(const SlidingWindowConfig& config, const Lengths& lengths, Isa isa, int num_threads);
 std::size_t scratch_nbytes(const FullAttentionConfig& config, const Lengths& lengths, Isa isa, int num_threads);
 std::size_t scratch_nbytes(const SelectiveScanConfig& config, const Lengths& lengths, Isa isa, int num_threads);
+std::size_t scratch_nbytes(const PrefixLinearAttentionConfig& config, const Lengths& lengths, Isa isa, int num_threads);
 
 /// Of CpuBackend::convolve.
 std::size_t conv_scratch_nbytes(std::int64_t kernel_size, const Lengths& lengths, int num_threads);
@@ -74,6 +75,10 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
                         const backend::Matrix& qkv, backend::StatePool& states, int layer,
                         const backend::Matrix& out) override;
 
+  void prefix_linear_attention(const PrefixLinearAttentionConfig& config, const backend::RaggedBatch& batch,
+                               const backend::Matrix& qkv, const backend::Matrix& encoder, backend::StatePool& states,
+                               int layer, const backend::Matrix& out) override;
+
   // cpu_softmax_attention.cc
   void sliding_window(const SlidingWindowConfig& config, const backend::RaggedBatch& batch, const backend::Matrix& qkv,
                       backend::StatePool& states, int layer, const backend::Matrix& out) override;
@@ -115,6 +120,11 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
   void convolve(std::int64_t kernel_size, const float* taps, const float* bias, bool gated,
                 const backend::RaggedBatch& batch, const backend::Matrix& u, backend::StatePool& states, int layer,
                 const backend::Matrix& out);
+
+  /// linear_attention, and the other where `encoder` is given.
+  void taylor_attention(const LinearAttentionConfig& config, std::int64_t enc_length, const backend::RaggedBatch& batch,
+                        const backend::Matrix& qkv, const backend::Matrix* encoder, backend::StatePool& states,
+                        int layer, const backend::Matrix& out);
 
   std::shared_ptr<ThreadPool> pool_;
   Isa isa_;

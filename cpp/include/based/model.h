@@ -85,10 +85,12 @@ class Model {
   /// 16 hex digits over config and weight samples; a state file carries it.
   const std::string& fingerprint() const;
 
-  /// Logits (T, padded_vocab_size) float32 at every position of one sequence that starts from nothing.
+  /// Logits (T, padded_vocab_size) float32 at every position of one sequence that starts from nothing, given as one
+  /// prompt: inside a prefix (ModelConfig::prefix_tokens) they depend on the tokens that follow.
   Tensor forward(std::span<const std::int32_t> tokens, const InterruptCheck& interrupt = {}) const;
 
-  /// (T − 1) natural-log probabilities: entry t is log p(tokens[t+1] | tokens[..t]). Memory does not grow with T.
+  /// (T − 1) natural-log probabilities: entry t is log p(tokens[t+1] | tokens[..t]). Memory does not grow with T. Of a
+  /// model with a prefix: after a prompt of one token, tokens[0].
   std::vector<float> score(std::span<const std::int32_t> tokens, const InterruptCheck& interrupt = {}) const;
 
   /// forward, keeping every layer's activations: to compare with another implementation.

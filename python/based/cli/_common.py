@@ -27,7 +27,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     help_text = f"{MODEL_HELP} (default: {BUNDLED}, which comes with the package)"
     parser.add_argument("-m", "--model", default=BUNDLED, metavar="PATH|ID", help=help_text)
     parser.add_argument("--revision", metavar="REV", help=REVISION_HELP)
-    parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json, or its directory (default: the model's)")
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="a tokenizer.json, or a tokenizer's directory (default: the model's)"
+    )
 
 
 def add_compute_arguments(parser: argparse.ArgumentParser) -> None:

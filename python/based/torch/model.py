@@ -22,12 +22,14 @@ from based._core import (
     MlpConfig,
     ModelConfig,
     NormKind,
+    PrefixLinearAttentionConfig,
     SelectiveScanConfig,
     SlidingWindowConfig,
     UnsupportedError,
 )
 from based._loading import model_directory
-from based.convert import StrPath, atomic_directory, find_tokenizer, open_weights, sync
+from based._tokenizer_files import find_tokenizer, read_tokenizer_json
+from based.convert import StrPath, atomic_directory, open_weights, sync
 from based.torch import ops
 from based.torch._autograd import is_transformed
 from based.torch._documents import by_documents
@@ -158,7 +160,8 @@ class BasedForCausalLM(nn.Module):
             input_ids: Tokens (B, T), int64 or int32, in [0, vocab_size): checked on the CPU, where that waits for
                 nothing.
             labels: (B, T) int64: what input_ids says, or -100 where a token shall not count. The logits at position t
-                are scored against the label at t + 1, so T ≥ 2.
+                are scored against the label at t + 1, so T ≥ 2. Of a model with a prefix (prefix_linear_attention),
+                the labels of the prefix's tokens never count, and T must be larger than it.
             attention_mask: (B, T) of ones, as data collators of other models make it. Zeros must stand behind a
                 sequence's last one, where padding changes nothing: its labels are -100.
             reduction: Of the loss: the mean, or the sum, for micro-batches of unequal numbers of labels.
@@ -187,9 +190,21 @@ class BasedForCausalLM(nn.Module):
             expected = f"that of input_ids, {tuple(input_ids.shape)}, with T ≥ 2"
             raise ValueError(f"labels has shape {tuple(labels.shape)}, expected {expected}")
         targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        hidden = self.hidden(input_ids, cu_seqlens=cu_seqlens).flatten(0, 1)
         if cu_seqlens is not None:
             targets = targets.index_fill(1, cu_seqlens[1:].to(targets.device, torch.int64) - 1, IGNORED)
+        if (prefix := self.config.prefix_tokens) > 1:
+            if cu_seqlens is not None:
+                raise ValueError(
+                    f"cu_seqlens with labels, and this model reads the first {prefix} tokens of a sequence as a whole: "
+                    "expected a sequence each"
+                )
+            if labels.shape[1] <= prefix:
+                raise ValueError(
+                    f"labels has {labels.shape[1]} tokens a sequence, and this model reads the first {prefix} as a "
+                    "whole: expected more, since only what follows them can be learnt"
+                )
+            targets[:, : prefix - 1] = IGNORED  # the prefix has been read when they are predicted
+        hidden = self.hidden(input_ids, cu_seqlens=cu_seqlens).flatten(0, 1)
         is_sum = reduction == "sum" or num_items_in_batch is not None
         loss = linear_cross_entropy(hidden, self._head.weight, targets.flatten(), self.config.vocab_size, is_sum)
         return loss if num_items_in_batch is None else loss / num_items_in_batch
@@ -306,7 +321,7 @@ class BasedForCausalLM(nn.Module):
             state[name] = bits.view(_FILE_DTYPES[tensor.dtype]).to(device, parameter.dtype)
         model.load_state_dict(state, assign=True)
         tokenizer = find_tokenizer(directory, None)
-        model.tokenizer_json = None if tokenizer is None else tokenizer.read_bytes()
+        model.tokenizer_json = None if tokenizer is None else read_tokenizer_json(tokenizer)
         return model
 
     @torch.no_grad()
@@ -341,7 +356,7 @@ class BasedForCausalLM(nn.Module):
         text = self.tokenizer_json
         if tokenizer is not None:
             found = find_tokenizer(Path(tokenizer), tokenizer)
-            text = None if found is None else found.read_bytes()
+            text = None if found is None else read_tokenizer_json(found)
         self._check_parameters()
         tensors = []
         writes = True
@@ -495,6 +510,28 @@ class _LinearAttention(nn.Module):
         return self.out_proj(ops.taylor_linear_attention(q, k, v, self.eps).flatten(2))
 
 
+class _PrefixLinearAttention(nn.Module):
+    def __init__(self, config: PrefixLinearAttentionConfig, d: int, factory: dict[str, Any]) -> None:
+        super().__init__()
+        self.num_heads, self.eps, self.enc_length = config.num_heads, config.eps, config.enc_length
+        self.proj_q = _projection(config, "proj_q", d, factory)
+        self.proj_k = _projection(config, "proj_k", d, factory)
+        self.proj_v = _projection(config, "proj_v", d, factory)
+        self.proj_k_enc = _projection(config, "proj_k_enc", d, factory)
+        self.proj_v_enc = _projection(config, "proj_v_enc", d, factory)
+        self.out_proj = _projection(config, "out_proj", d, factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The prefix's M keys and values stand before all others, where every token sees them; nobody asks there."""
+        prefix = x[:, : self.enc_length]
+        inputs = [(self.proj_q, x), (self.proj_k, x), (self.proj_v, x)]
+        inputs += [(self.proj_k_enc, prefix), (self.proj_v_enc, prefix)]
+        q, k, v, k_enc, v_enc = (proj(rows).unflatten(-1, (self.num_heads, -1)) for proj, rows in inputs)
+        q = torch.cat([torch.zeros_like(k_enc), q], dim=1)
+        y = ops.taylor_linear_attention(q, torch.cat([k_enc, k], dim=1), torch.cat([v_enc, v], dim=1), self.eps)
+        return self.out_proj(y[:, prefix.shape[1] :].flatten(2))
+
+
 class _SoftmaxAttention(nn.Module):
     """Over a window, or over all keys."""
 
@@ -585,6 +622,7 @@ _MIXERS: dict[type[sizes.Mixer], Callable[[Any, int, dict[str, Any]], nn.Module]
     SlidingWindowConfig: _SoftmaxAttention,
     FullAttentionConfig: _SoftmaxAttention,
     SelectiveScanConfig: _SelectiveScan,
+    PrefixLinearAttentionConfig: _PrefixLinearAttention,
 }
 
 

@@ -11,6 +11,7 @@
 //   projections(d)   the matrices that activations are multiplied by; d = hidden_size
 //   parameters()     the other tensors of its weights; they are kept in float32
 //   state()          what it keeps of a sequence
+//   prefix_tokens()  only where it reads the first tokens of a sequence as a whole: how many
 //   summary()        its shape in words, for `based inspect`
 //   make(weights)    the layer with its weights, defined in cpp/model
 // clang-format on
@@ -41,6 +42,7 @@ inline constexpr std::int64_t kHeads = 1 << 16;
 inline constexpr std::int64_t kHeadDim = 1 << 16;
 inline constexpr std::int64_t kFeatureDim = 4096;
 inline constexpr std::int64_t kKernelSize = 1 << 16;
+inline constexpr std::int64_t kPrefix = 1 << 16;                  // tokens that are read as a whole
 inline constexpr std::int64_t kElements = std::int64_t{1} << 40;  // of one matrix, of one layer's state: exclusive
 }  // namespace limits
 
