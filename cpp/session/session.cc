@@ -265,20 +265,22 @@ Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts
     }
   }
 
-  // A fresh sequence is put back by making it fresh again: only the others are copied.
+  // A fresh sequence is put back by making it fresh again: only the others are copied. A state that only grows is as it
+  // was while the number of its tokens is.
+  const bool only_appends = model->impl().only_appends;
   std::vector<std::int32_t> used(slots.begin(), slots.end());
-  std::erase_if(used, [&](std::int32_t slot) { return num_tokens(slot) == 0; });
+  std::erase_if(used, [&](std::int32_t slot) { return num_tokens(slot) == 0 || only_appends; });
   const auto copies = snapshots(used);
   std::vector<std::shared_ptr<const State>> before;
   for (auto copy = copies.begin(); const std::int32_t slot : slots)
-    before.push_back(num_tokens(slot) > 0 ? *copy++ : nullptr);
+    before.push_back(num_tokens(slot) > 0 && !only_appends ? *copy++ : nullptr);
   try {
     feed(prompts, slots, last_x, interrupt);
     transformer().logits(backend(), last_x, {logits.data(), DType::float32, count, config().padded_vocab_size});
     backend().synchronize();
     if (last_interrupt) last_interrupt();
   } catch (...) {
-    undo(slots, before);
+    if (!only_appends) undo(slots, before);
     throw;
   }
   for (std::size_t i = 0; i < prompts.size(); ++i) {
