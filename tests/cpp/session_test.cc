@@ -180,6 +180,17 @@ TEST_P(SessionTest, AnInterruptedPrefillOfAStateThatOnlyGrowsChangesNothing) {
     EXPECT_EQ(bytes(session), before);
     EXPECT_LE(most, held + 3 * (model->state_nbytes(256) - model->state_nbytes(0)));  // its own pieces
   }
+  const auto stop = [] { throw std::runtime_error("stop here"); };
+  const std::size_t held = model->memory().states;
+  const std::vector<std::int32_t> tokens{1, 2};
+  EXPECT_THROW(session.step(tokens, {}, stop), std::runtime_error);
+  EXPECT_EQ(bytes(session), before);
+  EXPECT_EQ(model->memory().states, held);
+  session.step(tokens, {}, [] {});
+  session.undo_last();
+  EXPECT_EQ(bytes(session), before);
+  EXPECT_THROW(session.reset(stop), std::runtime_error);  // which overwrites, and so copies
+  EXPECT_EQ(bytes(session), before);
   EXPECT_EQ(floats(session.prefill(prompts)), floats(untouched->prefill(prompts)));
   EXPECT_EQ(bytes(session), bytes(*untouched));
 }
