@@ -76,12 +76,16 @@ DType choose_dtype(const LoadOptions& options, DType file_dtype) {
   return *options.dtype;
 }
 
+bool is_context(const StatePart& part) { return std::holds_alternative<ContextState>(part); }
+
 bool has_context(const ModelConfig& config) {
-  const auto grows = [](const MixerConfig& mixer) {
-    return std::ranges::any_of(mixer_state(mixer),
-                               [](const StatePart& part) { return std::holds_alternative<ContextState>(part); });
-  };
-  return std::ranges::any_of(config.layers, grows);
+  return std::ranges::any_of(config.layers,
+                             [](const auto& mixer) { return std::ranges::any_of(mixer_state(mixer), is_context); });
+}
+
+bool has_nothing_else(const ModelConfig& config) {
+  return std::ranges::all_of(config.layers,
+                             [](const auto& mixer) { return std::ranges::all_of(mixer_state(mixer), is_context); });
 }
 
 // Before weights are loaded, which takes long.
@@ -122,6 +126,7 @@ std::shared_ptr<Model> Model::Impl::make(const ModelConfig& config, std::unique_
   if (has_context(config)) {
     // Of 16 tokens that no window has place for.
     impl->context_nbytes = (impl->state_nbytes_of(limits::kSize + 16) - impl->state_nbytes_of(limits::kSize)) / 16;
+    impl->only_appends = has_nothing_else(config);
     const std::size_t fits = impl->executors.device().available_nbytes() / impl->context_nbytes;
     impl->max_context =
         max_context.value_or(static_cast<std::int64_t>(std::clamp<std::size_t>(fits, 1, limits::kSize)));

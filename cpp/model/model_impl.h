@@ -34,6 +34,7 @@ class Model::Impl {
   Transformer transformer;
   Fingerprints fingerprints;
   std::size_t context_nbytes = 0;           // of the state, for each token; 0: its size is fixed
+  bool only_appends = false;                // a call writes behind what the state holds, and nothing else of it
   std::optional<std::int64_t> max_context;  // set where context_nbytes > 0
 };
 

@@ -200,20 +200,22 @@ void Session::Impl::undo(std::span<const std::int32_t> slots,
 }
 
 template <typename F>
-void Session::Impl::interruptible(std::span<const std::int32_t> slots, const InterruptCheck& last_interrupt, F&& f) {
+void Session::Impl::interruptible(std::span<const std::int32_t> slots, const InterruptCheck& last_interrupt, F&& f,
+                                  bool appends) {
   undo_.clear();
+  const bool copies = !(appends && model->impl().only_appends);
   std::size_t nbytes = slots.size() * states_->nbytes_per_slot();
   for (const std::int32_t slot : slots)
     nbytes += static_cast<std::size_t>(num_tokens(slot)) * model->impl().context_nbytes;
-  if (!last_interrupt || nbytes > kMostUndone) return f();
-  if (!spare_ || static_cast<std::size_t>(spare_->capacity()) < slots.size())
+  if (!last_interrupt || (copies && nbytes > kMostUndone)) return f();
+  if (copies && (!spare_ || static_cast<std::size_t>(spare_->capacity()) < slots.size()))
     spare_ = backend().make_states(config(), model->dtype(), static_cast<int>(slots.size()));
   std::vector<Undo> before;
   for (const std::int32_t slot : slots) {
-    before.push_back({slot, at(slot).progress(), at(slot).snapshot.lock(), at(slot).broken});
+    before.push_back({slot, at(slot).progress(), at(slot).snapshot.lock(), at(slot).broken, copies});
     LastHidden& last = before.back().progress.last;
     if (last.rows.data && last.rows.data == step_output_.hidden.data) last = own_copy(last);
-    backend().copy_state(*states_, slot, *spare_, static_cast<int>(before.size()) - 1, num_tokens(slot));
+    if (copies) backend().copy_state(*states_, slot, *spare_, static_cast<int>(before.size()) - 1, num_tokens(slot));
   }
   f();
   undo_ = std::move(before);
@@ -230,6 +232,7 @@ void Session::Impl::undo_last() {
   for (const Undo& undo : undo_) slots.push_back(undo.slot);
   change(slots, "undoing an interrupted call failed", [&] {
     for (std::size_t i = 0; i < undo_.size(); ++i) {
+      if (!undo_[i].copied) continue;
       const std::int64_t count = undo_[i].progress.num_tokens;
       if (count > 0)
         backend().copy_state(*spare_, static_cast<int>(i), *states_, slots[i], count);
@@ -278,20 +281,22 @@ Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts
     }
   }
 
-  // A fresh sequence is put back by making it fresh again: only the others are copied.
+  // A fresh sequence is put back by making it fresh again: only the others are copied. A state that only grows is as it
+  // was while the number of its tokens is.
+  const bool only_appends = model->impl().only_appends;
   std::vector<std::int32_t> used(slots.begin(), slots.end());
-  std::erase_if(used, [&](std::int32_t slot) { return num_tokens(slot) == 0; });
+  std::erase_if(used, [&](std::int32_t slot) { return num_tokens(slot) == 0 || only_appends; });
   const auto copies = snapshots(used);
   std::vector<std::shared_ptr<const State>> before;
   for (auto copy = copies.begin(); const std::int32_t slot : slots)
-    before.push_back(num_tokens(slot) > 0 ? *copy++ : nullptr);
+    before.push_back(num_tokens(slot) > 0 && !only_appends ? *copy++ : nullptr);
   try {
     feed(prompts, slots, last_x, interrupt);
     transformer().logits(backend(), last_x, {logits.data(), DType::float32, count, config().padded_vocab_size});
     backend().synchronize();
     if (last_interrupt) last_interrupt();
   } catch (...) {
-    undo(slots, before);
+    if (!only_appends) undo(slots, before);
     throw;
   }
   for (std::size_t i = 0; i < prompts.size(); ++i) {
@@ -427,13 +432,16 @@ Tensor Session::Impl::step(std::span<const std::int32_t> tokens, std::span<const
   const Tensor logits = transformer().new_logits(backend(), static_cast<std::int64_t>(tokens.size()));
   if (keeps_seen_)
     for (const std::int32_t slot : slots) at(slot).seen.reserve_one();
-  interruptible(slots, last_interrupt, [&] {
-    advance(tokens, slots, rows, nullptr);
-    change(slots, kStepFailed, [&] {
-      backend().copy(logits.data(), step_output_.logits.data.get(), logits.nbytes());
-      backend().synchronize();
-    });
-  });
+  interruptible(
+      slots, last_interrupt,
+      [&] {
+        advance(tokens, slots, rows, nullptr);
+        change(slots, kStepFailed, [&] {
+          backend().copy(logits.data(), step_output_.logits.data.get(), logits.nbytes());
+          backend().synchronize();
+        });
+      },
+      /*appends=*/true);
   if (keeps_seen_)
     for (std::size_t i = 0; i < slots.size(); ++i) at(slots[i]).seen.add_prompt(tokens.subspan(i, 1));
   return logits;

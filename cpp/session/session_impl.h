@@ -126,9 +126,11 @@ class Session::Impl {
   void load(const std::filesystem::path& path, const InterruptCheck& last_interrupt);
 
   /// Calls f, which changes these slots, and then last_interrupt, whose exception undoes it; undo() does so later. A
-  /// few large states are too many bytes for that: then last_interrupt is not called.
+  /// few large states are too many bytes for that: then last_interrupt is not called. `appends`: f feeds tokens and
+  /// does nothing else, so that a state that only grows needs no copy.
   template <typename F>
-  void interruptible(std::span<const std::int32_t> slots, const InterruptCheck& last_interrupt, F&& f);
+  void interruptible(std::span<const std::int32_t> slots, const InterruptCheck& last_interrupt, F&& f,
+                     bool appends = false);
   void undo_last();
 
   const std::shared_ptr<const Model> model;
@@ -145,12 +147,13 @@ class Session::Impl {
     void set(Progress progress);
   };
 
-  // What interruptible() changed, as it was; the states are in spare_.
+  // What interruptible() changed, as it was; the states are in spare_, if they were copied.
   struct Undo {
     std::int32_t slot;
     Progress progress;
     std::shared_ptr<const State> snapshot;
     const char* broken;
+    bool copied;
   };
 
   // What a step writes, in a place that outlives it: recorded steps hold its address.

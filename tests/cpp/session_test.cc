@@ -155,6 +155,46 @@ TEST_P(SessionTest, AnInterruptedPrefillChangesNothing) {
   }
 }
 
+// Of full attention alone: what a prompt wrote behind the sequence counts for nothing, and no state is copied.
+TEST_P(SessionTest, AnInterruptedPrefillOfAStateThatOnlyGrowsChangesNothing) {
+  ModelConfig config = tiny_config();
+  config.layers = {config.layers.back(), config.layers.back()};
+  LoadOptions options;
+  options.dtype = GetParam();
+  const auto model = Model::random(config, 11, options);
+  Session session(model, 2);
+  const std::vector<int> first{0};
+  session.prefill(Prompts{random_tokens(200, 1)}, first);
+  const auto before = bytes(session);
+  const auto untouched = session.fork();
+  const Prompts prompts{random_tokens(100, 2), random_tokens(400, 3)};
+  for (const int stop_at : {0, 1, 3}) {
+    int calls = 0;
+    std::size_t most = 0;
+    const std::size_t held = model->memory().states;
+    const auto interrupt = [&] {
+      most = std::max(most, static_cast<std::size_t>(model->memory().states));
+      if (calls++ == stop_at) throw std::runtime_error("stop here");
+    };
+    EXPECT_THROW(session.prefill(prompts, {}, interrupt), std::runtime_error);
+    EXPECT_EQ(bytes(session), before);
+    EXPECT_LE(most, held + 3 * (model->state_nbytes(256) - model->state_nbytes(0)));  // its own pieces
+  }
+  const auto stop = [] { throw std::runtime_error("stop here"); };
+  const std::size_t held = model->memory().states;
+  const std::vector<std::int32_t> tokens{1, 2};
+  EXPECT_THROW(session.step(tokens, {}, stop), std::runtime_error);
+  EXPECT_EQ(bytes(session), before);
+  EXPECT_EQ(model->memory().states, held);
+  session.step(tokens, {}, [] {});
+  session.undo_last();
+  EXPECT_EQ(bytes(session), before);
+  EXPECT_THROW(session.reset(stop), std::runtime_error);  // which overwrites, and so copies
+  EXPECT_EQ(bytes(session), before);
+  EXPECT_EQ(floats(session.prefill(prompts)), floats(untouched->prefill(prompts)));
+  EXPECT_EQ(bytes(session), bytes(*untouched));
+}
+
 // A model whose sequences may have 10 tokens.
 class MaxContext : public ::testing::Test {
  protected:

@@ -245,6 +245,30 @@ def test_1024_sequences_are_made_at_once() -> None:
     assert session.state_nbytes == 2 * model.state_nbytes_at(2)
 
 
+def test_it_is_trained(tmp_path: Path) -> None:
+    """A pattern with its letter, by `based train`; PyTorch and the runtime give the same logits."""
+    torch = pytest.importorskip("torch")
+    from based.torch import BasedForCausalLM
+
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 400)
+    (tmp_path / "config.yaml").write_text(
+        "output: run\n"
+        "model: {layers: AcA, hidden_size: 32, num_heads: 2, inner_size: 48}\n"
+        "data: {tokenizer: bytes, sequence_length: 64, train: [{text: text.txt}], validation_fraction: 0.05}\n"
+        "optimizer: {learning_rate: 2e-3, warmup_steps: 2}\n"
+        "training: {steps: 4, batch_size: 4, device: cpu}\n"
+    )
+    done = run("train", tmp_path / "config.yaml")
+    assert done.returncode == 0, done.stderr
+    directory = tmp_path / "run" / "model"
+    model = based.load(directory, device="cpu", dtype="float32")
+    assert [layer.letter for layer in model.config.layers] == ["A", "c", "A"] and model.max_context is not None
+    tokens = np.random.default_rng(0).integers(0, 256, 80)
+    with torch.no_grad():
+        expected = BasedForCausalLM.load(directory)(torch.from_numpy(tokens)[None])[0].numpy()
+    assert rel_l2(model.forward(tokens, include_padding=True), expected) <= 2e-5
+
+
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
