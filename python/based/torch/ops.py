@@ -855,7 +855,8 @@ class _SelectiveScan(torch.autograd.Function):
 
             def scan(*inputs: Any) -> torch.Tensor:
                 """Both results as one, so that one gradient is of both."""
-                y, state, _ = _plain_scan(*inputs, chunk_size=ctx.chunk_size)
+                operands: Any = (*inputs, ctx.chunk_size)
+                y, state, _ = _plain_scan(*operands)
                 return (y * dy).sum(dtype=state.dtype) + (state * dh).sum()
 
             one = torch.ones((), dtype=starts.dtype, device=starts.device)
