@@ -11,6 +11,7 @@ from based import FormatError
 from based._json import read_json
 from based._pickle import read_torch_file
 from based._published import translate
+from based._published_mamba import is_mamba, translate_mamba
 from based._tokenizer_files import read_tokenizer_json
 from based._tokenizer_json import parse_tokenizer, tokenizer_errors
 
@@ -58,7 +59,8 @@ def published(data: bytes) -> None:
         known = {
             name: tuple(x for x in shape if type(x) is int) for name, shape in shapes.items() if type(shape) is list
         }
-        translated, _ = translate(config, known, False, str(path), "weights")
+        translation = translate_mamba if is_mamba(config) else translate
+        translated, _ = translation(config, known, False, str(path), "weights")
         json.dumps(translated)
     except FormatError as error:
         _check_names(error, str(path), "weights")

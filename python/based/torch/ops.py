@@ -852,16 +852,14 @@ def selective_scan(
     e, n = x.shape[2], b.shape[2]
     x, dt, b, c = _as_autocast(x, dt, b, c)
     dtype = _accumulation_dtype(x)
-    for name, tensor, shape in (("dt_bias", dt_bias, (e,)), ("a", a, (e, n)), ("d", d, (e,))):
-        _check_beside(name, tensor, shape, x, (x.dtype, dtype))
-    shape = (x.shape[0], e, n)
+    for name, vector in (("dt_bias", dt_bias), ("d", d)):
+        _check_beside(name, vector, (e,), x, (x.dtype, dtype))
+    _check_beside("a", a, (e, n), x, (x.dtype, dtype))
     if initial_state is None:
-        initial_state = x.new_zeros(shape, dtype=dtype)
-    _check_beside("initial_state", initial_state, shape, x, (dtype,))
-    inputs = (x, dt, dt_bias, a, b, c, d, initial_state)
-    if is_transformed():
-        return _plain_scan(*inputs, chunk_size)[:2]
-    y, state, _ = _SelectiveScan.apply(*inputs, chunk_size)
+        initial_state = x.new_zeros((x.shape[0], e, n), dtype=dtype)
+    _check_beside("initial_state", initial_state, (x.shape[0], e, n), x, (dtype,))
+    scan = _plain_scan if is_transformed() else _SelectiveScan.apply
+    y, state, _ = scan(x, dt, dt_bias, a, b, c, d, initial_state, chunk_size)
     return y, state
 
 
@@ -1009,28 +1007,40 @@ def _(
 
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        *tensors, chunk_size = inputs
-        y, state, starts = (_scan_chunks if torch.compiler.is_compiling() else _plain_scan)(*tensors, chunk_size)
-        ctx.save_for_backward(*tensors, starts)
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        dt: torch.Tensor,
+        dt_bias: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        d: torch.Tensor,
+        h: torch.Tensor,
+        chunk_size: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        forward = _scan_chunks if torch.compiler.is_compiling() else _plain_scan
+        y, state, starts = forward(x, dt, dt_bias, a, b, c, d, h, chunk_size)
+        ctx.save_for_backward(x, dt, dt_bias, a, b, c, d, h, starts)
         ctx.chunk_size = chunk_size
         ctx.mark_non_differentiable(starts)
         return y, state, starts
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor, dh: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-        *tensors, starts = ctx.saved_tensors
+        x, dt, dt_bias, a, b, c, d, h, starts = ctx.saved_tensors
         if is_differentiated():
 
-            def scan(*inputs: torch.Tensor) -> torch.Tensor:
+            def scan(*inputs: Any) -> torch.Tensor:
                 """Both results as one, so that one gradient is of both."""
-                y, state, _ = _plain_scan(*inputs, ctx.chunk_size)
+                operands: Any = (*inputs, ctx.chunk_size)
+                y, state, _ = _plain_scan(*operands)
                 return (y * dy).sum(dtype=state.dtype) + (state * dh).sum()
 
             one = torch.ones((), dtype=starts.dtype, device=starts.device)
-            return *gradients(scan, tensors, ctx.needs_input_grad[:8], one), None
+            return *gradients(scan, (x, dt, dt_bias, a, b, c, d, h), ctx.needs_input_grad[:8], one), None
         backward = _scan_chunks_backward if torch.compiler.is_compiling() else _scan_gradients
-        return *backward(*tensors[:7], starts, dy, dh, ctx.chunk_size), None
+        return *backward(x, dt, dt_bias, a, b, c, d, starts, dy, dh, ctx.chunk_size), None
 
 
 def silu_short_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
