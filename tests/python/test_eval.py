@@ -36,6 +36,12 @@ def texts(seed: int, count: int) -> list[str]:
     return ["".join(rng.choice(WORDS) for _ in range(rng.randrange(5))) for _ in range(count)]
 
 
+@pytest.fixture(scope="module")
+def bundled() -> based.Model:
+    """The model in the package, which has a bos token."""
+    return based.load(dtype="float32")
+
+
 # ---- shared prefixes -------------------------------------------------------------------------------------------------
 
 
@@ -70,18 +76,18 @@ def test_the_states_go_on_alike(model: based.Model) -> None:
 def test_a_document_is_read_once_for_all_its_questions(model: based.Model) -> None:
     """Across batches, too; a last token is read again, for its logits."""
     document = np.arange(1000) % 251
-    prompts = [np.append(document, [i % 7, i]) for i in range(60)]
-    for batch_size in (4, 32, 100):
+    prompts = [np.append(document, [i % 7, i]) for i in range(24)]
+    for batch_size in (4, 32):
         fed = sum(batch.num_fed for batch in prefilled(model, prompts, batch_size))
         assert 1000 <= fed < 1000 + 4 * len(prompts)
     apart = sum(batch.num_fed for batch in prefilled(model, prompts, 32, share=False))
-    assert apart == 60 * 1002
+    assert apart == 24 * 1002
 
 
 def test_short_common_beginnings_are_not_forked(model: based.Model) -> None:
     prompts = [np.array([1, 2, 3, i, *range(50)]) for i in range(5)]
     (batch,) = prefilled(model, prompts, 8)
-    assert 3 * 4 < WORTH and batch.num_fed == 5 * 54
+    assert WORTH > 3 * 4 and batch.num_fed == 5 * 54
 
 
 # ---- the harness' class ----------------------------------------------------------------------------------------------
@@ -104,10 +110,10 @@ def test_loglikelihood_is_score(model: based.Model, pairs_of_texts: list[tuple[s
         assert is_greedy == expected.is_greedy
 
 
-def test_a_greedy_continuation_is_greedy(model: based.Model) -> None:
+def test_a_greedy_continuation_is_greedy(bundled: based.Model) -> None:
     context = "Hello, world"
-    end = model.generate(context, based.SamplingParams(temperature=0, max_tokens=3))[0].outputs[0].text
-    found = BasedLM(model).loglikelihood(instances("loglikelihood", [(context, end), (context, end[::-1] + "#")]))
+    end = bundled.generate(context, based.SamplingParams(temperature=0, max_tokens=3))[0].outputs[0].text
+    found = BasedLM(bundled).loglikelihood(instances("loglikelihood", [(context, end), (context, end[::-1] + "#")]))
     assert [is_greedy for _, is_greedy in found] == [True, False]
 
 
@@ -123,23 +129,23 @@ def test_the_order_and_the_batch_size_do_not_matter(model: based.Model, pairs_of
             assert logprob == pytest.approx(expected[i][0], abs=1e-3) and is_greedy == expected[i][1]
 
 
-def test_no_context_is_the_bos_token(model: based.Model) -> None:
-    bos = model.config.bos_token_id
+def test_no_context_is_the_bos_token(bundled: based.Model) -> None:
+    bos = bundled.config.bos_token_id
     assert bos is not None
-    (found,) = BasedLM(model).loglikelihood(instances("loglikelihood", [("", "abc")]))
-    assert found[0] == pytest.approx(model.score([bos, *b"abc"]).sum(), abs=1e-4)
-    (spaces,) = BasedLM(model).loglikelihood(instances("loglikelihood", [("  ", "abc")]))
-    assert spaces[0] == pytest.approx(model.score([bos, *b"  abc"]).sum(), abs=1e-4)
+    (found,) = BasedLM(bundled).loglikelihood(instances("loglikelihood", [("", "abc")]))
+    assert found[0] == pytest.approx(bundled.score([bos, *b"abc"]).sum(), abs=1e-4)
+    (spaces,) = BasedLM(bundled).loglikelihood(instances("loglikelihood", [("  ", "abc")]))
+    assert spaces[0] == pytest.approx(bundled.score([bos, *b"  abc"]).sum(), abs=1e-4)
 
 
-def test_rolling_is_the_whole_text_or_windows(model: based.Model) -> None:
+def test_rolling_is_the_whole_text_or_windows(bundled: based.Model) -> None:
     text = "constant memory " * 5
-    ids, bos = list(text.encode()), model.config.bos_token_id
-    whole, empty = BasedLM(model).loglikelihood_rolling(instances("loglikelihood_rolling", [(text,), ("",)]))
-    assert whole == pytest.approx(model.score([bos, *ids]).sum(), abs=1e-3) and empty == 0
-    (cut,) = BasedLM(model, max_length=32).loglikelihood_rolling(instances("loglikelihood_rolling", [(text,)]))
+    ids, bos = list(text.encode()), bundled.config.bos_token_id
+    whole, empty = BasedLM(bundled).loglikelihood_rolling(instances("loglikelihood_rolling", [(text,), ("",)]))
+    assert whole == pytest.approx(bundled.score([bos, *ids]).sum(), abs=1e-3) and empty == 0
+    (cut,) = BasedLM(bundled, max_length=32).loglikelihood_rolling(instances("loglikelihood_rolling", [(text,)]))
     # 32, 32 and the 16 that are left, which are given 16 before them, and so are these.
-    parts = [model.score([bos, *ids[:32]]), model.score(ids[31:64]), model.score(ids[47:80])[-16:]]
+    parts = [bundled.score([bos, *ids[:32]]), bundled.score(ids[31:64]), bundled.score(ids[47:80])[-16:]]
     assert cut == pytest.approx(sum(part.sum() for part in parts), abs=1e-3)
 
 
@@ -290,9 +296,7 @@ def test_factbook_scores_what_contains_the_answer(pages: Path, model: based.Mode
         (["pairs"], {"lengths": [100]}, "length is for factbook"),
         (["pairs"], {"twice": True}, "twice is for factbook alone"),
         (["pairs", "pairs"], {}, "named twice"),
-        (["no-such-task"], {}, "there is no task 'no-such-task': expected pairs, factbook"),
         (["ruler_vt"], {"lengths": [4096]}, "its example is at most 500 tokens"),
-        (["niah_single_1"], {"lengths": [128]}, "length is 128: niah_single_1 needs at least"),
         (["ruler_cwe"], {"lengths": [512]}, "length is 512: ruler_cwe needs at least"),
         (["ruler_fwe"], {"lengths": [128]}, "length is 128: ruler_fwe needs at least"),
     ],
