@@ -68,6 +68,8 @@ std::string_view name_of(StateKind kind) {
       return "taylor";
     case StateKind::pending:
       return "pending";
+    case StateKind::context:
+      return "context";
   }
   throw InvalidArgument("found an enumerator outside its type");
 }
@@ -189,13 +191,14 @@ void bind_config(py::module_& m) {
           "kind", [](const StateTensor& t) { return name_of(t.kind); },
           "\"dense\"; \"ring\": one row for each of the last tokens; \"taylor\": packed sums; \"pending\": a row for "
           "each "
-          "token that is not in the sums yet.")
+          "token that is not in the sums yet; \"context\": one row for each token.")
       .def_property_readonly(
           "dtype", [](const StateTensor& t) { return name_of(t.dtype); },
           "\"float32\"; \"model\": the dtype that the model runs in; \"projection\": on a GPU the model's, on the CPU "
           "and "
           "in state files float32.")
-      .def_readonly("shape", &StateTensor::shape, "First extent of a ring: rows of a full one; of pending tokens: 0.");
+      .def_readonly("shape", &StateTensor::shape,
+                    "First extent of a ring: rows of a full one; of pending and context: 0.");
 
   py::list mixers;
   for_each_mixer([&]<class Config>(std::type_identity<Config>) { mixers.append(bind_mixer<Config>(m)); });
@@ -236,6 +239,8 @@ void bind_config(py::module_& m) {
       .def_readonly("eos_token_id", &ModelConfig::eos_token_id)
       .def_readonly("layers", &ModelConfig::layers)
       .def_property_readonly("num_parameters", &ModelConfig::num_parameters)
+      .def_property_readonly("prefix_tokens", &ModelConfig::prefix_tokens,
+                             "Tokens at the beginning of a sequence that are read as a whole; 0 for a causal model.")
       .def(py::self == py::self)
       .def("__hash__", [](const ModelConfig& c) { return py::hash(py::str(c.to_json())); })
       .def(py::pickle([](const ModelConfig& c) { return c.to_json(); },

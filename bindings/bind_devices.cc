@@ -17,6 +17,8 @@ void bind_devices(py::module_& m) {
       .def_readonly("free_nbytes", &DeviceDescription::free_nbytes)
       .def_readonly("problem", &DeviceDescription::problem, "Why it cannot be used; empty when it can.");
   m.def("devices", &devices, NoGil(), "The CPU, then every GPU of this machine.");
+  m.def("available_memory", &available_memory, NoGil(),
+        "Bytes of the machine's memory that this process may still take.");
   m.def("cuda_problem", &cuda_problem, NoGil(), "Why no GPU can be used; empty when one can.");
   m.def(
       "synchronize", [](const std::string& device) { synchronize(Device::parse(device)); }, py::arg("device"), NoGil(),

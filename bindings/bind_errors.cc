@@ -105,7 +105,7 @@ void bind_errors(py::module_& m) {
     return types;
   });
   py::register_local_exception_translator(&translate);
-  is_main_thread();  // imports what it needs
+  find_main_thread();
 }
 
 namespace {

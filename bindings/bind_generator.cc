@@ -50,9 +50,9 @@ class SharedGenerator {
     const ReleaseGil nogil;
     return guarded([&] { return generator_.next(interrupt, last_interrupt); });
   }
-  void finish(int request, int sample, bool unread) {
+  void finish(int request, int sample, std::int64_t num_read) {
     const ReleaseGil nogil;
-    guarded([&] { generator_.finish(request, sample, unread); });
+    guarded([&] { generator_.finish(request, sample, num_read); });
   }
   int add(GenerationRequest request) {
     const ReleaseGil nogil;
@@ -143,9 +143,9 @@ void bind_generator(py::module_& m) {
       .def("done", &SharedGenerator::done)
       .def("next", &SharedGenerator::next, "Advances every running sequence by one token. Empty only when done().")
       .def(
-          "finish", &SharedGenerator::finish, py::arg("request"), py::arg("sample"), py::arg("unread") = false,
-          "Ends a sample early. No effect on one that has ended. unread: what the last next() gave of it was not read, "
-          "so that a session must not see it.")
+          "finish", &SharedGenerator::finish, py::arg("request"), py::arg("sample"), py::arg("num_read") = Generator::kAllTokens,
+          "Ends a sample early. No effect on one that has ended. num_read: of its tokens, that the caller has read: a "
+          "session does not see the others.")
       .def(
           "add",
           [](SharedGenerator& self, const TokenIds& ids, const TextSamplingParams& params) {

@@ -19,8 +19,10 @@ namespace based::python {
 namespace {
 
 LoadOptions load_options(const std::string& device, const std::optional<std::string>& dtype,
-                         const Arg<std::optional<int>>& num_threads, const Arg<bool>& deterministic) {
+                         const Arg<std::optional<int>>& num_threads, const Arg<bool>& deterministic,
+                         const Arg<std::optional<std::int64_t>>& max_context) {
   LoadOptions options;
+  options.max_context = max_context.get("max_context");
   options.deterministic = deterministic.get("deterministic");
   options.device = Device::parse(device);
   if (dtype) options.dtype = parse_dtype(*dtype);
@@ -75,39 +77,48 @@ py::dict trace(const Model& model, const TokenIds& ids) {
 
 void bind_model(py::module_& m) {
   m.attr("MAX_TOKEN_IDS") = kMaxTokenIds;
+  m.attr("MAX_CONTEXT") = limits::kSize;
   py::class_<Model, std::shared_ptr<Model>>(m, "Model", "Immutable weights on one device. Any number of threads.")
       .def_static(
           "load",
           [](const std::filesystem::path& directory, const std::string& device, const std::optional<std::string>& dtype,
-             const Arg<std::optional<int>>& num_threads, const Arg<bool>& deterministic) {
-            const LoadOptions options = load_options(device, dtype, num_threads, deterministic);
+             const Arg<std::optional<int>>& num_threads, const Arg<bool>& deterministic,
+             const Arg<std::optional<std::int64_t>>& max_context) {
+            const LoadOptions options = load_options(device, dtype, num_threads, deterministic, max_context);
             const ReleaseGil nogil;
             return mutable_holder(Model::load(directory, options));
           },
           py::arg("directory"), py::kw_only(), py::arg("device") = Device{}.str(), py::arg("dtype") = py::none(),
-          py::arg("num_threads") = py::none(), py::arg("deterministic") = false,
+          py::arg("num_threads") = py::none(), py::arg("deterministic") = false, py::arg("max_context") = py::none(),
           "Reads config.json and model.safetensors (or its shards). Raises OSError, FormatError, UnsupportedError, "
           "ValueError.")
       .def_static(
           "random",
           [](const ModelConfig& config, const Arg<std::uint64_t>& seed, const std::string& device,
              const std::optional<std::string>& dtype, const Arg<std::optional<int>>& num_threads,
-             const Arg<bool>& deterministic) {
-            const LoadOptions options = load_options(device, dtype, num_threads, deterministic);
+             const Arg<bool>& deterministic, const Arg<std::optional<std::int64_t>>& max_context) {
+            const LoadOptions options = load_options(device, dtype, num_threads, deterministic, max_context);
             const std::uint64_t number = seed.get("seed");
             const ReleaseGil nogil;
             return mutable_holder(Model::random(config, number, options));
           },
           py::arg("config"), py::arg("seed") = 0, py::kw_only(), py::arg("device") = Device{}.str(),
           py::arg("dtype") = py::none(), py::arg("num_threads") = py::none(), py::arg("deterministic") = false,
-          "Seeded random weights of this shape.")
+          py::arg("max_context") = py::none(), "Seeded random weights of this shape.")
       .def_property_readonly("config", &Model::config, py::return_value_policy::copy)
       .def_property_readonly("device", [](const Model& model) { return model.device().str(); })
       .def_property_readonly("dtype", [](const Model& model) { return name_of(model.dtype()); })
       .def_property_readonly("num_threads", &Model::num_threads)
       .def_property_readonly("num_parameters", &Model::num_parameters)
       .def_property_readonly("weight_nbytes", &Model::weight_nbytes)
-      .def_property_readonly("state_nbytes", &Model::state_nbytes)
+      .def_property_readonly("state_nbytes", py::overload_cast<>(&Model::state_nbytes, py::const_))
+      .def(
+          "state_nbytes_at",
+          [](const Model& model, const Arg<std::int64_t>& num_tokens) {
+            return model.state_nbytes(num_tokens.get("num_tokens"));
+          },
+          py::arg("num_tokens"))
+      .def_property_readonly("max_context", &Model::max_context)
       .def_property_readonly(
           "memory",
           [](const Model& model) {

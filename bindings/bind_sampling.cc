@@ -1,8 +1,13 @@
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <limits>
 #include <map>
+#include <string>
+#include <string_view>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "arguments.h"
 #include "bindings.h"
@@ -29,6 +34,33 @@ void field(py::class_<Params>& cls, const char* name, T Owner::* member, const c
   const auto set = [member, name](Params& params, const Arg<T>& value) { params.*member = value.get(name); };
   cls.def_property(name, get, set, doc);
   field_names.push_back(name);
+}
+
+// Names of the same thing in other libraries.
+constexpr std::pair<std::string_view, std::string_view> kOtherNames[] = {
+    {"max_new_tokens", "max_tokens"}, {"num_return_sequences", "n"},      {"stop_sequences", "stop"},
+    {"stop_strings", "stop"},         {"eos_token_id", "stop_token_ids"}, {"repeat_penalty", "repetition_penalty"}};
+
+// Throws what says which field was meant, when the constructor is called as it cannot be.
+void check_call(const py::args& args, const py::kwargs& kwargs) {
+  if (!args.empty())
+    throw py::type_error("SamplingParams takes its fields by name: expected SamplingParams(max_tokens=5), not (5)");
+  for (const auto& [key, value] : kwargs) {
+    const auto name = key.cast<std::string>();
+    if (std::ranges::count(field_names, name) > 0) continue;
+    std::string message = "SamplingParams has no field " + name;
+    const auto other = std::ranges::find(kOtherNames, name, &std::pair<std::string_view, std::string_view>::first);
+    const auto close = py::module_::import("difflib").attr("get_close_matches")(key, field_names, 1);
+    if (other != std::end(kOtherNames))
+      message += ": here it is " + std::string(other->second);
+    else if (py::len(close) > 0)
+      message += ": did you mean " + py::list(close)[0].cast<std::string>() + "?";
+    else if (name == "do_sample")
+      message += ": temperature=0 chooses the likeliest token, any other temperature samples";
+    message += (message.back() == '?' ? " The fields are " : ". The fields are ");
+    for (const char* field : field_names) message += (field == field_names.front() ? "" : ", ") + std::string(field);
+    throw py::type_error(message);
+  }
 }
 
 py::dict fields(const py::object& params) {
@@ -114,6 +146,20 @@ of a wrong type and ValueError for one outside its domain. Lists and dicts are c
         "Cut the text after what stopped it instead.");
   field(cls, "skip_special_tokens", &Params::skip_special_tokens,
         "Leave special tokens out of the text; stop strings may hold them either way.");
+
+  // Before the constructor, whose own answer to a wrong name is a page of types.
+  const py::object construct = cls.attr("__init__");
+  const auto doc = construct.attr("__doc__").cast<std::string>();
+  {
+    py::options as_it_is;
+    as_it_is.disable_function_signatures();
+    cls.attr("__init__") = py::cpp_function(
+        [construct](const py::object& self, const py::args& args, const py::kwargs& kwargs) {
+          check_call(args, kwargs);
+          construct(self, **kwargs);
+        },
+        py::name("__init__"), py::is_method(cls), doc.c_str());
+  }
 
   cls.def("__eq__", [](const py::object& self, const py::object& other) -> py::object {
     if (!py::isinstance<Params>(other)) return py::reinterpret_borrow<py::object>(Py_NotImplemented);

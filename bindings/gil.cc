@@ -1,7 +1,10 @@
 #include "gil.h"
 
-#include <pybind11/gil_safe_call_once.h>
+#include <pthread.h>
 #include <unistd.h>
+
+#include <atomic>
+#include <new>
 
 #if defined(__GLIBCXX__)
 #include <cxxabi.h>
@@ -12,6 +15,8 @@ namespace based::python {
 namespace py = pybind11;
 
 namespace {
+
+std::atomic<unsigned long> main_thread{0};
 
 // What f returns; where f ends the thread instead, the thread waits for ever. It must not be unwound: destructors on
 // the way would take the GIL again, or drop references without it.
@@ -36,12 +41,12 @@ void retake_gil(PyThreadState* thread) {
 
 AcquireGil::AcquireGil() : state_(or_wait_for_the_end([] { return PyGILState_Ensure(); })) {}
 
-bool is_main_thread() {
-  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> main_thread;  // forks may change who it is
-  const py::object& get =
-      main_thread.call_once_and_store_result([] { return py::module_::import("threading").attr("main_thread"); })
-          .get_stored();
-  return get().attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
+void find_main_thread() {
+  main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
+  // The thread that forks is the child's only one.
+  if (pthread_atfork(nullptr, nullptr, [] { main_thread = PyThread_get_thread_ident(); }) != 0) throw std::bad_alloc();
 }
+
+bool is_main_thread() { return main_thread == PyThread_get_thread_ident(); }
 
 }  // namespace based::python

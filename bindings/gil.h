@@ -35,7 +35,10 @@ class AcquireGil {
   PyGILState_STATE state_;
 };
 
-/// Whether Python runs signal handlers in this thread. With the GIL held.
+/// Learns which thread is Python's main one. Once, when the module is imported.
+void find_main_thread();
+
+/// Whether Python runs signal handlers in this thread. It runs no Python code itself, so no handler runs in it.
 bool is_main_thread();
 
 }  // namespace based::python

@@ -33,6 +33,11 @@ LinearAttentionConfig config_of(const TaylorState& state) {
 
 backend::StateDTypes dtypes_of(DType model) { return {model, model}; }
 
+// The device refuses the mixers that keep these.
+[[noreturn]] void refuse(const ContextState&) {
+  throw UnsupportedError("a GPU has no place for the keys and values of all tokens: run the model on the CPU");
+}
+
 // A Taylor part of a slot, on the host.
 struct TaylorSlot {
   float *s, *z;  // (H · num_features, head_dim), (H · num_features)
@@ -82,6 +87,7 @@ struct SizeOf {
     nbytes_of({state.num_heads, kPendingTokens, state.feature_dim + state.head_dim}, dtypes.model);
     return linear_attention_state_bytes(config_of(state)) + PendingLayout(config_of(state), dtypes.model).nbytes;
   }
+  std::size_t operator()(const ContextState& state) const { refuse(state); }
 };
 
 // Writes a part's saved tensors.
@@ -125,6 +131,8 @@ struct Save {
     save_pending("pending_keys", part.keys, state.feature_dim);
     save_pending("pending_values", part.values, state.head_dim);
   }
+
+  void operator()(const ContextState& state) const { refuse(state); }
 };
 
 // Its inverse, into zeros.
@@ -174,6 +182,8 @@ struct Restore {
       saved += state.head_dim + 1;
     }
   }
+
+  void operator()(const ContextState& state) const { refuse(state); }
 };
 
 }  // namespace

@@ -99,6 +99,13 @@ struct RaggedBatch {
 
   std::int64_t num_tokens() const { return offsets.empty() ? 0 : offsets.back(); }
   std::int64_t num_sequences() const { return static_cast<std::int64_t>(slots.size()); }
+
+  /// Whether a sequence of the batch has seen nothing before it.
+  bool begins_a_sequence() const {
+    for (std::size_t b = 0; b < slots.size(); ++b)
+      if (slots[b] >= 0 && positions[b] == 0) return true;
+    return false;
+  }
 };
 
 /// What a linear layer is made of: y = act(x Wᵀ + b), W the given (rows_i, K) matrices stacked.
@@ -124,7 +131,7 @@ class StatePool : public Identified {
  public:
   virtual ~StatePool() = default;
   virtual int capacity() const = 0;
-  virtual std::size_t nbytes_per_slot() const = 0;  // of a sequence that fills every part
+  virtual std::size_t nbytes_per_slot() const = 0;  // of a sequence that fills every part, without ContextState
 };
 
 /// A tensor of a state's saved form.
@@ -224,6 +231,9 @@ class Backend {
   /// Gives back the memory that is only kept to be used again (scratch, recorded steps). Does not throw.
   virtual void trim() noexcept = 0;
 
+  /// Bytes that states may still take, as far as the device knows; the greatest number where it does not. Any thread.
+  virtual std::size_t available_nbytes() const { return std::numeric_limits<std::size_t>::max(); }
+
   // ---- steps -------------------------------------------------------------------------------------------------
 
   /// Takes the scratch memory of a step of num_sequences sequences of this model, one token each: its operations take
@@ -306,6 +316,13 @@ class Backend {
     unsupported(config, batch, qkv, states, layer, out);
   }
 
+  /// Rotary on q and k at their positions, then softmax attention over all keys so far, those before the call from the
+  /// state, which it advances. Operands as of sliding_window.
+  virtual void full_attention(const FullAttentionConfig& config, const RaggedBatch& batch, const Matrix& qkv,
+                              StatePool& states, int layer, const Matrix& out) {
+    unsupported(config, batch, qkv, states, layer, out);
+  }
+
   /// x = SiLU(conv(u) + bias), xz = [u|z] (N, 2e) projection, taps (e, K) and bias (e; null for none) float32: the
   /// convolution of gated_conv, which keeps what came before the batch in the first part of the state.
   /// x (N, e) projection.
@@ -321,6 +338,15 @@ class Backend {
     unsupported(config, operands, batch, states, layer, out);
   }
 
+  /// The same with a prefix (PrefixLinearAttentionConfig's equation). qkv and out as above; encoder (N, H·f |
+  /// H·head_dim) projection: the prefix's keys and values, read where the batch begins a sequence, of its first
+  /// enc_length tokens or of as many as the batch has.
+  virtual void prefix_linear_attention(const PrefixLinearAttentionConfig& config, const RaggedBatch& batch,
+                                       const Matrix& qkv, const Matrix& encoder, StatePool& states, int layer,
+                                       const Matrix& out) {
+    unsupported(config, batch, qkv, encoder, states, layer, out);
+  }
+
   /// GatedDeltaNetConfig's equation up to W_out, after the state, which it advances. u (N, channels | H for b | H for a
   /// | H·head_dim for g) projection, a and g where the config has them; out (N, H·head_dim) activation.
   virtual void gated_delta_net(const GatedDeltaNetConfig& config, const DeltaOperands& operands,
@@ -332,7 +358,7 @@ class Backend {
   // ---- states ------------------------------------------------------------------------------------------------
 
   /// Bytes that a slot of such a pool takes when its sequence has seen num_tokens tokens: a long part takes memory when
-  /// it is used. Any thread.
+  /// it is used. kAnyNumber: of a sequence that fills every part; a ContextState has no end. Any thread.
   virtual std::size_t state_nbytes(const ModelConfig& config, DType dtype,
                                    std::int64_t num_tokens = kAnyNumber) const = 0;
   static constexpr std::int64_t kAnyNumber = std::numeric_limits<std::int64_t>::max();
@@ -342,7 +368,7 @@ class Backend {
 
   /// Takes the memory that the slots of sequences of so many tokens need; those of a longer one keep theirs. Comes
   /// before the batch that makes them so long. Throws OutOfMemory, and then every state is as before. Does nothing
-  /// where the system hands out memory at its first use.
+  /// where states have all their memory from the start.
   virtual void reserve_states(StatePool&, std::span<const std::int32_t> /*slots*/,
                               std::span<const std::int64_t> /*num_tokens*/) {}
 
@@ -380,9 +406,11 @@ struct Implements {
   bool operator()(const GatedConvConfig&) const { return declares(&Device::gated_conv); }
   bool operator()(const LinearAttentionConfig&) const { return declares(&Device::linear_attention); }
   bool operator()(const SlidingWindowConfig&) const { return declares(&Device::sliding_window); }
+  bool operator()(const FullAttentionConfig&) const { return declares(&Device::full_attention); }
   bool operator()(const SelectiveScanConfig&) const {
     return declares(&Device::scan_conv) && declares(&Device::selective_scan);
   }
+  bool operator()(const PrefixLinearAttentionConfig&) const { return declares(&Device::prefix_linear_attention); }
   bool operator()(const GatedDeltaNetConfig&) const { return declares(&Device::gated_delta_net); }
 
  private:

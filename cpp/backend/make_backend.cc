@@ -4,6 +4,7 @@
 
 #include "backend/backend.h"
 #include "backend/cpu/cpu_backend.h"
+#include "backend/cpu/cpu_memory.h"
 #include "backend/cuda.h"
 #include "based/device.h"
 #include "based/error.h"
@@ -15,6 +16,8 @@ std::vector<DeviceDescription> devices() {
   for (auto& device : cuda::cuda_devices()) all.push_back(std::move(device));
   return all;
 }
+
+std::size_t available_memory() { return cpu::available_memory(); }
 
 std::string cuda_problem() { return cuda::cuda_problem(); }
 

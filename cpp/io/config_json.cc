@@ -223,6 +223,18 @@ std::vector<StatePart> mixer_state(const MixerConfig& mixer) {
   return std::visit([](const auto& config) { return config.state(); }, mixer);
 }
 
+std::int64_t ModelConfig::prefix_tokens() const {
+  std::int64_t most = 0;
+  for (const MixerConfig& layer : layers) {
+    std::visit(
+        [&](const auto& mixer) {
+          if constexpr (requires { mixer.prefix_tokens(); }) most = std::max(most, mixer.prefix_tokens());
+        },
+        layer);
+  }
+  return most;
+}
+
 std::vector<StateTensor> state_tensors(const std::vector<StatePart>& parts) {
   std::vector<StateTensor> all;
   for (const StatePart& part : parts) {

@@ -37,7 +37,9 @@ Tensor add_traced(backend::Backend& backend, const backend::Matrix& r, Add&& add
 }  // namespace
 
 Transformer::Transformer(const ModelConfig& config, WeightLoader& loader)
-    : config_(config), activation_dtype_(loader.backend.activation_dtype(loader.dtype)) {
+    : config_(config),
+      prefix_tokens_(config.prefix_tokens()),
+      activation_dtype_(loader.backend.activation_dtype(loader.dtype)) {
   for (std::size_t i = 0; i < config.layers.size(); ++i)
     if (!loader.backend.supports(config.layers[i]))
       loader.backend.throw_unsupported("layers[" + std::to_string(i) + "]: ", mixer_name(config.layers[i]));
@@ -71,6 +73,12 @@ Transformer::Norm Transformer::load_norm(WeightLoader& loader, const std::string
   norm.weight = loader.vector(name + ".weight", {config_.hidden_size});
   if (config_.norm == NormKind::layer_norm) norm.bias = loader.vector(name + ".bias", {config_.hidden_size});
   return norm;
+}
+
+std::int64_t Transformer::piece_tokens(const backend::Backend& backend, bool begins_a_sequence) const {
+  const std::int64_t chunk = backend.chunk_tokens();
+  if (!begins_a_sequence || prefix_tokens_ <= chunk) return chunk;
+  return (prefix_tokens_ + chunk - 1) / chunk * chunk;
 }
 
 void Transformer::reserve(backend::Backend& backend, Workspace& workspace, std::int64_t num_tokens) const {

@@ -29,10 +29,15 @@ class Transformer {
   Transformer(const ModelConfig& config, WeightLoader& loader);
 
   const ModelConfig& config() const { return config_; }
+  std::int64_t prefix_tokens() const { return prefix_tokens_; }  // ModelConfig::prefix_tokens()
   std::size_t nbytes() const { return nbytes_; }
 
   /// Throws std::bad_alloc, and then nothing has changed.
   void reserve(backend::Backend& backend, Workspace& workspace, std::int64_t num_tokens) const;
+
+  /// Most tokens to advance in one call, of a prompt: the device's chunk, or the whole prefix of a sequence that has
+  /// seen nothing (a multiple of the chunk, so that what follows is cut where it would be without a prefix).
+  std::int64_t piece_tokens(const backend::Backend& backend, bool begins_a_sequence) const;
 
   /// Advances the batch's states (the batch is begun); returns the residual stream (N, d) after the last layer, in the
   /// workspace. A throwing `interrupt` (called before each layer) leaves the states half advanced: the caller restores
@@ -67,6 +72,7 @@ class Transformer {
             const backend::Matrix& out) const;
 
   ModelConfig config_;
+  std::int64_t prefix_tokens_;
   DType activation_dtype_;
   std::shared_ptr<const backend::LinearWeight> embedding_;
   std::shared_ptr<const backend::LinearWeight> head_;  // the same object when tied

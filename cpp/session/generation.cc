@@ -29,7 +29,7 @@ class Generator::Impl {
 
   bool done() const { return waiting_.empty() && active_.empty() && ready_.empty() && given_.empty() && !failure_; }
   std::vector<TokenEvent> next(const InterruptCheck& interrupt, const InterruptCheck& last_interrupt);
-  void finish(int request, int sample, bool unread);
+  void finish(int request, int sample, std::int64_t num_read);
   int add(GenerationRequest request);
 
  private:
@@ -52,6 +52,7 @@ class Generator::Impl {
     std::int32_t slot;  // of the session, and row of the sampler
     std::uint64_t serial;
     std::int64_t num_prompt_tokens = 0;  // of the session's sequence, before token 1
+    std::int64_t most = 0;               // tokens that it may have: max_tokens, or as many as have room
     std::int64_t sampled = 1;
     std::int64_t taken = 0;
     bool finished = false;
@@ -68,6 +69,8 @@ class Generator::Impl {
   bool can_admit() const { return !waiting_.empty() && waiting_.front().samples.size() <= free_slots_.size(); }
   void check_prompt(int slot) const;
   void admit(const InterruptCheck& interrupt);
+  std::int64_t room_behind(std::int32_t slot) const;
+  std::string out_of_room() const;
   bool begin_sample(const Group& group, int sample, std::int32_t prefilled_slot, std::int32_t slot);
   void sample_first(const Tensor& logits);
   bool wants_step(const Sequence& sequence) const;
@@ -129,8 +132,9 @@ Generator::Impl::Impl(std::unique_ptr<Session::Impl> owned, Session* session, st
 void Generator::Impl::enter(GenerationRequest request) {
   const std::int64_t vocab_size = session_.config().vocab_size;
   const SamplingParams& params = request.params;
-  if (owned_ || !request.prompt.empty())
-    check_tokens(request.prompt, vocab_size, "generate: prompt " + std::to_string(num_requests()));
+  const std::string name = "generate: prompt " + std::to_string(num_requests());
+  if (owned_ || !request.prompt.empty()) check_tokens(request.prompt, vocab_size, name);
+  if (owned_) session_.model->impl().check_context(0, static_cast<std::int64_t>(request.prompt.size()), name);
   params.validate(vocab_size);
   Entry entry;
   entry.seed = params.seed.value_or(fresh_seed());
@@ -162,7 +166,13 @@ int Generator::Impl::add(GenerationRequest request) {
 // An empty prompt goes on from what the sequence has seen.
 void Generator::Impl::check_prompt(int slot) const {
   const bool exists = slot < session_.batch_size();
-  if (exists) session_.check_whole(slot);
+  if (exists) {
+    session_.check_whole(slot);
+    session_.model->impl().check_context(session_.num_tokens(slot),
+                                         static_cast<std::int64_t>(request(slot).prompt.size()),
+                                         "generate: prompt " + std::to_string(slot));
+  }
+  if (exists && !request(slot).prompt.empty()) session_.check_prefix(slot, "generate: prompt " + std::to_string(slot));
   if (!request(slot).prompt.empty() || (exists && session_.has_last_logits(slot))) return;
   const std::string what = "generate: prompt " + std::to_string(slot) + " is empty, and its sequence has ";
   if (!exists || session_.num_tokens(slot) == 0)
@@ -216,8 +226,10 @@ void Generator::Impl::admit(const InterruptCheck& interrupt) {
 // Puts the state after a sample's prompt into its slot, and its params into that row of the sampler. False: it cannot
 // go on, and has ended.
 bool Generator::Impl::begin_sample(const Group& group, int sample, std::int32_t prefilled_slot, std::int32_t slot) {
+  const std::int64_t most = room_behind(prefilled_slot);
   try {
     const Entry& of = entry(group.request);
+    if (most < 1) throw InvalidArgument(out_of_room());
     session_.copy(prefilled_slot, slot);
     std::span<const std::int32_t> prompt;
     if (owned_) prompt = of.request.prompt;  // a caller's session has counted it
@@ -228,8 +240,22 @@ bool Generator::Impl::begin_sample(const Group& group, int sample, std::int32_t 
     --entry(group.request).num_running;
     return false;
   }
-  active_.push_back({group.request, sample, slot, ++last_serial_, session_.num_tokens(slot)});
+  active_.push_back({group.request, sample, slot, ++last_serial_, session_.num_tokens(slot),
+                     std::min(most, request(group.request).params.max_tokens)});
   return true;
+}
+
+// Tokens that may be chosen behind what a slot has seen. A caller's session is fed them all, another one all but the
+// last.
+std::int64_t Generator::Impl::room_behind(std::int32_t slot) const {
+  const auto& max_context = session_.model->impl().max_context;
+  if (!max_context) return SamplingParams::kNoLimit;
+  return *max_context - session_.num_tokens(slot) + (owned_ ? 1 : 0);
+}
+
+std::string Generator::Impl::out_of_room() const {
+  return "the sequence has reached the model's max_context, " + std::to_string(*session_.model->impl().max_context) +
+         " tokens: load it with a greater one";
 }
 
 // Samples the first tokens of the sequences that were just admitted, the last ones of active_.
@@ -252,7 +278,7 @@ void Generator::Impl::sample_first(const Tensor& logits) {
 
 // A session of the generator's own need not see last tokens; a caller's is to see every token that was taken.
 bool Generator::Impl::wants_step(const Sequence& s) const {
-  const std::int64_t last = s.finished ? s.taken : request(s.request).params.max_tokens;
+  const std::int64_t last = s.finished ? s.taken : s.most;
   return owned_ ? !s.finished && s.sampled < last : s.sampled <= last;
 }
 
@@ -266,7 +292,7 @@ bool Generator::Impl::launch() {
     step.push_back(sequence.serial);
   }
   if (slots.empty()) return false;
-  session_.reserve_step(slots.size());  // may fail, and then nothing has changed
+  session_.reserve_step(slots);  // may fail, and then nothing has changed
   broken_ = true;
   session_.step(slots, *sampler_);
   broken_ = false;
@@ -325,11 +351,16 @@ void Generator::Impl::take_token(Sequence& sequence, backend::SampledToken& chos
   if (std::ranges::count(entry(sequence.request).stop_ids, event.token) > 0) {
     event.finish = FinishReason::stop;
     event.stop_token = event.token;
-  } else if (sequence.taken >= params.max_tokens) {
+  } else if (sequence.taken >= params.max_tokens ||
+             (sequence.taken >= sequence.most && params.max_tokens == SamplingParams::kNoLimit)) {
     event.finish = FinishReason::length;
   }
   sequence.finished = event.finish != FinishReason::none;
   ready_.push_back(std::move(event));
+  if (!sequence.finished && sequence.taken >= sequence.most) {
+    sequence.finished = true;
+    fail(sequence.request, sequence.sample, out_of_room());
+  }
   if (sequence.finished) --entry(sequence.request).num_running;
 }
 
@@ -399,7 +430,7 @@ void Generator::Impl::advance(const InterruptCheck& interrupt) {
   settle();
 }
 
-void Generator::Impl::finish(int request_index, int sample_index, bool unread) {
+void Generator::Impl::finish(int request_index, int sample_index, std::int64_t num_read) {
   if (request_index >= 0 && request_index < num_dropped_) return;
   if (request_index < 0 || request_index >= num_requests() || sample_index < 0 ||
       sample_index >= request(request_index).params.n)
@@ -410,7 +441,11 @@ void Generator::Impl::finish(int request_index, int sample_index, bool unread) {
   auto num_unread = std::erase_if(ready_, [&](const TokenEvent& event) {
     return event.request == request_index && event.sample == sample_index && event.finish != FinishReason::error;
   });
-  if (unread) num_unread += std::erase_if(given_, [&](const Given& given) { return given.request == request_index; });
+  for (const Sequence& sequence : active_) {
+    if (sequence.request != request_index || sequence.sample != sample_index) continue;
+    if (num_read < sequence.taken - static_cast<std::int64_t>(num_unread))
+      num_unread += std::erase_if(given_, [&](const Given& given) { return given.request == request_index; });
+  }
   count_given();
   int ended = 0;
   for (Sequence& sequence : active_) {
@@ -445,6 +480,6 @@ std::vector<TokenEvent> Generator::next(const InterruptCheck& interrupt, const I
   return impl_->next(interrupt, last_interrupt);
 }
 int Generator::add(GenerationRequest request) { return impl_->add(std::move(request)); }
-void Generator::finish(int request, int sample, bool unread) { impl_->finish(request, sample, unread); }
+void Generator::finish(int request, int sample, std::int64_t num_read) { impl_->finish(request, sample, num_read); }
 
 }  // namespace based

@@ -130,10 +130,29 @@ void Session::Impl::check_whole(int slot) const {
               ". Its state is neither the old nor the new one: reset it, roll it back or load a state");
 }
 
+void Session::Impl::check_prefix(int slot, const std::string& what) const {
+  const std::int64_t prefix = transformer().prefix_tokens(), seen = num_tokens(slot);
+  if (seen == 0 || seen >= prefix) return;
+  throw InvalidArgument(
+      what + ": sequence " + std::to_string(slot) + " has seen " + std::to_string(seen) +
+      " tokens, and this model reads the first " + std::to_string(prefix) +
+      " tokens of a sequence as a whole: expected a prompt for a sequence that has seen nothing, or " +
+      std::to_string(prefix) +
+      " tokens or more. Reset the sequence and give the whole text as one prompt, or feed single "
+      "tokens with step()");
+}
+
 std::size_t Session::Impl::state_nbytes() const {
   std::size_t total = 0;
   for (int slot = 0; slot < batch_size(); ++slot) total += model->impl().state_nbytes_of(num_tokens(slot));
   return total;
+}
+
+void Session::Impl::check_context(std::span<const std::int32_t> slots, std::span<const std::int64_t> more,
+                                  const char* what) const {
+  for (std::size_t i = 0; i < slots.size(); ++i)
+    model->impl().check_context(num_tokens(slots[i]), more[i],
+                                std::string(what) + ": sequence " + std::to_string(slots[i]));
 }
 
 // Memory for `more` tokens of each of these sequences.
@@ -181,17 +200,22 @@ void Session::Impl::undo(std::span<const std::int32_t> slots,
 }
 
 template <typename F>
-void Session::Impl::interruptible(std::span<const std::int32_t> slots, const InterruptCheck& last_interrupt, F&& f) {
+void Session::Impl::interruptible(std::span<const std::int32_t> slots, const InterruptCheck& last_interrupt, F&& f,
+                                  bool appends) {
   undo_.clear();
-  if (!last_interrupt || slots.size() * states_->nbytes_per_slot() > kMostUndone) return f();
-  if (!spare_ || static_cast<std::size_t>(spare_->capacity()) < slots.size())
+  const bool copies = !(appends && model->impl().only_appends);
+  std::size_t nbytes = slots.size() * states_->nbytes_per_slot();
+  for (const std::int32_t slot : slots)
+    nbytes += static_cast<std::size_t>(num_tokens(slot)) * model->impl().context_nbytes;
+  if (!last_interrupt || (copies && nbytes > kMostUndone)) return f();
+  if (copies && (!spare_ || static_cast<std::size_t>(spare_->capacity()) < slots.size()))
     spare_ = backend().make_states(config(), model->dtype(), static_cast<int>(slots.size()));
   std::vector<Undo> before;
   for (const std::int32_t slot : slots) {
-    before.push_back({slot, at(slot).progress(), at(slot).snapshot.lock(), at(slot).broken});
+    before.push_back({slot, at(slot).progress(), at(slot).snapshot.lock(), at(slot).broken, copies});
     LastHidden& last = before.back().progress.last;
     if (last.rows.data && last.rows.data == step_output_.hidden.data) last = own_copy(last);
-    backend().copy_state(*states_, slot, *spare_, static_cast<int>(before.size()) - 1, num_tokens(slot));
+    if (copies) backend().copy_state(*states_, slot, *spare_, static_cast<int>(before.size()) - 1, num_tokens(slot));
   }
   f();
   undo_ = std::move(before);
@@ -208,6 +232,7 @@ void Session::Impl::undo_last() {
   for (const Undo& undo : undo_) slots.push_back(undo.slot);
   change(slots, "undoing an interrupted call failed", [&] {
     for (std::size_t i = 0; i < undo_.size(); ++i) {
+      if (!undo_[i].copied) continue;
       const std::int64_t count = undo_[i].progress.num_tokens;
       if (count > 0)
         backend().copy_state(*spare_, static_cast<int>(i), *states_, slots[i], count);
@@ -233,18 +258,20 @@ std::size_t Session::Impl::hidden_nbytes() const {
 
 Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts, std::span<const std::int32_t> slots,
                               const InterruptCheck& interrupt, const InterruptCheck& last_interrupt) {
-  undo_.clear();
   const auto count = static_cast<std::int64_t>(prompts.size());
-  const backend::Buffer last = backend().allocate(prompts.size() * hidden_nbytes(), backend::MemoryKind::workspace);
-  const backend::Matrix last_x{last.data.get(), transformer().activation_dtype(), count, config().hidden_size};
-  const Tensor logits = transformer().new_logits(backend(), count);
   std::size_t most = 0;
   std::vector<std::int64_t> lengths;
   for (const auto& prompt : prompts) {
     most += prompt.size();
     lengths.push_back(static_cast<std::int64_t>(prompt.size()));
   }
-  transformer().reserve(backend(), workspace(), std::min(static_cast<std::int64_t>(most), backend().chunk_tokens()));
+  check_context(slots, lengths, "prefill");
+  undo_.clear();
+  const backend::Buffer last = backend().allocate(prompts.size() * hidden_nbytes(), backend::MemoryKind::workspace);
+  const backend::Matrix last_x{last.data.get(), transformer().activation_dtype(), count, config().hidden_size};
+  const Tensor logits = transformer().new_logits(backend(), count);
+  transformer().reserve(backend(), workspace(),
+                        std::min(static_cast<std::int64_t>(most), transformer().piece_tokens(backend(), true)));
   reserve_states(slots, lengths);
   std::vector<SeenTokens> seen;
   if (keeps_seen_) {
@@ -254,20 +281,22 @@ Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts
     }
   }
 
-  // A fresh sequence is put back by making it fresh again: only the others are copied.
+  // A fresh sequence is put back by making it fresh again: only the others are copied. A state that only grows is as it
+  // was while the number of its tokens is.
+  const bool only_appends = model->impl().only_appends;
   std::vector<std::int32_t> used(slots.begin(), slots.end());
-  std::erase_if(used, [&](std::int32_t slot) { return num_tokens(slot) == 0; });
+  std::erase_if(used, [&](std::int32_t slot) { return num_tokens(slot) == 0 || only_appends; });
   const auto copies = snapshots(used);
   std::vector<std::shared_ptr<const State>> before;
   for (auto copy = copies.begin(); const std::int32_t slot : slots)
-    before.push_back(num_tokens(slot) > 0 ? *copy++ : nullptr);
+    before.push_back(num_tokens(slot) > 0 && !only_appends ? *copy++ : nullptr);
   try {
     feed(prompts, slots, last_x, interrupt);
     transformer().logits(backend(), last_x, {logits.data(), DType::float32, count, config().padded_vocab_size});
     backend().synchronize();
     if (last_interrupt) last_interrupt();
   } catch (...) {
-    undo(slots, before);
+    if (!only_appends) undo(slots, before);
     throw;
   }
   for (std::size_t i = 0; i < prompts.size(); ++i) {
@@ -280,8 +309,9 @@ Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts
   return logits;
 }
 
-// A batch holds up to `chunk` tokens, at most one piece of each prompt. Pieces end at multiples of `chunk` of their own
-// prompt, so how a prompt is cut does not depend on its neighbours. last_x[i]: the final norm at prompt i's last token.
+// A batch holds up to `chunk` tokens, at most one piece of each prompt, or one longer piece, with a prefix that is read
+// as a whole. Pieces end at multiples of `chunk` of their own prompt, so how a prompt is cut does not depend on its
+// neighbours. last_x[i]: the final norm at prompt i's last token.
 void Session::Impl::feed(std::span<const std::vector<std::int32_t>> prompts, std::span<const std::int32_t> slots,
                          const backend::Matrix& last_x, const InterruptCheck& interrupt) {
   const auto chunk = static_cast<std::size_t>(backend().chunk_tokens());
@@ -298,8 +328,10 @@ void Session::Impl::feed(std::span<const std::vector<std::int32_t>> prompts, std
     positions.clear();
     members.clear();
     for (const std::size_t i : waiting) {
-      const std::size_t piece = std::min(prompts[i].size() - fed[i], chunk);
-      if (tokens.size() + piece > chunk) continue;
+      const bool begins = fed[i] == 0 && num_tokens(slots[i]) == 0;
+      const auto most = static_cast<std::size_t>(transformer().piece_tokens(backend(), begins));
+      const std::size_t piece = std::min(prompts[i].size() - fed[i], most);
+      if (!tokens.empty() && tokens.size() + piece > chunk) continue;
       const auto first = prompts[i].begin() + static_cast<std::ptrdiff_t>(fed[i]);
       tokens.insert(tokens.end(), first, first + static_cast<std::ptrdiff_t>(piece));
       offsets.push_back(static_cast<std::int32_t>(tokens.size()));
@@ -325,8 +357,8 @@ void Session::Impl::feed(std::span<const std::vector<std::int32_t>> prompts, std
 // ---- steps ---------------------------------------------------------------------------------------------------------
 
 // Everything that is likely to fail comes before the states change: a step is too short to be stopped half-way.
-std::int64_t Session::Impl::reserve_step(std::size_t count) {
-  const std::int64_t rows = backend().step_rows(static_cast<std::int64_t>(count));
+std::int64_t Session::Impl::reserve_step(std::span<const std::int32_t> slots) {
+  const std::int64_t rows = backend().step_rows(static_cast<std::int64_t>(slots.size()));
   transformer().reserve(backend(), workspace(), rows);
   backend().reserve_step(config(), rows);
   if (rows > step_output_.capacity) {
@@ -339,6 +371,7 @@ std::int64_t Session::Impl::reserve_step(std::size_t count) {
     grown.capacity = rows;
     step_output_ = std::move(grown);
   }
+  reserve_states(slots, std::vector<std::int64_t>(slots.size(), 1));
   return rows;
 }
 
@@ -370,7 +403,6 @@ void Session::Impl::advance(std::span<const std::int32_t> tokens, std::span<cons
   padded_slots.resize(static_cast<std::size_t>(rows), -1);
   positions.resize(static_cast<std::size_t>(rows), 0);
   std::iota(offsets.begin(), offsets.end(), 0);
-  reserve_states(slots, std::vector<std::int64_t>(slots.size(), 1));
   keep_hidden_of_others(slots);
 
   const backend::RaggedBatch batch{padded_tokens, offsets, padded_slots, positions, tokens.empty() ? sampler : nullptr};
@@ -395,17 +427,21 @@ void Session::Impl::advance(std::span<const std::int32_t> tokens, std::span<cons
 
 Tensor Session::Impl::step(std::span<const std::int32_t> tokens, std::span<const std::int32_t> slots,
                            const InterruptCheck& last_interrupt) {
-  const std::int64_t rows = reserve_step(tokens.size());
+  check_context(slots, std::vector<std::int64_t>(slots.size(), 1), "step");
+  const std::int64_t rows = reserve_step(slots);
   const Tensor logits = transformer().new_logits(backend(), static_cast<std::int64_t>(tokens.size()));
   if (keeps_seen_)
     for (const std::int32_t slot : slots) at(slot).seen.reserve_one();
-  interruptible(slots, last_interrupt, [&] {
-    advance(tokens, slots, rows, nullptr);
-    change(slots, kStepFailed, [&] {
-      backend().copy(logits.data(), step_output_.logits.data.get(), logits.nbytes());
-      backend().synchronize();
-    });
-  });
+  interruptible(
+      slots, last_interrupt,
+      [&] {
+        advance(tokens, slots, rows, nullptr);
+        change(slots, kStepFailed, [&] {
+          backend().copy(logits.data(), step_output_.logits.data.get(), logits.nbytes());
+          backend().synchronize();
+        });
+      },
+      /*appends=*/true);
   if (keeps_seen_)
     for (std::size_t i = 0; i < slots.size(); ++i) at(slots[i]).seen.add_prompt(tokens.subspan(i, 1));
   return logits;
@@ -415,7 +451,7 @@ void Session::Impl::step(std::span<const std::int32_t> slots, backend::Sampler& 
   undo_.clear();
   if (keeps_seen_)
     for (const std::int32_t slot : slots) at(slot).seen.reserve_one();
-  advance({}, slots, reserve_step(slots.size()), &sampler);
+  advance({}, slots, reserve_step(slots), &sampler);
 }
 
 Tensor Session::Impl::last_logits(std::span<const std::int32_t> slots) {
@@ -629,6 +665,8 @@ Tensor Session::prefill(std::span<const std::vector<std::int32_t>> prompts, std:
   const auto slots = impl_->check_sequences(sequences, prompts.size(), "prefill: prompts");
   for (std::size_t i = 0; i < prompts.size(); ++i)
     check_tokens(prompts[i], impl_->config().vocab_size, "prefill: prompt " + std::to_string(i));
+  for (std::size_t i = 0; i < prompts.size(); ++i)
+    impl_->check_prefix(slots[i], "prefill: prompt " + std::to_string(i));
   return impl_->prefill(prompts, slots, interrupt, last_interrupt);
 }
 

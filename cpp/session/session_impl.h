@@ -74,8 +74,14 @@ class Session::Impl {
   std::vector<std::int32_t> check_sequences(std::span<const int> sequences, std::size_t count, const char* what) const;
   void check_sequence(int sequence, const char* what) const;
 
+  /// Throws InvalidArgument unless slots[i] has room for more[i] tokens.
+  void check_context(std::span<const std::int32_t> slots, std::span<const std::int64_t> more, const char* what) const;
+
   /// Throws Error when a call on this sequence failed half-way.
   void check_whole(int slot) const;
+
+  /// Throws InvalidArgument, opened by `what`, when the sequence is inside its model's prefix: no further prompt then.
+  void check_prefix(int slot, const std::string& what) const;
 
   /// See Session::prefill; arguments checked already.
   Tensor prefill(std::span<const std::vector<std::int32_t>> prompts, std::span<const std::int32_t> slots,
@@ -85,8 +91,8 @@ class Session::Impl {
   Tensor last_logits(std::span<const std::int32_t> slots);
   bool has_last_logits(int slot) const { return at(slot).last.rows.data != nullptr; }
 
-  /// Memory for a step of `count` sequences; returns the rows that it takes. Throws OutOfMemory.
-  std::int64_t reserve_step(std::size_t count);
+  /// Memory for a step of these sequences; returns the rows that it takes. Throws OutOfMemory.
+  std::int64_t reserve_step(std::span<const std::int32_t> slots);
 
   /// See Session::step; arguments checked already.
   Tensor step(std::span<const std::int32_t> tokens, std::span<const std::int32_t> slots,
@@ -120,9 +126,11 @@ class Session::Impl {
   void load(const std::filesystem::path& path, const InterruptCheck& last_interrupt);
 
   /// Calls f, which changes these slots, and then last_interrupt, whose exception undoes it; undo() does so later. A
-  /// few large states are too many bytes for that: then last_interrupt is not called.
+  /// few large states are too many bytes for that: then last_interrupt is not called. `appends`: f feeds tokens and
+  /// does nothing else, so that a state that only grows needs no copy.
   template <typename F>
-  void interruptible(std::span<const std::int32_t> slots, const InterruptCheck& last_interrupt, F&& f);
+  void interruptible(std::span<const std::int32_t> slots, const InterruptCheck& last_interrupt, F&& f,
+                     bool appends = false);
   void undo_last();
 
   const std::shared_ptr<const Model> model;
@@ -139,12 +147,13 @@ class Session::Impl {
     void set(Progress progress);
   };
 
-  // What interruptible() changed, as it was; the states are in spare_.
+  // What interruptible() changed, as it was; the states are in spare_, if they were copied.
   struct Undo {
     std::int32_t slot;
     Progress progress;
     std::shared_ptr<const State> snapshot;
     const char* broken;
+    bool copied;
   };
 
   // What a step writes, in a place that outlives it: recorded steps hold its address.

@@ -46,8 +46,10 @@ class Arranger {
 
   void take_part(const DenseState& state) { take(state.name, state.shape, state.dtype == StateDType::model); }
 
-  void take_part(const RingState& state) {
-    for (const char* name : {"keys", "values"}) take(name, state.saved_shape(num_tokens_), true);
+  void take_part(const RingState& state) { take_rows(state.saved_shape(num_tokens_)); }
+  void take_part(const ContextState& state) { take_rows(state.saved_shape(num_tokens_)); }
+  void take_rows(const std::vector<std::int64_t>& shape) {
+    for (const char* name : {"keys", "values"}) take(name, shape, true);
   }
 
   void take_part(const TaylorState& state) {
@@ -230,6 +232,7 @@ StateFileReader::StateFileReader(const std::filesystem::path& path, const Model&
   for (std::size_t b = 0; b < file.states.size(); ++b) {
     io::SavedState& state = file.states[b];
     const std::string where = path.string() + ": sequence " + std::to_string(b);
+    model.impl().check_context(0, state.num_tokens, where);
     Sequence sequence;
     sequence.num_tokens = state.num_tokens;
     sequence.last_hidden = take_last_hidden(state, model.config(), where);

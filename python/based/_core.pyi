@@ -8,7 +8,7 @@ import numpy
 import numpy.typing
 import os
 import typing
-__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Error', 'FinishReason', 'FormatError', 'GatedConvConfig', 'GatedDeltaNetConfig', 'Generator', 'LinearAttentionConfig', 'MAX_TOKEN_IDS', 'MIXERS', 'MixerField', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'Parameter', 'Projection', 'SafetensorsFile', 'SamplingParams', 'SelectiveScanConfig', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'State', 'StateError', 'StateTensor', 'Tensor', 'TokenEvent', 'Turn', 'Turns', 'UnsupportedError', 'add_cublas_path', 'build_info', 'check_batch_size', 'check_config', 'check_json', 'check_prompt', 'convert_dtype', 'cuda_problem', 'devices', 'exchange_paths', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'parse_limit', 'synchronize', 'write_safetensors']
+__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Error', 'FinishReason', 'FormatError', 'FullAttentionConfig', 'GatedConvConfig', 'Generator', 'LinearAttentionConfig', 'MAX_CONTEXT', 'MAX_TOKEN_IDS', 'MIXERS', 'MixerField', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'Parameter', 'Projection', 'SafetensorsFile', 'SamplingParams', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'State', 'StateError', 'StateTensor', 'Tensor', 'TokenEvent', 'Turn', 'Turns', 'UnsupportedError', 'add_cublas_path', 'available_memory', 'build_info', 'check_batch_size', 'check_config', 'check_json', 'check_prompt', 'convert_dtype', 'cuda_problem', 'devices', 'exchange_paths', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'parse_limit', 'synchronize', 'write_safetensors']
 class Error(Exception):
     """
     Base of the failures that are particular to this library.
@@ -178,7 +178,7 @@ class StateTensor:
     @property
     def kind(self) -> str:
         """
-        "dense"; "ring": one row for each of the last tokens; "taylor": packed sums; "pending": a row for each token that is not in the sums yet.
+        "dense"; "ring": one row for each of the last tokens; "taylor": packed sums; "pending": a row for each token that is not in the sums yet; "context": one row for each token.
         """
     @property
     def name(self) -> str:
@@ -186,7 +186,7 @@ class StateTensor:
     @property
     def shape(self) -> list[int]:
         """
-        First extent of a ring: rows of a full one; of pending tokens: 0.
+        First extent of a ring: rows of a full one; of pending and context: 0.
         """
 class GatedConvConfig:
     """
@@ -390,18 +390,18 @@ class SlidingWindowConfig:
         """
         keys attended, the query's own included
         """
-class SelectiveScanConfig:
+class FullAttentionConfig:
     """
-    A selective scan (Mamba).
+    Full causal attention.
     """
-    letter: typing.ClassVar[str] = 'S'
-    mixer: typing.ClassVar[str] = 'selective_scan'
+    letter: typing.ClassVar[str] = 'A'
+    mixer: typing.ClassVar[str] = 'full_attention'
     @staticmethod
     def fields() -> list[MixerField]:
         """
         The keys of config.json beside "mixer", in order.
         """
-    def __eq__(self, arg0: SelectiveScanConfig) -> bool:
+    def __eq__(self, arg0: FullAttentionConfig) -> bool:
         ...
     def __getstate__(self) -> dict:
         ...
@@ -412,99 +412,11 @@ class SelectiveScanConfig:
     def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
         """
         The matrices that each token is multiplied by, in order.
-        """
-    @property
-    def bias(self) -> bool:
-        """
-        on W_in and W_out; W_x has none, W_dt has one always
-        """
-    @property
-    def conv_bias(self) -> bool:
-        """
-        whether the convolution has one
-        """
-    @property
-    def dt_rank(self) -> int:
-        """
-        R, rank of the step's projection
-        """
-    @property
-    def inner_size(self) -> int:
-        """
-        e, channels of the scan
-        """
-    @property
-    def kernel_size(self) -> int:
-        """
-        K, taps of the convolution
-        """
-    @property
-    def parameters(self) -> list[Parameter]:
-        """
-        The other tensors of its weights.
-        """
-    @property
-    def state(self) -> list[StateTensor]:
-        """
-        The tensors of a layer in a state file.
-        """
-    @property
-    def state_size(self) -> int:
-        """
-        N, numbers of state per channel
-        """
-    @property
-    def summary(self) -> str:
-        """
-        The shape, in words.
-        """
-class GatedDeltaNetConfig:
-    """
-    A gated delta rule (Gated DeltaNet; DeltaNet without the decay).
-    """
-    letter: typing.ClassVar[str] = 'D'
-    mixer: typing.ClassVar[str] = 'gated_delta_net'
-    @staticmethod
-    def fields() -> list[MixerField]:
-        """
-        The keys of config.json beside "mixer", in order.
-        """
-    def __eq__(self, arg0: GatedDeltaNetConfig) -> bool:
-        ...
-    def __getstate__(self) -> dict:
-        ...
-    def __hash__(self) -> int:
-        ...
-    def __setstate__(self, arg0: dict) -> None:
-        ...
-    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
-        """
-        The matrices that each token is multiplied by, in order.
-        """
-    @property
-    def decay(self) -> bool:
-        """
-        whether there is an α; false: α = 1, DeltaNet
-        """
-    @property
-    def eps(self) -> float:
-        """
-        of the norm of each head's result
         """
     @property
     def head_dim(self) -> int:
         """
-        size of v per head
-        """
-    @property
-    def kernel_size(self) -> int:
-        """
-        K, taps of the convolution
-        """
-    @property
-    def key_dim(self) -> int:
-        """
-        size of q and k per head
+        size of q, k and v per head
         """
     @property
     def num_heads(self) -> int:
@@ -512,14 +424,44 @@ class GatedDeltaNetConfig:
         H
         """
     @property
-    def output_gate(self) -> bool:
+    def num_kv_heads(self) -> int:
         """
-        whether there is a W_g
+        H_kv; query head h reads kv head ⌊h · H_kv / H⌋
+        """
+    @property
+    def out_bias(self) -> bool:
+        """
+        whether `out_proj` has a bias
         """
     @property
     def parameters(self) -> list[Parameter]:
         """
         The other tensors of its weights.
+        """
+    @property
+    def qkv_bias(self) -> bool:
+        """
+        whether `qkv_proj` has a bias
+        """
+    @property
+    def rotary_base(self) -> float:
+        """
+        of the angles
+        """
+    @property
+    def rotary_dim(self) -> int:
+        """
+        R; 0 for no rotary embedding. n = ⌈R/2⌉ pairs (x[i], x[i+n]) turn by position · rotary_base^(−2i/R)
+        """
+    @property
+    def rotary_interleaved(self) -> bool:
+        """
+        the pairs are (x[2i], x[2i+1])
+        """
+    @property
+    def scale(self) -> float:
+        """
+        of q·k before the softmax
         """
     @property
     def state(self) -> list[StateTensor]:
@@ -588,7 +530,7 @@ class ModelConfig:
     def hidden_size(self) -> int:
         ...
     @property
-    def layers(self) -> list[GatedConvConfig | LinearAttentionConfig | SlidingWindowConfig | SelectiveScanConfig | GatedDeltaNetConfig]:
+    def layers(self) -> list[GatedConvConfig | LinearAttentionConfig | SlidingWindowConfig | FullAttentionConfig]:
         ...
     @property
     def mlp(self) -> MlpConfig | None:
@@ -780,12 +722,12 @@ class Model:
     Immutable weights on one device. Any number of threads.
     """
     @staticmethod
-    def load(directory: os.PathLike | str | bytes, *, device: str = 'cpu', dtype: str | None = None, num_threads: typing.SupportsIndex | None = None, deterministic: bool = False) -> Model:
+    def load(directory: os.PathLike | str | bytes, *, device: str = 'cpu', dtype: str | None = None, num_threads: typing.SupportsIndex | None = None, deterministic: bool = False, max_context: typing.SupportsIndex | None = None) -> Model:
         """
         Reads config.json and model.safetensors (or its shards). Raises OSError, FormatError, UnsupportedError, ValueError.
         """
     @staticmethod
-    def random(config: ModelConfig, seed: typing.SupportsIndex = 0, *, device: str = 'cpu', dtype: str | None = None, num_threads: typing.SupportsIndex | None = None, deterministic: bool = False) -> Model:
+    def random(config: ModelConfig, seed: typing.SupportsIndex = 0, *, device: str = 'cpu', dtype: str | None = None, num_threads: typing.SupportsIndex | None = None, deterministic: bool = False, max_context: typing.SupportsIndex | None = None) -> Model:
         """
         Seeded random weights of this shape.
         """
@@ -797,6 +739,8 @@ class Model:
         """
         (T - 1) natural-log probabilities, float32.
         """
+    def state_nbytes_at(self, num_tokens: typing.SupportsIndex) -> int:
+        ...
     def trace(self, token_ids: collections.abc.Sequence[int] | numpy.ndarray) -> dict:
         """
         Tensors by name; mixer_out and block_out are lists, one per layer.
@@ -815,6 +759,9 @@ class Model:
         ...
     @property
     def kernel_isa(self) -> str:
+        ...
+    @property
+    def max_context(self) -> int | None:
         ...
     @property
     def memory(self) -> tuple[int, int, int]:
@@ -1025,9 +972,9 @@ class Generator:
         """
     def done(self) -> bool:
         ...
-    def finish(self, request: typing.SupportsInt | typing.SupportsIndex, sample: typing.SupportsInt | typing.SupportsIndex, unread: bool = False) -> None:
+    def finish(self, request: typing.SupportsInt | typing.SupportsIndex, sample: typing.SupportsInt | typing.SupportsIndex, num_read: typing.SupportsInt | typing.SupportsIndex = 9223372036854775807) -> None:
         """
-        Ends a sample early. No effect on one that has ended. unread: what the last next() gave of it was not read, so that a session must not see it.
+        Ends a sample early. No effect on one that has ended. num_read: of its tokens, that the caller has read: a session does not see the others.
         """
     def next(self) -> list[TokenEvent]:
         """
@@ -1060,6 +1007,10 @@ class DeviceDescription:
 def add_cublas_path(path: str) -> None:
     """
     A folder to look into for cuBLASLt before the system's own. Before the first use of CUDA.
+    """
+def available_memory() -> int:
+    """
+    Bytes of the machine's memory that this process may still take.
     """
 def build_info() -> dict:
     """
@@ -1123,5 +1074,6 @@ def write_safetensors(path: os.PathLike | str | bytes, tensors: collections.abc.
     """
     Writes (name, array, dtype name) in this order to a temporary file beside `path` and renames it. Arrays are C-contiguous and hold the dtype's bits (bfloat16 as uint16). Raises OSError, TypeError, ValueError.
     """
+MAX_CONTEXT: int = 16777216
 MAX_TOKEN_IDS: int = 268435456
-MIXERS: tuple = (GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig, SelectiveScanConfig, GatedDeltaNetConfig)
+MIXERS: tuple = (GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig, FullAttentionConfig)

@@ -40,19 +40,15 @@ def default_batch_size(device: str, state_nbytes: int) -> int:
     On a GPU 1,024, and at most half of its free memory for states; on the CPU 32, and a quarter of what is available.
     """
     if device == "cpu":
-        most, memory = 32, _available_memory() // 4
+        most, memory = 32, available_memory() // 4
     else:
         most, memory = 1024, next(d.free_nbytes for d in devices() if d.device == device) // 2
     return max(1, min(most, memory // max(state_nbytes, 1)))
 
 
-def _available_memory() -> int:
-    """Bytes that processes may still take, by /proc/meminfo, or else the machine's."""
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def available_memory() -> int:
+    """Bytes that this process may still take, by the system and its control groups."""
+    return _core.available_memory()
 
 
 def choose_device(device: str) -> str:

@@ -42,6 +42,8 @@ class PromptReader:
     config: _core.ModelConfig
     split_special_tokens: bool = False
     """A special token's text in a prompt is letters like any other."""
+    max_context: int | None = None
+    """The most tokens that a sequence may have."""
 
     def read(self, prompt: Any, *, at_start: bool = True) -> Any:
         """Token ids of a text; anything else as it is. An empty prompt that begins a sequence is the bos token."""
@@ -59,6 +61,14 @@ class PromptReader:
         bos = self.config.bos_token_id
         return bos if bos is not None and bos < self.config.vocab_size else None
 
+    def check_context(self, num_tokens: int, what: str) -> None:
+        """Raises ValueError, which begins with `what`, when a sequence cannot have so many tokens."""
+        if self.max_context is not None and num_tokens > self.max_context:
+            raise ValueError(
+                f"{what}: {num_tokens} tokens are more than the model's max_context, {self.max_context} tokens: "
+                "load it with a greater one"
+            )
+
     def new_sequence(self, index: int, prompt: Any, params: _core.SamplingParams, *, may_fail: bool) -> Request:
         """A request of a sequence that starts. may_fail: the request says what is wrong with the prompt."""
         text = prompt if isinstance(prompt, str) else None
@@ -66,6 +76,7 @@ class PromptReader:
             self.tokenizer.require("a text prompt")
         try:
             ids = _core.check_prompt(self.read(prompt), self.config.vocab_size, f"prompt {index}")
+            self.check_context(len(ids), f"prompt {index}")
         except (TypeError, ValueError) as error:
             if not may_fail:
                 raise
@@ -178,22 +189,21 @@ class Run:
         When it is closed or raises, a session is left having seen every token that was yielded.
         """
         generator = self._generator
-        read = True
         try:
             while not generator.done():
-                read = False
                 for event in generator.next():
-                    chunk = self._running[event.request][1][event.sample].add(event)
-                    read = True
+                    sample = self._running[event.request][1][event.sample]
+                    chunk = sample.add(event)
                     if chunk.finish_reason is not None:
                         self.num_running -= 1
+                    sample.num_read += len(chunk.token_ids)
                     yield event.request, chunk
                     if chunk.finish_reason is not None and event.finish is _core.FinishReason.none:
                         generator.finish(event.request, event.sample)
         except BaseException:
             if self._continues_session:
-                for request in self._running:
-                    generator.finish(request, 0, unread=not read)
+                for request, (_, samples) in self._running.items():
+                    generator.finish(request, 0, samples[0].num_read)
             raise
 
     def outputs(self, on_chunk: Callable[[StreamChunk], None] | None = None) -> Iterator[RequestOutput]:
@@ -297,6 +307,7 @@ class _Sample:
     def __init__(self, request: Request, index: int, texts: Detokenizer | None, eos_token_id: int | None) -> None:
         params = self._params = request.params
         self.output = _Output(index)
+        self.num_read = 0  # tokens whose chunks were yielded
         self._index = index
         self._texts = texts
         self._eos_token_id = None if params.ignore_eos else eos_token_id

@@ -20,12 +20,14 @@ from based._tokenizer import (
     fetch_gpt2_tokenizer,
     read_tokenizer,
 )
+from based._tokenizer_files import TOKENIZER_FILES
+from based._tokenizer_files import find_tokenizer as find_tokenizer_file
 
 BUNDLED = "based-bytes"
 """The name of the model that comes with the package."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SAFETENSORS = ["config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json"]
+_SAFETENSORS = ["config.json", *TOKENIZER_FILES, "model*.safetensors", "model.safetensors.index.json"]
 _PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
@@ -36,6 +38,7 @@ def load(
     dtype: str = "auto",
     num_threads: int | None = None,
     deterministic: bool = False,
+    max_context: int | None = None,
     revision: str | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> Model:
@@ -56,9 +59,13 @@ def load(
         deterministic: A sequence's results do not depend, to the bit, on what else is in its batch. On a GPU every
             matrix product then runs by one algorithm for any number of rows, which is slower (docs/performance.md). On
             the CPU it is always so, and this changes nothing.
+        max_context: Tokens that a sequence may have in a model with full attention, up to 2^24; None for as many as
+            there is memory for now, for one sequence. Memory is taken as a sequence grows. Other models have no such
+            limit, and take none.
         revision: Branch, tag or commit at the hub.
-        tokenizer: A tokenizer.json, or a directory that holds one. By default the model's own; the published models
-            have none and use GPT-2's, which is fetched from the hub when text is first needed.
+        tokenizer: A tokenizer.json, or a directory that holds one, or vocab.json and merges.txt (GPT-2's form). By
+            default the model's own; the published models have none and use GPT-2's, which is fetched from the hub when
+            text is first needed.
 
     Raises:
         FileNotFoundError: Neither a directory nor at the hub; or a file is missing.
@@ -68,7 +75,7 @@ def load(
         MemoryError: The device has less memory than the weights need.
         ValueError: An argument outside its domain.
     """
-    options = core_options(device, dtype, num_threads, deterministic)
+    options = core_options(device, dtype, num_threads, deterministic, max_context)
     source = _locate(path_or_id, revision)
     lazy_tokenizer = _tokenizer_of(source, tokenizer)
     return Model(_core.Model.load(_in_our_format(source, tokenizer), **options), lazy_tokenizer)
@@ -108,7 +115,7 @@ def _locate(path_or_id: str | os.PathLike[str], revision: str | None) -> _Source
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for models at the hub, but {str(path)!r} is a directory")
         path = path.resolve()
-        files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".bin", ".safetensors"))
+        files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".txt", ".bin", ".safetensors"))
         stats = [(file.name, *_size_and_time(file)) for file in files]
         return _Source(path, path.name, [str(path), stats])
     if path.exists():
@@ -222,12 +229,9 @@ def _cache_directory() -> Path:
 
 
 def _tokenizer_of(source: _Source, tokenizer: str | os.PathLike[str] | None) -> LazyTokenizer:
-    path = source.directory if tokenizer is None else Path(tokenizer)
-    path = path / "tokenizer.json" if path.is_dir() else path
-    if path.exists():
+    path = find_tokenizer_file(source.directory, tokenizer)
+    if path is not None:
         return LazyTokenizer(lambda: read_tokenizer(path))
-    if tokenizer is not None:
-        raise FileNotFoundError(errno.ENOENT, "no such tokenizer", str(path))
     config = _in_our_format(source) / "config.json"
     vocab_size = _core.ModelConfig.from_json(config.read_text(encoding="utf-8"), str(config)).vocab_size
     if vocab_size != GPT2_VOCAB_SIZE:

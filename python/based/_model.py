@@ -35,12 +35,18 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+_USUAL_CONTEXT = 2048
+"""Tokens of a sequence that grows, where memory is shared out before its length is known."""
+
+
 def _is_terminal(stream: TextIO | None) -> bool:
     """stream: None where a program has none."""
     return stream is not None and stream.isatty()
 
 
-def core_options(device: str, dtype: str, num_threads: int | None, deterministic: bool = False) -> dict[str, Any]:
+def core_options(
+    device: str, dtype: str, num_threads: int | None, deterministic: bool = False, max_context: int | None = None
+) -> dict[str, Any]:
     """Arguments of _core.Model.load and .random. Raises ValueError."""
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16', not {dtype!r}")
@@ -49,6 +55,7 @@ def core_options(device: str, dtype: str, num_threads: int | None, deterministic
         "dtype": None if dtype == "auto" else dtype,
         "num_threads": num_threads,
         "deterministic": deterministic,
+        "max_context": max_context,
     }
 
 
@@ -85,9 +92,10 @@ class Model:
         dtype: str = "auto",
         num_threads: int | None = None,
         deterministic: bool = False,
+        max_context: int | None = None,
     ) -> "Model":
         """A model of this shape with seeded random weights and no tokenizer, for benchmarks."""
-        core = _core.Model.random(config, seed, **core_options(device, dtype, num_threads, deterministic))
+        core = _core.Model.random(config, seed, **core_options(device, dtype, num_threads, deterministic, max_context))
         return cls(core, LazyTokenizer(None))
 
     # ---- what it is ------------------------------------------------------------------------------------------------
@@ -124,8 +132,17 @@ class Model:
 
     @property
     def state_nbytes(self) -> int:
-        """Memory of one sequence's state, of whatever length."""
+        """Memory of one sequence's state, of whatever length; with full attention, of `max_context` tokens."""
         return self._core.state_nbytes
+
+    def state_nbytes_at(self, num_tokens: int) -> int:
+        """Memory of the state of a sequence that has seen num_tokens tokens."""
+        return self._core.state_nbytes_at(num_tokens)
+
+    @property
+    def max_context(self) -> int | None:
+        """The most tokens that a sequence may have; None for any number, as of every model without full attention."""
+        return self._core.max_context
 
     @property
     def memory(self) -> MemoryUse:
@@ -156,6 +173,8 @@ class Model:
     def forward(self, token_ids: Prompt, *, include_padding: bool = False) -> Logits:
         """Logits (T, vocab_size) float32 at every position of one sequence: a NumPy array, on a GPU a `based.Tensor`.
 
+        The sequence is one prompt: a model with a prefix (`config.prefix_tokens`) sees all of it at each of its tokens.
+
         Args:
             token_ids: The sequence, T tokens (or a text).
             include_padding: Also return the columns of the embedding's padding rows: (T, padded_vocab_size).
@@ -176,6 +195,8 @@ class Model:
     ) -> npt.NDArray[np.float32] | ContinuationScore | list[ContinuationScore]:
         """Natural-log probability of each token given its past, or of continuations given their contexts.
 
+        Of a model with a prefix, a context without continuation is read as its first token and what follows it.
+
         Args:
             context: A prompt. With continuations: one for all of them, or one each. An empty one is the bos token.
             continuation: None: the context itself is scored. Or one prompt, or several. Of two texts the tokens of the
@@ -189,7 +210,8 @@ class Model:
         """
         if continuation is None:
             return self._core.score(self._encode(context))
-        pairs, is_one = read_pairs(context, continuation, PromptReader(self._tokenizer, self.config))
+        reader = PromptReader(self._tokenizer, self.config, max_context=self.max_context)
+        pairs, is_one = read_pairs(context, continuation, reader)
         size = self._batch_size(max_batch_size)
         scores = list(score_pairs(self._core, pairs, size, self.config.vocab_size))
         return scores[0] if is_one else scores
@@ -238,7 +260,8 @@ class Model:
             prompts: One prompt or several: a list, an array, or whatever can be iterated over.
             params: For all prompts, or one each; None for the defaults.
             max_batch_size: Sequences that run at once; each holds `state_nbytes`. None: 1,024 on a GPU and 32 on the
-                CPU, or fewer where half of the GPU's free memory, or a quarter of the CPU's, holds fewer states.
+                CPU, or fewer where half of the GPU's free memory, or a quarter of the CPU's, holds fewer states (with
+                full attention, of 2,048 tokens).
             progress: Show progress on stderr, if that is a terminal.
             split_special_tokens: Take a special token's text in a prompt as letters like any other.
 
@@ -348,7 +371,7 @@ class Model:
         may_fail: bool,
         on_chunk: Callable[[StreamChunk], None] | None = None,
     ) -> Iterator[RequestOutput]:
-        reader = PromptReader(self._tokenizer, self.config, split_special_tokens)
+        reader = PromptReader(self._tokenizer, self.config, split_special_tokens, self.max_context)
         requests = (
             reader.new_sequence(index, prompt, each, may_fail=may_fail) for index, (prompt, each) in enumerate(pairs)
         )
@@ -357,7 +380,10 @@ class Model:
 
     def _batch_size(self, max_batch_size: int | None) -> int:
         if max_batch_size is None:
-            return default_batch_size(self.device, self.state_nbytes)
+            state = self.state_nbytes
+            if self.max_context is not None:
+                state = self.state_nbytes_at(min(self.max_context, _USUAL_CONTEXT))
+            return default_batch_size(self.device, state)
         return _core.check_batch_size(max_batch_size)
 
     def _encode(self, prompt: Any) -> Any:

@@ -48,6 +48,7 @@ summary_use_proj suppress_tokens target_lookbehind task_specific_params temperat
 tie_encoder_decoder token_healing tokenizer_class top_h top_k top_p torch_dtype torchscript transformers_version
 typical_p use_bfloat16 use_cache watermarking_config xla_device
 
+data_type dec_length enc_length
 fixed_decay l_max mlp_checkpoint_lvl parallel_block_tied_norm residual_in_fp32 sequence_parallel special_initializer
 use_flash_attn use_weight_init
 """
@@ -79,6 +80,7 @@ _ACTIVATIONS = {
     "sqrelu": (False, "relu_squared"),
 }
 
+_GPT2_VOCAB_SIZE = 50257  # GPT2Config's default
 _REQUIRED: Any = object()
 _HUGE = (1 << 31) - 1
 _MAX_LAYERS = 4096  # of the model format
@@ -219,7 +221,7 @@ class _Weights:
 
 @dataclass(frozen=True)
 class _Attention:
-    """The top-level fields that sliding-window layers read."""
+    """The top-level fields that softmax attentions read."""
 
     num_heads: int | None
     num_kv_heads: int | None
@@ -266,7 +268,7 @@ def translate(
     weights = _Weights(shapes, weights_where, where)
 
     # ---- sizes -------------------------------------------------------------------------------------------------
-    vocab_size = top.integer("vocab_size")
+    vocab_size = top.integer("vocab_size", _GPT2_VOCAB_SIZE)
     multiple = top.integer("pad_vocab_size_multiple", 1)
     padded_vocab_size = -(-vocab_size // multiple) * multiple
     d = top.alias("n_embd", "hidden_size")
@@ -295,7 +297,8 @@ def translate(
         raise FormatError(f"{where}: n_layer: found {num_layers}, expected at most {_MAX_LAYERS}")
     top.boolean("tie_word_embeddings", True)  # the tensors tell: an absent head is the embedding
 
-    vocabulary = f"vocab_size {vocab_size} rounded up to a multiple of {multiple}, n_embd {d}"
+    absent = "" if "vocab_size" in top.values else ", as where it is absent,"
+    vocabulary = f"vocab_size {vocab_size}{absent} rounded up to a multiple of {multiple}, n_embd {d}"
     weights.take("embedding.weight", EMBEDDING, (padded_vocab_size, d), vocabulary)
     if head_differs:
         weights.take("lm_head.weight", HEAD, (padded_vocab_size, d), vocabulary)
@@ -313,7 +316,7 @@ def translate(
     take_norm("final_norm", "transformer.ln_f")
 
     # ---- layers ------------------------------------------------------------------------------------------------
-    mlp = _Mlp(top, weights, d)
+    mlp = _Mlp(top, weights, d, all(top.values.get(key) is None for key in ("mixer", "alt_mixer", "alt_mixer_2")))
     attention = _Attention(
         num_heads=top.alias("n_head", "num_attention_heads", None),
         num_kv_heads=top.integer("n_head_kv", None, null=True),
@@ -339,22 +342,18 @@ def translate(
     for layer in range(num_layers):
         # The last list that names the layer decides; "mixer" takes the rest.
         value, key = next((v, k) for v, k, listed in reversed(alternatives) if listed is None or layer in listed)
-        if value is None:
-            raise FormatError(
-                f"{where}: {key}: {'found null' if key in top.values else 'missing'}: layer {layer} would be full "
-                "causal attention, which is not supported"
-            )
-        fields = _Fields(value, where, f"{key}.")
-        target = fields.get("_target_")
         published = f"transformer.layers.{layer}"
         take_norm(f"layers.{layer}.norm1", f"{published}.norm1")
         take_norm(f"layers.{layer}.norm2", f"{published}.norm2")
-        for suffix, translate_mixer in _MIXERS.items():
-            if isinstance(target, str) and target.rsplit(".", 1)[-1] == suffix:
-                layers.append(translate_mixer(fields, weights, d, layer, attention, top))
-                break
-        else:
+        if value is None:  # the authors' code makes full causal attention of it
+            layers.append({"mixer": "full_attention"} | _softmax_attention(weights, d, layer, attention, top))
+            mlp.take(layer)
+            continue
+        fields = _Fields(value, where, f"{key}.")
+        translate_mixer = _MIXERS.get(_class_of(fields.get("_target_")))
+        if translate_mixer is None:
             raise fields.error("_target_", "a class named " + ", ".join(_MIXERS))
+        layers.append(translate_mixer(fields, weights, d, layer, attention, top))
         mlp.take(layer)
     token_ids = {key: _token_id(top, key, vocab_size) for key in ("bos_token_id", "eos_token_id")}
     top.finish()
@@ -388,7 +387,8 @@ def _token_id(top: _Fields, key: str, vocab_size: int) -> int | None:
 class _Mlp:
     """W₁, W₂ of every layer. Gated, published: fc1 = [value; gate], or (mlp_type alt) fc1 = gate, fc3 = value."""
 
-    def __init__(self, top: _Fields, weights: _Weights, d: int) -> None:
+    def __init__(self, top: _Fields, weights: _Weights, d: int, is_transformer: bool) -> None:
+        """is_transformer: where no width is given, the tensor's is right."""
         self.weights = weights
         self.d = d
         activation = top.choice("activation_function", "gelu_new", tuple(_ACTIVATIONS))
@@ -407,11 +407,14 @@ class _Mlp:
             exact, self.reason = n_inner or int(8 * d / 3), f"n_inner {_show(n_inner)}"
             if self.split:
                 exact, self.reason = int(2 * d * ff_mult / 3), f"mlp_type 'alt', ff_mult {ff_mult:g}"
-            sizes = [-(-exact // 256) * 256, exact]
-        # The authors' gated MLP rounds up to a multiple of 256; a file made without the rounding is as unambiguous.
+            sizes = [-(-exact // 256) * 256, -(-exact // 128) * 128, exact]
+        # The authors' gated MLP rounds up to a multiple of 256, that of their transformers' code to one of 128; a file
+        # made without the rounding is as unambiguous.
         self.inner_size = sizes[0]
         fc1 = weights.shapes.get("transformer.layers.0.mlp.fc1.weight", ())
         rows_per_channel = 2 if gated and not self.split else 1
+        if is_transformer and gated and n_inner is None and fc1 and fc1[0] % rows_per_channel == 0:
+            sizes.append(fc1[0] // rows_per_channel)
         if fc1 and fc1[0] in [size * rows_per_channel for size in sizes]:
             self.inner_size = fc1[0] // rows_per_channel
         self.rows = self.inner_size * rows_per_channel
@@ -434,26 +437,43 @@ class _Mlp:
         take_bias(f"{ours}.fc2.bias", f"{published}.fc2.bias", self.d, self.fc2_bias, fc2_reason)
 
 
+def _class_of(target: object) -> str:
+    """The last part of a dotted name; "" for what is none."""
+    return target.rsplit(".", 1)[-1] if isinstance(target, str) else ""
+
+
 def _gated_conv(fields: _Fields, weights: _Weights, d: int, layer: int, _: _Attention, __: _Fields) -> dict[str, Any]:
     expand = fields.integer("expand_proj", 2)
     bias = fields.boolean("use_bias", True)
-    kernel_size = fields.integer("kernel_size", None)
-    fields.finish(("kernel_sizes", "use_cuda"))
+    conv_name = "conv"
+    if _class_of(fields.get("_target_")) == "BaseConvWithSiLU4":  # of based-1.3b: reads a list of one kernel's size
+        conv_name = "conv1"
+        sizes = fields.get("kernel_sizes", [3])
+        if not (isinstance(sizes, list) and len(sizes) == 1 and type(sizes[0]) is int and 1 <= sizes[0] <= _HUGE):
+            raise fields.error("kernel_sizes", f"a list of one integer from 1 to {_HUGE}")
+        kernel_size = sizes[0]
+        size_field = f"kernel_sizes [{kernel_size}]"
+        fields.finish(("implicit_long_conv", "use_cuda"))
+    else:
+        kernel_size = fields.integer("kernel_size", None)
+        size_field = f"kernel_size {kernel_size}"
+        fields.finish(("kernel_sizes", "use_cuda"))
     if expand * d % 2:
         raise fields.error("expand_proj", f"an even product with n_embd {d}")
     inner_size = expand * d // 2
     ours, published = f"layers.{layer}.mixer", f"transformer.layers.{layer}.mixer"
-    conv = weights.shapes.get(f"{published}.conv.conv.weight", ())
+    conv = weights.shapes.get(f"{published}.{conv_name}.conv.weight", ())
     if kernel_size is None:  # published configs leave it out: the tensor tells
         kernel_size = conv[2] if len(conv) == 3 else 3
+        size_field = f"kernel_size {kernel_size}"
     width = f"{fields.path}expand_proj {expand}, n_embd {d}"
-    taps = f"{width}, {fields.path}kernel_size {kernel_size}"
+    taps = f"{width}, {fields.path}{size_field}"
     use_bias = f"{fields.path}use_bias {_show(bias)}"
     weights.take(f"{ours}.in_proj.weight", f"{published}.in_proj.weight", (2 * inner_size, d), width)
     weights.take_bias(f"{ours}.in_proj.bias", f"{published}.in_proj.bias", 2 * inner_size, bias, use_bias)
     weights.take(
         f"{ours}.conv.weight",
-        f"{published}.conv.conv.weight",
+        f"{published}.{conv_name}.conv.weight",
         (inner_size, 1, kernel_size),
         taps,
         to=(inner_size, kernel_size),
@@ -463,6 +483,39 @@ def _gated_conv(fields: _Fields, weights: _Weights, d: int, layer: int, _: _Atte
     return {"mixer": "gated_conv", "inner_size": inner_size, "kernel_size": kernel_size, "bias": bias}
 
 
+# Of the first LinearAttention: of other feature maps, of the initialisation, of how the same is computed, unused.
+_LINEAR_NO_EFFECT_FIELDS = """
+attn_fp32 c0 c1 c2 expand_rotary feature_expanded_dim init_weights linear_attn_init mem_save rope_theta train_view
+use_decay_proj_init_1
+"""
+_LINEAR_NO_EFFECT = tuple(_LINEAR_NO_EFFECT_FIELDS.split())
+
+
+def _named_feature_map(fields: _Fields, num_heads: int, feature_dim: int) -> None:
+    """Checks a linear layer of the first form.
+
+    The feature map is a name, keys and values may have heads of their own, and switches add what later code has not.
+    """
+    fields.choice("feature_name", "taylor_exp", ("taylor_exp",))
+    if fields.integer("num_key_value_heads", 16) != num_heads:
+        raise fields.error("num_key_value_heads", f"{num_heads}, as {fields.path}num_heads: heads that share keys")
+    if fields.integer("scale_dim", None, null=True) not in (None, feature_dim):
+        raise fields.error("scale_dim", f"null or {feature_dim}, as {fields.path}feature_dim")
+    for key in (
+        "fa_rotary",
+        "initial_conv",
+        "use_act",
+        "use_decay_proj",
+        "use_exp_combo",
+        "use_output_gating",
+        "use_positive",
+        "use_proj_g",
+        "use_rotary_apply",
+    ):
+        if fields.boolean(key, False):
+            raise fields.error(key, "false: nothing else is supported")
+
+
 def _linear_attention(
     fields: _Fields, weights: _Weights, d: int, layer: int, _: _Attention, __: _Fields
 ) -> dict[str, Any]:
@@ -470,19 +523,21 @@ def _linear_attention(
     feature_dim = fields.integer("feature_dim", 16)
     head_dim = fields.integer("head_dim", None, null=True)
     eps = fields.number("eps", 1e-12)
-    feature_map = _Fields(fields.get("feature_map"), fields.where, f"{fields.path}feature_map.")
-    # The authors' kernels to choose from; the quadratic form that they approximate is what we compute.
-    implementation = fields.get("parallel_implementation", "quadratic")
-    if not isinstance(implementation, str) or not re.fullmatch(r"quadratic|linear|tk|fla_\w+", implementation):
-        raise fields.error("parallel_implementation", "quadratic, linear, tk or fla_*")
-    fields.finish()
-
-    target = feature_map.get("_target_")
-    if not isinstance(target, str) or target.rsplit(".", 1)[-1] != "TaylorExp":
-        raise feature_map.error("_target_", "a class named TaylorExp")
-    if feature_map.integer("input_dim") != feature_dim:
-        raise feature_map.error("input_dim", f"{feature_dim}, as {fields.path}feature_dim")
-    feature_map.finish()
+    if "feature_name" in fields.values and "feature_map" not in fields.values:  # of based-1.3b
+        _named_feature_map(fields, num_heads, feature_dim)
+        fields.finish(_LINEAR_NO_EFFECT)
+    else:
+        feature_map = _Fields(fields.get("feature_map"), fields.where, f"{fields.path}feature_map.")
+        # The authors' kernels to choose from; the quadratic form that they approximate is what we compute.
+        implementation = fields.get("parallel_implementation", "quadratic")
+        if not isinstance(implementation, str) or not re.fullmatch(r"quadratic|linear|tk|fla_\w+", implementation):
+            raise fields.error("parallel_implementation", "quadratic, linear, tk or fla_*")
+        fields.finish()
+        if _class_of(feature_map.get("_target_")) != "TaylorExp":
+            raise feature_map.error("_target_", "a class named TaylorExp")
+        if feature_map.integer("input_dim") != feature_dim:
+            raise feature_map.error("input_dim", f"{feature_dim}, as {fields.path}feature_dim")
+        feature_map.finish()
     if head_dim is None:
         head_dim = d // num_heads
 
@@ -503,17 +558,73 @@ def _linear_attention(
     }
 
 
+def _prefix_linear_attention(
+    fields: _Fields, weights: _Weights, d: int, layer: int, _: _Attention, top: _Fields
+) -> dict[str, Any]:
+    num_heads = fields.integer("num_heads")
+    feature_dim = fields.integer("feature_dim", 16)
+    enc_length = fields.integer("enc_length")
+    if top.values.get("enc_length", enc_length) != enc_length:
+        raise fields.error("enc_length", f"{_show(top.values['enc_length'])}, as enc_length of the model")
+    eps = fields.number("eps", 1e-12)
+    if d % num_heads:
+        raise fields.error("num_heads", f"a divisor of n_embd {d}")
+    head_dim = d // num_heads
+    fields.choice("implementation", "default", ("default", "fla_parallel"))  # two ways to the same sums
+    fields.choice("feature_name", "taylor_exp", ("taylor_exp",))
+    if fields.integer("num_key_value_heads", num_heads) != num_heads:
+        raise fields.error("num_key_value_heads", f"{num_heads}, as {fields.path}num_heads")
+    if fields.integer("scale_dim", None, null=True) not in (None, feature_dim):
+        raise fields.error("scale_dim", f"null or {feature_dim}, as {fields.path}feature_dim")
+    fields.finish(("use_mask", "layer_idx"))  # a mask is for padding, which we have not
+
+    ours, published = f"layers.{layer}.mixer", f"transformer.layers.{layer}.mixer"
+    features = f"{fields.path}num_heads {num_heads}, {fields.path}feature_dim {feature_dim}, n_embd {d}"
+    heads = f"{fields.path}num_heads {num_heads}, n_embd {d}"
+    for name in ("proj_q", "proj_k", "proj_k_enc"):
+        shape = (num_heads * feature_dim, d)
+        weights.take(f"{ours}.{name}.weight", f"{published}.{name}.weight", shape, features)
+    for name in ("proj_v", "proj_v_enc", "out_proj"):
+        weights.take(f"{ours}.{name}.weight", f"{published}.{name}.weight", (d, d), heads)
+    return {
+        "mixer": "prefix_linear_attention",
+        "num_heads": num_heads,
+        "feature_dim": feature_dim,
+        "head_dim": head_dim,
+        "enc_length": enc_length,
+        "eps": eps,
+    }
+
+
 def _sliding_window(
     fields: _Fields, weights: _Weights, d: int, layer: int, attention: _Attention, top: _Fields
 ) -> dict[str, Any]:
     window_size = fields.integer("window_size", 128, minimum=0)
     # The authors' code overwrites these by the top level's.
     overwritten = "num_heads num_heads_kv qkv_proj_bias out_proj_bias softmax_scale layer_idx rotary_emb_dim"
-    fields.finish((*overwritten.split(), "rotary_emb_base", "rotary_emb_interleaved", "checkpointing"))
+    for key in ("cross_attn", "dwconv", "return_residual"):  # of SlidingsMHA
+        if fields.boolean(key, False):
+            raise fields.error(key, "false: nothing else is supported")
+    fields.finish(
+        (
+            *overwritten.split(),
+            "rotary_emb_base",
+            "rotary_emb_interleaved",
+            "checkpointing",
+            "do_update",
+            "batch_size",
+            "use_mask",
+        )
+    )
+    softmax = _softmax_attention(weights, d, layer, attention, top)
+    return {"mixer": "sliding_window", "window": window_size // 2 + 1} | softmax
 
+
+def _softmax_attention(weights: _Weights, d: int, layer: int, attention: _Attention, top: _Fields) -> dict[str, Any]:
+    """The fields that both have, from the top level; takes the tensors."""
     num_heads = attention.num_heads
     if num_heads is None:
-        raise top.error("n_head", f"a number of heads, for the sliding window of layer {layer}")
+        raise top.error("n_head", f"a number of heads, for the attention of layer {layer}")
     num_kv_heads = attention.num_kv_heads or num_heads
     if num_heads % num_kv_heads:
         raise top.error("n_head_kv", f"a divisor of n_head {num_heads}")
@@ -536,11 +647,9 @@ def _sliding_window(
     weights.take(f"{ours}.out_proj.weight", f"{published}.out_proj.weight", (d, num_heads * head_dim), heads)
     weights.take_bias(f"{ours}.out_proj.bias", f"{published}.out_proj.bias", d, attention.out_bias, out_bias)
     return {
-        "mixer": "sliding_window",
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
-        "window": window_size // 2 + 1,
         "scale": scale,
         "qkv_bias": attention.qkv_bias,
         "out_bias": attention.out_bias,
@@ -554,4 +663,8 @@ _MIXERS = {
     "BaseConv": _gated_conv,
     "LinearAttention": _linear_attention,
     "SlidingAttention": _sliding_window,
+    "PrefixLinearAttention": _prefix_linear_attention,
+    # The names of the same in the first upload, based-1.3b.
+    "BaseConvWithSiLU4": _gated_conv,
+    "SlidingsMHA": _sliding_window,
 }

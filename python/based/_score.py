@@ -53,7 +53,9 @@ def _read_pair(index: int, context: Any, continuation: Any, reader: PromptReader
     else:
         context, continuation = reader.read(context), reader.read(continuation, at_start=False)
     tokens = _core.check_prompt(continuation, vocab_size, names[1])
-    return _core.check_prompt(reader.read(context), vocab_size, names[0]), tokens
+    before = _core.check_prompt(reader.read(context), vocab_size, names[0])
+    reader.check_context(len(before) + len(tokens) - 1, f"{names[0]} and its continuation")  # the last is not fed
+    return before, tokens
 
 
 def score_pairs(
@@ -76,10 +78,19 @@ def _score_batch(core: _core.Model, pairs: Sequence[tuple[Any, Any]], vocab_size
             session.copy(source, i)
     logits = np.asarray(prefilled.columns(vocab_size))[[fed.index(source) for source in sources]]
 
-    tokens = [continuation.tolist() for _, continuation in pairs]
-    logprobs: list[list[float]] = [[] for _ in pairs]
-    is_greedy = [True] * len(pairs)
-    running = list(range(len(pairs)))
+    yield from score_continuations(session, logits, [continuation.tolist() for _, continuation in pairs], vocab_size)
+
+
+def score_continuations(
+    session: Any, logits: npt.NDArray[np.float32], tokens: Sequence[list[int]], vocab_size: int
+) -> Iterator[ContinuationScore]:
+    """Scores of one continuation a sequence of a session, which has read the contexts.
+
+    session: A Session, of the core or of the package. logits: (B, vocab_size), behind the contexts.
+    """
+    logprobs: list[list[float]] = [[] for _ in tokens]
+    is_greedy = [True] * len(tokens)
+    running = list(range(len(tokens)))
     position = 0
     while True:
         chosen = np.array([tokens[i][position] for i in running])
@@ -91,8 +102,8 @@ def _score_batch(core: _core.Model, pairs: Sequence[tuple[Any, Any]], vocab_size
         if not running:
             break
         stepped = session.step([tokens[i][position - 1] for i in running], running)
-        logits = np.asarray(stepped.columns(vocab_size))
-    for i in range(len(pairs)):
+        logits = np.asarray(stepped)[:, :vocab_size]
+    for i in range(len(tokens)):
         yield ContinuationScore(sum(logprobs[i]), is_greedy[i], tokens[i], logprobs[i])
 
 

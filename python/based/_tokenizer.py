@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from based._core import FormatError
-from based._lfs import refuse_lfs_pointer
 from based._text import Detokenizer
-from based._tokenizer_json import parse_tokenizer, read_bytes, tokenizer_errors
+from based._tokenizer_files import read_tokenizer_json
+from based._tokenizer_json import parse_tokenizer, tokenizer_errors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -27,10 +27,11 @@ QUICK = 1 << 14
 
 
 def read_tokenizer(path: Path) -> "Tokenizer":
-    """Reads a tokenizer.json, which then encodes whole texts and nothing else. Raises OSError or FormatError."""
-    data = read_bytes(path)
-    refuse_lfs_pointer(data, path)
-    tokenizer = parse_tokenizer(data, str(path))
+    """Reads what find_tokenizer() found, which then encodes whole texts and nothing else.
+
+    Raises OSError or FormatError.
+    """
+    tokenizer = parse_tokenizer(read_tokenizer_json(path), str(path))
     reset_for_whole_texts(tokenizer)
     return tokenizer
 

@@ -46,12 +46,10 @@ class Vocabulary:
     """Of <|endoftext|>, which stands between texts."""
 
 
-def read_vocabulary(path: Path | None) -> Vocabulary | None:
-    """Of a tokenizer.json, without the library; None where there is no file, or no vocabulary in it. Raises OSError."""
-    if path is None:
-        return None
+def read_vocabulary(data: bytes) -> Vocabulary | None:
+    """Of a tokenizer.json, without the library; None where there is no vocabulary in it."""
     try:
-        document = json.loads(read_bytes(path))
+        document = json.loads(data)
         words = document["model"]["vocab"]  # of Unigram a list
         ids = dict(words) if isinstance(words, dict) else dict(zip((word for word, _ in words), count(), strict=False))
         ids |= {token["content"]: token["id"] for token in document.get("added_tokens") or []}

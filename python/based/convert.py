@@ -14,18 +14,19 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 
 from based import _core
 from based._core import FormatError
-from based._lfs import refuse_lfs_pointer
+from based._json import read_json
 from based._pickle import StoredTensor, read_torch_file
 from based._published import EMBEDDING, HEAD, Recipe, normalise_names, translate
 from based._published_mamba import EMBEDDING as MAMBA_EMBEDDING
 from based._published_mamba import has_gpt2_tokens, is_mamba, translate_mamba
 from based._tokenizer import GPT2_VOCAB_SIZE
+from based._tokenizer_files import find_tokenizer, read_tokenizer_json
 from based._tokenizer_json import Vocabulary, read_vocabulary
 
 StrPath = str | os.PathLike[str]
@@ -34,7 +35,6 @@ Tensors = dict[str, StoredTensor]
 _DTYPES = ("float32", "bfloat16", "float16")
 _MAX_CONFIG = 4 << 20  # bytes; 4,096 layers take 1 MB
 _MAX_INDEX = 16 << 20  # of 685 billion parameters: 9 MB
-_LARGE_JSON = 1 << 20
 _BLOCK = 1 << 20  # elements that memory holds at a time
 _OUTPUTS = {"config.json", "model.safetensors", "tokenizer.json"}
 # Where the weights are, best first; the copies are equal where there are several.
@@ -58,7 +58,8 @@ def convert(
 
     src: holds config.json and the weights as model.safetensors or pytorch_model.bin, either of them possibly in shards
     with an index. dtype: of the weights written; None keeps each tensor's own. tokenizer: a tokenizer.json, or a
-    directory that holds one; by default that of `src`, if it has one. dst: must not exist, or be an empty directory;
+    directory that holds one, or vocab.json and merges.txt, of which one is made; by default that of `src`, if it has
+    one. dst: must not exist, or be an empty directory;
     with `overwrite` it may also be a model directory, which is replaced. It appears whole or not at all.
 
     Returns what the config says otherwise than the published one, a sentence each: a vocabulary larger than the
@@ -71,7 +72,7 @@ def convert(
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype: found {dtype!r}, expected one of {', '.join(_DTYPES)}, or None")
     config_path = source / "config.json"
-    config = _read_json(config_path, _MAX_CONFIG)
+    config = read_json(config_path, _MAX_CONFIG)
     if isinstance(config, dict) and config.get("format") == "based":
         raise FormatError(f"{config_path}: already in the format of based, expected a published model")
     tokenizer_path = find_tokenizer(source, tokenizer)
@@ -85,7 +86,9 @@ def convert(
     translated, recipes = (translate_mamba if mamba else translate)(
         config, shapes, head_differs, str(config_path), str(weights_path)
     )
-    notes = _fit_vocabulary(translated, config, read_vocabulary(tokenizer_path))
+    notes = _fit_vocabulary(
+        translated, config, None if tokenizer_path is None else read_vocabulary(read_tokenizer_json(tokenizer_path))
+    )
     text = _core.check_config(json.dumps(translated), f"{config_path} (translated)")
     for recipe in recipes:
         for name in recipe.sources:
@@ -98,7 +101,10 @@ def convert(
     with atomic_directory(source, target, overwrite) as directory:
         _write_weights(directory, recipes, tensors, dtype, str(weights_path))
         if tokenizer_path is not None:
-            shutil.copyfile(tokenizer_path, directory / "tokenizer.json")
+            if tokenizer_path.is_dir():
+                (directory / "tokenizer.json").write_bytes(read_tokenizer_json(tokenizer_path))
+            else:
+                shutil.copyfile(tokenizer_path, directory / "tokenizer.json")
             sync(directory / "tokenizer.json")
         (directory / "config.json").write_text(text, encoding="utf-8")
         sync(directory / "config.json")
@@ -129,8 +135,8 @@ def _fit_vocabulary(translated: dict[str, Any], config: Any, vocabulary: Vocabul
 
 def changed_vocabulary(source: Path, tokenizer: StrPath) -> Vocabulary | None:
     """What convert() makes another config of with this tokenizer than without; None where it makes the same."""
-    config = _read_json(source / "config.json", _MAX_CONFIG)
-    vocabulary = read_vocabulary(find_tokenizer(source, tokenizer))
+    config = read_json(source / "config.json", _MAX_CONFIG)
+    vocabulary = read_vocabulary(read_tokenizer_json(find_tokenizer(source, tokenizer)))
     if vocabulary is None or not isinstance(config, dict):
         return None
     size = config.get("vocab_size")
@@ -141,44 +147,13 @@ def changed_vocabulary(source: Path, tokenizer: StrPath) -> Vocabulary | None:
 def is_published(directory: StrPath) -> bool:
     """Whether `directory` holds a config.json that is not in our own format. Raises OSError, FormatError."""
     path = Path(directory) / "config.json"
-    config = _read_json(path, _MAX_CONFIG)
+    config = read_json(path, _MAX_CONFIG)
     if not isinstance(config, dict):
         raise FormatError(f"{path}: found {type(config).__name__}, expected an object")
     return config.get("format") != "based"
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-def _read_json(path: Path, real_limit: int) -> object:
-    """A JSON value without duplicate keys, NaN or Infinity."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # a pipe would be waited for
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    limit = _core.parse_limit(real_limit)
-    with path.open("rb") as file:
-        data = file.read(limit + 1)
-    refuse_lfs_pointer(data, path)
-    if len(data) > limit:
-        raise FormatError(f"{path}: {max(status.st_size, len(data))} bytes, expected at most {limit}")
-    if len(data) > _LARGE_JSON:  # lists of lists take 30 times their text
-        _core.check_json(data, str(path))
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        result: dict[str, object] = {}
-        for key, value in pairs:
-            if key in result:
-                raise ValueError(f"key {key!r} twice in one object")
-            result[key] = value
-        return result
-
-    def constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not valid JSON: {error}") from error
 
 
 def open_weights(directory: Path) -> tuple[Path, Tensors]:
@@ -202,7 +177,7 @@ def _read_weights(path: Path) -> Tensors:
 
 def read_weight_map(index_path: Path) -> dict[str, str]:
     """Tensor name → name of the file beside the index that has it. Raises OSError, FormatError."""
-    index = _read_json(index_path, _MAX_INDEX)
+    index = read_json(index_path, _MAX_INDEX)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise FormatError(f"{index_path}: expected an object with weight_map: tensor name to file name")
@@ -229,18 +204,6 @@ def _read_shards(index_path: Path) -> Tensors:
         if name not in tensors:
             raise FormatError(f"{index_path}: weight_map says that tensor {name} is in {shard}, but it is not")
     return tensors
-
-
-def find_tokenizer(source: Path, tokenizer: StrPath | None) -> Path | None:
-    """The tokenizer.json that is asked for, by default the one in `source`, if it has one."""
-    if tokenizer is None:
-        path = source / "tokenizer.json"
-        return path if path.exists() else None
-    path = Path(tokenizer)
-    path = path / "tokenizer.json" if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, "no tokenizer", str(path))
-    return path
 
 
 def _head_differs(tensors: Tensors, embedding_name: str) -> bool:

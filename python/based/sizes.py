@@ -40,7 +40,9 @@ PENDING_TOKENS = 8
 
 
 def mixer_nbytes(mixer: Mixer, ring_dtype: str, num_tokens: int | None = None) -> int:
-    """Bytes that one layer keeps of a sequence of `num_tokens` tokens; None: of one that fills every window.
+    """Bytes that one layer keeps of a sequence of `num_tokens` tokens.
+
+    None: of one that fills every window, without what grows with every token (mixer_token_nbytes).
 
     ring_dtype: of a window's keys and values, the model's. All other state is float32. A device may round up, keep the
     inputs of convolutions in the model's dtype, and a few tokens of linear layers beside their sums.
@@ -51,8 +53,16 @@ def mixer_nbytes(mixer: Mixer, ring_dtype: str, num_tokens: int | None = None) -
     )
 
 
+def mixer_token_nbytes(mixer: Mixer, ring_dtype: str) -> int:
+    """Bytes by which one layer's state grows with every token: its keys and values in full attention, otherwise 0."""
+    item = ITEM_SIZE[ring_dtype]
+    return sum(prod(tensor.shape[1:]) * item for tensor in mixer.state if tensor.kind == "context")
+
+
 def _rows(tensor: StateTensor, num_tokens: int | None) -> list[int]:
-    """The tensor's shape; of a ring, in a sequence of `num_tokens` tokens."""
+    """The tensor's shape; of a ring and of all tokens' keys, in a sequence of `num_tokens` tokens."""
+    if tensor.kind == "context":
+        return [num_tokens or 0, *tensor.shape[1:]]
     if tensor.kind == "ring" and num_tokens is not None:
         return [min(tensor.shape[0], num_tokens), *tensor.shape[1:]]
     return tensor.shape
@@ -61,6 +71,11 @@ def _rows(tensor: StateTensor, num_tokens: int | None) -> list[int]:
 def state_nbytes(config: ModelConfig, ring_dtype: str, num_tokens: int | None = None) -> int:
     """Bytes of one sequence's state: the sum of mixer_nbytes over all layers."""
     return sum(mixer_nbytes(mixer, ring_dtype, num_tokens) for mixer in config.layers)
+
+
+def token_nbytes(config: ModelConfig, ring_dtype: str) -> int:
+    """Bytes by which a sequence's state grows with every token: the sum of mixer_token_nbytes over all layers."""
+    return sum(mixer_token_nbytes(mixer, ring_dtype) for mixer in config.layers)
 
 
 def mixer_step_nbytes(mixer: Mixer, dtype: str, num_tokens: int, *, on_gpu: bool) -> float:
@@ -74,7 +89,7 @@ def mixer_step_nbytes(mixer: Mixer, dtype: str, num_tokens: int, *, on_gpu: bool
     for tensor in mixer.state:
         item = ITEM_SIZE[dtype if tensor.dtype == "model" or (on_gpu and tensor.dtype == "projection") else "float32"]
         match tensor.kind:
-            case "ring":  # reads what it has, writes one row
+            case "ring" | "context":  # reads what it has, writes one row
                 step += (prod(_rows(tensor, num_tokens)) + prod(_rows(tensor, 1))) * item
             case "taylor" if on_gpu:
                 step += (1 + 1 / PENDING_TOKENS) * prod(tensor.shape) * item
@@ -121,6 +136,7 @@ def recipe(
     *,
     window: int = 0,
     feature_dim: int = 16,
+    enc_length: int = 1024,
     head_dim: int | None = None,
     conv_size: int | None = None,
     scan_state: int = 16,
@@ -130,12 +146,14 @@ def recipe(
     """The config.json of a model of the published recipe (docs/model-format.md). Nothing is checked.
 
     Args:
-        layers: A letter each: c convolution, L linear attention, W sliding window, S selective scan.
+        layers: A letter each: c convolution, L linear attention, W sliding window, P linear attention with a prefix, A
+            full attention, S selective scan.
         hidden_size: Width of the residual stream.
-        num_heads: Of both attentions.
-        inner_size: Of the MLP.
+        num_heads: Of all attentions.
+        inner_size: Of the MLP; 0 for a model without.
         window: Keys, a query's own included; of use where a layer is W.
         feature_dim: Size of a head's queries and keys in linear attention.
+        enc_length: Tokens of a prefix; of use where a layer is P.
         head_dim: None for hidden_size / num_heads.
         conv_size: Channels of a convolution, or of a scan; None for 2 · hidden_size.
         scan_state: Numbers of state of each channel of a scan.
@@ -169,6 +187,8 @@ def recipe(
         "rotary_base": 10000.0,
         "rotary_interleaved": False,
     }
+    full = {key: value for key, value in attention.items() if key != "window"}
+    full |= {"mixer": "full_attention", "rotary_dim": head_dim // 2}
     scan = {
         "mixer": "selective_scan",
         "inner_size": 2 * hidden_size if conv_size is None else conv_size,
@@ -178,7 +198,10 @@ def recipe(
         "conv_bias": True,
         "bias": False,
     }
-    mixers: dict[str, dict[str, Any]] = {"c": conv, "L": taylor, "W": attention, "S": scan}
+    mlp = {"gated": True, "activation": "silu", "inner_size": inner_size, "fc1_bias": False, "fc2_bias": False}
+    prefix = taylor | {"mixer": "prefix_linear_attention", "enc_length": enc_length}
+    mixers: dict[str, dict[str, Any]] = {"c": conv, "L": taylor, "W": attention}
+    mixers |= {"P": prefix, "A": full, "S": scan}
     return {
         "format": "based",
         "format_version": 1,
@@ -186,7 +209,7 @@ def recipe(
         "padded_vocab_size": -(-vocab_size // 8) * 8,
         "hidden_size": hidden_size,
         "norm": {"type": "rms_norm", "eps": 1e-5},
-        "mlp": {"gated": True, "activation": "silu", "inner_size": inner_size, "fc1_bias": False, "fc2_bias": False},
+        "mlp": mlp if inner_size else None,
         "tie_embeddings": True,
         "bos_token_id": end_token_id,
         "eos_token_id": end_token_id,
@@ -204,21 +227,29 @@ def _based(
     *,
     window_size: int = 256,
     vocab_size: int = 50257,
+    linear_letter: str = "L",
 ) -> dict[str, Any]:
     """The recipe with convolutions but for the layers listed; the authors' window_size is not the number of keys."""
     linear, window = set(linear), set(window)
-    layers = "".join("L" if i in linear else "W" if i in window else "c" for i in range(num_layers))
+    layers = "".join(linear_letter if i in linear else "W" if i in window else "c" for i in range(num_layers))
     keys = window_size // 2 + 1
     sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "inner_size": inner_size, "window": keys}
     return recipe(layers, **sizes, vocab_size=vocab_size, end_token_id=vocab_size - 1)
+
+
+def _attn(hidden_size: int, num_layers: int, num_heads: int, inner_size: int) -> dict[str, Any]:
+    """The authors' transformers, to which they compare."""
+    layers = "A" * num_layers
+    config = recipe(layers, hidden_size, num_heads, inner_size, vocab_size=50257, end_token_id=50256)
+    return config | {"padded_vocab_size": 50272}
 
 
 def _mamba(
     hidden_size: int, num_layers: int, *, vocab_size: int = 50277, padded_vocab_size: int = 50280
 ) -> dict[str, Any]:
     """Scans without MLPs. By default with GPT-NeoX's tokens, whose first one ends a text."""
-    config = recipe("S" * num_layers, hidden_size, 1, 1, vocab_size=vocab_size, end_token_id=0)
-    return config | {"mlp": None, "padded_vocab_size": padded_vocab_size}
+    config = recipe("S" * num_layers, hidden_size, 1, 0, vocab_size=vocab_size, end_token_id=0)
+    return config | {"padded_vocab_size": padded_vocab_size}
 
 
 def _authors_mamba(hidden_size: int) -> dict[str, Any]:
@@ -227,11 +258,22 @@ def _authors_mamba(hidden_size: int) -> dict[str, Any]:
     return config | {"bos_token_id": 50256, "eos_token_id": 50256}
 
 
+_OF_1_3B = ([1, 6, 11, 16, 21, 27, 33], [2, 7, 12, 17, 22, 28, 34])
+
 SIZES: dict[str, Callable[[], dict[str, Any]]] = {
     "tiny": lambda: _based(128, 7, 4, 256, [1, 6], [2], window_size=16, vocab_size=258),
     "60m": lambda: _based(512, 12, 8, 1024, [1, 6], [2, 7]),
     "360m": lambda: _based(1024, 27, 16, 2048, [1, 6, 11, 16, 21], [2, 7, 12, 17, 22]),
-    "1.3b": lambda: _based(1792, 36, 16, 3584, [1, 6, 11, 16, 21, 27, 33], [2, 7, 12, 17, 22, 28, 34]),
+    "1.3b": lambda: _based(1792, 36, 16, 3584, *_OF_1_3B),
+    # The first upload, with windows of 65 keys.
+    "1.3b-w128": lambda: _based(1792, 36, 16, 3584, *_OF_1_3B, window_size=128),
+    # JRT-360M-30B, of 26 layers, and JRT-1B-50B: the linear layers read a prefix of 1,024 tokens as a whole.
+    "jrt-360m": lambda: _based(1024, 26, 16, 2048, [1, 6, 11, 16, 21], [2, 7, 12, 17, 22], linear_letter="P"),
+    "jrt-1.3b": lambda: _based(1792, 36, 16, 3584, *_OF_1_3B, linear_letter="P"),
+    "attn-360m": lambda: _attn(1024, 24, 16, 2816),
+    "attn-360M-30B": lambda: _attn(1024, 24, 16, 2816),
+    "attn-1b": lambda: _attn(1680, 36, 24, 4480),
+    "attn-1b-50bn": lambda: _attn(1680, 36, 24, 4480),
     "mamba-360m": lambda: _authors_mamba(1024),
     "mamba-360M-30B": lambda: _authors_mamba(1024),
     "mamba-1b": lambda: _authors_mamba(2048),
@@ -243,4 +285,4 @@ SIZES: dict[str, Callable[[], dict[str, Any]]] = {
     "mamba-2.8b": lambda: _mamba(2560, 64),
 }
 """Names for `named_config`: 360m and 1.3b are the published models' shapes, tiny and 60m smaller ones of that recipe;
-mamba-… are the Mambas that the authors and state-spaces published."""
+attn-… are the authors' transformers, mamba-… the Mambas that they and state-spaces published."""

@@ -12,7 +12,6 @@ import argparse
 import itertools
 import json
 import math
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,45 +27,7 @@ try:
 except ImportError as error:
     sys.exit(f"rivals.py needs PyTorch with CUDA: {error}")
 from based import GatedConvConfig, LinearAttentionConfig, ModelConfig, sizes
-
-EPS = 1e-5
-
-
-class Weights:
-    """Fresh random matrices, each with memory of its own."""
-
-    def __init__(self, device: str, dtype: torch.dtype) -> None:
-        self.options: dict[str, Any] = {"device": device, "dtype": dtype}
-
-    def matrix(self, rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, **self.options).mul_(columns**-0.5)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, **self.options)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (…, head_dim), halves paired."""
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-
-
-def angles(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (…, 1, head_dim / 2) for heads of x at `positions`."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device) / head_dim
-    angle = (positions[..., None] * 10000.0**-exponents)[..., None, :]
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-class Swiglu:
-    """A gated MLP."""
-
-    def __init__(self, new: Weights, d: int, inner: int) -> None:
-        self.norm, self.fc1, self.fc2 = new.normal(d), new.matrix(2 * inner, d), new.matrix(d, inner)
-
-    def __call__(self, r: Tensor) -> Tensor:
-        value, gate = F.linear(F.rms_norm(r, r.shape[-1:], self.norm, EPS), self.fc1).chunk(2, -1)
-        return r + F.linear(value * F.silu(gate), self.fc2)
+from based.cli._rival import EPS, Swiglu, Transformer, Weights, angles, median_seconds, recorded, rotate
 
 
 class Upstream:
@@ -164,99 +125,7 @@ def taylor_features(x: Tensor) -> Tensor:
     return torch.cat((torch.ones_like(x[..., :1]), x / f**0.25, squares), -1)
 
 
-class Transformer:
-    """Multi-head attention in every layer."""
-
-    WIDTH, LAYERS, HEADS, INNER, VOCABULARY = 1680, 36, 21, 4480, 50264
-
-    def __init__(self, new: Weights, layers: int = LAYERS) -> None:
-        self.new = new
-        d = self.WIDTH
-        self.head_dim = d // self.HEADS
-        self.embedding, self.final_norm = new.matrix(self.VOCABULARY, d), new.normal(d)
-        self.layers = [
-            (new.normal(d), new.matrix(3 * d, d), new.matrix(d, d), Swiglu(new, d, self.INNER)) for _ in range(layers)
-        ]
-
-    def cache_nbytes(self, batch: int, context: int) -> int:
-        return 2 * len(self.layers) * batch * context * self.WIDTH * 2
-
-    def step(self, batch: int, context: int) -> Callable[[], Tensor]:
-        """A function that makes the token number `context` of each sequence, and attends to all of them."""
-        shape = (batch, context, self.HEADS, self.head_dim)
-        caches = [(self.new.normal(*shape), self.new.normal(*shape)) for _ in self.layers]
-        tokens = torch.zeros(batch, 1, dtype=torch.long, device=self.new.options["device"])
-        position = torch.full((1,), context - 1, dtype=torch.long, device=self.new.options["device"])
-
-        def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = caches[i]
-            keys.index_copy_(1, position, k)
-            values.index_copy_(1, position, v)
-            return F.scaled_dot_product_attention(q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
-
-        def once() -> Tensor:
-            tokens.copy_(self._next(tokens, position, attend))
-            return tokens
-
-        return once
-
-    def prefill(self, batch: int, length: int) -> Callable[[], Tensor]:
-        """A function that feeds a prompt to each sequence and makes its first token."""
-        device = self.new.options["device"]
-        tokens = torch.randint(self.VOCABULARY, (batch, length), device=device)
-        positions = torch.arange(length, device=device)
-        shape = (batch, length, self.HEADS, self.head_dim)
-        caches = [(self.new.normal(*shape), self.new.normal(*shape)) for _ in self.layers]
-
-        def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            caches[i][0].copy_(k)
-            caches[i][1].copy_(v)
-            return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
-
-        return lambda: self._next(tokens, positions, attend)
-
-    def _next(self, tokens: Tensor, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-        r = F.embedding(tokens, self.embedding)
-        turn = angles(positions, self.head_dim, r.dtype)
-        for i, (norm, qkv_weight, out_weight, mlp) in enumerate(self.layers):
-            qkv = F.linear(F.rms_norm(r, r.shape[-1:], norm, EPS), qkv_weight)
-            q, k, v = qkv.unflatten(-1, (3, self.HEADS, self.head_dim)).unbind(2)
-            y = attend(i, rotate(q, *turn), rotate(k, *turn), v)
-            r = mlp(r + F.linear(y.transpose(1, 2).flatten(2), out_weight))
-        return F.linear(F.rms_norm(r[:, -1:], r.shape[-1:], self.final_norm, EPS), self.embedding).argmax(-1)
-
-
 # ---- measuring -----------------------------------------------------------------------------------------------------
-
-
-def median_seconds(run: Callable[[], object], budget: float) -> float:
-    """Of at least 5 runs, and as many as `budget` seconds hold, up to 200."""
-
-    def timed(count: int) -> list[float]:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-        events[0].record()
-        for event in events[1:]:
-            run()
-            event.record()
-        torch.cuda.synchronize()
-        return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
-
-    first = statistics.median(timed(3))  # warm-up
-    return statistics.median(timed(min(200, max(5, int(budget / first)))))
-
-
-def recorded(run: Callable[[], object]) -> Callable[[], object]:
-    """`run` as one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # libraries choose and allocate before the capture
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 class Report:

@@ -196,7 +196,8 @@ TEST(Config, RefusesWrongTypes) {
                     "norm.type: found \"batch_norm\", expected one of rms_norm, layer_norm");
   EXPECT_THROW_WITH(parse(edited("\"silu\"", "\"tanh\"")), FormatError, "mlp.activation: found \"tanh\"");
   EXPECT_THROW_WITH(parse(edited("\"gated_conv\"", "\"mamba\"")), FormatError,
-                    "layers[0].mixer: found \"mamba\", expected one of gated_conv, linear_attention, sliding_window");
+                    "layers[0].mixer: found \"mamba\", expected one of gated_conv, linear_attention, sliding_window, "
+                    "prefix_linear_attention");
 }
 
 TEST(Config, RefusesValuesOutsideTheirDomain) {

@@ -461,7 +461,10 @@ TEST(Interrupts, TokensThatAreNotReadAreNotSeen) {
       EXPECT_THROW(generator.next({}, [] { throw Interrupted{}; }), Interrupted);
       EXPECT_FALSE(generator.done());
       if (unread) generator.next();  // the same token again
-      generator.finish(0, 0, unread);
+      if (unread)
+        generator.finish(0, 0, 2);
+      else
+        generator.finish(0, 0);
       EXPECT_TRUE(generator.done());
       EXPECT_EQ(session.num_tokens()[0], 9 + 2);
       Session replay(model, 1);

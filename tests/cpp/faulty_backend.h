@@ -95,6 +95,7 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
   std::size_t state_nbytes(const ModelConfig& config, DType dtype, std::int64_t num_tokens) const override {
     return inner_->state_nbytes(config, dtype, num_tokens);
   }
+  std::size_t available_nbytes() const override { return inner_->available_nbytes(); }
   DType projection_dtype(DType weights) const override { return inner_->projection_dtype(weights); }
   std::int64_t chunk_tokens() const override { return inner_->chunk_tokens(); }
   std::int64_t step_rows(std::int64_t num_sequences) const override { return inner_->step_rows(num_sequences); }
@@ -183,6 +184,11 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
     faults_->tick("sliding_window");
     inner_->sliding_window(config, batch, qkv, states, layer, out);
   }
+  void full_attention(const FullAttentionConfig& config, const backend::RaggedBatch& batch, const backend::Matrix& qkv,
+                      backend::StatePool& states, int layer, const backend::Matrix& out) override {
+    faults_->tick("full_attention");
+    inner_->full_attention(config, batch, qkv, states, layer, out);
+  }
   void scan_conv(const SelectiveScanConfig& config, const float* taps, const float* bias,
                  const backend::RaggedBatch& batch, const backend::Matrix& xz, backend::StatePool& states, int layer,
                  const backend::Matrix& x) override {
@@ -194,6 +200,12 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
                       const backend::Matrix& out) override {
     faults_->tick("selective_scan");
     inner_->selective_scan(config, operands, batch, states, layer, out);
+  }
+  void prefix_linear_attention(const PrefixLinearAttentionConfig& config, const backend::RaggedBatch& batch,
+                               const backend::Matrix& qkv, const backend::Matrix& encoder, backend::StatePool& states,
+                               int layer, const backend::Matrix& out) override {
+    faults_->tick("prefix_linear_attention");
+    inner_->prefix_linear_attention(config, batch, qkv, encoder, states, layer, out);
   }
   void gated_delta_net(const GatedDeltaNetConfig& config, const backend::DeltaOperands& operands,
                        const backend::RaggedBatch& batch, const backend::Matrix& u, backend::StatePool& states,

@@ -57,6 +57,62 @@ TEST_F(GenerationTest, GreedyIsTheArgmaxOfEachStep) {
   }
 }
 
+// A sequence has as many tokens as have room; the last one of a generator's own session is not fed.
+TEST_F(GenerationTest, MaxContextEndsASequenceAndNoOther) {
+  LoadOptions options;
+  options.max_context = 20;
+  const auto model = Model::random(tiny_config(), 21, options);
+  const auto ends = [](Generator& generator) {
+    std::map<int, std::pair<int, TokenEvent>> out;  // by request: tokens, the last event
+    while (!generator.done())
+      for (const TokenEvent& event : generator.next()) {
+        out[event.request].first += event.token >= 0 ? 1 : 0;
+        out[event.request].second = event;
+      }
+    return out;
+  };
+  const auto prompt = random_tokens(15, 1);
+  {
+    Generator generator(model,
+                        {{prompt, greedy(9)},
+                         {random_tokens(3, 2), greedy(17)},
+                         {prompt, greedy(6)},
+                         {prompt, greedy(SamplingParams::kNoLimit)}},
+                        2);
+    auto out = ends(generator);
+    EXPECT_EQ(out[0].first, 6);
+    EXPECT_EQ(out[0].second.finish, FinishReason::error);
+    EXPECT_NE(out[0].second.error.find("max_context, 20 tokens"), std::string::npos) << out[0].second.error;
+    EXPECT_EQ(out[1].first, 17);
+    EXPECT_EQ(out[1].second.finish, FinishReason::length);
+    for (const int i : {2, 3}) {
+      EXPECT_EQ(out[i].first, 6);
+      EXPECT_EQ(out[i].second.finish, FinishReason::length);
+    }
+  }
+  EXPECT_THROW_WITH(Generator(model, {{random_tokens(21, 1), greedy(1)}}, 2), InvalidArgument,
+                    "generate: prompt 0: 21 tokens are more than the model's max_context, 20 tokens");
+
+  Session session(model, 2);
+  {
+    Generator generator(session, {{prompt, greedy(9)}, {random_tokens(3, 2), greedy(17)}});
+    auto out = ends(generator);
+    EXPECT_EQ(out[0].first, 5);  // all of them are fed
+    EXPECT_EQ(out[0].second.finish, FinishReason::error);
+    EXPECT_EQ(out[1].first, 17);
+    EXPECT_EQ(out[1].second.finish, FinishReason::length);
+    EXPECT_EQ(session.num_tokens(), (std::vector<std::int64_t>{20, 20}));
+  }
+  EXPECT_THROW_WITH(Generator(session, {{{1}, greedy(1)}, {{}, greedy(1)}}), InvalidArgument, "1 tokens behind 20");
+  Generator generator(session, {{{}, greedy(4)}, {{}, greedy(4)}});
+  auto out = ends(generator);
+  for (const int i : {0, 1}) {
+    EXPECT_EQ(out[i].first, 0);
+    EXPECT_EQ(out[i].second.finish, FinishReason::error);
+  }
+  EXPECT_EQ(session.num_tokens(), (std::vector<std::int64_t>{20, 20}));
+}
+
 TEST_F(GenerationTest, SamplesDependOnSeedAndIndexAlone) {
   SamplingParams params;
   params.n = 5;

@@ -168,7 +168,14 @@ TYPED_TEST(MixerKind, RunsAndItsStateIsAsDescribed) {
     options.dtype = dtype;
     const auto model = Model::random(config, 7, options);
     const auto backend = backend::make_backend({}, 2);
-    EXPECT_EQ(model->state_nbytes(), backend->make_states(config, dtype, 1)->nbytes_per_slot());
+    const std::size_t slot = backend->make_states(config, dtype, 1)->nbytes_per_slot();
+    if (model->max_context()) {
+      EXPECT_EQ(model->state_nbytes(0), slot);
+      EXPECT_GT(model->state_nbytes(1), slot);
+      EXPECT_GE(model->state_nbytes(), model->state_nbytes(1));
+    } else {
+      EXPECT_EQ(model->state_nbytes(), slot);
+    }
 
     Session session(model, 1);
     const std::vector<std::vector<std::int32_t>> prompts{test::random_tokens(5, 3)};
@@ -192,6 +199,7 @@ TYPED_TEST(MixerKind, RunsAndItsStateIsAsDescribed) {
         ASSERT_NE(it, file->tensors().end()) << tensor.name;
         std::vector<std::int64_t> shape = tensor.shape;
         if (tensor.kind == StateKind::ring) shape[0] = std::min<std::int64_t>(6, shape[0]);
+        if (tensor.kind == StateKind::context) shape[0] = 6;
         EXPECT_EQ(it->second.shape, shape) << tensor.name;
         EXPECT_EQ(it->second.dtype, tensor.dtype == StateDType::model ? dtype : DType::float32) << tensor.name;
         ++count;
@@ -265,6 +273,10 @@ class WithoutWindows final : public backend::DeviceBackend<WithoutWindows> {
                         const backend::Matrix& out) override {
     cpu_.linear_attention(config, batch, qkv, states, layer, out);
   }
+  void full_attention(const FullAttentionConfig& config, const backend::RaggedBatch& batch, const backend::Matrix& qkv,
+                      backend::StatePool& states, int layer, const backend::Matrix& out) override {
+    cpu_.full_attention(config, batch, qkv, states, layer, out);
+  }
   void scan_conv(const SelectiveScanConfig& config, const float* taps, const float* bias,
                  const backend::RaggedBatch& batch, const backend::Matrix& xz, backend::StatePool& states, int layer,
                  const backend::Matrix& x) override {
@@ -274,6 +286,11 @@ class WithoutWindows final : public backend::DeviceBackend<WithoutWindows> {
                       const backend::RaggedBatch& batch, backend::StatePool& states, int layer,
                       const backend::Matrix& out) override {
     cpu_.selective_scan(config, operands, batch, states, layer, out);
+  }
+  void prefix_linear_attention(const PrefixLinearAttentionConfig& config, const backend::RaggedBatch& batch,
+                               const backend::Matrix& qkv, const backend::Matrix& encoder, backend::StatePool& states,
+                               int layer, const backend::Matrix& out) override {
+    cpu_.prefix_linear_attention(config, batch, qkv, encoder, states, layer, out);
   }
   void gated_delta_net(const GatedDeltaNetConfig& config, const backend::DeltaOperands& operands,
                        const backend::RaggedBatch& batch, const backend::Matrix& u, backend::StatePool& states,
@@ -292,6 +309,10 @@ class WithoutWindows final : public backend::DeviceBackend<WithoutWindows> {
   }
   std::unique_ptr<backend::StatePool> make_states(const ModelConfig& config, DType dtype, int capacity) override {
     return cpu_.make_states(config, dtype, capacity);
+  }
+  void reserve_states(backend::StatePool& states, std::span<const std::int32_t> slots,
+                      std::span<const std::int64_t> num_tokens) override {
+    cpu_.reserve_states(states, slots, num_tokens);
   }
   void copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot,
                   std::int64_t num_tokens) override {

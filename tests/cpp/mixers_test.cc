@@ -109,6 +109,7 @@ struct Mixer {
       }
       void operator()(const LinearAttentionConfig& c) const { cpu.linear_attention(c, batch, in, states, 0, out); }
       void operator()(const SlidingWindowConfig& c) const { cpu.sliding_window(c, batch, in, states, 0, out); }
+      void operator()(const FullAttentionConfig& c) const { cpu.full_attention(c, batch, in, states, 0, out); }
       // [x|z|δ|B|C|Δ]: the scan's inputs need not be projections of what the convolution makes of x.
       void operator()(const SelectiveScanConfig& c) const {
         const std::int64_t e = c.inner_size, bc = 2 * e + c.dt_rank, dt = bc + 2 * c.state_size;
@@ -120,6 +121,11 @@ struct Mixer {
         cpu.scan_conv(c, find("conv.weight"), find("conv.bias"), batch, xz.matrix(), states, 0, x.matrix());
         cpu.selective_scan(c, {a.data(), find("D"), xz.matrix(), x.matrix(), b_and_c.matrix(), steps.matrix()}, batch,
                            states, 0, out);
+      }
+      void operator()(const PrefixLinearAttentionConfig& c) const {
+        const std::int64_t cols = c.num_heads * (2 * c.feature_dim + c.head_dim);
+        Columns qkv(in, 0, cols), encoder(in, cols, in.cols - cols);
+        cpu.prefix_linear_attention(c, batch, qkv.matrix(), encoder.matrix(), states, 0, out);
       }
       void operator()(const GatedDeltaNetConfig& c) const {
         cpu.gated_delta_net(c, {find("conv.weight"), find("norm.weight"), find("A_log"), find("dt_bias")}, batch, in,
@@ -155,6 +161,9 @@ std::vector<std::vector<float>> feed(const Mixer& mixer, CpuBackend& cpu, backen
     positions.push_back(piece.position);
     in.insert(in.end(), piece.in, piece.in + piece.tokens * mixer.input_width());
   }
+  std::vector<std::int64_t> ends;
+  for (const Piece& piece : pieces) ends.push_back(piece.position + piece.tokens);
+  cpu.reserve_states(states, slots, ends);
   const auto rows = static_cast<std::int64_t>(tokens.size());
   std::vector<float> out(static_cast<std::size_t>(rows * mixer.output_width()), std::nanf(""));
   std::vector<std::uint16_t> out16(out.size(), 0x7fc0);
@@ -225,9 +234,43 @@ std::vector<double> reference(const LinearAttentionConfig& c, const Parameters&,
   return out;
 }
 
-// The first token stands at `start`; what the ring holds before is zeros.
-std::vector<double> reference(const SlidingWindowConfig& c, const Parameters&, const std::vector<float>& qkv,
+// Sums over all keys, each with its value: first those of the prefix, then those of the tokens up to t.
+std::vector<double> reference(const PrefixLinearAttentionConfig& c, const Parameters&, const std::vector<float>& in,
                               std::int64_t start) {
+  const std::int64_t H = c.num_heads, f = c.feature_dim, dv = c.head_dim, width = H * (3 * f + 2 * dv);
+  const std::int64_t tokens = static_cast<std::int64_t>(in.size()) / width;
+  const std::int64_t prefix = start == 0 ? std::min(c.enc_length, tokens) : 0;
+  std::vector<double> out;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    for (std::int64_t h = 0; h < H; ++h) {
+      double denominator = c.eps;
+      std::vector<double> numerator(static_cast<std::size_t>(dv));
+      const auto add = [&](const float* k, const float* v) {
+        double s = 0;
+        for (std::int64_t i = 0; i < f; ++i) s += double{in[t * width + h * f + i]} * k[i];
+        s /= std::sqrt(static_cast<double>(f));
+        const double p = 1 + s + s * s / 2;
+        denominator += p;
+        for (std::int64_t i = 0; i < dv; ++i) numerator[i] += p * v[i];
+      };
+      for (std::int64_t m = 0; m < prefix; ++m) {
+        const float* encoder = in.data() + m * width + H * (2 * f + dv);
+        add(encoder + h * f, encoder + H * f + h * dv);
+      }
+      for (std::int64_t j = 0; j <= t; ++j) {
+        const float* x = in.data() + j * width;
+        add(x + (H + h) * f, x + 2 * H * f + h * dv);
+      }
+      for (std::int64_t i = 0; i < dv; ++i) out.push_back(numerator[i] / denominator);
+    }
+  }
+  return out;
+}
+
+// The first token stands at `start`; what the ring holds before is zeros.
+template <class Config>
+std::vector<double> softmax_reference(const Config& c, std::int64_t window, const std::vector<float>& qkv,
+                                      std::int64_t start) {
   const std::int64_t H = c.num_heads, Hkv = c.num_kv_heads, hd = c.head_dim, width = (H + 2 * Hkv) * hd;
   const std::int64_t tokens = static_cast<std::int64_t>(qkv.size()) / width;
   const auto rotated = [&](std::int64_t t, std::int64_t head) {
@@ -249,7 +292,7 @@ std::vector<double> reference(const SlidingWindowConfig& c, const Parameters&, c
       const auto q = rotated(t, h);
       double denominator = 0;
       std::vector<double> numerator(static_cast<std::size_t>(hd));
-      for (std::int64_t p = std::max<std::int64_t>(0, start + t - c.window + 1); p <= start + t; ++p) {
+      for (std::int64_t p = std::max<std::int64_t>(0, start + t - window + 1); p <= start + t; ++p) {
         if (p < start) {
           denominator += 1;
           continue;
@@ -265,6 +308,16 @@ std::vector<double> reference(const SlidingWindowConfig& c, const Parameters&, c
     }
   }
   return out;
+}
+
+std::vector<double> reference(const SlidingWindowConfig& c, const Parameters&, const std::vector<float>& qkv,
+                              std::int64_t start) {
+  return softmax_reference(c, c.window, qkv, start);
+}
+
+std::vector<double> reference(const FullAttentionConfig& c, const Parameters&, const std::vector<float>& qkv,
+                              std::int64_t start) {
+  return softmax_reference(c, limits::kSize, qkv, start);
 }
 
 std::vector<double> reference(const SelectiveScanConfig& c, const Parameters& parameters, const std::vector<float>& in,
@@ -396,10 +449,24 @@ std::vector<Mixer> windows() {
           Mixer(window_config(2, 1, 80, 300, 13, true)), Mixer(window_config(5, 5, 33, 31, 31))};
 }
 
+std::vector<Mixer> fulls() {
+  const auto full = [](std::int64_t H, std::int64_t Hkv, std::int64_t hd, std::int64_t rotary, bool interleaved) {
+    return Mixer(FullAttentionConfig{H, Hkv, hd, 1 / std::sqrt(static_cast<double>(hd)), false, false, rotary, 10000,
+                                     interleaved});
+  };
+  return {full(4, 4, 32, 16, false), full(2, 2, 70, 35, false), full(1, 1, 1, 0, false), full(6, 2, 7, 3, true),
+          full(40, 1, 16, 16, false)};
+}
+
 std::vector<Mixer> scans() {
   return {Mixer(SelectiveScanConfig{256, 16, 4, 8, true, false}), Mixer(SelectiveScanConfig{1, 1, 1, 1, false, false}),
           Mixer(SelectiveScanConfig{37, 5, 3, 2, true, true}), Mixer(SelectiveScanConfig{150, 32, 2, 3, false, false}),
           Mixer(SelectiveScanConfig{19, 7, 90, 1, true, false})};
+}
+
+// A prefix of one token: these may be cut anywhere.
+std::vector<Mixer> prefixes() {
+  return {Mixer(PrefixLinearAttentionConfig{4, 16, 32, 1, 1e-12}), Mixer(PrefixLinearAttentionConfig{1, 5, 70, 1, 0})};
 }
 
 std::vector<Mixer> deltas() {
@@ -411,7 +478,8 @@ std::vector<Mixer> deltas() {
 
 std::vector<Mixer> all_mixers() {
   std::vector<Mixer> all = convs();
-  for (auto& mixers : {linears(), windows(), scans(), deltas()}) all.insert(all.end(), mixers.begin(), mixers.end());
+  for (auto& mixers : {linears(), windows(), prefixes(), fulls(), scans(), deltas()})
+    all.insert(all.end(), mixers.begin(), mixers.end());
   return all;
 }
 
@@ -425,6 +493,27 @@ INSTANTIATE_TEST_SUITE_P(Cpu, Mixers, testing::ValuesIn(available_isas()),
                          [](const auto& isa) { return std::string(name_of(isa.param)); });
 
 // ---- tests ----------------------------------------------------------------------------------------------------------
+
+// One call holds the prefix; how the rest is cut changes nothing but the rounding.
+TEST_P(Mixers, ReadAPrefixAsAWhole) {
+  CpuBackend cpu = make_cpu(GetParam());
+  for (std::int64_t prefix : {1, 5, 63, 64, 100, 1000}) {
+    for (const auto& config :
+         {PrefixLinearAttentionConfig{3, 16, 20, prefix, 1e-12}, PrefixLinearAttentionConfig{1, 5, 70, prefix, 0}}) {
+      const Mixer mixer(config);
+      SCOPED_TRACE(describe(mixer) + ", prefix " + std::to_string(prefix));
+      for (std::int64_t tokens : {1, 4, 17, 64, 65, 150}) {
+        const auto in = mixer.input(tokens, static_cast<std::uint64_t>(tokens));
+        const auto expected = reference(mixer, in);
+        EXPECT_LT(relative_error(feed_cut(mixer, cpu, in, {tokens}), expected), kTolerance) << tokens;
+        if (tokens <= prefix) continue;
+        std::vector<std::int64_t> cuts{prefix};
+        cuts.resize(static_cast<std::size_t>(1 + tokens - prefix), 1);
+        EXPECT_LT(relative_error(feed_cut(mixer, cpu, in, cuts), expected), kTolerance) << tokens;
+      }
+    }
+  }
+}
 
 TEST_P(Mixers, MatchReferenceInOneCall) {
   CpuBackend cpu = make_cpu(GetParam());
@@ -482,7 +571,8 @@ TEST_P(Mixers, MatchReferenceInRaggedBatches) {
 TEST_P(Mixers, CutsChangeNoBitOfWhatGoesTokenByToken) {
   CpuBackend cpu = make_cpu(GetParam());
   std::vector<Mixer> mixers = convs();
-  for (auto& more : {windows(), scans(), deltas()}) mixers.insert(mixers.end(), more.begin(), more.end());
+  for (const auto& more : {windows(), fulls(), scans(), deltas()})
+    mixers.insert(mixers.end(), more.begin(), more.end());
   std::mt19937 random(6);
   for (const Mixer& mixer : mixers) {
     SCOPED_TRACE(describe(mixer));
@@ -498,6 +588,55 @@ TEST_P(Mixers, CutsChangeNoBitOfWhatGoesTokenByToken) {
         EXPECT_EQ(feed_cut(mixer, cpu, in, cuts, ring), whole);
       }
     }
+  }
+}
+
+// Several spans of keys, which several threads share in a step.
+TEST_P(Mixers, LongContextsAreExactAndCutsAndThreadsChangeNoBit) {
+  const std::int64_t tokens = 2700;
+  for (const Mixer& mixer : {fulls()[1], fulls()[3]}) {
+    SCOPED_TRACE(describe(mixer));
+    const auto in = mixer.input(tokens, 17), other = mixer.input(tokens, 18);
+    const std::vector<std::int64_t> cuts{511, 1, 1, 1, 777, 1, 128, 1, 1277, 1, 1};
+    const std::vector<std::int64_t> whole{tokens};
+    std::vector<float> first;
+    for (const DType dtype : {DType::float32, DType::bfloat16}) {
+      CpuBackend one = make_cpu(GetParam(), 1);
+      const auto out = feed_cut(mixer, one, in, whole, dtype);
+      EXPECT_LT(relative_error(out, reference(mixer, in)), dtype == DType::float32 ? kTolerance : 8e-3);
+      for (const int threads : {1, 2, 3, 40}) {
+        CpuBackend cpu = make_cpu(GetParam(), threads);
+        EXPECT_EQ(feed_cut(mixer, cpu, in, cuts, dtype), out) << threads << " threads";
+        // A last step beside shorter sequences.
+        const auto states = mixer.states(cpu, dtype, 3);
+        const float* at = in.data();
+        feed(mixer, cpu, *states, {{at, tokens - 1, 1, 0}, {other.data(), 700, 0, 0}, {other.data(), 3, 2, 0}});
+        const std::int64_t width = mixer.input_width();
+        const auto parts = feed(mixer, cpu, *states,
+                                {{other.data() + 700 * width, 1, 0, 700},
+                                 {at + (tokens - 1) * width, 1, 1, tokens - 1},
+                                 {other.data() + 3 * width, 1, 2, 3}});
+        EXPECT_EQ(parts[1], std::vector<float>(out.end() - mixer.output_width(), out.end())) << threads << " threads";
+      }
+    }
+  }
+}
+
+TEST_P(Mixers, AStepTakesNoMoreScratchThanWasReserved) {
+  for (const Mixer& mixer : {fulls()[0], fulls()[4]}) {
+    SCOPED_TRACE(describe(mixer));
+    CpuBackend cpu = make_cpu(GetParam(), 3);
+    ModelConfig model;
+    model.layers = {mixer.config};
+    const auto in = mixer.input(2000, 19);
+    const auto states = mixer.states(cpu, DType::float32, 1);
+    feed(mixer, cpu, *states, {{in.data(), 1999, 0, 0}});
+    cpu.trim();
+    cpu.reserve_step(model, 1);
+    const auto& held = cpu.memory().nbytes[static_cast<std::size_t>(backend::MemoryKind::workspace)];
+    const std::size_t before = held;
+    feed(mixer, cpu, *states, {{in.data() + 1999 * mixer.input_width(), 1, 0, 1999}});
+    EXPECT_EQ(held, before);
   }
 }
 
@@ -642,12 +781,13 @@ TEST_P(Mixers, ScanHandsOnWhatIsNoNumber) {
   EXPECT_TRUE(std::isnan(feed_cut(damaged, cpu, mixer.input(3, 19), {3})[7]));
 }
 
-TEST_P(Mixers, WindowAttentionWithLargeScoresIsExact) {
+TEST_P(Mixers, SoftmaxAttentionWithLargeScoresIsExact) {
   CpuBackend cpu = make_cpu(GetParam());
-  const Mixer mixer(window_config(2, 2, 64, 33, 0));
-  auto in = mixer.input(60, 16);
-  for (float& x : in) x *= 6;  // scores up to some hundred
-  EXPECT_LT(relative_error(feed_cut(mixer, cpu, in, {60}), reference(mixer, in)), 2e-5);
+  for (const Mixer& mixer : {Mixer(window_config(2, 2, 64, 33, 0)), Mixer(FullAttentionConfig{2, 2, 64, 0.125})}) {
+    auto in = mixer.input(700, 16);
+    for (float& x : in) x *= 6;  // scores up to some hundred
+    EXPECT_LT(relative_error(feed_cut(mixer, cpu, in, {700}), reference(mixer, in)), 2e-5);
+  }
 }
 
 // ---- norm -----------------------------------------------------------------------------------------------------------

@@ -22,6 +22,13 @@ using test::tiny_config;
 
 using Prompts = std::vector<std::vector<std::int32_t>>;
 
+// The saved form of the states, as bytes.
+std::string bytes(const Session& session) {
+  const TemporaryFolder dir;
+  session.save_state(dir.path() / "state");
+  return read_bytes(dir.path() / "state");
+}
+
 class SessionTest : public ::testing::TestWithParam<DType> {
  protected:
   std::shared_ptr<const Model> model_ = [this] {
@@ -39,13 +46,6 @@ class SessionTest : public ::testing::TestWithParam<DType> {
       norm += std::pow(static_cast<double>(b[i]), 2);
     }
     EXPECT_LE(std::sqrt(difference / norm), tolerance_);
-  }
-
-  // The saved form of the states, as bytes.
-  std::string bytes(const Session& session) const {
-    const TemporaryFolder dir;
-    session.save_state(dir.path() / "state");
-    return read_bytes(dir.path() / "state");
   }
 };
 
@@ -155,18 +155,129 @@ TEST_P(SessionTest, AnInterruptedPrefillChangesNothing) {
   }
 }
 
+// Of full attention alone: what a prompt wrote behind the sequence counts for nothing, and no state is copied.
+TEST_P(SessionTest, AnInterruptedPrefillOfAStateThatOnlyGrowsChangesNothing) {
+  ModelConfig config = tiny_config();
+  config.layers = {config.layers.back(), config.layers.back()};
+  LoadOptions options;
+  options.dtype = GetParam();
+  const auto model = Model::random(config, 11, options);
+  Session session(model, 2);
+  const std::vector<int> first{0};
+  session.prefill(Prompts{random_tokens(200, 1)}, first);
+  const auto before = bytes(session);
+  const auto untouched = session.fork();
+  const Prompts prompts{random_tokens(100, 2), random_tokens(400, 3)};
+  for (const int stop_at : {0, 1, 3}) {
+    int calls = 0;
+    std::size_t most = 0;
+    const std::size_t held = model->memory().states;
+    const auto interrupt = [&] {
+      most = std::max(most, static_cast<std::size_t>(model->memory().states));
+      if (calls++ == stop_at) throw std::runtime_error("stop here");
+    };
+    EXPECT_THROW(session.prefill(prompts, {}, interrupt), std::runtime_error);
+    EXPECT_EQ(bytes(session), before);
+    EXPECT_LE(most, held + 3 * (model->state_nbytes(256) - model->state_nbytes(0)));  // its own pieces
+  }
+  const auto stop = [] { throw std::runtime_error("stop here"); };
+  const std::size_t held = model->memory().states;
+  const std::vector<std::int32_t> tokens{1, 2};
+  EXPECT_THROW(session.step(tokens, {}, stop), std::runtime_error);
+  EXPECT_EQ(bytes(session), before);
+  EXPECT_EQ(model->memory().states, held);
+  session.step(tokens, {}, [] {});
+  session.undo_last();
+  EXPECT_EQ(bytes(session), before);
+  EXPECT_THROW(session.reset(stop), std::runtime_error);  // which overwrites, and so copies
+  EXPECT_EQ(bytes(session), before);
+  EXPECT_EQ(floats(session.prefill(prompts)), floats(untouched->prefill(prompts)));
+  EXPECT_EQ(bytes(session), bytes(*untouched));
+}
+
+// A model whose sequences may have 10 tokens.
+class MaxContext : public ::testing::Test {
+ protected:
+  static std::shared_ptr<const Model> load(std::int64_t max_context) {
+    LoadOptions options;
+    options.max_context = max_context;
+    return Model::random(test::tiny_config(), 11, options);
+  }
+  std::shared_ptr<const Model> model_ = load(10);
+};
+
+TEST_F(MaxContext, IsOfTheLoadedModel) {
+  EXPECT_EQ(model_->max_context(), 10);
+  const auto other = Model::random(test::tiny_config(), 11);
+  EXPECT_GT(other->max_context(), 10'000);
+  EXPECT_EQ(other->fingerprint(), model_->fingerprint());
+  EXPECT_GT(other->state_nbytes(), model_->state_nbytes());
+  EXPECT_EQ(other->state_nbytes(10), model_->state_nbytes());
+  EXPECT_THROW_WITH(model_->state_nbytes(11), InvalidArgument, "max_context");
+  EXPECT_EQ(Model::random(test::gpu_config(), 11)->max_context(), std::nullopt);
+  for (const std::int64_t bad : {std::int64_t{-1}, std::int64_t{0}, limits::kSize + 1})
+    EXPECT_THROW_WITH(load(bad), InvalidArgument, "expected 1 to 16777216");
+  LoadOptions options;
+  options.max_context = 10;
+  EXPECT_THROW_WITH(Model::random(test::gpu_config(), 11, options), InvalidArgument, "no full_attention layer");
+}
+
+TEST_F(MaxContext, IsRefusedBeforeAnythingChanges) {
+  const auto tokens = random_tokens(12, 1);
+  const auto first = [&](std::size_t n) { return std::vector<std::int32_t>(tokens.begin(), tokens.begin() + n); };
+  EXPECT_EQ(model_->forward(first(10)).shape()[0], 10);
+  EXPECT_THROW_WITH(model_->forward(first(11)), InvalidArgument,
+                    "forward: 11 tokens are more than the model's max_context, 10 tokens");
+  EXPECT_EQ(model_->score(first(11)).size(), 10u);  // the last is not fed
+  EXPECT_THROW_WITH(model_->score(first(12)), InvalidArgument, "score: 11 tokens");
+  EXPECT_THROW_WITH(model_->trace(first(11)), InvalidArgument, "trace: 11 tokens");
+
+  Session session(model_, 2);
+  session.prefill(Prompts{first(9), first(3)});
+  const auto before = bytes(session);
+  EXPECT_THROW_WITH(session.prefill(Prompts{first(2), first(2)}), InvalidArgument,
+                    "prefill: sequence 0: 2 tokens behind 9 are more than the model's max_context, 10 tokens");
+  EXPECT_EQ(bytes(session), before);
+  session.step(std::vector<std::int32_t>{1, 2});
+  const auto full = bytes(session);
+  EXPECT_THROW_WITH(session.step(std::vector<std::int32_t>{1, 2}), InvalidArgument, "step: sequence 0: 1 tokens");
+  EXPECT_EQ(bytes(session), full);
+  const std::vector<int> second{1};
+  session.step(std::vector<std::int32_t>{3}, second);  // the neighbour goes on
+  EXPECT_EQ(session.num_tokens(), (std::vector<std::int64_t>{10, 5}));
+  session.fork()->reset();
+}
+
+TEST_F(MaxContext, AStateGoesToAnotherOneIfItsTokensFit) {
+  Session session(model_, 1);
+  session.prefill(Prompts{random_tokens(8, 1)});
+  const test::TemporaryFolder folder;
+  session.save_state(folder / "state");
+  const auto large = load(100), small = load(7);
+  Session other(large, 1);
+  other.load_state(folder / "state");
+  const std::vector<std::int32_t> next{5};
+  EXPECT_EQ(floats(other.step(next)), floats(session.step(next)));
+  Session narrow(small, 1);
+  narrow.prefill(Prompts{random_tokens(3, 2)});
+  const auto before = bytes(narrow);
+  EXPECT_THROW_WITH(narrow.load_state(folder / "state"), InvalidArgument, "max_context, 7 tokens");
+  EXPECT_THROW_WITH(State::load(folder / "state", small), InvalidArgument, "max_context, 7 tokens");
+  EXPECT_EQ(bytes(narrow), before);
+}
+
 TEST_P(SessionTest, StatesThatDidNotChangeAreCopiedOnce) {
   Session session(model_, 4);
   session.prefill(Prompts{random_tokens(20, 1), random_tokens(3, 2), random_tokens(4, 3), random_tokens(5, 4)});
   const std::size_t held = model_->memory().states;
   const auto checkpoint = session.checkpoint();
   const std::size_t with_checkpoint = model_->memory().states;
-  EXPECT_GE(with_checkpoint, held + 4 * model_->state_nbytes());
+  EXPECT_GE(with_checkpoint, held + 4 * model_->state_nbytes(5));
   // A prompt can be undone from the checkpoint's states: it takes no copy of its own.
   std::size_t most = 0;
   session.prefill(Prompts{{1}, {2}, {3}, {4}}, {},
                   [&] { most = std::max(most, static_cast<std::size_t>(model_->memory().states)); });
-  EXPECT_LT(most, with_checkpoint + model_->state_nbytes());
+  EXPECT_LT(most, with_checkpoint + model_->state_nbytes(5));
   session.rollback(*checkpoint);
   EXPECT_EQ(session.snapshot(2), checkpoint->states()[2]);  // the same object
   session.step(std::vector<std::int32_t>{1, 2, 3, 4});
@@ -339,11 +450,11 @@ TEST_P(SessionTest, RefusesPendingTokensThatCannotBe) {
     io::write_state_file(path, model_->fingerprint(), {state});
   };
   const DType f32 = DType::float32, b16 = DType::bfloat16;
-  // Linear layers: 1 with 3 heads, f 4, head_dim 8; 4 with 2 heads, f 5, head_dim 7.
-  const std::vector<Pending> good{{"layers.1.pending_keys", b16, {3, 3, 4}},
-                                  {"layers.1.pending_values", b16, {3, 3, 8}},
-                                  {"layers.4.pending_keys", b16, {3, 2, 5}},
-                                  {"layers.4.pending_values", b16, {3, 2, 7}}};
+  // Linear layers: 1 with 3 heads, f 4, head_dim 8; 4 with 2 heads, f 5, head_dim 7; 5 with 2 heads, f 3, head_dim 5.
+  const std::vector<Pending> good{
+      {"layers.1.pending_keys", b16, {3, 3, 4}}, {"layers.1.pending_values", b16, {3, 3, 8}},
+      {"layers.4.pending_keys", b16, {3, 2, 5}}, {"layers.4.pending_values", b16, {3, 2, 7}},
+      {"layers.5.pending_keys", b16, {3, 2, 3}}, {"layers.5.pending_values", b16, {3, 2, 5}}};
   const auto changed = [&](std::size_t i, DType dtype, std::vector<std::int64_t> shape) {
     auto all = good;
     all[i].dtype = dtype;

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "backend/cpu/cpu_backend.h"
+#include "backend/cpu/cpu_memory.h"
 #include "backend/cpu/cpu_states.h"
 #include "based/error.h"
 #include "based/session.h"
@@ -401,6 +402,111 @@ TEST(States, CountsMoreThan2To24Tokens) {
   EXPECT_LT(std::sqrt(error / norm), 3e-6);
 }
 
+// ---- keys and values of all tokens ---------------------------------------------------------------------------------
+
+constexpr FullAttentionConfig kFull{4, 2, 10, 0.3, false, false, 10};
+
+ModelConfig full_model() {
+  ModelConfig config;
+  config.layers = {kFull, kConv, kFull};
+  return config;
+}
+
+// A saved state of this many tokens with random keys and values.
+std::vector<NamedTensor> random_full_state(std::int64_t tokens, std::uint64_t seed) {
+  std::vector<NamedTensor> saved;
+  for (const char* name : {"layers.0.keys", "layers.0.values", "layers.1.conv", "layers.2.keys", "layers.2.values"}) {
+    const bool conv = std::string(name) == "layers.1.conv";
+    saved.push_back({name, conv ? Tensor::empty(DType::float32, {kConv.kernel_size - 1, kConv.inner_size})
+                                : Tensor::empty(DType::float32, {tokens, kFull.num_kv_heads, kFull.head_dim})});
+    const auto values = random_floats(saved.back().tensor.size(), ++seed);
+    std::ranges::copy(values, saved.back().tensor.data_as<float>());
+  }
+  return saved;
+}
+
+TEST(States, AllKeysAreSavedAndCopiedWithoutAnEnd) {
+  CpuBackend cpu = make_cpu();
+  const auto states = cpu.make_states(full_model(), DType::float32, 3);
+  const std::int64_t lengths[] = {0, 1, 15, 255, 256, 257, 1300, 40, 0, 600};  // up and down in one slot
+  for (const std::int64_t tokens : lengths) {
+    const auto saved = random_full_state(tokens, static_cast<std::uint64_t>(tokens));
+    cpu.import_state(*states, 1, tokens, views(saved));
+    expect_equal(cpu.export_state(*states, 1, tokens), saved);
+    cpu.copy_state(*states, 1, *states, 2, tokens);
+    cpu.reset_state(*states, 1);
+    expect_equal(cpu.export_state(*states, 2, tokens), saved);
+  }
+}
+
+TEST(States, AllKeysTakeMemoryByPiecesAndGiveItBack) {
+  CpuBackend cpu = make_cpu();
+  const auto held = [&] { return cpu.memory().nbytes[static_cast<std::size_t>(backend::MemoryKind::states)].load(); };
+  const auto states = cpu.make_states(full_model(), DType::float32, 1024);
+  const std::size_t fresh = held();
+  const std::size_t piece = 2 * kPieceTokens * 2 * (10 + 16) * sizeof(float);  // layers, tokens, heads, sizes
+  const auto reserve = [&](std::int32_t slot, std::int64_t tokens) {
+    cpu.reserve_states(*states, {&slot, 1}, {&tokens, 1});
+  };
+  reserve(3, 1);
+  EXPECT_EQ(held(), fresh + piece);
+  reserve(3, kPieceTokens);
+  EXPECT_EQ(held(), fresh + piece);
+  reserve(3, kPieceTokens + 1);
+  reserve(3, 5);  // keeps what it has
+  EXPECT_EQ(held(), fresh + 2 * piece);
+  cpu.copy_state(*states, 3, *states, 4, 5);
+  EXPECT_EQ(held(), fresh + 3 * piece);
+  cpu.copy_state(*states, 4, *states, 3, 5);
+  EXPECT_EQ(held(), fresh + 2 * piece);
+  for (const int slot : {3, 4}) cpu.reset_state(*states, slot);
+  EXPECT_EQ(held(), fresh);
+  EXPECT_EQ(cpu.state_nbytes(full_model(), DType::float32, 17) - cpu.state_nbytes(full_model(), DType::float32, 16),
+            piece / (kPieceTokens / kStateLanes));
+}
+
+TEST(States, MemoryThatTheMachineLacksIsRefusedBeforeAnythingChanges) {
+  CpuBackend cpu = make_cpu();
+  ModelConfig config = full_model();
+  config.layers.push_back(FullAttentionConfig{64, 64, 128, 0.1});
+  const auto states = cpu.make_states(config, DType::float32, 2);
+  const auto held = [&] { return cpu.memory().nbytes[static_cast<std::size_t>(backend::MemoryKind::states)].load(); };
+  const std::int32_t slots[] = {0, 1};
+  const std::int64_t few[] = {20, 30}, many[] = {25, limits::kSize};  // 1.1 TB
+  cpu.reserve_states(*states, slots, few);
+  const std::size_t before = held();
+  EXPECT_THROW_WITH(cpu.reserve_states(*states, slots, many), OutOfMemory, "bytes of states are needed");
+  EXPECT_EQ(held(), before);
+  cpu.reserve_states(*states, slots, few);
+  ASSERT_GT(cpu.available_nbytes(), std::size_t{1} << 20);
+}
+
+TEST(States, AvailableMemoryIsTheLeastOfTheMachinesAndTheGroups) {
+  const test::TemporaryFolder folder;
+  const std::filesystem::path root = folder / "root";
+  const auto write = [&](const std::string& path, const std::string& text) {
+    std::filesystem::create_directories((root / path).parent_path());
+    std::ofstream(root / path) << text;
+  };
+  write("proc/meminfo", "MemTotal: 16000 kB\nMemFree: 100 kB\nMemAvailable:    8000 kB\n");
+  EXPECT_EQ(available_memory(root), 8000u * 1024);
+  write("proc/self/cgroup", "0::/user/job\n");
+  write("sys/fs/cgroup/user/job/memory.max", "max\n");
+  write("sys/fs/cgroup/user/job/memory.current", "1000\n");
+  EXPECT_EQ(available_memory(root), 8000u * 1024);
+  write("sys/fs/cgroup/user/memory.max", "5000000\n");
+  write("sys/fs/cgroup/user/memory.current", "3000000\n");
+  EXPECT_EQ(available_memory(root), 2000000u);
+  write("sys/fs/cgroup/user/memory.stat", "anon 5\ninactive_file 1000000\n");
+  EXPECT_EQ(available_memory(root), 3000000u);
+  write("sys/fs/cgroup/user/memory.current", "9000000\n");
+  EXPECT_EQ(available_memory(root), 0u);
+  write("proc/self/cgroup", "7:cpu,memory:/box\n3:pids:/\n");
+  write("sys/fs/cgroup/memory/memory.limit_in_bytes", "700000\n");
+  write("sys/fs/cgroup/memory/memory.usage_in_bytes", "600000\n");
+  EXPECT_EQ(available_memory(root), 100000u);
+}
+
 #if defined(__linux__)
 // Pages of this process in memory.
 std::size_t resident_nbytes() {
@@ -442,6 +548,32 @@ TEST(States, ALargeWindowTakesMemoryWhenItIsUsed) {
 }
 
 // What a session does with a long state costs what the sequence has seen of it.
+// A session of 1,024 sequences that may each have all of the memory, its forks and checkpoints.
+TEST(States, ManySequencesOfAnyLengthTakeWhatTheyHold) {
+#ifdef __SANITIZE_THREAD__
+  GTEST_SKIP() << "the sanitizer keeps memory of its own beside every page";
+#endif
+  constexpr std::size_t kMegabyte = std::size_t{1} << 20;
+  ModelConfig config = test::tiny_config();
+  config.layers = {FullAttentionConfig{16, 16, 64, 0.1, false, false, 64}};
+  const auto model = Model::random(config, 3);
+  const std::size_t before = resident_nbytes();
+  Session session(model, 1024);
+  const std::vector<std::vector<std::int32_t>> prompts{test::random_tokens(300, 2)};
+  const std::vector<int> one{7};
+  session.prefill(prompts, one);
+  std::vector<std::unique_ptr<Session>> forks;
+  std::vector<std::unique_ptr<Checkpoint>> checkpoints;
+  for (int i = 0; i < 4; ++i) {
+    forks.push_back(session.fork());
+    forks.back()->step(std::vector<std::int32_t>{1}, one);
+    checkpoints.push_back(forks.back()->checkpoint());
+  }
+  EXPECT_LT(resident_nbytes(), before + 60 * kMegabyte);  // 9 times 2.5 MB, and what each session has of its own
+  EXPECT_LT(session.state_nbytes(), 3 * kMegabyte);
+  EXPECT_LT(checkpoints[0]->state_nbytes(), 3 * kMegabyte);
+}
+
 TEST(States, ForksAndCheckpointsOfLongWindowsTakeWhatTheyHold) {
 #ifdef __SANITIZE_THREAD__
   GTEST_SKIP() << "the sanitizer keeps memory of its own beside every page";

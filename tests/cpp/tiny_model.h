@@ -17,8 +17,8 @@
 
 namespace based::test {
 
-/// All mixers, grouped heads, partial rotary; small and odd-sized.
-inline ModelConfig tiny_config() {
+/// The mixers that a GPU has kernels for, grouped heads, partial rotary; small and odd-sized.
+inline ModelConfig gpu_config() {
   ModelConfig config;
   config.vocab_size = 61;
   config.padded_vocab_size = 64;
@@ -35,9 +35,17 @@ inline ModelConfig tiny_config() {
   window.rotary_dim = 4;
   config.layers = {GatedConvConfig{48, 3, true}, LinearAttentionConfig{3, 4, 8, 1e-12}, window,
                    GatedConvConfig{30, 4, false}, LinearAttentionConfig{2, 5, 7, 1e-12}};
+  config.eos_token_id = 60;
+  return config;
+}
+
+/// All mixers. A prefix of one token lets prompts be cut anywhere.
+inline ModelConfig tiny_config() {
+  ModelConfig config = gpu_config();
+  config.layers.push_back(PrefixLinearAttentionConfig{2, 3, 5, 1, 1e-12});
+  config.layers.push_back(FullAttentionConfig{4, 2, 6, 0.4, true, false, 3});
   config.layers.push_back(SelectiveScanConfig{37, 5, 4, 3, true, true});
   config.layers.push_back(GatedDeltaNetConfig{2, 5, 7, 3, 1e-5, true, true});
-  config.eos_token_id = 60;
   return config;
 }
 

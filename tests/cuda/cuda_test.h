@@ -3,7 +3,6 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <variant>
 #include <vector>
 
 #include "based/device.h"
@@ -26,13 +25,6 @@ inline LoadOptions on(Device device, DType dtype = DType::float32) {
   options.device = device;
   options.dtype = dtype;
   return options;
-}
-
-/// tiny_config() without the layers that a GPU refuses.
-inline ModelConfig gpu_config() {
-  ModelConfig config = tiny_config();
-  std::erase_if(config.layers, [](const MixerConfig& m) { return std::holds_alternative<SelectiveScanConfig>(m); });
-  return config;
 }
 
 /// A host copy of a float32 tensor of any device.

@@ -8,10 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from based import FormatError
+from based._json import read_json
 from based._pickle import read_torch_file
 from based._published import translate
+from based._published_mamba import is_mamba, translate_mamba
+from based._tokenizer_files import read_tokenizer_json
 from based._tokenizer_json import parse_tokenizer, tokenizer_errors
-from based.convert import _read_json
 
 _FOLDER = Path(tempfile.mkdtemp(prefix="based-fuzz-"))
 
@@ -50,14 +52,15 @@ def published(data: bytes) -> None:
     path = _FOLDER / "config.json"
     path.write_bytes(data)
     try:
-        config = _read_json(path, 4 << 20)
+        config = read_json(path, 4 << 20)
         shapes = config.pop("shapes", {}) if isinstance(config, dict) else {}
         if not isinstance(shapes, dict):
             return
         known = {
             name: tuple(x for x in shape if type(x) is int) for name, shape in shapes.items() if type(shape) is list
         }
-        translated, _ = translate(config, known, False, str(path), "weights")
+        translation = translate_mamba if is_mamba(config) else translate
+        translated, _ = translation(config, known, False, str(path), "weights")
         json.dumps(translated)
     except FormatError as error:
         _check_names(error, str(path), "weights")
@@ -76,6 +79,24 @@ def tokenizer(data: bytes) -> None:
         _check_names(error, "fuzz")
 
 
+def bpe_files(data: bytes) -> None:
+    """vocab.json, merges.txt, tokenizer_config.json and added_tokens.json, separated by lines of "---"."""
+    folder = _FOLDER / "bpe"
+    folder.mkdir(exist_ok=True)
+    names = ("vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json")
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    for name, part in zip(names, [*data.split(b"\n---\n"), b"", b""], strict=False):
+        if part or name in names[:2]:
+            (folder / name).write_bytes(part)
+    if not (folder / "merges.txt").exists():
+        return
+    try:
+        tokenizer(read_tokenizer_json(folder))
+    except FormatError as error:
+        _check_names(error, str(folder))
+
+
 def train_yaml(data: bytes) -> None:
     """A training configuration."""
     from based.torch.train.config import read_config
@@ -91,5 +112,6 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "torch_file": torch_file,
     "published": published,
     "tokenizer": tokenizer,
+    "bpe_files": bpe_files,
     "train_yaml": train_yaml,
 }

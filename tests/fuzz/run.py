@@ -42,8 +42,9 @@ CPP = {
 PYTHON = {
     "pickle": ("python/based/_pickle.py",),
     "torch_file": ("python/based/_pickle.py",),
-    "published": ("python/based/_published.py", "python/based/convert.py"),
+    "published": ("python/based/_published.py", "python/based/_json.py"),
     "tokenizer": ("python/based/_tokenizer",),
+    "bpe_files": ("python/based/_tokenizer", "python/based/_json.py"),
     "train_yaml": ("python/based/torch/train/config.py",),
 }
 WORDS = rb'{ } [ ] null true -1 0 1e308 2147483647 18446744073709551616 "Fixed" "Regex" (a+)+$ \ud800'.split()

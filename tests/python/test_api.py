@@ -535,9 +535,27 @@ def test_sampling_values_of_wrong_types(field, value):
     assert params == based.SamplingParams()
 
 
-def test_unknown_sampling_field():
-    with pytest.raises(TypeError):
-        based.SamplingParams(best_of=2)
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"best_of": 2}, "SamplingParams has no field best_of. The fields are n, max_tokens, min_tokens, "),
+        ({"max_new_tokens": 5}, "SamplingParams has no field max_new_tokens: here it is max_tokens. The fields are "),
+        (
+            {"n": 1, "temprature": 1},
+            "SamplingParams has no field temprature: did you mean temperature? The fields are ",
+        ),
+        ({"do_sample": False}, "do_sample: temperature=0 chooses the likeliest token, any other temperature samples."),
+    ],
+)
+def test_unknown_sampling_field(fields, message):
+    with pytest.raises(TypeError) as caught:
+        based.SamplingParams(**fields)
+    assert message in str(caught.value)
+
+
+def test_sampling_fields_have_names():
+    with pytest.raises(TypeError, match="takes its fields by name"):
+        based.SamplingParams(5)
 
 
 # ---- the core's smaller types ----------------------------------------------------------------------------------------

@@ -275,3 +275,71 @@ def test_read_bandwidth(threads: int | None) -> None:
 def test_read_bandwidth_bad_arguments(threads: int, nbytes: int, fragment: str) -> None:
     with pytest.raises(ValueError, match=fragment):
         _core.measure_read_bandwidth(threads, nbytes)
+
+
+# ---- --claim ---------------------------------------------------------------------------------------------------------
+
+
+def claim(*args: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "based.cli", "bench", "--device", "cpu", "-r", "1", *args]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def test_claim(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    figure = tmp_path / "claim.svg"
+    shape = ["-b", "3", "-p", "9", "-n", "5"]
+    document = json.loads(claim("--claim", "tiny,tiny", *shape, "-o", "json", "--plot", str(figure)).stdout)
+    assert (document["prompt"], document["generated"]) == (9, 5)
+    assert document["device"]
+    assert len(document["results"]) == 2
+    config = sizes.named_config("tiny")
+    for result in document["results"]:
+        assert (result["model"], result["runtime"], result["batch"]) == ("tiny", "based", 3)
+        assert result["num_parameters"] == config.num_parameters
+        assert result["state_nbytes"] >= sizes.state_nbytes(config, "bfloat16", 13)
+        assert 10 < result["tokens_per_second"] < 1e7
+        assert 10 < result["prompt_tokens_per_second"] < 1e7
+    assert "prompts of 9" in figure.read_text()
+    lines = claim("--claim", "tiny", *shape).stdout.splitlines()
+    assert lines[0].endswith("5 tokens generated behind prompts of 9")
+    assert lines[-1].startswith("| tiny | based | 3 | 1 M | ")
+
+
+def test_claim_without_what_it_needs() -> None:
+    message = claim("--claim", "tiny,huge", status=2).stderr
+    assert "size is 'huge', expected one of tiny" in message
+    for option in (["-d", "1"], ["--no-warmup"], ["--no-bandwidth"], ["--rivals", "x"]):
+        assert "has no effect with --claim: leave it out" in claim("--claim", "tiny", *option, status=2).stderr
+    assert "--claim writes md or json" in claim("--claim", "tiny", "-o", "csv", status=2).stderr
+    assert "--batch lists 2 numbers, expected one" in claim("--claim", "tiny", "-b", "1,2", status=2).stderr
+    assert "at least 2 generated tokens" in claim("--claim", "tiny", "-n", "1", status=2).stderr
+
+
+def test_the_rival_is_a_transformer() -> None:
+    """A step behind a prompt gives the token that the prompt with one more token gives."""
+    torch = pytest.importorskip("torch")
+    from based.cli import _rival
+
+    torch.manual_seed(0)
+    transformer = _rival.Transformer(_rival.Weights("cpu", torch.float64), _rival.Shape(20, 2, 2, 24, 50))
+    with torch.inference_mode():
+        tokens = torch.randint(50, (3, 7))
+        caches: list[Any] = [None, None]
+
+        def attend(i: int, q: Any, k: Any, v: Any) -> Any:
+            if caches[i] is not None:
+                k, v = (torch.cat(pair, 1) for pair in zip(caches[i], (k, v), strict=True))
+            caches[i] = (k, v)
+            mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+        expected = transformer._next(tokens, torch.arange(7), attend)
+        caches[:] = [None, None]
+        transformer._next(tokens[:, :6], torch.arange(6), attend)
+        assert torch.equal(transformer._next(tokens[:, 6:], torch.tensor([6]), attend), expected)
+        assert transformer.step(3, 5)().shape == transformer.prefill(3, 5)().shape == (3, 1)
+    assert transformer.cache_nbytes(3, 5) == 2 * 2 * 3 * 5 * 20 * 2

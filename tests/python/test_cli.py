@@ -965,6 +965,32 @@ def test_sizes(model: based.Model) -> None:
         sizes.named_config("7b")
 
 
+@pytest.mark.parametrize(
+    ("name", "width", "layers", "parameters", "state"),
+    [
+        ("mamba-360m", 1024, 46, 358_190_080, 7_159_808),
+        ("mamba-1b", 2048, 46, 1_319_311_360, 14_319_616),
+        ("mamba-130m", 768, 24, 129_135_360, 2_801_664),
+        ("mamba-370m", 1024, 48, 371_516_416, 7_471_104),
+        ("mamba-790m", 1536, 48, 793_204_224, 11_206_656),
+        ("mamba-1.4b", 2048, 48, 1_372_178_432, 14_942_208),
+        ("mamba-2.8b", 2560, 64, 2_768_345_600, 24_903_680),
+    ],
+)
+def test_sizes_of_mamba(name: str, width: int, layers: int, parameters: int, state: int) -> None:
+    """State: layers · 2 · width · (16 + 3) float32, whatever the model's dtype is on a CPU."""
+    config = sizes.named_config(name)
+    assert (config.hidden_size, len(config.layers), config.num_parameters) == (width, layers, parameters)
+    assert state == layers * 2 * width * 19 * 4
+    assert sizes.state_nbytes(config, "float32") == sizes.state_nbytes(config, "bfloat16") == state
+    assert config.mlp is None and {layer.mixer for layer in config.layers} == {"selective_scan"}
+    authors = name in ("mamba-360m", "mamba-1b")
+    assert (config.vocab_size, config.padded_vocab_size) == ((50257, 50288) if authors else (50277, 50280))
+    assert config.eos_token_id == (50256 if authors else 0)
+    if authors:
+        assert sizes.named_config({"mamba-360m": "mamba-360M-30B", "mamba-1b": "mamba-1b-50b"}[name]) == config
+
+
 @pytest.mark.parametrize("name", ["tiny", "60m"])
 def test_products_account_for_the_parameters(name: str) -> None:
     """All matrices but the embedding; the rest is vectors: norms, biases, taps."""

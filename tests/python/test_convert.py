@@ -8,11 +8,13 @@ import shutil
 import signal
 import stat
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
+import based
 import numpy as np
 import pytest
-from based import FormatError, _core
+from based import FormatError, _core, sizes
 from based.convert import convert, is_published
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +26,7 @@ from tests.reference.checkpoints import (
     Seeded,
     checkpoints,
     contiguous_strides,
+    first_upload,
     golden_like,
     random_checkpoint,
     write_torch,
@@ -394,7 +397,7 @@ def test_missing_files(tmp_path):
     published = tmp_path / "published"
     assert_refused(published, "config.json", FileNotFoundError)
     golden_like().write(published)
-    assert_refused(published, "no tokenizer", FileNotFoundError, tokenizer=tmp_path / "none.json")
+    assert_refused(published, "no such tokenizer", FileNotFoundError, tokenizer=tmp_path / "none.json")
     (published / "pytorch_model.bin").unlink()
     message = assert_refused(published, "no weights", FileNotFoundError)
     assert "pytorch_model.bin" in message
@@ -451,7 +454,7 @@ def without(*keys):
         (mixer("mixer", kernel=3), "mixer.kernel: found 3: unknown field"),
         (mixer("alt_mixer", window_size=3), "alt_mixer.window_size: found 3: unknown field"),
         (lambda c: c["alt_mixer"]["feature_map"].update(temp=2), "alt_mixer.feature_map.temp: found 2: unknown field"),
-        (without("vocab_size"), "vocab_size: missing"),
+        (without("vocab_size"), "found shape (24, 8), expected (50264, 8) (vocab_size 50257, as where it is absent,"),
         (without("n_embd"), "n_embd: missing"),
         (without("n_layer"), "n_layer: missing"),
         (without("n_head"), "n_head: missing"),
@@ -511,10 +514,11 @@ def without(*keys):
         (top(n_head=4, n_head_kv=3), "n_head_kv: found 3, expected a divisor of n_head 4"),
         (top(head_dim=6), "Wqkv.weight: found shape (24, 8), expected (36, 8)"),
         (top(alt_mixer_layers=[2], alt_mixer_2_layers=[1]), "tensors missing for"),
+        # A missing mixer is full causal attention, which these tensors are not.
+        (without("mixer"), "layers.0.mixer.out_proj.weight: found shape (8, 16), expected (8, 8)"),
+        (top(mixer=None), "layers.0.mixer.out_proj.weight: found shape (8, 16), expected (8, 8)"),
+        (without("alt_mixer"), "layers.1.mixer.Wqkv.weight"),
         # What we do not run, by name and value.
-        (without("mixer"), "mixer: missing: layer 0 would be full causal attention, which is not supported"),
-        (top(mixer=None), "mixer: found null: layer 0 would be full causal attention"),
-        (without("alt_mixer_2"), "alt_mixer_2: missing: layer 2 would be full causal attention"),
         (top(d_model=8, n_layer=3), "expected names like backbone.embedding.weight"),
         (top(ssm_cfg={}), "d_model: missing, expected a value"),
         (top(prenorm=False), "prenorm: found false, expected true"),
@@ -550,6 +554,119 @@ def test_config_refusals(tmp_path, change, fragment):
     (tmp_path / "published" / "config.json").write_text(json.dumps(checkpoint.config))
     message = assert_refused(tmp_path / "published", fragment)
     assert "published/config.json" in message
+
+
+@pytest.mark.parametrize("container", ["bin", "safetensors"])
+def test_first_upload(tmp_path, container):
+    """based-1.3b: the authors' older class names, and no vocab_size."""
+    checkpoint = first_upload(container=container)
+    checkpoint.write(tmp_path / "published")
+    convert(tmp_path / "published", tmp_path / "model")
+    assert_converted(checkpoint, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    [
+        (mixer("mixer", kernel_sizes=[3, 7]), "mixer.kernel_sizes: found [3, 7], expected a list of one integer"),
+        (mixer("mixer", kernel_sizes=[]), "mixer.kernel_sizes: found [], expected a list of one integer"),
+        (mixer("mixer", kernel_sizes=3), "mixer.kernel_sizes: found 3, expected a list of one integer"),
+        (mixer("mixer", kernel_sizes=[0]), "mixer.kernel_sizes: found [0], expected a list of one integer"),
+        (mixer("mixer", kernel_sizes=[4]), "conv1.conv.weight: found shape (16, 1, 3), expected (16, 1, 4)"),
+        (mixer("mixer", kernel_size=3), "mixer.kernel_size: found 3: unknown field"),
+        (mixer("mixer", _target_="x.BaseConv"), "tensors missing for"),
+        (mixer("alt_mixer", feature_name="taylor_exp_3"), 'feature_name: found "taylor_exp_3", expected one of taylor'),
+        (mixer("alt_mixer", feature_name=None), "alt_mixer.feature_name: found null, expected one of taylor_exp"),
+        (mixer("alt_mixer", num_key_value_heads=1), "num_key_value_heads: found 1, expected 2, as alt_mixer.num_heads"),
+        (lambda c: c["alt_mixer"].pop("num_key_value_heads"), "num_key_value_heads: missing, expected 2"),
+        (mixer("alt_mixer", scale_dim=16), "alt_mixer.scale_dim: found 16, expected null or 4"),
+        (mixer("alt_mixer", use_rotary_apply=True), "alt_mixer.use_rotary_apply: found true, expected false"),
+        (mixer("alt_mixer", use_output_gating=True), "alt_mixer.use_output_gating: found true, expected false"),
+        (mixer("alt_mixer", unknown=1), "alt_mixer.unknown: found 1: unknown field"),
+        (mixer("alt_mixer_2", cross_attn=True), "alt_mixer_2.cross_attn: found true, expected false"),
+        (mixer("alt_mixer_2", causal=False), "alt_mixer_2.causal: found false, expected true"),
+    ],
+)
+def test_first_upload_refusals(tmp_path, change, fragment):
+    checkpoint = first_upload()
+    checkpoint.write(tmp_path / "published")
+    change(checkpoint.config)
+    (tmp_path / "published" / "config.json").write_text(json.dumps(checkpoint.config))
+    assert_refused(tmp_path / "published", fragment)
+
+
+def jrt() -> Checkpoint:
+    """golden_like() with a prefix in its linear layer, with the fields of the authors' configurations."""
+    checkpoint = golden_like()
+    config, expected = json.loads(json.dumps(checkpoint.config)), json.loads(json.dumps(checkpoint.expected))
+    config["alt_mixer"] = {
+        "_target_": "based.models.mixers.prefix_linear_attention.PrefixLinearAttention",
+        "l_max": 2048,
+        "feature_dim": 4,
+        "feature_name": "taylor_exp",
+        "num_heads": 2,
+        "num_key_value_heads": 2,
+        "enc_length": 1024,
+        "dec_length": 1024,
+        "implementation": "fla_parallel",
+        "use_mask": True,
+    }
+    config["alt_mixer_2"] |= {"use_mask": True, "causal": True}
+    config |= {"data_type": "mixed", "enc_length": 1024, "dec_length": 1024}
+    expected["layers"][1] |= {"mixer": "prefix_linear_attention", "enc_length": 1024}
+    return replace(checkpoint, config=config, expected=expected)
+
+
+def test_jrt(tmp_path):
+    """JRT-360M-30B, JRT-1B-50B. 50257 of 50264 rows are tokens: the mask token of their training, 50263, is none."""
+    checkpoint = jrt()
+    checkpoint.write(tmp_path / "published")
+    convert(tmp_path / "published", tmp_path / "model")
+    assert_converted(checkpoint, tmp_path / "model")
+    config = based.load(tmp_path / "model", device="cpu").config
+    assert config.prefix_tokens == 1024
+    for size in ("jrt-360m", "jrt-1.3b"):
+        config = sizes.named_config(size)
+        assert (config.vocab_size, config.padded_vocab_size, config.prefix_tokens) == (50257, 50264, 1024)
+    model = based.Model.random(sizes.ModelConfig.from_json(small_vocabulary(config)), device="cpu")
+    with pytest.raises(ValueError, match=r"token id 50263 at index 1 is outside \[0, vocab_size = 50257\)"):
+        model.forward([1, 50263])
+    assert np.asarray(model.forward([1])).shape == (1, 50257)
+
+
+def small_vocabulary(config: based.ModelConfig) -> str:
+    """The config with GPT-2's vocabulary and nothing else that is large."""
+    small = json.loads(config.to_json()) | {"hidden_size": 2}
+    small["mlp"] |= {"inner_size": 2}
+    small["layers"] = [
+        {"mixer": "prefix_linear_attention", "num_heads": 1, "feature_dim": 1, "head_dim": 2, "enc_length": 9, "eps": 0}
+    ]
+    return json.dumps(small)
+
+
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    [
+        (lambda c: c["alt_mixer"].pop("enc_length"), "alt_mixer.enc_length: missing, expected a value"),
+        (mixer("alt_mixer", enc_length=0), "alt_mixer.enc_length: found 0, expected an integer from 1"),
+        (mixer("alt_mixer", enc_length=1 << 17), "enc_length: found 131072, expected 1024, as enc_length of the model"),
+        (top(enc_length=512), "alt_mixer.enc_length: found 1024, expected 512, as enc_length of the model"),
+        (lambda c: c["alt_mixer"].pop("num_heads"), "alt_mixer.num_heads: missing"),
+        (mixer("alt_mixer", num_heads=3), "alt_mixer.num_heads: found 3, expected a divisor of n_embd 8"),
+        (mixer("alt_mixer", feature_name="exp"), 'alt_mixer.feature_name: found "exp", expected one of taylor_exp'),
+        (mixer("alt_mixer", implementation="tk"), 'implementation: found "tk", expected one of default, fla_parallel'),
+        (mixer("alt_mixer", num_key_value_heads=1), "num_key_value_heads: found 1, expected 2, as alt_mixer.num_heads"),
+        (mixer("alt_mixer", feature_dim=5), "proj_q.weight: found shape (8, 8), expected (10, 8)"),
+        (mixer("alt_mixer", head_dim=4), "alt_mixer.head_dim: found 4: unknown field"),
+        (mixer("alt_mixer", _target_="x.PrefixAttention"), 'found "x.PrefixAttention", expected a class named'),
+    ],
+)
+def test_jrt_refusals(tmp_path, change, fragment):
+    checkpoint = jrt()
+    checkpoint.write(tmp_path / "published")
+    change(checkpoint.config)
+    (tmp_path / "published" / "config.json").write_text(json.dumps(checkpoint.config))
+    assert_refused(tmp_path / "published", fragment)
 
 
 JSON = st.recursive(

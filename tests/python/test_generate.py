@@ -784,7 +784,7 @@ def test_default_batch_size(monkeypatch):
     from based import _devices
 
     size = _devices.default_batch_size
-    monkeypatch.setattr(_devices, "_available_memory", lambda: 400_000)
+    monkeypatch.setattr(_devices, "available_memory", lambda: 400_000)
     gpu = _devices.DeviceInfo("cuda:1", "a GPU", "sm_90", 10_000_000, 8_000_000, None)
     monkeypatch.setattr(_devices, "devices", lambda: [gpu])
     assert [size("cpu", nbytes) for nbytes in (10, 3_125, 10_000, 1_000_000)] == [32, 32, 10, 1]
@@ -794,7 +794,7 @@ def test_default_batch_size(monkeypatch):
 def test_available_memory_is_of_this_machine():
     from based import _devices
 
-    assert 1 << 20 < _devices._available_memory() < 1 << 50
+    assert 1 << 20 < _devices.available_memory() < 1 << 50
 
 
 # ---- special tokens, no limit, nothing to begin with -----------------------------------------------------------------

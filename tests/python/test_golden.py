@@ -14,7 +14,7 @@ import pytest
 from tests.reference.compare import max_abs, rel_l2
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-CASES = ["based-tiny", "based-tiny-bf16", "mamba-tiny"]
+CASES = ["based-tiny", "based-tiny-bf16", "attn-tiny", "mamba-tiny"]
 ISAS = based.build_info()["instruction_sets"]
 NUM_NEW = 24  # greedy tokens
 
@@ -84,8 +84,7 @@ def test_logits(load, golden, case, route, dtype):
 
 @pytest.mark.parametrize(
     ("case", "file", "suffix"),
-    [("based-tiny", "golden", ""), ("based-tiny-bf16", "golden", ""), ("mamba-tiny", "golden", "")]
-    + [("based-tiny", "short", f"_{n}") for n in (1, 2, 3)],
+    [(case, "golden", "") for case in CASES] + [("based-tiny", "short", f"_{n}") for n in (1, 2, 3)],
 )
 def test_greedy_ids(load, golden, case, file, suffix):
     expected = golden(case, file)

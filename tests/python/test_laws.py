@@ -232,7 +232,8 @@ def test_pending_tokens_of_another_device_are_added(data, random, count, dtype):
     """As a GPU saves them: k and v of the last tokens beside the sums. Here they are in the sums once loaded."""
     schedule = data.draw(schedules(random))
     session, _ = schedule.run(load(random, dtype="float32"))
-    linear = {i: layer for i, layer in enumerate(random.config["layers"]) if layer["mixer"] == "linear_attention"}
+    kinds = ("linear_attention", "prefix_linear_attention")
+    linear = {i: layer for i, layer in enumerate(random.config["layers"]) if layer["mixer"] in kinds}
     normal = np.random.default_rng(data.draw(st.integers(0, 1 << 16))).normal
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "state"

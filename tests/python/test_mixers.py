@@ -115,7 +115,14 @@ def test_a_model_runs_and_its_sizes_are_those_told(kind: Any, tmp_path: Path, ca
         assert names == {f"layers.1.{name}" for name in kept}
     full = sizes.state_nbytes(config, "float32")
     assert facts["state_nbytes"] == {"total": full, kind.mixer: full}
-    assert 0 < full <= model.state_nbytes
+    assert facts["token_nbytes"] == sizes.token_nbytes(config, "float32")
+    assert full + 5 * facts["token_nbytes"] >= sizes.state_nbytes(config, "float32", 5) > 0
+    if facts["token_nbytes"]:
+        assert full == 0 and facts["max_context"] > 5 and model.max_context > 5
+        assert sizes.state_nbytes(config, "float32", 5) <= model.state_nbytes_at(5) <= model.state_nbytes
+    else:
+        assert facts["max_context"] is model.max_context is None
+        assert 0 < full <= model.state_nbytes
 
     other = model.session()
     other.load_state(tmp_path / "state")
@@ -130,7 +137,7 @@ def test_the_laws_are_tested_for_every_kind() -> None:
 @KINDS
 def test_a_step_moves_at_most_the_state_twice(kind: Any) -> None:
     (mixer,) = config_of(example(kind)).layers
-    whole = sizes.mixer_nbytes(mixer, "float32")
+    whole = sizes.mixer_nbytes(mixer, "float32", 5)
     for on_gpu in (False, True):
         assert 0 < sizes.mixer_step_nbytes(mixer, "float32", 5, on_gpu=on_gpu) <= 2.5 * whole
 
@@ -211,7 +218,7 @@ def test_the_documented_weights_are_those_of_the_descriptions(kind: Any) -> None
     for row in section[1].splitlines():
         tensors, shape, _ = (cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:4])
         for name in re.findall(r"layers\.\{i\}\.mixer\.([\w.]+)", tensors):
-            documented[name] = (first_shape(shape, values), ".bias" in tensors)
+            documented[name] = (first_shape(shape, values), "`.bias`" in tensors)
     expected = {f"{p.name}.weight": ([p.rows, p.cols], p.bias) for p in mixer.projections(HIDDEN_SIZE)}
     expected |= {p.name: (p.shape, False) for p in mixer.parameters}
     assert documented == expected
@@ -228,7 +235,8 @@ def test_the_documented_states_are_those_of_the_descriptions(kind: Any) -> None:
             for name in re.findall(r"`(\w+)`", cells[0]):
                 documented[name] = (first_shape(cells[1], values), cells[2])
     dtypes = {"float32": "float32", "projection": "float32", "model": "float32, bfloat16 or float16"}
-    expected = {t.name: (t.shape, dtypes[t.dtype]) for t in mixer.state}
+    rows = {"context": [1000]}  # of a description: none
+    expected = {t.name: (rows.get(t.kind, t.shape[:1]) + t.shape[1:], dtypes[t.dtype]) for t in mixer.state}
     assert documented == expected
     assert all(prod(shape) > 0 or "pending" in name for name, (shape, _) in documented.items())
 

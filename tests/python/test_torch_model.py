@@ -91,7 +91,7 @@ def test_any_architecture_gives_the_runtimes_logits(random, length, seed):
         assert rel_l2(logits_of(BasedForCausalLM.load(directory, dtype=torch.float64), tokens), exact) <= FLOAT64
 
 
-@pytest.mark.parametrize("case", ["based-tiny", "based-tiny-bf16", "mamba-tiny"])
+@pytest.mark.parametrize("case", ["based-tiny", "based-tiny-bf16", "attn-tiny", "mamba-tiny"])
 def test_golden_logits(golden, case):
     expected = golden(case)
     for dtype in (torch.float32, torch.bfloat16):
@@ -125,12 +125,30 @@ def test_bfloat16_is_as_good_as_a_plain_evaluation(random, length, seed):
             assert rel_l2(logits_of(BasedForCausalLM.load(directory), tokens)[0], exact) <= allowed
 
 
+def test_norms_in_float32_beside_16_bit_matrices():
+    torch.manual_seed(0)
+    narrow = BasedForCausalLM(tiny(3), dtype=torch.bfloat16)
+    mixed = copy.deepcopy(narrow)
+    for name, module in mixed.named_modules():
+        if "norm" in name:
+            module.float()
+    tokens = torch.randint(0, mixed.config.vocab_size, (2, 20))
+    assert torch.equal(mixed(tokens), narrow(tokens))  # norms of ones
+    loss = mixed(tokens, tokens)
+    loss.backward()
+    assert mixed.final_norm.weight.grad.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(mixed.float()(tokens)).all()
+
+
 def test_results_have_single_precision_at_least(tmp_path):
     random_model(Seeded(0)).write(tmp_path)
     tokens = torch.zeros(1, 3, dtype=torch.int64)
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         model = BasedForCausalLM.load(tmp_path, dtype=dtype)
-        assert {p.dtype for p in model.parameters()} == {dtype}
+        wide = (".A_log", ".D", ".dt_proj.bias")
+        assert {p.dtype for name, p in model.named_parameters() if not name.endswith(wide)} == {dtype}
+        assert all(p.dtype.itemsize >= 4 for name, p in model.named_parameters() if name.endswith(wide))
         expected = torch.promote_types(dtype, torch.float32)
         assert model(tokens).dtype == model(tokens, labels=tokens).dtype == expected
         seen = []
@@ -489,7 +507,7 @@ def test_what_cannot_be_saved(tmp_path):
         model.save(tmp_path / "a", dtype="int8")
     with pytest.raises(ValueError, match="dtype is 'float64'"):
         model.double().save(tmp_path / "a")
-    with pytest.raises(FileNotFoundError, match="no tokenizer"):
+    with pytest.raises(FileNotFoundError, match="no such tokenizer"):
         model.float().save(tmp_path / "a", tokenizer=tmp_path)
     with torch.no_grad():
         model.layers[1].mlp.fc2.weight[0, 0] = 1e6
@@ -683,6 +701,53 @@ def test_initialisation_follows_the_seed():
     assert not torch.equal(weights[0], weights[2])
     with torch.device("meta"):
         assert BasedForCausalLM(config).embedding.weight.is_meta
+
+
+def test_initialisation_of_a_scan():
+    """As mamba_ssm: steps of 0.001 … 0.1, A = −1 … −N, D = 1; W_out over √L, where no MLP follows."""
+    torch.manual_seed(0)
+    model = BasedForCausalLM(shape("SSS", hidden_size=64, inner_size=0))
+    assert model.config.mlp is None
+    mixer = model.layers[1].mixer
+    steps = torch.nn.functional.softplus(mixer.dt_proj.bias).log10()
+    assert steps.min() >= -3.001 and steps.max() <= -0.999 and abs(steps.mean() + 2) < 0.2
+    assert torch.allclose(-mixer.A_log.exp(), -torch.arange(1.0, 17).expand(128, 16), rtol=1e-6)
+    assert torch.equal(mixer.D, torch.ones(128))
+    for weight, bound in (
+        (mixer.in_proj.weight, 64**-0.5),
+        (mixer.x_proj.weight, 128**-0.5),
+        (mixer.dt_proj.weight, 4**-0.5),
+        (mixer.conv.weight, 4**-0.5),
+        (mixer.conv.bias, 4**-0.5),
+        (mixer.out_proj.weight, (128 * 3) ** -0.5),
+    ):
+        assert 0.95 * bound < weight.abs().max() <= bound
+    assert abs(float(model.embedding.weight.detach().std()) - 0.02) < 0.002
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_mamba_is_trained_and_goes_to_the_runtime(tmp_path, dtype):
+    torch.manual_seed(0)
+    model = BasedForCausalLM(shape("SS", inner_size=0))
+    tokens = torch.arange(40).remainder(7).expand(4, 40).contiguous()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = model(tokens, labels=tokens)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.3 * losses[0]
+    model.save(tmp_path / "model", dtype=dtype)
+    runtime = based.load(tmp_path / "model", dtype="float32")
+    logits = np.stack([runtime.forward(row, include_padding=True) for row in tokens[:1].numpy()])
+    assert rel_l2(logits, logits_of(model, tokens[:1].numpy())) <= {"float32": FLOAT32, "bfloat16": 2e-2}[dtype]
+    (output,) = runtime.generate([tokens[0, :9].tolist()], based.SamplingParams(max_tokens=20, temperature=0))
+    assert output.outputs[0].token_ids == [t % 7 for t in range(9, 29)]
+    stored = read_safetensors(tmp_path / "model" / "model.safetensors")
+    assert stored["layers.0.mixer.A_log"][0] == stored["layers.1.mixer.dt_proj.bias"][0] == "float32"
+    assert stored["layers.0.mixer.in_proj.weight"][0] == dtype
 
 
 def test_layer_norm_and_untied_head():

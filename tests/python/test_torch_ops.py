@@ -15,7 +15,7 @@ from based.torch.loss import linear_cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.reference.model import rotate
-from tests.reference.torch_model import conv_reference, taylor_reference, window_reference
+from tests.reference.torch_model import conv_reference, scan_reference, taylor_reference, window_reference
 
 TOLERANCE = {"float64": 1e-13, "float32": 2e-6}  # rel-L2
 FACTOR = 2.0  # of the error of a plain 16-bit evaluation
@@ -55,6 +55,22 @@ def window_inputs(t: int, h: int, h_kv: int, d: int, dtype: str = "float64", dev
 
 def conv_inputs(t: int, e: int, taps: int, dtype: str = "float64", device: str = "cpu") -> Tensors:
     return random(2, t, 2 * e, dtype=dtype, device=device), random(e, taps, dtype=dtype, seed=1, device=device)
+
+
+def scan_inputs(t: int, e: int, n: int, dtype: str = "float64", device: str = "cpu") -> Tensors:
+    """x, dt, dt_bias, a, b, c, d."""
+    shapes = [(2, t, e), (2, t, e), (e,), (e, n), (2, t, n), (2, t, n), (e,)]
+    drawn = [random(*shape, dtype=dtype, seed=seed, device=device) for seed, shape in enumerate(shapes)]
+    drawn[3] = (-drawn[3].exp()).detach().requires_grad_()
+    return tuple(drawn)
+
+
+def scan(*inputs: Any, chunk_size: int = 32) -> Any:
+    return ops.selective_scan(*inputs, chunk_size=chunk_size)[0]
+
+
+def plain_scan(x: Any, dt: Any, dt_bias: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    return scan_reference(x, dt + dt_bias, a, b, c, d, dtype=x.dtype)[0]
 
 
 def swiglu_reference(h: Any) -> Any:
@@ -136,6 +152,68 @@ def test_swiglu(dtype):
         assert error(a, b) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("t", "chunk_size"), [(1, 32), (2, 1), (7, 3), (32, 32), (33, 32), (100, 16), (100, 1000)])
+@pytest.mark.parametrize(("e", "n"), [(5, 4), (1, 1), (3, 17)])
+def test_selective_scan(dtype, t, chunk_size, e, n):
+    """With a state before it, and gradients of the state after it."""
+    kind = getattr(torch, dtype)
+    inputs = (*scan_inputs(t, e, n, dtype), random(2, e, n, dtype=dtype, seed=7))
+    dy, dh = random(2, t, e, seed=8).detach(), random(2, e, n, seed=9).detach()
+    y, h = ops.selective_scan(*inputs, chunk_size=chunk_size)
+    found = (y, h, *torch.autograd.grad([y, h], inputs, [dy.to(kind), dh.to(kind)]))
+    x, dt, dt_bias, a, b, c, d, before = exact = double(inputs)
+    y, h = scan_reference(x, dt + dt_bias, a, b, c, d, before)
+    expected = (y, h, *torch.autograd.grad([y, h], exact, [dy, dh]))
+    for i, j in zip(found, expected, strict=True):
+        assert i.dtype == kind
+        assert error(i, j) <= TOLERANCE[dtype] * 5  # gradients of one number are sums over tokens that cancel
+
+
+def test_a_scan_goes_on_from_its_state():
+    inputs = [part.detach() for part in scan_inputs(50, 4, 3)]
+    y, h = ops.selective_scan(*inputs)
+    rows, state = [], None
+    for begin, end in ((0, 1), (1, 40), (40, 50)):
+        parts = [part[:, begin:end] if part.ndim == 3 else part for part in inputs]
+        some, state = ops.selective_scan(*parts, state)
+        rows.append(some)
+    assert error(torch.cat(rows, 1), y) <= TOLERANCE["float64"] and error(state, h) <= TOLERANCE["float64"]
+
+
+def test_a_scan_of_large_steps_is_finite():
+    """e^−100 a token over 32 of them: no product of decays may be divided by another."""
+    x, dt, dt_bias, a, b, c, d = scan_inputs(100, 3, 16, "float32")
+    inputs = (x, dt, dt_bias + 25, a * 5, b, c, d)
+    leaves = tuple(part.detach().requires_grad_() for part in inputs)
+    dy = random(2, 100, 3, seed=8, dtype="float32").detach()
+    found = with_gradients(scan, leaves, dy)
+    expected = with_gradients(
+        lambda x, dt, dt_bias, *rest: scan_reference(x, dt + dt_bias, *rest)[0], double(leaves), dy
+    )
+    for i, j in zip(found, expected, strict=True):
+        assert i.isfinite().all() and (i - j).norm() <= 1e-5 * j.norm() + 1e-30
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("t", "e", "taps"), [(1, 3, 1), (10, 8, 3), (3, 2, 7)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_silu_short_conv(dtype, t, e, taps, has_bias):
+    inputs = random(2, t, e, dtype=dtype), random(e, taps, dtype=dtype, seed=1), random(e, dtype=dtype, seed=2)
+    inputs = inputs if has_bias else inputs[:2]
+
+    def definition(x: Any, weight: Any, bias: Any = None) -> Any:
+        padded = torch.nn.functional.pad(x.mT, (taps - 1, 0))
+        return torch.nn.functional.silu(torch.nn.functional.conv1d(padded, weight[:, None], bias, groups=e)).mT
+
+    dy = random(2, t, e, seed=3).detach()
+    found = with_gradients(ops.silu_short_conv, inputs, dy)
+    expected = with_gradients(definition, double(inputs), dy)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == getattr(torch, dtype)
+        assert error(a, b) <= TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("rotary_dim", "base"), [(8, 10000.0), (0, 10000.0), (3, 100.0), (6, 1e6), (7, 500.0)])
 def test_rotary_embedding(rotary_dim, base, interleaved):
@@ -159,6 +237,11 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[[int, str], Tensors]]] 
     "conv": (ops.gated_short_conv, lambda t, x: conv_inputs(t, 8, 3, x)),
     "rotary": (lambda x: ops.rotary_embedding(x, rotary_dim=4), lambda t, x: (random(2, t, 2, 6, dtype=x),)),
     "swiglu": (ops.swiglu, lambda t, x: (random(2, t, 12, dtype=x),)),
+    "scan": (scan, lambda t, x: scan_inputs(t, 6, 4, x)),
+    "silu conv": (
+        ops.silu_short_conv,
+        lambda t, x: (random(2, t, 6, dtype=x), random(6, 4, dtype=x, seed=1), random(6, dtype=x, seed=2)),
+    ),
 }
 
 
@@ -171,6 +254,11 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[[int, str], Tensors]]] 
         (ops.gated_short_conv, [(2, 6, 4), (2, 3)]),
         (lambda x: ops.rotary_embedding(x, rotary_dim=3, interleaved=True), [(1, 4, 2, 5)]),
         (ops.swiglu, [(2, 3, 8)]),
+        (
+            lambda x, dt, bias, a, b, c, d, h: ops.selective_scan(x, dt, bias, -a.exp(), b, c, d, h, chunk_size=3),
+            [(1, 7, 2), (1, 7, 2), (2,), (2, 3), (1, 7, 3), (1, 7, 3), (2,), (1, 2, 3)],
+        ),
+        (ops.silu_short_conv, [(2, 5, 3), (3, 2), (3,)]),
     ],
 )
 def test_gradcheck(function, inputs):
@@ -206,7 +294,7 @@ def plain_swiglu(h: Any) -> Any:
     return value * torch.nn.functional.silu(gate)
 
 
-PLAIN = {"taylor": plain_taylor, "window": plain_window, "conv": plain_conv, "swiglu": plain_swiglu}
+PLAIN = {"taylor": plain_taylor, "window": plain_window, "conv": plain_conv, "swiglu": plain_swiglu, "scan": plain_scan}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -306,7 +394,7 @@ def test_memory_is_linear_in_the_number_of_tokens(name):
     (saved, largest), (saved_of_twice, largest_of_twice) = memory(name, 2048), memory(name, 4096)
     assert 0 < saved <= saved_of_twice <= 2.1 * saved
     assert 0 < largest <= largest_of_twice <= 2.1 * largest
-    batch_and_heads = {"taylor": 6, "window": 8, "conv": 2, "rotary": 4, "swiglu": 2}[name]
+    batch_and_heads = {"taylor": 6, "window": 8, "conv": 2, "rotary": 4, "swiglu": 2, "scan": 2, "silu conv": 2}[name]
     assert largest_of_twice < batch_and_heads * 4096 * 4096 / 8
 
 
@@ -315,6 +403,8 @@ def test_what_is_saved_is_inputs_and_result():
         "taylor": 2 * 3 * (16 + 16 + 8 + 8) * 2048,
         "conv": 2 * 2048 * 16 + 8 * 3,
         "swiglu": 2 * 2048 * 12,
+        # And the states before each chunk of 32, where one of each token would take 2 · 2048 · 6 · 4.
+        "scan": 2 * 2048 * (6 + 6 + 4 + 4) + 6 + 6 * 4 + 6 + 2 * 6 * 4 * (1 + 2048 // 32),
     }
     for name, numel in inputs_and_result.items():
         assert memory(name, 2048)[0] == 4 * numel
@@ -430,6 +520,11 @@ DERIVED: dict[str, tuple[Callable[..., Any], Callable[..., Any], Tensors]] = {
         tuple(x.detach() for x in conv_inputs(5, 3, 2)),
     ),
     "swiglu": (ops.swiglu, swiglu_reference, (random(1, 3, 6).detach(),)),
+    "scan": (
+        lambda *x: scan(*x, chunk_size=3),
+        lambda x, dt, dt_bias, *rest: scan_reference(x, dt + dt_bias, *rest)[0],
+        tuple(x.detach() for x in scan_inputs(7, 2, 3)),
+    ),
     "loss": (
         lambda h, w: linear_cross_entropy(h, w, torch.tensor([1, 2, -100, 0, 5]), 6),
         lambda h, w: torch.nn.functional.cross_entropy(h @ w[:6].T, torch.tensor([1, 2, -100, 0, 5])),
@@ -476,7 +571,7 @@ def test_a_gradient_penalty(name):
     assert_equal(*results)
 
 
-@pytest.mark.parametrize("name", ["taylor of three", "conv", "swiglu"])
+@pytest.mark.parametrize("name", ["taylor of three", "conv", "swiglu", "scan"])
 def test_third_derivatives(name):
     function, _, inputs = DERIVED[name]
     assert torch.autograd.gradgradcheck(function, [x.clone().requires_grad_() for x in inputs])
@@ -543,7 +638,7 @@ def test_forward_mode():
     assert_equal(found, expected)
 
 
-@pytest.mark.parametrize("name", ["taylor", "window", "conv", "swiglu"])
+@pytest.mark.parametrize("name", ["taylor", "window", "conv", "swiglu", "scan"])
 def test_second_derivatives_in_bfloat16_and_under_autocast(name):
     """A penalty on the gradient, whose own gradient is as near to float64 as rounded first gradients let it be."""
     function, make = OPERATIONS[name]
@@ -566,6 +661,13 @@ def test_second_derivatives_in_bfloat16_and_under_autocast(name):
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 X = torch.zeros(2, 10, 3, 8)
+Y = torch.zeros(2, 5, 3)
+
+
+def scan_with(**changes: Any) -> Any:
+    vector = Y[0, 0]
+    inputs = {"x": Y, "dt": Y, "dt_bias": vector, "a": Y[0, :3], "b": Y, "c": Y, "d": vector}
+    return ops.selective_scan(**inputs | changes)
 
 
 @pytest.mark.parametrize(
@@ -633,6 +735,15 @@ X = torch.zeros(2, 10, 3, 8)
         ),
         (lambda: ops.gated_short_conv(X[0], X[0, 0]), ValueError, "weight has shape (3, 8), expected (4, K)"),
         (lambda: ops.swiglu(X[0, :, :, :7]), ValueError, "h has shape (10, 3, 7), expected (B, T, 2m)"),
+        (lambda: scan_with(dt=Y[:, :-1]), ValueError, "dt has shape (2, 4, 3), expected (2, 5, 3)"),
+        (lambda: scan_with(c=Y[..., :2]), ValueError, "c has shape (2, 5, 2), expected (2, 5, 3)"),
+        (lambda: scan_with(a=Y[0]), ValueError, "a has shape (5, 3), expected (3, 3)"),
+        (lambda: scan_with(d=Y[0, 0].half()), TypeError, "d is float16, expected float32"),
+        (lambda: scan_with(dt_bias=None), TypeError, "dt_bias is a NoneType, expected a torch.Tensor"),
+        (lambda: scan_with(initial_state=Y), ValueError, "initial_state has shape (2, 5, 3), expected (2, 3, 3)"),
+        (lambda: scan_with(chunk_size=0), ValueError, "chunk_size is 0, expected ≥ 1"),
+        (lambda: ops.silu_short_conv(Y, Y[0]), ValueError, "weight has shape (5, 3), expected (3, 3)"),
+        (lambda: ops.silu_short_conv(Y, Y[0, :3], Y[0]), ValueError, "bias has shape (5, 3), expected (3,)"),
         (lambda: ops.gated_short_conv(X[0], X[0, :4, 0].half()), TypeError, "weight is float16, expected float32"),
     ],
 )

@@ -87,6 +87,9 @@ class _Forward:
         y = bf16(bf16(p @ v) / bf16(bf16(p.sum(-1, keepdims=True)) + np.float32(layer["eps"])))
         return y.transpose(1, 0, 2).reshape(len(x), -1)
 
+    def _full_attention(self, x: Array, layer: Config, i: int) -> Array:
+        return self._sliding_window(x, layer, i)
+
     def _selective_scan(self, u: Array, layer: Config, i: int) -> Array:
         """As the authors' kernel: bfloat16 inputs and result, float32 inside, and of A, D and the bias of Δ."""
         name, e, r, n = f"layers.{i}.mixer", layer["inner_size"], layer["dt_rank"], layer["state_size"]
@@ -104,6 +107,27 @@ class _Forward:
             y[t] = projected[t, r + n :] @ h + self.wide[f"{name}.D"] * x[t]
         self.state.tensors[f"layers.{i}.scan"] = h
         return bf16(bf16(y) * bf16(ACTIVATIONS["silu"](xz[:, e:])))
+
+    def _prefix_linear_attention(self, x: Array, layer: Config, i: int) -> Array:
+        """One prompt."""
+        prefix = x[: layer["enc_length"]]
+        parts = [(part, x) for part in ("q", "k", "v")] + [("k_enc", prefix), ("v_enc", prefix)]
+        projections = (self._linear(rows, f"layers.{i}.mixer.proj_{part}") for part, rows in parts)
+        q, k, v, k_enc, v_enc = (y.reshape(len(y), layer["num_heads"], -1).transpose(1, 0, 2) for y in projections)
+        taylor = np.zeros(())
+        for keys, values in ((k, v), (k_enc, v_enc)):
+            extended = np.concatenate([values, np.ones((*values.shape[:2], 1))], axis=-1)
+            taylor = taylor + np.einsum("htp,htd->hpd", taylor_features(keys.astype(np.float64)), extended)
+        self.state.tensors[f"layers.{i}.taylor"] = taylor
+
+        def weights(keys: Array) -> Array:
+            s = bf16(bf16(q @ keys.transpose(0, 2, 1)) / np.float32(math.sqrt(layer["feature_dim"])))
+            return bf16(bf16(1 + s) + bf16(bf16(s * s) / 2))
+
+        p, p_enc = np.tril(weights(k)), weights(k_enc)
+        total = bf16(bf16(p.sum(-1, keepdims=True)) + bf16(p_enc.sum(-1, keepdims=True)))
+        y = bf16(bf16(bf16(p @ v) + bf16(p_enc @ v_enc)) / bf16(total + np.float32(layer["eps"])))
+        return y.transpose(1, 0, 2).reshape(len(x), -1)
 
     def _gated_delta_net(self, x: Array, layer: Config, i: int) -> Array:
         """As the authors' kernels: bfloat16 inputs and results, float32 inside, and of A_log, dt_bias and the norm."""
@@ -134,7 +158,7 @@ class _Forward:
         return bf16(y).reshape(t, -1)
 
     def _sliding_window(self, x: Array, layer: Config, i: int) -> Array:
-        t, h, h_kv, window = len(x), layer["num_heads"], layer["num_kv_heads"], layer["window"]
+        t, h, h_kv, window = len(x), layer["num_heads"], layer["num_kv_heads"], layer.get("window", len(x))
         qkv = self._linear(x, f"layers.{i}.mixer.qkv_proj").reshape(t, h + 2 * h_kv, layer["head_dim"])
         q, k, v = _rotate(qkv[:, :h], layer), _rotate(qkv[:, h : h + h_kv], layer), qkv[:, h + h_kv :]
         for name, kept in (("keys", k), ("values", v)):

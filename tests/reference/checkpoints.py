@@ -115,6 +115,13 @@ def model_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes[f"{name}.A_log"] = (e, n)
             shapes[f"{name}.D"] = (e,)
             linear(f"{name}.out_proj", d, e, layer["bias"])
+        elif layer["mixer"] == "prefix_linear_attention":
+            h, f, head_dim = layer["num_heads"], layer["feature_dim"], layer["head_dim"]
+            for part in ("q", "k", "k_enc"):
+                linear(f"{name}.proj_{part}", h * f, d, False)
+            for part in ("v", "v_enc"):
+                linear(f"{name}.proj_{part}", h * head_dim, d, False)
+            linear(f"{name}.out_proj", d, h * head_dim, False)
         elif layer["mixer"] == "gated_delta_net":
             h, dk, head_dim = layer["num_heads"], layer["key_dim"], layer["head_dim"]
             linear(f"{name}.qkv_proj", h * (2 * dk + head_dim), d, False)
@@ -159,11 +166,19 @@ def model_tensors(config: Mapping[str, Any], seed: int) -> dict[str, Array]:
     return tensors
 
 
-MIXERS = ("gated_conv", "linear_attention", "sliding_window", "selective_scan", "gated_delta_net")
+MIXERS = (
+    "gated_conv",
+    "linear_attention",
+    "sliding_window",
+    "prefix_linear_attention",
+    "full_attention",
+    "selective_scan",
+    "gated_delta_net",
+)
 """The kinds that random models are made of."""
 
 ON_A_GPU = ("gated_conv", "linear_attention", "sliding_window")
-"""Those that GPUs run."""
+"""Those that a GPU has kernels for."""
 
 
 def _random_mixer(choose: Choose, kinds: Sequence[str]) -> Config:
@@ -182,6 +197,15 @@ def _random_mixer(choose: Choose, kinds: Sequence[str]) -> Config:
             "num_heads": choose.integer(1, 4),
             "feature_dim": choose.one_of([16, 1, 2, 3, 5, 8, 17, 24]),
             "head_dim": choose.one_of([16, 1, 3, 7, 8, 20, 33]),
+            "eps": choose.one_of([1e-12, 0.0, 1e-3]),
+        }
+    if kind == "prefix_linear_attention":  # a prefix of one token: such models may be fed in any pieces
+        return {
+            "mixer": kind,
+            "num_heads": choose.integer(1, 4),
+            "feature_dim": choose.one_of([16, 1, 3, 8, 17]),
+            "head_dim": choose.one_of([16, 1, 7, 20]),
+            "enc_length": 1,
             "eps": choose.one_of([1e-12, 0.0, 1e-3]),
         }
     if kind == "selective_scan":
@@ -205,14 +229,14 @@ def _random_mixer(choose: Choose, kinds: Sequence[str]) -> Config:
             "decay": choose.one_of([True, False]),
             "output_gate": choose.one_of([True, False]),
         }
-    assert kind == "sliding_window", f"{kind} has no random shapes"
+    assert kind in ("sliding_window", "full_attention"), f"{kind} has no random shapes"
     num_kv_heads, head_dim = choose.integer(1, 3), choose.one_of([16, 1, 2, 3, 7, 8, 24, 33])
     return {
         "mixer": kind,
         "num_heads": num_kv_heads * choose.integer(1, 3),
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
-        "window": choose.one_of([9, 1, 2, 3, 17, 64]),
+        **({"window": choose.one_of([9, 1, 2, 3, 17, 64])} if kind == "sliding_window" else {}),
         "scale": choose.one_of([head_dim**-0.5, 1.0, 0.1]),
         "qkv_bias": choose.one_of([False, True]),
         "out_bias": choose.one_of([False, True]),
@@ -330,6 +354,7 @@ _MIXER_DEFAULTS: dict[str, Config] = {
     "gated_conv": {"expand_proj": 2, "kernel_size": 3, "use_bias": True},
     "linear_attention": {"num_heads": 16, "feature_dim": 16, "head_dim": None, "eps": 1e-12},
     "sliding_window": {"window_size": 128},
+    "prefix_linear_attention": {"feature_dim": 16, "eps": 1e-12, "implementation": "default", "use_mask": True},
 }
 
 
@@ -353,6 +378,7 @@ class Checkpoint:
     head: str = "shared"  # of a tied model: the embedding's storage, a copy, or absent
     ordered: bool = True  # an OrderedDict with _metadata, or a plain dict
     extras: bool = True  # metric counters and transformer.decay.decay
+    conv_name: str = "conv"  # of a convolution's module
 
     def expected_tensors(self) -> dict[str, tuple[str, Array]]:
         """(dtype, bits) by our names."""
@@ -367,6 +393,7 @@ class Checkpoint:
         if self.expected["tie_embeddings"] and self.head != "absent":
             copy = (embedding[0], embedding[1].copy())
             published["lm_head.weight"] = embedding if self.head == "shared" else copy
+        published = {k.replace(".conv.conv.", f".{self.conv_name}.conv."): v for k, v in published.items()}
         if self.extras:
             published["transformer.decay.decay"] = ("float32", np.zeros(4, np.float32))
         published = {self.prefix + name: tensor for name, tensor in published.items()}
@@ -442,9 +469,11 @@ def random_checkpoint(choose: Choose, max_layers: int = 4) -> Checkpoint:
     qkv_bias, out_bias, scaled, by_layer = (choose.one_of(flag) for _ in range(4))
     rotary_base, interleaved = choose.one_of([10000.0, 500.0]), choose.one_of(flag)
 
-    def mixer(key: str) -> tuple[Config, Callable[[int], Config]]:
+    def mixer(key: str) -> tuple[Config | None, Callable[[int], Config]]:
         """The published dict of a mixer, and what it means in a layer."""
-        kind = choose.one_of(["gated_conv", "linear_attention", "sliding_window"])
+        kind = choose.one_of(
+            ["gated_conv", "linear_attention", "sliding_window", "prefix_linear_attention", "full_attention"]
+        )
         if kind == "gated_conv":
             expand, kernel_size = choose.one_of([2, 4, *([] if d % 2 else [1, 3])]), choose.one_of([3, 1, 2, 4, 7])
             bias = choose.one_of(flag)
@@ -485,13 +514,26 @@ def random_checkpoint(choose: Choose, max_layers: int = 4) -> Checkpoint:
                 "eps": eps,
             }
             return _omit_defaults(choose, published, _MIXER_DEFAULTS[kind]), lambda _: ours
+        if kind == "prefix_linear_attention":
+            heads = choose.one_of([h for h in (1, 2, 3, 4) if d % h == 0])
+            f, eps, length = choose.one_of([16, 1, 5]), choose.one_of([1e-12, 1e-3]), choose.one_of([1024, 1, 7])
+            published = {
+                "_target_": "based.models.mixers.prefix_linear_attention.PrefixLinearAttention",
+                "l_max": 2048,
+                "feature_dim": f,
+                "feature_name": "taylor_exp",
+                "num_heads": heads,
+                "num_key_value_heads": heads,
+                "enc_length": length,
+                "dec_length": 1024,
+                "eps": eps,
+                "implementation": choose.one_of(["fla_parallel", "default"]),
+                "use_mask": True,
+            }
+            ours = {"mixer": kind, "num_heads": heads, "feature_dim": f, "head_dim": d // heads}
+            ours |= {"enc_length": length, "eps": eps}
+            return _omit_defaults(choose, published, _MIXER_DEFAULTS[kind]), lambda _: ours
         window_size = choose.one_of([16, 0, 1, 2, 5, 9, 128])
-        published = {
-            "_target_": "based.models.mixers.slide_attention.SlidingAttention",
-            "window_size": window_size,
-            "num_heads": 99,  # not read: the top level's are
-            "causal": True,
-        }
 
         def meaning(layer: int) -> Config:
             scale = head_dim**-0.5 if scaled else 1.0
@@ -500,7 +542,7 @@ def random_checkpoint(choose: Choose, max_layers: int = 4) -> Checkpoint:
                 "num_heads": num_heads,
                 "num_kv_heads": num_heads_kv,
                 "head_dim": head_dim,
-                "window": window_size // 2 + 1,
+                **({"window": window_size // 2 + 1} if kind == "sliding_window" else {}),
                 "scale": scale / (layer + 1) if by_layer else scale,
                 "qkv_bias": qkv_bias,
                 "out_bias": out_bias,
@@ -509,6 +551,14 @@ def random_checkpoint(choose: Choose, max_layers: int = 4) -> Checkpoint:
                 "rotary_interleaved": interleaved,
             }
 
+        if kind == "full_attention":
+            return None, meaning
+        published = {
+            "_target_": "based.models.mixers.slide_attention.SlidingAttention",
+            "window_size": window_size,
+            "num_heads": 99,  # not read: the top level's are
+            "causal": True,
+        }
         return _omit_defaults(choose, published, _MIXER_DEFAULTS[kind]), meaning
 
     num_layers = choose.integer(1, max_layers)
@@ -638,6 +688,35 @@ def golden_like(seed: int = 0, **changes: Any) -> Checkpoint:
         ],
     }
     return replace(Checkpoint(config, expected, seed), **changes)
+
+
+def first_upload(**changes: Any) -> Checkpoint:
+    """golden_like() as the authors' first upload, based-1.3b, writes it: other names, fewer fields. No tensor differs
+    but in its name and the vocabulary's size, GPT-2's."""
+    checkpoint = golden_like(conv_name="conv1", extras=False)
+    config, mixers = dict(checkpoint.config), "based.models.mixers"
+    del config["vocab_size"]
+    config["mixer"] = {
+        "_target_": f"{mixers}.base_conv.BaseConvWithSiLU4",
+        "l_max": 2048,
+        "use_bias": True,
+        "expand_proj": 4,
+        "kernel_sizes": [3],
+    }
+    config["alt_mixer"] = {
+        "_target_": f"{mixers}.linear_attn.LinearAttention",
+        "l_max": 2048,
+        "feature_dim": 4,
+        "feature_name": "taylor_exp",
+        "num_heads": 2,
+        "num_key_value_heads": 2,
+        "train_view": "quadratic",
+    }
+    config["alt_mixer_2"] = {"_target_": f"{mixers}.slide_fa2.SlidingsMHA", "causal": True, "window_size": 6}
+    config["alt_mixer_2"] |= {"num_heads": 2, "do_update": True}
+    expected = dict(checkpoint.expected) | {"vocab_size": 50257, "padded_vocab_size": 50264}
+    expected |= {"bos_token_id": 50256, "eos_token_id": 50256}
+    return replace(checkpoint, config=config, expected=expected, **changes)
 
 
 # ---- torch's file format, by hand ------------------------------------------------------------------------------------

@@ -85,7 +85,8 @@ class State:
     """What one sequence has seen, named and shaped as in a saved state (docs/state-format.md), float64.
 
     layers.{i}.conv (K-1, e) · layers.{i}.taylor (H, features, head_dim + 1) · layers.{i}.keys and .values
-    (min(num_tokens, window), H_kv, head_dim) · layers.{i}.scan (N, e) · layers.{i}.delta (H, key_dim, head_dim).
+    (min(num_tokens, window), H_kv, head_dim), (num_tokens, H_kv, head_dim) with full attention · layers.{i}.scan
+    (N, e) · layers.{i}.delta (H, key_dim, head_dim).
     """
 
     num_tokens: int = 0
@@ -145,7 +146,7 @@ class Model:
         """q, k, v of an attention layer, (T, heads, size) each."""
         name, mixer = f"layers.{layer}.mixer", self.layers[layer]
         t = x.shape[0]
-        if mixer["mixer"] == "linear_attention":
+        if mixer["mixer"] in ("linear_attention", "prefix_linear_attention"):
             projections = (x @ self.tensors[f"{name}.proj_{part}.weight"].T for part in "qkv")
             q, k, v = (projected.reshape(t, mixer["num_heads"], -1) for projected in projections)
             return q, k, v
@@ -155,8 +156,12 @@ class Model:
 
     # ---- the whole sequence at once ----------------------------------------------------------------------------
 
-    def forward(self, tokens: Sequence[int] | Array) -> Trace:
-        """Logits and intermediate values of one sequence that starts from nothing."""
+    def forward(self, tokens: Sequence[int] | Array, prompt: int | None = None) -> Trace:
+        """Logits and intermediate values of one sequence that starts from nothing.
+
+        prompt: how many of the tokens were its first prompt, in which a prefix lies; by default all.
+        """
+        self.prompt = len(tokens) if prompt is None else prompt
         r = self.tensors["embedding.weight"][np.asarray(tokens)]
         embed, mixer_out, block_out = r, [], []
         for layer, mixer in enumerate(self.layers):
@@ -182,14 +187,34 @@ class Model:
         y = np.einsum("hts,shd->thd", p, v)
         return (y / (p.sum(-1).T[..., None] + self.layers[layer]["eps"])).reshape(len(x), -1)
 
-    def _sliding_window(self, x: Array, layer: int) -> Array:
+    def _prefix(self, x: Array, layer: int) -> tuple[Array, Array]:
+        """The prefix's own keys and values, (M, heads, size) each, of its tokens x."""
+        name, heads = f"layers.{layer}.mixer", self.layers[layer]["num_heads"]
+        k, v = (x @ self.tensors[f"{name}.{part}.weight"].T for part in ("proj_k_enc", "proj_v_enc"))
+        return k.reshape(len(x), heads, -1), v.reshape(len(x), heads, -1)
+
+    def _prefix_linear_attention(self, x: Array, layer: int) -> Array:
+        """y_t = (Σ_{j≤t} p_tj v_j + Σ_{m<M} p'_tm v'_m) / (Σ_{j≤t} p_tj + Σ_{m<M} p'_tm + eps)."""
+        q, k, v = self._heads(x, layer)
+        k_enc, v_enc = self._prefix(x[: min(self.layers[layer]["enc_length"], self.prompt)], layer)
+        p = np.tril(taylor(np.einsum("thf,shf->hts", q, k) / math.sqrt(q.shape[-1])))
+        p_enc = taylor(np.einsum("thf,mhf->htm", q, k_enc) / math.sqrt(q.shape[-1]))
+        y = np.einsum("hts,shd->thd", p, v) + np.einsum("htm,mhd->thd", p_enc, v_enc)
+        total = (p.sum(-1) + p_enc.sum(-1)).T[..., None]
+        return (y / (total + self.layers[layer]["eps"])).reshape(len(x), -1)
+
+    def _full_attention(self, x: Array, layer: int) -> Array:
+        return self._sliding_window(x, layer, window=len(x))
+
+    def _sliding_window(self, x: Array, layer: int, window: int | None = None) -> Array:
         q, k, v = self._heads(x, layer)
         mixer, positions = self.layers[layer], np.arange(len(x))
         group = mixer["num_heads"] // mixer["num_kv_heads"]
         q, k = rotate(q, positions, mixer), rotate(k, positions, mixer)
         k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
         age = positions[:, None] - positions
-        scores = np.where((age >= 0) & (age < mixer["window"]), np.einsum("thd,shd->hts", q, k), -np.inf)
+        window = mixer["window"] if window is None else window
+        scores = np.where((age >= 0) & (age < window), np.einsum("thd,shd->hts", q, k), -np.inf)
         return np.einsum("hts,shd->thd", softmax(scores * mixer["scale"]), v).reshape(len(x), -1)
 
     def _scan_inputs(self, u: Array, layer: int, before: Array) -> tuple[Array, ...]:
@@ -245,7 +270,7 @@ class Model:
         return (y * self.tensors[f"layers.{layer}.mixer.norm.weight"] * gate).reshape(len(y), -1)
 
     def _gated_delta_net(self, x: Array, layer: int) -> Array:
-        """u_t + β_t Σ_{j<t} (γ_t/γ_j) (k_t·k_j) u_j = β_t v_t, y_t = Σ_{j≤t} (γ_t/γ_j) (q_t·k_j) u_j, γ_t = Π_{i≤t} α_i."""
+        """u_t + β_t Σ_{j<t} g_tj (k_t·k_j) u_j = β_t v_t, y_t = Σ_{j≤t} g_tj (q_t·k_j) u_j, g_tj = Π_{j<i≤t} α_i."""
         mixer, t = self.layers[layer], len(x)
         before = np.zeros((mixer["kernel_size"] - 1, len(self.tensors[f"layers.{layer}.mixer.conv.weight"])))
         q, k, v, beta, log_alpha, gate, _ = self._delta_inputs(x, layer, before)
@@ -264,7 +289,7 @@ class Model:
         for i, mixer in enumerate(self.layers):
             if mixer["mixer"] == "gated_conv":
                 state.tensors[f"layers.{i}.conv"] = np.zeros((mixer["kernel_size"] - 1, mixer["inner_size"]))
-            elif mixer["mixer"] == "linear_attention":
+            elif mixer["mixer"] in ("linear_attention", "prefix_linear_attention"):
                 f = mixer["feature_dim"]
                 shape = (mixer["num_heads"], 1 + f + f * (f + 1) // 2, mixer["head_dim"] + 1)
                 state.tensors[f"layers.{i}.taylor"] = np.zeros(shape)
@@ -276,7 +301,7 @@ class Model:
                 state.tensors[f"layers.{i}.conv"] = np.zeros((mixer["kernel_size"] - 1, h * (2 * dk + dv)))
                 state.tensors[f"layers.{i}.delta"] = np.zeros((h, dk, dv))
             else:
-                assert mixer["mixer"] == "sliding_window", f"{mixer['mixer']} has no state here"
+                assert mixer["mixer"] in ("sliding_window", "full_attention"), f"{mixer['mixer']} has no state here"
                 for name in ("keys", "values"):
                     state.tensors[f"layers.{i}.{name}"] = np.zeros((0, mixer["num_kv_heads"], mixer["head_dim"]))
         return state
@@ -313,12 +338,25 @@ class Model:
         y = np.einsum("hp,hpd->hd", taylor_features(q), s)
         return (y[:, :-1] / (y[:, -1:] + self.layers[layer]["eps"])).reshape(1, -1)
 
-    def _sliding_window_step(self, x: Array, layer: int, state: State) -> Array:
+    def _prefix_linear_attention_step(self, x: Array, layer: int, state: State) -> Array:
+        """The first token is a prompt of one, and its own prefix."""
+        if state.num_tokens == 0:
+            k, v = (part[0] for part in self._prefix(x, layer))
+            extended = np.concatenate([v, np.ones((len(v), 1))], axis=-1)
+            name = f"layers.{layer}.taylor"
+            state.tensors[name] = state.tensors[name] + taylor_features(k)[:, :, None] * extended[:, None, :]
+        return self._linear_attention_step(x, layer, state)
+
+    def _full_attention_step(self, x: Array, layer: int, state: State) -> Array:
+        return self._sliding_window_step(x, layer, state, window=state.num_tokens + 1)
+
+    def _sliding_window_step(self, x: Array, layer: int, state: State, window: int | None = None) -> Array:
         q, k, v = self._heads(x, layer)
         mixer, position = self.layers[layer], np.array([state.num_tokens])
         q, k = rotate(q, position, mixer), rotate(k, position, mixer)
+        window = mixer["window"] if window is None else window
         for name, new in (("keys", k), ("values", v)):
-            kept = np.concatenate([state.tensors[f"layers.{layer}.{name}"], new])[-mixer["window"] :]
+            kept = np.concatenate([state.tensors[f"layers.{layer}.{name}"], new])[-window:]
             state.tensors[f"layers.{layer}.{name}"] = kept
         group = mixer["num_heads"] // mixer["num_kv_heads"]
         keys = np.repeat(state.tensors[f"layers.{layer}.keys"], group, axis=1)

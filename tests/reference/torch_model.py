@@ -185,11 +185,19 @@ def forward(
             return scan(x, layer, name)
         if layer["mixer"] == "gated_delta_net":
             return delta(x, layer, name)
+        if layer["mixer"] == "prefix_linear_attention":  # the prefix's keys and values stand before all others
+            prefix = x[:, : layer["enc_length"]]
+            parts = [(part, x) for part in ("q", "k", "v")] + [("k_enc", prefix), ("v_enc", prefix)]
+            q, k, v, k_enc, v_enc = (
+                linear(rows, f"{name}.proj_{part}").unflatten(-1, (layer["num_heads"], -1)) for part, rows in parts
+            )
+            q, k, v = torch.cat([torch.zeros_like(k_enc), q], 1), torch.cat([k_enc, k], 1), torch.cat([v_enc, v], 1)
+            return taylor_reference(q, k, v, layer["eps"], dtype)[:, prefix.shape[1] :].flatten(2)
         h, h_kv = layer["num_heads"], layer["num_kv_heads"]
         qkv = linear(x, f"{name}.qkv_proj").unflatten(-1, (h + 2 * h_kv, -1))
         q, k, v = qkv.split([h, h_kv, h_kv], dim=2)
         q, k = rotary_reference(q, layer), rotary_reference(k, layer)
-        return window_reference(q, k, v, layer["window"], layer["scale"], dtype).flatten(2)
+        return window_reference(q, k, v, layer.get("window", len(tokens)), layer["scale"], dtype).flatten(2)
 
     r = w["embedding.weight"][torch.as_tensor(np.asarray(tokens, np.int64))][None].to(wide)
     for i, layer in enumerate(config["layers"]):

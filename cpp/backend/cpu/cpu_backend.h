@@ -15,7 +15,9 @@ class Lengths;  // cpu_operands.h
 std::size_t scratch_nbytes(const GatedConvConfig& config, const Lengths& lengths, Isa isa, int num_threads);
 std::size_t scratch_nbytes(const LinearAttentionConfig& config, const Lengths& lengths, Isa isa, int num_threads);
 std::size_t scratch_nbytes(const SlidingWindowConfig& config, const Lengths& lengths, Isa isa, int num_threads);
+std::size_t scratch_nbytes(const FullAttentionConfig& config, const Lengths& lengths, Isa isa, int num_threads);
 std::size_t scratch_nbytes(const SelectiveScanConfig& config, const Lengths& lengths, Isa isa, int num_threads);
+std::size_t scratch_nbytes(const PrefixLinearAttentionConfig& config, const Lengths& lengths, Isa isa, int num_threads);
 std::size_t scratch_nbytes(const GatedDeltaNetConfig& config, const Lengths& lengths, Isa isa, int num_threads);
 
 /// Of CpuBackend::convolve.
@@ -74,8 +76,14 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
                         const backend::Matrix& qkv, backend::StatePool& states, int layer,
                         const backend::Matrix& out) override;
 
-  // cpu_sliding_window.cc
+  void prefix_linear_attention(const PrefixLinearAttentionConfig& config, const backend::RaggedBatch& batch,
+                               const backend::Matrix& qkv, const backend::Matrix& encoder, backend::StatePool& states,
+                               int layer, const backend::Matrix& out) override;
+
+  // cpu_softmax_attention.cc
   void sliding_window(const SlidingWindowConfig& config, const backend::RaggedBatch& batch, const backend::Matrix& qkv,
+                      backend::StatePool& states, int layer, const backend::Matrix& out) override;
+  void full_attention(const FullAttentionConfig& config, const backend::RaggedBatch& batch, const backend::Matrix& qkv,
                       backend::StatePool& states, int layer, const backend::Matrix& out) override;
 
   // cpu_selective_scan.cc
@@ -98,7 +106,12 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
 
   // cpu_states.cc
   std::size_t state_nbytes(const ModelConfig& config, DType dtype, std::int64_t num_tokens = kAnyNumber) const override;
+  std::size_t available_nbytes() const override;
   std::unique_ptr<backend::StatePool> make_states(const ModelConfig& config, DType dtype, int capacity) override;
+  void reserve_states(backend::StatePool& states, std::span<const std::int32_t> slots,
+                      std::span<const std::int64_t> num_tokens) override;
+  /// Throws OutOfMemory unless the system has so many bytes that nothing was promised yet.
+  void check_available(std::size_t nbytes);
   void copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot,
                   std::int64_t num_tokens) override;
   void reset_state(backend::StatePool& states, int slot) override;
@@ -114,6 +127,11 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
                 const backend::RaggedBatch& batch, const backend::Matrix& u, backend::StatePool& states, int layer,
                 const backend::Matrix& out);
 
+  /// linear_attention, and the other where `encoder` is given.
+  void taylor_attention(const LinearAttentionConfig& config, std::int64_t enc_length, const backend::RaggedBatch& batch,
+                        const backend::Matrix& qkv, const backend::Matrix* encoder, backend::StatePool& states,
+                        int layer, const backend::Matrix& out);
+
   std::shared_ptr<ThreadPool> pool_;
   Isa isa_;
   std::shared_ptr<backend::MemoryCounters> counters_;
@@ -121,6 +139,9 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
   // before it changes a state.
   std::byte* scratch(std::size_t nbytes);
   backend::Buffer scratch_;
+
+  static constexpr std::size_t kFoundAhead = std::size_t{64} << 20;
+  std::size_t found_ = 0;  // bytes that were available when last asked, and are not used yet; at most kFoundAhead
 };
 
 }  // namespace based::cpu

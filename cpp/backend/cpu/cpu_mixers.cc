@@ -155,7 +155,24 @@ std::size_t scratch_nbytes(const LinearAttentionConfig& config, const Lengths& l
   return plan_nbytes<TaylorPlan>(config, lengths, isa, num_threads);
 }
 
+std::size_t scratch_nbytes(const PrefixLinearAttentionConfig& config, const Lengths& lengths, Isa isa,
+                           int num_threads) {
+  return scratch_nbytes(config.attention(), lengths, isa, num_threads);
+}
+
 void CpuBackend::linear_attention(const LinearAttentionConfig& config, const RaggedBatch& batch, const Matrix& qkv,
+                                  backend::StatePool& states, int layer, const Matrix& out) {
+  taylor_attention(config, 0, batch, qkv, nullptr, states, layer, out);
+}
+
+void CpuBackend::prefix_linear_attention(const PrefixLinearAttentionConfig& config, const RaggedBatch& batch,
+                                         const Matrix& qkv, const Matrix& encoder, backend::StatePool& states,
+                                         int layer, const Matrix& out) {
+  taylor_attention(config.attention(), config.enc_length, batch, qkv, &encoder, states, layer, out);
+}
+
+void CpuBackend::taylor_attention(const LinearAttentionConfig& config, std::int64_t enc_length,
+                                  const RaggedBatch& batch, const Matrix& qkv, const Matrix* encoder,
                                   backend::StatePool& states, int layer, const Matrix& out) {
   const LinearAttentionKernels& kernels = attention_kernels(isa_);
   const CpuStatePool& pool = pool_of(states);
@@ -190,7 +207,7 @@ void CpuBackend::linear_attention(const LinearAttentionConfig& config, const Rag
     task.v = x + 2 * heads * f + h * dv + col;
     task.stride = qkv.cols;
     task.num_tokens = batch.offsets[b + 1] - first;
-    task.position = batch.positions[b];
+    task.count = batch.positions[b] + enc_length;
     task.feature_dim = f;
     task.num_features = layout.num_features;
     task.head_dim = std::min(cols, dv - col);
@@ -203,6 +220,14 @@ void CpuBackend::linear_attention(const LinearAttentionConfig& config, const Rag
     task.out_stride = out.cols;
     task.out_bf16 = is_bf16(out);
     task.scratch = plan.scratch.of(thread);
+    if (encoder != nullptr && batch.positions[b] == 0) {  // the prefix comes first: every token sees all of it
+      LinearAttentionTask prefix = task;
+      prefix.k = row(*encoder, first) + h * f;
+      prefix.v = row(*encoder, first) + heads * f + h * dv + col;
+      prefix.stride = encoder->cols;
+      prefix.num_tokens = std::min(enc_length, task.num_tokens);
+      kernels.add(prefix);
+    }
     kernels.attend(task);
   });
   if (shares > 1) {

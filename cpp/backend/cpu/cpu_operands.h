@@ -29,6 +29,7 @@ inline const float* row(const backend::Matrix& matrix, std::int64_t row) {
 inline const CpuStatePool& pool_of(const backend::StatePool& states) {
   return static_cast<const CpuStatePool&>(states);
 }
+inline CpuStatePool& pool_of(backend::StatePool& states) { return static_cast<CpuStatePool&>(states); }
 
 // ---- scratch --------------------------------------------------------------------------------------------------------
 

@@ -7,11 +7,13 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <new>
 #include <string>
 #include <tuple>
 
 #include "backend/cpu/cpu_backend.h"
+#include "backend/cpu/cpu_memory.h"
 #include "backend/cpu/cpu_operands.h"
 #include "based/error.h"
 
@@ -74,6 +76,21 @@ void for_each_in_ring(const RingState& state, std::int64_t num_tokens, Visit&& v
   }
 }
 
+// The same for the keys and values of all tokens, whose saved rows are those of one piece, from `begin` on.
+template <typename Visit>
+void for_each_in_piece(const ContextState& state, std::int64_t begin, std::int64_t num_tokens, Visit&& visit) {
+  const ContextLayout layout(state);
+  std::int64_t saved = begin * state.num_heads * state.head_dim;
+  for (std::int64_t t = 0; t < std::min(num_tokens - begin, kPieceTokens); ++t) {
+    const std::int64_t block = t / kStateLanes, lane = t % kStateLanes;
+    for (std::int64_t head = 0; head < state.num_heads; ++head) {
+      const std::int64_t keys = head * layout.head_size + block * layout.block_size;
+      const std::int64_t values = keys + kStateLanes * state.head_dim + lane * layout.cols;
+      for (std::int64_t d = 0; d < state.head_dim; ++d) visit(saved++, keys + d * kStateLanes + lane, values + d);
+    }
+  }
+}
+
 // Calls visit(row of the saved (H, num_features, head_dim + 1), row of S, its element of z).
 template <typename Float, typename Visit>
 void for_each_feature(const TaylorState& state, Float* data, Visit&& visit) {
@@ -112,6 +129,17 @@ void copy_ring(const RingState& state, std::size_t width, const std::byte* from,
   }
 }
 
+// Bytes of the keys and values of all tokens, in whole blocks.
+std::size_t context_nbytes(const ContextState& state, std::size_t width, std::int64_t num_tokens) {
+  check_extents({state.num_heads, state.head_dim});
+  const std::size_t of_block = checked_mul(state.num_heads, checked_mul(ContextLayout(state).block_size, width));
+  return checked_mul(num_tokens / kStateLanes + (num_tokens % kStateLanes > 0 ? 1 : 0), of_block);
+}
+
+std::size_t pieces_for(std::int64_t num_tokens) {
+  return static_cast<std::size_t>((num_tokens + kPieceTokens - 1) / kPieceTokens);
+}
+
 // ---- by the kind of a part ------------------------------------------------------------------------------------------
 
 // Bytes of a part in a slot.
@@ -133,6 +161,10 @@ struct SizeOf {
     check_extents({state.num_features()});
     return checked_mul(state.num_heads, checked_mul(TaylorLayout(state).head_size, sizeof(float)));
   }
+  std::size_t operator()(const ContextState& state) const {
+    context_nbytes(state, size_of(dtypes.model), kPieceTokens);
+    return 0;  // in pieces of memory of its own
+  }
 };
 
 struct IsLargeRing {
@@ -151,18 +183,22 @@ struct Save {
   std::int64_t num_tokens;
   int layer;
   const std::byte* data;
+  std::function<std::byte*(std::int64_t position)> piece;  // of a ContextState
   backend::StateWriter& writer;
 
   void operator()(const DenseState& state) const { save_dense(state, dtypes, data, layer, writer); }
 
   void operator()(const RingState& state) const {
-    std::byte* keys = writer.add(layer, "keys", dtypes.model, state.saved_shape(num_tokens));
-    std::byte* values = writer.add(layer, "values", dtypes.model, state.saved_shape(num_tokens));
-    const auto width = static_cast<std::int64_t>(size_of(dtypes.model));
-    for_each_in_ring(state, num_tokens, [&](std::int64_t saved, std::int64_t key, std::int64_t value) {
-      std::memcpy(keys + saved * width, data + key * width, static_cast<std::size_t>(width));
-      std::memcpy(values + saved * width, data + value * width, static_cast<std::size_t>(width));
-    });
+    const Rows rows = add_rows(state.saved_shape(num_tokens));
+    for_each_in_ring(state, num_tokens, [&](auto... at) { rows.copy(data, at...); });
+  }
+
+  void operator()(const ContextState& state) const {
+    const Rows rows = add_rows(state.saved_shape(num_tokens));
+    for (std::int64_t begin = 0; begin < num_tokens; begin += kPieceTokens) {
+      const std::byte* from = piece(begin);
+      for_each_in_piece(state, begin, num_tokens, [&](auto... at) { rows.copy(from, at...); });
+    }
   }
 
   void operator()(const TaylorState& state) const {
@@ -174,6 +210,21 @@ struct Save {
                        saved[row + dv] = *z;
                      });
   }
+
+ private:
+  // Saved keys and values.
+  struct Rows {
+    std::byte *keys, *values;
+    std::int64_t width;
+    void copy(const std::byte* from, std::int64_t saved, std::int64_t key, std::int64_t value) const {
+      std::memcpy(keys + saved * width, from + key * width, static_cast<std::size_t>(width));
+      std::memcpy(values + saved * width, from + value * width, static_cast<std::size_t>(width));
+    }
+  };
+  Rows add_rows(const std::vector<std::int64_t>& shape) const {
+    return {writer.add(layer, "keys", dtypes.model, shape), writer.add(layer, "values", dtypes.model, shape),
+            static_cast<std::int64_t>(size_of(dtypes.model))};
+  }
 };
 
 // Its inverse, into a slot of zeros.
@@ -181,18 +232,22 @@ struct Restore {
   backend::StateDTypes dtypes;
   std::int64_t num_tokens;
   std::byte* data;
+  std::function<std::byte*(std::int64_t position)> piece;  // of a ContextState
   backend::StateReader& reader;
 
   void operator()(const DenseState& state) const { restore_dense(state, dtypes, reader, data); }
 
   void operator()(const RingState& state) const {
-    const std::vector<std::byte> keys = backend::converted(reader.take(), dtypes.model);
-    const std::vector<std::byte> values = backend::converted(reader.take(), dtypes.model);
-    const auto width = static_cast<std::int64_t>(size_of(dtypes.model));
-    for_each_in_ring(state, num_tokens, [&](std::int64_t saved, std::int64_t key, std::int64_t value) {
-      std::memcpy(data + key * width, keys.data() + saved * width, static_cast<std::size_t>(width));
-      std::memcpy(data + value * width, values.data() + saved * width, static_cast<std::size_t>(width));
-    });
+    const Rows rows = take_rows();
+    for_each_in_ring(state, num_tokens, [&](auto... at) { rows.copy(data, at...); });
+  }
+
+  void operator()(const ContextState& state) const {
+    const Rows rows = take_rows();
+    for (std::int64_t begin = 0; begin < num_tokens; begin += kPieceTokens) {
+      std::byte* to = piece(begin);
+      for_each_in_piece(state, begin, num_tokens, [&](auto... at) { rows.copy(to, at...); });
+    }
   }
 
   void operator()(const TaylorState& state) const {
@@ -202,6 +257,21 @@ struct Restore {
       std::copy_n(saved.data() + row, state.head_dim, s);
       *z = saved[static_cast<std::size_t>(row + state.head_dim)];
     });
+  }
+
+ private:
+  struct Rows {
+    std::vector<std::byte> keys, values;
+    std::int64_t width;
+    void copy(std::byte* to, std::int64_t saved, std::int64_t key, std::int64_t value) const {
+      std::memcpy(to + key * width, keys.data() + saved * width, static_cast<std::size_t>(width));
+      std::memcpy(to + value * width, values.data() + saved * width, static_cast<std::size_t>(width));
+    }
+  };
+  Rows take_rows() const {
+    std::vector<std::byte> keys = backend::converted(reader.take(), dtypes.model);
+    std::vector<std::byte> values = backend::converted(reader.take(), dtypes.model);
+    return {std::move(keys), std::move(values), static_cast<std::int64_t>(size_of(dtypes.model))};
   }
 };
 
@@ -220,6 +290,11 @@ RingLayout::RingLayout(const RingState& state)
       keys_size(slots * state.head_dim),
       head_size(round_up(keys_size + slots * cols, 2 * kStateLanes)) {}
 
+ContextLayout::ContextLayout(const ContextState& state)
+    : cols(round_up(state.head_dim, kStateLanes)),
+      block_size(kStateLanes * (state.head_dim + cols)),
+      head_size(kPieceTokens / kStateLanes * block_size) {}
+
 backend::StateLayout state_layout(const ModelConfig& config, DType model) {
   if (model != DType::float32 && model != DType::bfloat16)
     throw InvalidArgument("keys and values are kept in float32 or bfloat16, not " + std::string(name_of(model)));
@@ -227,10 +302,20 @@ backend::StateLayout state_layout(const ModelConfig& config, DType model) {
 }
 
 CpuStatePool::CpuStatePool(const ModelConfig& config, DType dtype, int capacity, CpuBackend& memory)
-    : layout_(state_layout(config, dtype)), dtype_(dtype), capacity_(capacity) {
-  for (const auto& part : layout_.parts())
+    : layout_(state_layout(config, dtype)),
+      dtype_(dtype),
+      capacity_(capacity),
+      pieces_(static_cast<std::size_t>(capacity)),
+      reserved_(static_cast<std::size_t>(capacity)) {
+  for (const auto& part : layout_.parts()) {
     large_rings_.push_back(std::visit(IsLargeRing{dtypes_of(dtype)}, part.state));
-  buffer_ = memory.allocate_states(layout_.pool_nbytes(capacity), std::ranges::count(large_rings_, true) > 0);
+    in_piece_.push_back(piece_nbytes_);
+    if (const auto* state = std::get_if<ContextState>(&part.state))
+      piece_nbytes_ += context_nbytes(*state, size_of(dtype), kPieceTokens);
+  }
+  const bool has_large_rings = std::ranges::count(large_rings_, true) > 0;
+  grows_ = has_large_rings || piece_nbytes_ > 0;
+  buffer_ = memory.allocate_states(layout_.pool_nbytes(capacity), has_large_rings);
   data_ = static_cast<std::byte*>(buffer_.data.get());
 }
 
@@ -239,7 +324,44 @@ std::size_t CpuStatePool::part_nbytes(std::size_t part) const {
   return (part + 1 < parts.size() ? parts[part + 1].offset : layout_.slot_nbytes()) - parts[part].offset;
 }
 
-void CpuStatePool::reset(int slot) const {
+std::size_t CpuStatePool::growing_nbytes(std::int64_t num_tokens) const {
+  std::size_t total = 0;
+  for (std::size_t i = 0; i < large_rings_.size(); ++i) {
+    const StatePart& part = layout_.parts()[i].state;
+    if (large_rings_[i])
+      total += part_nbytes(i) - unused_nbytes(std::get<RingState>(part), size_of(dtype_), num_tokens);
+    else if (const auto* context = std::get_if<ContextState>(&part))
+      total += context_nbytes(*context, size_of(dtype_), num_tokens);
+  }
+  return total;
+}
+
+void CpuStatePool::reserve(std::span<const std::int32_t> slots, std::span<const std::int64_t> num_tokens,
+                           CpuBackend& memory) {
+  if (!grows_) return;
+  std::size_t grown = 0;
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    const std::int64_t before = reserved_[static_cast<std::size_t>(slots[i])];
+    if (round_up(before, kStateLanes) < num_tokens[i])  // memory is counted in whole blocks
+      grown += growing_nbytes(num_tokens[i]) - growing_nbytes(before);
+  }
+  if (grown > 0) memory.check_available(grown);
+  std::vector<std::vector<backend::Buffer>> added(slots.size());
+  for (std::size_t i = 0; i < slots.size() && piece_nbytes_ > 0; ++i) {
+    auto& pieces = pieces_[static_cast<std::size_t>(slots[i])];
+    const std::size_t wanted = pieces_for(num_tokens[i]);
+    if (wanted <= pieces.size()) continue;
+    pieces.reserve(wanted);
+    while (pieces.size() + added[i].size() < wanted) added[i].push_back(memory.allocate_states(piece_nbytes_, true));
+  }
+  for (std::size_t i = 0; i < slots.size(); ++i) {  // nothing here fails
+    const auto slot = static_cast<std::size_t>(slots[i]);
+    for (backend::Buffer& piece : added[i]) pieces_[slot].push_back(std::move(piece));
+    reserved_[slot] = std::max(reserved_[slot], num_tokens[i]);
+  }
+}
+
+void CpuStatePool::clear(int slot, std::int64_t num_tokens) {
   std::byte* const begin = this->slot(slot);
   const auto& parts = layout_.parts();
   for (std::size_t i = 0; i < parts.size(); ++i) {
@@ -248,18 +370,44 @@ void CpuStatePool::reset(int slot) const {
     else
       std::memset(begin + parts[i].offset, 0, part_nbytes(i));
   }
+  keep(slot, num_tokens);
 }
 
-void CpuStatePool::copy(int to_slot, const std::byte* from, std::int64_t num_tokens) const {
+void CpuStatePool::keep(int slot, std::int64_t num_tokens) {
+  auto& pieces = pieces_[static_cast<std::size_t>(slot)];
+  pieces.resize(std::min(pieces.size(), pieces_for(num_tokens)));
+  reserved_[static_cast<std::size_t>(slot)] = num_tokens;
+}
+
+void CpuStatePool::copy(int to_slot, const CpuStatePool& from, int from_slot, std::int64_t num_tokens,
+                        CpuBackend& memory) {
+  if (this == &from && to_slot == from_slot) return;
+  reserve({&to_slot, 1}, {&num_tokens, 1}, memory);
   std::byte* const to = slot(to_slot);
-  if (to == from) return;
+  const std::byte* const source = from.slot(from_slot);
   const auto& parts = layout_.parts();
   for (std::size_t i = 0; i < parts.size(); ++i) {
     const std::size_t begin = parts[i].offset;
     if (large_rings_[i])
-      copy_ring(std::get<RingState>(parts[i].state), size_of(dtype_), from + begin, to + begin, num_tokens);
+      copy_ring(std::get<RingState>(parts[i].state), size_of(dtype_), source + begin, to + begin, num_tokens);
+    else if (const auto* context = std::get_if<ContextState>(&parts[i].state))
+      copy_context(*context, i, to_slot, from, from_slot, num_tokens);
     else
-      std::memcpy(to + begin, from + begin, part_nbytes(i));
+      std::memcpy(to + begin, source + begin, part_nbytes(i));
+  }
+  keep(to_slot, num_tokens);
+}
+
+void CpuStatePool::copy_context(const ContextState& state, std::size_t part, int to_slot, const CpuStatePool& from,
+                                int from_slot, std::int64_t num_tokens) const {
+  const ContextLayout layout(state);
+  const std::size_t width = size_of(dtype_), head_nbytes = static_cast<std::size_t>(layout.head_size) * width;
+  for (std::int64_t begin = 0; begin < num_tokens; begin += kPieceTokens) {
+    const std::int64_t blocks = (std::min(num_tokens - begin, kPieceTokens) + kStateLanes - 1) / kStateLanes;
+    std::byte* to = context_data(to_slot, part, begin);
+    const std::byte* source = from.context_data(from_slot, part, begin);
+    for (std::int64_t head = 0; head < state.num_heads; ++head, to += head_nbytes, source += head_nbytes)
+      std::memcpy(to, source, static_cast<std::size_t>(blocks * layout.block_size) * width);
   }
 }
 
@@ -269,7 +417,26 @@ std::size_t CpuBackend::state_nbytes(const ModelConfig& config, DType dtype, std
   for (const auto& part : layout.parts())
     if (std::visit(IsLargeRing{dtypes_of(dtype)}, part.state))
       unused += unused_nbytes(std::get<RingState>(part.state), size_of(dtype), num_tokens);
-  return layout.slot_nbytes() - unused;
+  std::size_t total = layout.slot_nbytes() - unused;
+  for (const auto& part : layout.parts())
+    if (const auto* context = std::get_if<ContextState>(&part.state))
+      if (__builtin_add_overflow(total, context_nbytes(*context, size_of(dtype), num_tokens), &total))
+        throw std::bad_alloc();
+  return total;
+}
+
+std::size_t CpuBackend::available_nbytes() const { return available_memory(); }
+
+// Reading the system's counts takes about 50 µs, so what was found to be free is used up first.
+void CpuBackend::check_available(std::size_t nbytes) {
+  if (nbytes > found_) {
+    const std::size_t available = available_memory();
+    if (nbytes > available)
+      throw OutOfMemory("out of memory: " + std::to_string(nbytes) + " bytes of states are needed, " +
+                        std::to_string(available) + " bytes are available");
+    found_ = nbytes + std::min(available - nbytes, kFoundAhead);
+  }
+  found_ -= nbytes;
 }
 
 std::unique_ptr<backend::StatePool> CpuBackend::make_states(const ModelConfig& config, DType dtype, int capacity) {
@@ -280,28 +447,44 @@ std::unique_ptr<backend::StatePool> CpuBackend::make_states(const ModelConfig& c
 
 void CpuBackend::copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot,
                             std::int64_t num_tokens) {
-  pool_of(to).copy(to_slot, pool_of(from).slot(from_slot), num_tokens);
+  pool_of(to).copy(to_slot, pool_of(from), from_slot, num_tokens, *this);
 }
 
-void CpuBackend::reset_state(backend::StatePool& states, int slot) { pool_of(states).reset(slot); }
+void CpuBackend::reserve_states(backend::StatePool& states, std::span<const std::int32_t> slots,
+                                std::span<const std::int64_t> num_tokens) {
+  pool_of(states).reserve(slots, num_tokens, *this);
+}
+
+void CpuBackend::reset_state(backend::StatePool& states, int slot) { pool_of(states).clear(slot, 0); }
 
 std::vector<backend::NamedTensor> CpuBackend::export_state(const backend::StatePool& states, int slot,
                                                            std::int64_t num_tokens) {
   const CpuStatePool& pool = pool_of(states);
   backend::StateWriter writer;
-  for (const auto& part : pool.layout().parts())
-    std::visit(Save{dtypes_of(pool.ring_dtype()), num_tokens, part.layer, pool.slot(slot) + part.offset, writer},
-               part.state);
+  const auto& parts = pool.layout().parts();
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    const auto piece = [&, i](std::int64_t position) { return pool.context_data(slot, i, position); };
+    std::visit(Save{dtypes_of(pool.ring_dtype()), num_tokens, parts[i].layer, pool.slot(slot) + parts[i].offset, piece,
+                    writer},
+               parts[i].state);
+  }
   return std::move(writer.tensors);
 }
 
 void CpuBackend::import_state(backend::StatePool& states, int slot, std::int64_t num_tokens,
                               std::span<const backend::NamedView> tensors) {
-  const CpuStatePool& pool = pool_of(states);
-  reset_state(states, slot);
+  CpuStatePool& pool = pool_of(states);
+  const std::int32_t slots[] = {slot};
+  const std::int64_t lengths[] = {num_tokens};
+  pool.reserve(slots, lengths, *this);
+  pool.clear(slot, num_tokens);
   backend::StateReader reader(tensors);
-  for (const auto& part : pool.layout().parts())
-    std::visit(Restore{dtypes_of(pool.ring_dtype()), num_tokens, pool.slot(slot) + part.offset, reader}, part.state);
+  const auto& parts = pool.layout().parts();
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    const auto piece = [&, i](std::int64_t position) { return pool.context_data(slot, i, position); };
+    std::visit(Restore{dtypes_of(pool.ring_dtype()), num_tokens, pool.slot(slot) + parts[i].offset, piece, reader},
+               parts[i].state);
+  }
 }
 
 }  // namespace based::cpu

@@ -9,9 +9,11 @@
 #include <vector>
 
 #include "based/mixers/description.h"
+#include "based/mixers/full_attention.h"
 #include "based/mixers/gated_conv.h"
 #include "based/mixers/gated_delta_net.h"
 #include "based/mixers/linear_attention.h"
+#include "based/mixers/prefix_linear_attention.h"
 #include "based/mixers/selective_scan.h"
 #include "based/mixers/sliding_window.h"
 #include "based/tensor.h"
@@ -25,7 +27,8 @@ enum class Activation : std::uint8_t { identity, silu, gelu, gelu_tanh, sigmoid,
 
 /// A layer's mixer. To add one, see CONTRIBUTING.md.
 using MixerConfig =
-    std::variant<GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig, SelectiveScanConfig, GatedDeltaNetConfig>;
+    std::variant<GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig, PrefixLinearAttentionConfig,
+                 FullAttentionConfig, SelectiveScanConfig, GatedDeltaNetConfig>;
 
 /// Calls f(std::type_identity<Config>{}) for every kind of mixer.
 template <class F>
@@ -84,6 +87,10 @@ struct ModelConfig {
 
   /// Parameters, a tied head counted once, padding rows included.
   std::int64_t num_parameters() const;
+
+  /// How many tokens at the beginning of a sequence are read as a whole, in one call: the most of any layer, 0 for a
+  /// causal model. A sequence's first prompt is its prefix, or begins with it.
+  std::int64_t prefix_tokens() const;
 
   friend bool operator==(const ModelConfig&, const ModelConfig&) = default;
 };

@@ -20,6 +20,9 @@ struct DeviceDescription {
 /// The CPU, then every GPU of this machine.
 std::vector<DeviceDescription> devices();
 
+/// Bytes of the machine's memory that this process may still take, by the system and its control groups.
+std::size_t available_memory();
+
 /// Why no GPU can be used, e.g. "no CUDA driver is installed"; empty when one can.
 std::string cuda_problem();
 

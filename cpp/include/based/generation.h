@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -17,7 +18,9 @@ struct GenerationRequest {
   SamplingParams params;
 };
 
-/// error: this sample cannot go on (TokenEvent::error says why); others do.
+/// length: it has max_tokens tokens, or, if these have no limit, as many as Model::max_context has room for.
+/// error: this sample cannot go on (TokenEvent::error says why), as one that reaches max_context before its max_tokens;
+/// others do.
 enum class FinishReason : std::uint8_t { none, stop, length, error };
 
 /// One new token of one sample of one request.
@@ -59,10 +62,11 @@ class Generator {
   /// end: what it throws leaves the tokens to the next call.
   std::vector<TokenEvent> next(const InterruptCheck& interrupt = {}, const InterruptCheck& last_interrupt = {});
 
-  /// Ends a sample early (a stop string was found, the reader lost interest). No effect on one that has ended. unread:
-  /// what the last next() gave of it was not read. A caller's session does not see tokens that were not read; on a GPU,
-  /// where steps run ahead, it may have seen one.
-  void finish(int request, int sample, bool unread = false);
+  /// Ends a sample early (a stop string was found, the reader lost interest). No effect on one that has ended.
+  /// num_read: of the sample's tokens, that the caller has read; all that earlier calls of next() gave must have been.
+  /// A caller's session does not see tokens that were not read; on a GPU, where steps run ahead, it may have seen one.
+  void finish(int request, int sample, std::int64_t num_read = kAllTokens);
+  static constexpr std::int64_t kAllTokens = std::numeric_limits<std::int64_t>::max();
 
  private:
   class Impl;

@@ -27,6 +27,10 @@ struct LoadOptions {
   /// A sequence's results do not depend, to the bit, on what else is in its batch. On a GPU every matrix product then
   /// runs by one algorithm for any number of rows, which is slower. On the CPU it is always so: nothing changes.
   bool deterministic = false;
+
+  /// Tokens that a sequence of a model with full attention may have, 1 to limits::kSize; none: as many as the device
+  /// has memory for when the model is loaded. A model without full attention has no such limit, and takes none.
+  std::optional<std::int64_t> max_context;
 };
 
 /// Bytes of the device's memory that one model and its sessions hold now.
@@ -66,7 +70,13 @@ class Model {
   int num_threads() const;
   std::int64_t num_parameters() const;
   std::size_t weight_nbytes() const;  // device memory held by the weights
-  std::size_t state_nbytes() const;   // device memory of one sequence's state
+  std::size_t state_nbytes() const;   // device memory of the state of one sequence, of max_context() tokens if it grows
+
+  /// The same of a sequence of num_tokens tokens.
+  std::size_t state_nbytes(std::int64_t num_tokens) const;
+
+  /// The most tokens that a sequence may have; none: any number, as of every model without full attention.
+  std::optional<std::int64_t> max_context() const;
   MemoryUse memory() const;
 
   /// Name of the instruction set or GPU architecture whose kernels run, e.g. "avx512bf16".
@@ -75,10 +85,12 @@ class Model {
   /// 16 hex digits over config and weight samples; a state file carries it.
   const std::string& fingerprint() const;
 
-  /// Logits (T, padded_vocab_size) float32 at every position of one sequence that starts from nothing.
+  /// Logits (T, padded_vocab_size) float32 at every position of one sequence that starts from nothing, given as one
+  /// prompt: inside a prefix (ModelConfig::prefix_tokens) they depend on the tokens that follow.
   Tensor forward(std::span<const std::int32_t> tokens, const InterruptCheck& interrupt = {}) const;
 
-  /// (T − 1) natural-log probabilities: entry t is log p(tokens[t+1] | tokens[..t]). Memory does not grow with T.
+  /// (T − 1) natural-log probabilities: entry t is log p(tokens[t+1] | tokens[..t]). Memory does not grow with T. Of a
+  /// model with a prefix: after a prompt of one token, tokens[0].
   std::vector<float> score(std::span<const std::int32_t> tokens, const InterruptCheck& interrupt = {}) const;
 
   /// forward, keeping every layer's activations: to compare with another implementation.

@@ -16,7 +16,7 @@ struct SamplingParams {
   static constexpr std::int64_t kNoLimit = std::numeric_limits<std::int64_t>::max();
 
   int n = 1;                                 // samples per prompt, 1 … kMaxSamples
-  std::int64_t max_tokens = 16;              // ≥ 1; kNoLimit: until something else ends it
+  std::int64_t max_tokens = 16;              // ≥ 1; kNoLimit: until something else ends it, Model::max_context too
   std::int64_t min_tokens = 0;               // 0 … max_tokens
   double temperature = 1.0;                  // ≥ 0; 0 = greedy
   double top_p = 1.0;                        // (0, 1]

@@ -64,7 +64,8 @@ class Session {
 
   /// Feeds prompts[i] (non-empty) to sequence sequences[i] (all sequences in order when empty), after whatever each
   /// has seen. Returns the logits at each prompt's last token, (prompts.size(), padded_vocab_size) float32. Works in
-  /// chunks: memory does not grow with the prompts' length.
+  /// chunks: memory does not grow with the prompts' length. Throws InvalidArgument, and changes nothing, when a
+  /// sequence has seen something, but fewer tokens than its model reads as a whole (ModelConfig::prefix_tokens).
   Tensor prefill(std::span<const std::vector<std::int32_t>> prompts, std::span<const int> sequences = {},
                  const InterruptCheck& interrupt = {}, const InterruptCheck& last_interrupt = {});
 

@@ -1,4 +1,4 @@
-"""The command line: `based generate | demo | convert | inspect | tokenize | perplexity | bench | train | recall`.
+"""The command line: `based COMMAND`, of which COMMANDS has the list.
 
 Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted,
 141 the reader of stdout went away, 143 terminated while training,
@@ -27,6 +27,7 @@ COMMANDS = {
     "bench": "measure prefill and decoding speed",
     "train": "train a model, or go on with it",
     "recall": "measure recall over bytes of state: the recall frontier",
+    "eval": "measure a model with lm-evaluation-harness",
 }
 """Subcommand, which is the module of this package that has it, and its line of help."""
 

@@ -27,7 +27,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     help_text = f"{MODEL_HELP} (default: {BUNDLED}, which comes with the package)"
     parser.add_argument("-m", "--model", default=BUNDLED, metavar="PATH|ID", help=help_text)
     parser.add_argument("--revision", metavar="REV", help=REVISION_HELP)
-    parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json, or its directory (default: the model's)")
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="a tokenizer.json, or a tokenizer's directory (default: the model's)"
+    )
 
 
 def add_compute_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +38,17 @@ def add_compute_arguments(parser: argparse.ArgumentParser) -> None:
     dtypes = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", default="auto", choices=dtypes, help="of the weights")
     parser.add_argument("-t", "--threads", type=positive, metavar="N", help="CPU threads (default: all usable)")
+    add_context_argument(parser)
+
+
+def add_context_argument(parser: argparse.ArgumentParser) -> None:
+    """--max-context."""
+    parser.add_argument(
+        "--max-context",
+        type=positive,
+        metavar="N",
+        help="tokens of a sequence, of a model with full attention (default: as many as memory holds)",
+    )
 
 
 def load_model(args: argparse.Namespace) -> "Model":
@@ -47,6 +60,7 @@ def load_model(args: argparse.Namespace) -> "Model":
         device=args.device,
         dtype=args.dtype,
         num_threads=args.threads,
+        max_context=args.max_context,
         revision=args.revision,
         tokenizer=args.tokenizer,
     )

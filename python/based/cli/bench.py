@@ -3,7 +3,7 @@
 Every combination of -b, -d and -t is measured for every -p (prefill of a prompt) and every -n (decoding, one token at a
 time); lists are separated by commas. --size makes a model of a named shape with seeded random weights, so that no
 model file is needed. Decoding is the library's own generation loop, greedy sampling included. --plot draws the results
-beside a transformer of the same width and depth. See docs/cli.md.
+beside a transformer of the same width and depth. --claim compares BASED, a transformer and Mamba. See docs/cli.md.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from based.cli import UsageError, _common, _plot
+from based.cli import UsageError, _claim, _common, _plot
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from based import _core
 
 _BUFFER_BYTES = 1 << 30  # many times any last-level cache
+_CLAIM = ("1.3b", "attn-1b", "mamba-1b")
 _UNTIMED_STEPS = 3  # of every run: a GPU runs the first step of a kind as it is and records it at the second
 
 
@@ -40,6 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("-m", "--model", metavar="PATH|ID", help=_common.MODEL_HELP)
     what.add_argument("--size", choices=SIZES, help="a named shape, with random weights")
+    what.add_argument(
+        "--claim",
+        nargs="?",
+        type=_sizes,
+        const=_CLAIM,
+        metavar="SIZE,…",
+        help=f"compare how fast these sizes generate (default: {','.join(_CLAIM)}; 128 sequences, prompts of 1024 "
+        "tokens, 1024 generated; on a GPU FlashAttention-2 in PyTorch too)",
+    )
     parser.add_argument("--revision", metavar="REV", help=_common.REVISION_HELP)
     for flag, name, default, text in (
         ("-p", "--prompt", "512", "tokens of a prompt to prefill; 0: none"),
@@ -48,9 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("-d", "--depth", "0", "tokens that each sequence has seen before"),
     ):
         least = 1 if flag == "-b" else 0
-        parser.add_argument(
-            flag, name, type=_integers(least), default=default, metavar="N,…", help=f"{text} (default: {default})"
-        )
+        parser.add_argument(flag, name, type=_integers(least), metavar="N,…", help=f"{text} (default: {default})")
     parser.add_argument(
         "-t", "--threads", type=_integers(1), default=[None], metavar="N,…", help="CPU threads (default: all usable)"
     )
@@ -64,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "float32", "bfloat16", "float16"),
         help="of the weights (default: the model's, bfloat16 with --size)",
     )
+    _common.add_context_argument(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights and tokens (default: 0)")
     parser.add_argument("--no-warmup", action="store_true", help="do not run each test once before measuring it")
     parser.add_argument("--no-bandwidth", action="store_true", help="do not measure the memory's bandwidth")
@@ -113,8 +122,39 @@ class Result:
     seconds: list[float] = field(default_factory=list)  # per repetition
 
 
+def _sizes(text: str) -> list[str]:
+    from based.sizes import named_config
+
+    names = text.split(",")
+    for name in names:
+        try:
+            named_config(name)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return names
+
+
+def _set_defaults(args: argparse.Namespace) -> None:
+    """Those that depend on what is measured."""
+    defaults = {"prompt": 512, "generate": 128, "batch": 1, "depth": 0}
+    if args.claim is not None:
+        defaults |= {"prompt": 1024, "generate": 1024, "batch": 128}
+        for name in ("depth", "rivals", "no_warmup", "no_bandwidth"):
+            if getattr(args, name):
+                raise UsageError(f"--{name.replace('_', '-')} has no effect with --claim: leave it out")
+        if args.output not in ("md", "json"):
+            raise UsageError(f"--output {args.output}: --claim writes md or json")
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, [default])
+
+
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
+    _set_defaults(args)
+    if args.claim is not None:
+        _claim.run(args)
+        return
     if not any(args.prompt + args.generate):
         raise UsageError("nothing to measure: -p and -n are 0")
     if args.rivals is not None and args.plot is None:
@@ -157,7 +197,12 @@ def _make_model(args: argparse.Namespace, threads: int | None) -> "_core.Model":
     from based import Model, load
     from based.sizes import named_config
 
-    options: dict[str, Any] = {"device": args.device, "dtype": args.dtype, "num_threads": threads}
+    options: dict[str, Any] = {
+        "device": args.device,
+        "dtype": args.dtype,
+        "num_threads": threads,
+        "max_context": args.max_context,
+    }
     if args.size is None:
         return load(args.model, revision=args.revision, **options)._core
     if args.dtype == "auto":
@@ -342,26 +387,27 @@ def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
 
 def _header(model: "_core.Model", name: str, load_seconds: float | None, bandwidth: Bandwidth | None) -> dict[str, Any]:
     """What all results of one run have in common."""
-    from based import build_info
+    from based import build_info, sizes
 
     return {
         "version": build_info()["version"],
-        "commit": _commit(),
+        "commit": commit(),
         "compiler": build_info()["compiler"],
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "device": model.device,
         "kernel_isa": model.kernel_isa,
         "model": name,
         "num_parameters": model.num_parameters,
         "dtype": model.dtype,
         "weight_nbytes": model.weight_nbytes,
-        "state_nbytes": model.state_nbytes,
+        "state_nbytes": model.state_nbytes if model.max_context is None else model.state_nbytes_at(0),
+        "token_nbytes": sizes.token_nbytes(model.config, model.dtype),
         "load_seconds": load_seconds,
         "bandwidth_kind": None if bandwidth is None else bandwidth.kind,
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the checkout that this package runs from, "+" for changes; None when it runs from elsewhere."""
 
     def git(*arguments: str) -> str:
@@ -376,7 +422,8 @@ def _commit() -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """As the system tells it."""
     import platform
 
     try:
@@ -412,6 +459,7 @@ class _Markdown(Writer):
         print(
             f"based {header['version']}{commit}, {header['compiler']}; {header['cpu']}, {header['kernel_isa']}; "
             f"{header['model']}: {weights} {header['dtype']}, state {_common.nbytes(header['state_nbytes'])}"
+            + (f" + {_common.nbytes(header['token_nbytes'])} per token" if header["token_nbytes"] else "")
             + (f", loaded in {header['load_seconds']:.2f} s" if header["load_seconds"] is not None else "")
             + (f"; bandwidth: {header['bandwidth_kind']}" if header["bandwidth_kind"] is not None else "")
             + "\n"

@@ -20,7 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as they are)"
     )
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json, or its directory (default: SRC's, if any)"
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="a tokenizer.json, or a tokenizer's directory (default: SRC's, if any)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it is a model directory")
     _common.add_statistics_argument(parser)

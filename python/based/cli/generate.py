@@ -170,7 +170,8 @@ def _generate(args: argparse.Namespace, params: "SamplingParams", saved: "_Saved
         raise ValueError("; ".join(printer.errors))
 
     if _common.wants_statistics(args):
-        seen, state = len(prompt) + timer.num_tokens, params.n * model.state_nbytes
+        seen = len(prompt) + timer.num_tokens
+        state = params.n * (model.state_nbytes if model.max_context is None else model.state_nbytes_at(seen - 1))
         if session is not None:
             seen, state = session.num_tokens[0], session.state_nbytes
         parts = [

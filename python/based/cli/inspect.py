@@ -67,6 +67,8 @@ def read_directory(directory: Path) -> tuple["ModelConfig", str, dict[str, int]]
 
 def _describe(config: "ModelConfig", dtype: str) -> dict[str, Any]:
     from based import sizes
+    from based._core import MAX_CONTEXT
+    from based._devices import available_memory
 
     # The runtime computes float16 models in float32, and so keeps keys and values.
     ring_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
@@ -74,6 +76,7 @@ def _describe(config: "ModelConfig", dtype: str) -> dict[str, Any]:
     for mixer in config.layers:
         by_kind[mixer.mixer] += sizes.mixer_nbytes(mixer, ring_dtype)
     state = sizes.state_nbytes(config, ring_dtype)
+    token = sizes.token_nbytes(config, ring_dtype)
     document = json.loads(config.to_json())
     return {
         "num_parameters": config.num_parameters,
@@ -81,6 +84,8 @@ def _describe(config: "ModelConfig", dtype: str) -> dict[str, Any]:
         "pattern": "".join(mixer.letter for mixer in config.layers),
         "config": document,
         "state_nbytes": {"total": state, **by_kind},
+        "token_nbytes": token,
+        "max_context": None if token == 0 else max(1, min(available_memory() // token, MAX_CONTEXT)),
         "transformer_kv_cache_nbytes": {str(t): sizes.kv_cache_nbytes(config, ring_dtype, t) for t in _CONTEXTS},
     }
 
@@ -107,13 +112,18 @@ def _format(facts: dict[str, Any], model: "ModelConfig") -> str:
         lines += [f"    {kind.letter} {kind.mixer:16}  {count:3} x {shape}" for shape, count in shapes.items()]
 
     state = facts["state_nbytes"]
-    lines += ["", f"state of a sequence of any length{'':8}{_common.nbytes(state['total']):>10}"]
+    token = facts["token_nbytes"]
+    what = "state of a sequence" + (" without tokens" if token else " of any length")
+    lines += ["", f"{what:41}{_common.nbytes(state['total']):>10}"]
     for kind in MIXERS:
         if kind.mixer in state:
             lines.append(f"    {kind.letter} {kind.mixer:35}{_common.nbytes(state[kind.mixer]):>10}")
+    if token:
+        lines.append(f"    and for each token{'':19}{_common.nbytes(token):>10}")
+        lines.append(f"    longest sequence that fits in memory now{facts['max_context']:>14,} tokens")
     lines.append("KV cache of a transformer of the same width and depth")
     for tokens, nbytes in facts["transformer_kv_cache_nbytes"].items():
-        ratio = nbytes / state["total"]
+        ratio = nbytes / (state["total"] + int(tokens) * token)
         lines.append(f"    at {int(tokens):>7,} tokens{'':20}{_common.nbytes(nbytes):>10}   {ratio:,.1f} x")
     return "\n".join(lines)
 

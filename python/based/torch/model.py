@@ -16,20 +16,25 @@ from based import _core, sizes
 from based._core import (
     Activation,
     FormatError,
+    FullAttentionConfig,
     GatedConvConfig,
     GatedDeltaNetConfig,
     LinearAttentionConfig,
     MlpConfig,
     ModelConfig,
     NormKind,
+    PrefixLinearAttentionConfig,
+    SelectiveScanConfig,
     SlidingWindowConfig,
     UnsupportedError,
 )
 from based._loading import model_directory
-from based.convert import StrPath, atomic_directory, find_tokenizer, open_weights, sync
+from based._tokenizer_files import find_tokenizer, read_tokenizer_json
+from based.convert import StrPath, atomic_directory, open_weights, sync
 from based.torch import ops
 from based.torch._autograd import is_transformed
 from based.torch._delta import gated_delta_rule
+from based.torch._documents import by_documents
 from based.torch.loss import IGNORED, linear_cross_entropy
 
 _FILE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,6 +64,8 @@ _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     Activation.relu_squared: _relu_squared,
 }
 _ONTO_RESIDUAL = ("mixer.out_proj.weight", "mlp.fc2.weight")
+_WIDE = ("mixer.A_log", "mixer.D", "mixer.dt_proj.bias", "mixer.dt_bias")
+"""Float32 in 16-bit models and their files: where they are rounded, a scan forgets at other times."""
 
 
 class BasedForCausalLM(nn.Module):
@@ -118,10 +125,14 @@ class BasedForCausalLM(nn.Module):
 
         Normal with standard deviation σ = 0.02, or √(2 / 5d) with special_initializer; σ / √(2L) for the two matrices
         of each of the L layers whose products are added to the residual stream. Convolutions as torch.nn.Conv1d, norms
-        ones, biases zeros.
+        ones, biases zeros. Scans and delta rules by their own authors' rules: see their modules.
         """
         std = math.sqrt(2 / (5 * self.config.hidden_size)) if self.special_initializer else 0.02
+        drawing: list[Any] = [layer.mixer for layer in self.layers if hasattr(layer.mixer, "reset_parameters")]
+        own = {id(parameter) for mixer in drawing for parameter in mixer.own_parameters()}
         for name, parameter in self.named_parameters():
+            if id(parameter) in own:
+                continue
             if "norm" in name:
                 nn.init.constant_(parameter, 1 if name.endswith("weight") else 0)
             elif name.endswith("bias"):
@@ -132,6 +143,8 @@ class BasedForCausalLM(nn.Module):
             else:
                 onto_residual = name.endswith(_ONTO_RESIDUAL)
                 nn.init.normal_(parameter, std=std / math.sqrt(2 * len(self.layers)) if onto_residual else std)
+        for mixer in drawing:
+            mixer.reset_parameters(len(self.layers) * (1 if self.config.mlp is None else 2))
 
     def forward(
         self,
@@ -141,6 +154,7 @@ class BasedForCausalLM(nn.Module):
         attention_mask: torch.Tensor | None = None,
         reduction: Literal["mean", "sum"] = "mean",
         num_items_in_batch: torch.Tensor | int | None = None,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits of every position; with labels, their loss instead.
 
@@ -148,11 +162,14 @@ class BasedForCausalLM(nn.Module):
             input_ids: Tokens (B, T), int64 or int32, in [0, vocab_size): checked on the CPU, where that waits for
                 nothing.
             labels: (B, T) int64: what input_ids says, or -100 where a token shall not count. The logits at position t
-                are scored against the label at t + 1, so T ≥ 2.
+                are scored against the label at t + 1, so T ≥ 2. Of a model with a prefix (prefix_linear_attention),
+                the labels of the prefix's tokens never count, and T must be larger than it.
             attention_mask: (B, T) of ones, as data collators of other models make it. Zeros must stand behind a
                 sequence's last one, where padding changes nothing: its labels are -100.
             reduction: Of the loss: the mean, or the sum, for micro-batches of unequal numbers of labels.
             num_items_in_batch: The loss is the sum over this number, which counts the labels of all micro-batches.
+            cu_seqlens: input_ids (1, T) hold N documents one behind the other, each a sequence of its own: where they
+                begin, and T, (N + 1) int32 or int64. Logits at a document's last token are scored against no label.
 
         Returns:
             Logits (B, T, padded_vocab_size), float32 (float64 of float64 parameters); columns from vocab_size on are no
@@ -169,32 +186,57 @@ class BasedForCausalLM(nn.Module):
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction is {reduction!r}, expected mean or sum")
         if labels is None:
-            return self.logits(self.hidden(input_ids))
+            return self.logits(self.hidden(input_ids, cu_seqlens=cu_seqlens))
         self._check_tokens("labels", labels, (torch.int64,), ignored=IGNORED)
         if labels.shape != input_ids.shape or labels.shape[1] < 2:
             expected = f"that of input_ids, {tuple(input_ids.shape)}, with T ≥ 2"
             raise ValueError(f"labels has shape {tuple(labels.shape)}, expected {expected}")
         targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        hidden = self.hidden(input_ids).flatten(0, 1)
+        if cu_seqlens is not None:
+            targets = targets.index_fill(1, cu_seqlens[1:].to(targets.device, torch.int64) - 1, IGNORED)
+        if (prefix := self.config.prefix_tokens) > 1:
+            if cu_seqlens is not None:
+                raise ValueError(
+                    f"cu_seqlens with labels, and this model reads the first {prefix} tokens of a sequence as a whole: "
+                    "expected a sequence each"
+                )
+            if labels.shape[1] <= prefix:
+                raise ValueError(
+                    f"labels has {labels.shape[1]} tokens a sequence, and this model reads the first {prefix} as a "
+                    "whole: expected more, since only what follows them can be learnt"
+                )
+            targets[:, : prefix - 1] = IGNORED  # the prefix has been read when they are predicted
+        hidden = self.hidden(input_ids, cu_seqlens=cu_seqlens).flatten(0, 1)
         is_sum = reduction == "sum" or num_items_in_batch is not None
         loss = linear_cross_entropy(hidden, self._head.weight, targets.flatten(), self.config.vocab_size, is_sum)
         return loss if num_items_in_batch is None else loss / num_items_in_batch
 
-    def hidden(self, input_ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+    def hidden(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        *,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """final_norm(r) of tokens (B, T), which are not checked: (B, T, d), of the parameters' dtype.
 
         After fully_shard(model), register_fsdp_forward_method(model, "hidden") lets it gather weights; "logits", too.
 
-        positions: (B, N) int64 in [0, T): those of them alone, (B, N, d).
+        positions: (B, N) int64 in [0, T): those of them alone, (B, N, d). cu_seqlens: as forward.
         """
         self._check_gathered("hidden")
+        r = self._residual(input_ids) if cu_seqlens is None else by_documents(self._residual, cu_seqlens, input_ids)
+        if positions is not None:
+            r = r.gather(1, positions[..., None].expand(-1, -1, r.shape[-1]))
+        return self.final_norm(r).to(self._head.weight.dtype)
+
+    def _residual(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The residual stream behind the last layer, (B, T, d)."""
         r = self.embedding(input_ids)
         r = r.to(torch.promote_types(r.dtype, torch.float32))
         for layer in self.layers:
             r = _recomputed(layer, r) if self.activation_checkpointing else layer(r)
-        if positions is not None:
-            r = r.gather(1, positions[..., None].expand(-1, -1, r.shape[-1]))
-        return self.final_norm(r)
+        return r
 
     @property
     def _head(self) -> nn.Embedding | nn.Linear:
@@ -278,10 +320,10 @@ class BasedForCausalLM(nn.Module):
             if tensor.dtype not in _FILE_DTYPES:
                 raise FormatError(f"{path}: tensor {name} has dtype {tensor.dtype}, expected {', '.join(_FILE_DTYPES)}")
             bits = torch.from_numpy(np.array(tensor.bits))  # a copy: the file may be replaced by save()
-            state[name] = bits.view(_FILE_DTYPES[tensor.dtype]).to(device, dtype)
+            state[name] = bits.view(_FILE_DTYPES[tensor.dtype]).to(device, parameter.dtype)
         model.load_state_dict(state, assign=True)
         tokenizer = find_tokenizer(directory, None)
-        model.tokenizer_json = None if tokenizer is None else tokenizer.read_bytes()
+        model.tokenizer_json = None if tokenizer is None else read_tokenizer_json(tokenizer)
         return model
 
     @torch.no_grad()
@@ -316,7 +358,7 @@ class BasedForCausalLM(nn.Module):
         text = self.tokenizer_json
         if tokenizer is not None:
             found = find_tokenizer(Path(tokenizer), tokenizer)
-            text = None if found is None else found.read_bytes()
+            text = None if found is None else read_tokenizer_json(found)
         self._check_parameters()
         tensors = []
         writes = True
@@ -328,11 +370,12 @@ class BasedForCausalLM(nn.Module):
                 whole = parameter
             if not writes:
                 continue
-            tensor = whole.to("cpu", _FILE_DTYPES[dtype_name]).contiguous()
+            own = "float32" if name.endswith(_WIDE) else dtype_name
+            tensor = whole.to("cpu", _FILE_DTYPES[own]).contiguous()
             if tensor.isinf().sum() > whole.isinf().sum():
-                raise ValueError(f"{name} holds values beyond the range of {dtype_name}, expected a wider dtype")
-            bits = tensor.view(torch.uint16) if dtype_name == "bfloat16" else tensor
-            tensors.append((name, bits.numpy(), dtype_name))
+                raise ValueError(f"{name} holds values beyond the range of {own}, expected a wider dtype")
+            bits = tensor.view(torch.uint16) if own == "bfloat16" else tensor
+            tensors.append((name, bits.numpy(), own))
         if not writes:
             return
         with atomic_directory(None, Path(path), overwrite) as directory:
@@ -422,10 +465,17 @@ class _Norm(nn.Module):
         return y.to(self.weight.dtype)
 
 
+class _Linear(nn.Linear):
+    """Takes x of any dtype: norms may be kept in float32 beside 16-bit matrices."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 def _projection(config: sizes.Mixer, name: str, d: int, factory: dict[str, Any]) -> nn.Linear:
     """The projection of this name in the mixer's description."""
     (p,) = (p for p in config.projections(d) if p.name == name)
-    return nn.Linear(p.cols, p.rows, bias=p.bias, **factory)
+    return _Linear(p.cols, p.rows, bias=p.bias, **factory)
 
 
 class _GatedConv(nn.Module):
@@ -462,12 +512,37 @@ class _LinearAttention(nn.Module):
         return self.out_proj(ops.taylor_linear_attention(q, k, v, self.eps).flatten(2))
 
 
-class _SlidingWindow(nn.Module):
-    def __init__(self, config: SlidingWindowConfig, d: int, factory: dict[str, Any]) -> None:
+class _PrefixLinearAttention(nn.Module):
+    def __init__(self, config: PrefixLinearAttentionConfig, d: int, factory: dict[str, Any]) -> None:
+        super().__init__()
+        self.num_heads, self.eps, self.enc_length = config.num_heads, config.eps, config.enc_length
+        self.proj_q = _projection(config, "proj_q", d, factory)
+        self.proj_k = _projection(config, "proj_k", d, factory)
+        self.proj_v = _projection(config, "proj_v", d, factory)
+        self.proj_k_enc = _projection(config, "proj_k_enc", d, factory)
+        self.proj_v_enc = _projection(config, "proj_v_enc", d, factory)
+        self.out_proj = _projection(config, "out_proj", d, factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The prefix's M keys and values stand before all others, where every token sees them; nobody asks there."""
+        prefix = x[:, : self.enc_length]
+        inputs = [(self.proj_q, x), (self.proj_k, x), (self.proj_v, x)]
+        inputs += [(self.proj_k_enc, prefix), (self.proj_v_enc, prefix)]
+        q, k, v, k_enc, v_enc = (proj(rows).unflatten(-1, (self.num_heads, -1)) for proj, rows in inputs)
+        q = torch.cat([torch.zeros_like(k_enc), q], dim=1)
+        y = ops.taylor_linear_attention(q, torch.cat([k_enc, k], dim=1), torch.cat([v_enc, v], dim=1), self.eps)
+        return self.out_proj(y[:, prefix.shape[1] :].flatten(2))
+
+
+class _SoftmaxAttention(nn.Module):
+    """Over a window, or over all keys."""
+
+    def __init__(self, config: SlidingWindowConfig | FullAttentionConfig, d: int, factory: dict[str, Any]) -> None:
         super().__init__()
         h, h_kv = config.num_heads, config.num_kv_heads
         self.heads = [h, h_kv, h_kv]
-        self.window, self.scale = config.window, config.scale
+        self.window = config.window if isinstance(config, SlidingWindowConfig) else None
+        self.scale = config.scale
         self.rotary: dict[str, Any] = {
             "rotary_dim": config.rotary_dim,
             "base": config.rotary_base,
@@ -481,8 +556,71 @@ class _SlidingWindow(nn.Module):
         v = qkv[:, :, -self.heads[2] :]
         qk = ops.rotary_embedding(qkv[:, :, : -self.heads[2]], **self.rotary)
         q, k = qk.split(self.heads[:2], dim=2)
-        y = ops.sliding_window_attention(q, k, v, window=self.window, scale=self.scale)
+        y = ops.sliding_window_attention(q, k, v, window=self.window or x.shape[1], scale=self.scale)
         return self.out_proj(y.flatten(2))
+
+
+class _SelectiveScan(nn.Module):
+    def __init__(self, config: SelectiveScanConfig, d: int, factory: dict[str, Any]) -> None:
+        super().__init__()
+        e, n, r = config.inner_size, config.state_size, config.dt_rank
+        wide = factory | {"dtype": torch.promote_types(factory["dtype"], torch.float32)}
+        self.parts = [r, n, n]
+        self.in_proj = _projection(config, "in_proj", d, factory)
+        self.conv = _SiluShortConv(e, config.kernel_size, config.conv_bias, factory)
+        self.x_proj = _projection(config, "x_proj", d, factory)
+        self.dt_proj = nn.Linear(r, e, bias=False, **factory)
+        self.dt_proj.bias = nn.Parameter(torch.empty(e, **wide))
+        self.A_log = nn.Parameter(torch.empty(e, n, **wide))
+        self.D = nn.Parameter(torch.empty(e, **wide))
+        self.out_proj = _projection(config, "out_proj", d, factory)
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Those that reset_parameters() draws, and not the model."""
+        return list(self.parameters())
+
+    def reset_parameters(self, num_residuals: int) -> None:
+        """As mamba_ssm: PyTorch's own, but W_out over √num_residuals, A = −1 … −N, D = 1, and W_dt uniform in ±R^−½.
+
+        The steps that the bias of W_dt makes by itself are log-uniform in 0.001 … 0.1.
+        """
+        for projection in (self.in_proj, self.x_proj, self.out_proj):
+            bound = projection.in_features**-0.5
+            nn.init.uniform_(projection.weight, -bound, bound)
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+        self.out_proj.weight.div_(math.sqrt(num_residuals))
+        bound = self.conv.weight.shape[1] ** -0.5
+        for parameter in self.conv.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+        nn.init.uniform_(self.dt_proj.weight, -(self.parts[0] ** -0.5), self.parts[0] ** -0.5)
+        _draw_steps(self.dt_proj.bias)
+        nn.init.ones_(self.A_log).cumsum_(1).log_()
+        nn.init.ones_(self.D)
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        x, z = self.in_proj(u).chunk(2, -1)
+        x = self.conv(x)
+        step, b, c = self.x_proj(x).split(self.parts, -1)
+        dt = functional.linear(step, self.dt_proj.weight)
+        y, _ = ops.selective_scan(x, dt, self.dt_proj.bias, -self.A_log.exp(), b, c, self.D)
+        return self.out_proj(ops.swiglu(torch.cat([y, z], -1)))
+
+
+class _SiluShortConv(nn.Module):
+    def __init__(self, channels: int, kernel_size: int, has_bias: bool, factory: dict[str, Any]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, kernel_size, **factory))
+        self.bias = nn.Parameter(torch.empty(channels, **factory)) if has_bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.silu_short_conv(x, self.weight, self.bias)
+
+
+def _draw_steps(bias: nn.Parameter) -> None:
+    """So that softplus(bias) is log-uniform in 0.001 … 0.1."""
+    steps = nn.init.uniform_(bias, math.log(0.001), math.log(0.1)).exp_()
+    steps.add_((-torch.expm1(-steps)).log())  # the inverse of softplus
 
 
 class _GatedDeltaNet(nn.Module):
@@ -493,16 +631,27 @@ class _GatedDeltaNet(nn.Module):
         self.b_proj = _projection(config, "b_proj", d, factory)
         self.a_proj = _projection(config, "a_proj", d, factory) if config.decay else None
         self.g_proj = _projection(config, "g_proj", d, factory) if config.output_gate else None
-        self.conv = _DepthwiseConv(self.qkv_proj.out_features, config.kernel_size, factory)
+        self.conv = _SiluShortConv(self.qkv_proj.out_features, config.kernel_size, False, factory)
         self.norm = _HeadNorm(config.head_dim, config.eps, factory)
         if config.decay:
-            self.A_log = nn.Parameter(torch.empty(config.num_heads, **factory))
-            self.dt_bias = nn.Parameter(torch.empty(config.num_heads, **factory))
+            wide = factory | {"dtype": torch.promote_types(factory["dtype"], torch.float32)}
+            self.A_log = nn.Parameter(torch.empty(config.num_heads, **wide))
+            self.dt_bias = nn.Parameter(torch.empty(config.num_heads, **wide))
         self.out_proj = _projection(config, "out_proj", d, factory)
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Those that reset_parameters() draws, and not the model."""
+        return [self.A_log, self.dt_bias] if self.config.decay else []
+
+    def reset_parameters(self, _: int) -> None:
+        """As flash-linear-attention: exp(A_log) uniform in 0 … 16, and steps log-uniform in 0.001 … 0.1."""
+        if self.config.decay:
+            nn.init.uniform_(self.A_log, 1e-3, 16).log_()
+            _draw_steps(self.dt_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h, d_k = self.config.num_heads, self.config.key_dim
-        u = functional.silu(self.conv(self.qkv_proj(x)))
+        u = self.conv(self.qkv_proj(x))
         q, k, v = (part.unflatten(-1, (h, -1)) for part in u.split([h * d_k, h * d_k, u.shape[-1] - 2 * h * d_k], -1))
         wide = torch.promote_types(u.dtype, torch.float32)
         q, k = (part.to(wide) / (part.to(wide).square().sum(-1, keepdim=True) + 1e-6).sqrt() for part in (q, k))
@@ -514,19 +663,6 @@ class _GatedDeltaNet(nn.Module):
         y, _ = gated_delta_rule(q * d_k**-0.5, k, v, torch.sigmoid(self.b_proj(x)), log_alpha)
         y = self.norm(y).flatten(2)
         return self.out_proj(y if self.g_proj is None else y * functional.silu(self.g_proj(x)))
-
-
-class _DepthwiseConv(nn.Module):
-    """Causal: y[t, c] = Σ_j weight[c, j] · x[t − K + 1 + j, c]."""
-
-    def __init__(self, channels: int, kernel_size: int, factory: dict[str, Any]) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, kernel_size, **factory))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        channels, k = self.weight.shape
-        padded = functional.pad(x.mT, (k - 1, 0))
-        return functional.conv1d(padded, self.weight.to(padded.dtype)[:, None], groups=channels).mT
 
 
 class _HeadNorm(nn.Module):
@@ -546,7 +682,10 @@ _MIXERS: dict[type[sizes.Mixer], Callable[[Any, int, dict[str, Any]], nn.Module]
     GatedConvConfig: _GatedConv,
     GatedDeltaNetConfig: _GatedDeltaNet,
     LinearAttentionConfig: _LinearAttention,
-    SlidingWindowConfig: _SlidingWindow,
+    SlidingWindowConfig: _SoftmaxAttention,
+    FullAttentionConfig: _SoftmaxAttention,
+    SelectiveScanConfig: _SelectiveScan,
+    PrefixLinearAttentionConfig: _PrefixLinearAttention,
 }
 
 
@@ -557,8 +696,8 @@ class _Mlp(nn.Module):
         super().__init__()
         self.gated, self.activation = config.gated, _ACTIVATIONS[config.activation]
         rows = config.inner_size * (2 if config.gated else 1)
-        self.fc1 = nn.Linear(d, rows, bias=config.fc1_bias, **factory)
-        self.fc2 = nn.Linear(config.inner_size, d, bias=config.fc2_bias, **factory)
+        self.fc1 = _Linear(d, rows, bias=config.fc1_bias, **factory)
+        self.fc2 = _Linear(config.inner_size, d, bias=config.fc2_bias, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.fc1(x)

@@ -5,6 +5,9 @@ Under autocast, inputs other than float64 are cast to autocast's dtype, as those
 raises TypeError or ValueError with what was found and what is expected. Derivatives of any order are right: a backward
 pass with create_graph=True, a transform of torch.func, and forward-mode differentiation use PyTorch's own operations
 instead of the kernels, and keep what these need.
+
+A sequence may go on where an earlier call stopped (`initial_state`), and one tensor (1, T, …) may hold N documents one
+behind the other, each of which begins a sequence (`cu_seqlens`: where they begin, and T).
 """
 
 import math
@@ -14,13 +17,24 @@ from typing import Any
 import torch
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 
 from based import _core
 from based import ops as kernels
 from based.torch._autograd import gradients, is_differentiated, is_transformed
+from based.torch._documents import by_documents
 from based.torch.kernels import HAS_TRITON
 
-__all__ = ["gated_short_conv", "rotary_embedding", "sliding_window_attention", "swiglu", "taylor_linear_attention"]
+__all__ = [
+    "gated_short_conv",
+    "rotary_embedding",
+    "selective_scan",
+    "silu_short_conv",
+    "sliding_window_attention",
+    "swiglu",
+    "taylor_linear_attention",
+    "taylor_state",
+]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT = 8  # elements: matrix units want rows of 16-bit numbers to start at multiples of 16 bytes
@@ -34,7 +48,14 @@ _KERNEL_FEATURE_DIMS = (8, 16, 24, 32)  # of the GPU kernels on tensor cores; ot
 
 
 def taylor_linear_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = 1e-12, chunk_size: int = 128
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    eps: float = 1e-12,
+    chunk_size: int = 128,
+    *,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y_t = Σ_{j≤t} p(q_t·k_j/√f) v_j / (Σ_{j≤t} p(q_t·k_j/√f) + eps) with p(s) = 1 + s + s²/2, causal.
 
@@ -51,6 +72,9 @@ def taylor_linear_attention(
         eps: Added to the denominator, ≥ 0.
         chunk_size: Tokens of a chunk. The result does not depend on it but for rounding. Scores take B·H·T·chunk_size
             numbers, states B·H·T/chunk_size · (f + 1)(f + 2)/2 · (D + 1).
+        initial_state: Of the tokens before, from `taylor_state`: (B, H, F, D + 1), or (N, …) with cu_seqlens. No
+            kernels then.
+        cu_seqlens: Where documents begin, (N + 1) int32 or int64, of inputs with B = 1.
 
     Returns:
         (B, T, H, D), of the inputs' dtype.
@@ -60,10 +84,71 @@ def taylor_linear_attention(
         raise ValueError(f"eps is {eps}, expected a finite number ≥ 0")
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected ≥ 1")
-    q, k, v = _as_autocast(q, k, v)
+    states = () if initial_state is None else (initial_state,)
+    _check_taylor_state(k, v, *states, documents=cu_seqlens is not None)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *state: torch.Tensor) -> torch.Tensor:
+        q, k, v = _as_autocast(q, k, v)
+        return _taylor(q, k, v, eps, chunk_size, *state)
+
+    if cu_seqlens is not None:
+        return by_documents(attend, cu_seqlens, q, k, v, states=states)
+    return attend(q, k, v, *states)
+
+
+def _taylor(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float, chunk_size: int, state: torch.Tensor | None = None
+) -> torch.Tensor:
     if is_transformed():
-        return _chunks_forward(q, k, v, eps, chunk_size)
-    return _TaylorLinearAttention.apply(q, k, v, eps, chunk_size)
+        return _chunks_forward(q, k, v, eps, chunk_size, state)
+    if state is None:
+        return _TaylorLinearAttention.apply(q, k, v, eps, chunk_size)
+    if not torch.is_grad_enabled():
+        return _chunks_forward(q, k, v, eps, chunk_size, state)
+    # Keeps the inputs alone. Nothing here is random.
+    return checkpoint(_chunks_forward, q, k, v, eps, chunk_size, state, use_reentrant=False, preserve_rng_state=False)
+
+
+def taylor_state(k: torch.Tensor, v: torch.Tensor, initial_state: torch.Tensor | None = None) -> torch.Tensor:
+    """Σ φ(k_t) [v_t | 1]ᵀ over all tokens: what `taylor_linear_attention` goes on from.
+
+    The layout is that of `taylor` in a saved state (docs/state-format.md).
+
+    Args:
+        k: Keys (B, T, H, f).
+        v: Values (B, T, H, D).
+        initial_state: Of the tokens before, which is added.
+
+    Returns:
+        (B, H, 1 + f + f(f + 1)/2, D + 1), float32 (float64 of float64 inputs).
+    """
+    _check_tensors(("k", k, "BTHf"), ("v", v, "BTHD"))
+    _check_taylor_state(k, v, *(() if initial_state is None else (initial_state,)), documents=False)
+    dtype = _accumulation_dtype(k)
+    pairs = _Pairs(k.shape[3], k.device, dtype)
+    with torch.autocast(k.device.type, enabled=False):
+        phi = pairs.features(k.to(dtype).transpose(1, 2)) * pairs.weight[:, 0].sqrt()
+        state = phi.mT @ functional.pad(v.to(dtype), (0, 1), value=1).transpose(1, 2)
+    state = state[:, :, : _num_features(k.shape[3])]
+    return state if initial_state is None else state + initial_state
+
+
+def _num_features(f: int) -> int:
+    return (f + 1) * (f + 2) // 2
+
+
+def _check_taylor_state(k: torch.Tensor, v: torch.Tensor, *state: torch.Tensor, documents: bool) -> None:
+    for x in state:
+        expected = (k.shape[0], k.shape[2], _num_features(k.shape[3]), v.shape[3] + 1)
+        dtype = _accumulation_dtype(k)
+        if not isinstance(x, torch.Tensor) or x.dtype != dtype:
+            found = _name(x) if isinstance(x, torch.Tensor) else type(x).__name__
+            raise TypeError(f"initial_state is {found}, expected a tensor of {str(dtype).removeprefix('torch.')}")
+        if tuple(x.shape)[1:] != expected[1:] or not (documents or x.shape[0] == expected[0]):
+            wanted = ", ".join(map(str, ("N", *expected[1:]) if documents else expected))
+            raise ValueError(f"initial_state has shape {tuple(x.shape)}, expected ({wanted})")
+        if x.device != k.device:
+            raise ValueError(f"initial_state is on {x.device}, expected {k.device}, where k is")
 
 
 class _TaylorLinearAttention(torch.autograd.Function):
@@ -90,9 +175,11 @@ class _TaylorLinearAttention(torch.autograd.Function):
         return *backward(q, k, v, y, dy, ctx.eps, ctx.chunk_size), None, None
 
 
-def _chunks_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float, chunk_size: int) -> torch.Tensor:
+def _chunks_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float, chunk_size: int, state: torch.Tensor | None = None
+) -> torch.Tensor:
     with torch.autocast(q.device.type, enabled=False):
-        return _Chunks(q, k, v, chunk_size).forward(eps)
+        return _Chunks(q, k, v, chunk_size, state).forward(eps)
 
 
 def _chunks_backward(
@@ -115,7 +202,9 @@ _taylor_chunks_backward = torch.library.custom_op("based::taylor_chunks_backward
 
 
 @_taylor_chunks.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float, chunk_size: int) -> torch.Tensor:
+def _(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float, chunk_size: int, state: torch.Tensor | None = None
+) -> torch.Tensor:
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
@@ -139,48 +228,62 @@ class _Chunks:
     With c = 1/√f and x₀ = 1, φ(x) = (x_i x_j) for 0 ≤ i ≤ j ≤ f gives 1 + s + s²/2 = φ(q)·W φ(k) for s = c q·k, where W
     is diagonal: 1 for i = j = 0, c for i = 0 < j, c² for 0 < i < j, c²/2 for 0 < i = j. V = [v | 1 | 0]: the
     denominator is one more column. The numerators and denominators of chunk n are
-    tril(p(Q Kᵀ)) V + φ(Q) S_n, with S_n = W Σ φ(K)ᵀ V over the chunks before n. The first chunk has nothing before it,
-    the last one nothing after: S stands for chunks 1 … N − 1.
+    tril(p(Q Kᵀ)) V + φ(Q) S_n, with S_n = W Σ φ(K)ᵀ V over the chunks before n. The first chunk has nothing before it
+    without an initial state, the last one nothing after: S stands for chunks `first` … N − 1. An initial state is
+    √W Σ φ(K)ᵀ [v | 1] of the tokens before.
 
     Nothing here is changed in place, so that autograd and torch.func can differentiate and batch it.
     """
 
-    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk_size: int) -> None:
+    def __init__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk_size: int, state: torch.Tensor | None = None
+    ) -> None:
         self.num_tokens, f, self.head_dim = q.shape[1], q.shape[3], v.shape[3]
         self.scale = f**-0.5
         # float16 cannot hold sums over many tokens, of which the states consist. A CPU multiplies in float32 anyway:
         # states that are not rounded keep y exact where φ(q)·S cancels, for q at right angles to long keys.
         self.dtype = _accumulation_dtype(q) if q.dtype == torch.float16 or not q.is_cuda else q.dtype
         self.result_dtype = q.dtype
-        self.several = self.num_tokens > chunk_size
-        self.chunk = chunk_size if self.several else self.num_tokens
-        self.num_chunks = (self.num_tokens + chunk_size - 1) // chunk_size if self.several else 1
+        several = self.num_tokens > chunk_size
+        self.chunk = chunk_size if several else self.num_tokens
+        self.num_chunks = (self.num_tokens + chunk_size - 1) // chunk_size if several else 1
+        self.first = 1 if state is None else 0
+        self.has_states = several or state is not None
         self.q, self.k = self._split(q), self._split(k)
         ones = functional.pad(v, (0, 1), value=1)
         self.v = self._split(functional.pad(ones, (0, -ones.shape[-1] % _ALIGNMENT)))
         self.s = _product(self.q, self.k.mT) * self.scale
         self.p = torch.tril(1 + self.s + self.s * self.s / 2)  # (B, H, N, C, C)
-        if self.several:
+        if self.has_states:
             self.pairs = _Pairs(f, q.device, _accumulation_dtype(q))
-            self.phi_q, self.phi_k = self.pairs.features(self.q[:, :, 1:]), self.pairs.features(self.k[:, :, :-1])
+            weight = self.pairs.weight
+            self.phi_q = self.pairs.features(self.q[:, :, self.first :])
+        if several:
+            self.phi_k = self.pairs.features(self.k[:, :, :-1])
             increments = _product(self.phi_k.mT, self.v[:, :, :-1])  # (B, H, N − 1, F, E)
-            self.states = (increments.cumsum(2) * self.pairs.weight).to(self.dtype)
+            states = increments.cumsum(2) * weight
+        if state is not None:
+            missing = (0, self.v.shape[-1] - state.shape[-1], 0, weight.shape[0] - state.shape[-2])
+            initial = (functional.pad(state, missing) * weight.sqrt())[:, :, None]
+            states = torch.cat([initial, states + initial], 2) if several else initial
+        if self.has_states:
+            self.states = states.to(self.dtype)
 
     def forward(self, eps: float) -> torch.Tensor:
         """The operation's result, (B, T, H, D)."""
         sums = _product(self.p.to(self.dtype), self.v)
-        if self.several:
-            sums = _add_to_later(sums, _product(self.phi_q, self.states))
+        if self.has_states:
+            sums = _add_to_later(sums, _product(self.phi_q, self.states), self.first)
         d = self.head_dim
         return self._join(sums[..., :d] / (sums[..., d : d + 1] + eps))
 
     def backward(
         self, y: torch.Tensor, dy: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of q, k and v."""
+        """Gradients of q, k and v, without an initial state."""
         d = self.head_dim
         denominator = self.p.sum(-1, keepdim=True)
-        if self.several:
+        if self.has_states:
             denominator = _add_to_later(denominator, _product(self.phi_q, self.states[..., d : d + 1]))
         # y = a/b: da = dy/b, db = −(dy·y)/b
         dy = self._split(dy).to(denominator.dtype) / (denominator + eps)
@@ -191,7 +294,7 @@ class _Chunks:
         ds = torch.tril((1 + self.s) * dp * self.scale).to(self.dtype)
         dq, dk = _product(ds, self.k), _product(ds.mT, self.q)
         dv = _product(self.p.to(self.dtype).mT, da)
-        if self.several:
+        if self.has_states:
             dphi_q = _product(da[:, :, 1:], self.states.mT)
             d_increments = _product(self.phi_q.mT, da[:, :, 1:])  # of S, of chunks 1 … N − 1
             later = (d_increments.flip(2).cumsum(2).flip(2) * self.pairs.weight).to(self.dtype)
@@ -215,9 +318,9 @@ class _Chunks:
         return x.narrow(1, 0, self.num_tokens).to(self.result_dtype, memory_format=torch.contiguous_format, copy=True)
 
 
-def _add_to_later(x: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-    """Adds `rest` to x (B, H, N, …), in all chunks but the first."""
-    return torch.cat([x[:, :, :1], x[:, :, 1:] + rest], 2)
+def _add_to_later(x: torch.Tensor, rest: torch.Tensor, first: int = 1) -> torch.Tensor:
+    """Adds `rest` to x (B, H, N, …), in the chunks from `first` on."""
+    return torch.cat([x[:, :, :first], x[:, :, first:] + rest], 2)
 
 
 def _add_to_earlier(x: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
@@ -333,7 +436,14 @@ _BUILT_FOR_CUDA = _core.build_info()["cuda"] is not None
 
 
 def sliding_window_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int, scale: float | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    window: int,
+    scale: float | None = None,
+    initial_state: tuple[torch.Tensor, torch.Tensor] | None = None,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal softmax attention of each query over the last `window` keys, its own included. No rotary embedding.
 
@@ -347,12 +457,15 @@ def sliding_window_attention(
         v: Values (B, T, H_kv, D).
         window: Number of keys, ≥ 1.
         scale: Of q·k before the softmax, > 0; None for D^(-1/2).
+        initial_state: Keys and values of the last P ≥ 1 tokens before, each (B, P, H_kv, D), or (N, P, …) with
+            cu_seqlens. P = window − 1 are enough; a sequence with fewer tokens before it has all of them.
+        cu_seqlens: Where documents begin, (N + 1) int32 or int64, of inputs with B = 1.
 
     Returns:
         (B, T, H, D), of the inputs' dtype.
     """
     _check_tensors(("q", q, "BTHD"), ("k", k, "BTKD"), ("v", v, "BTKD"), names={"K": "H_kv"})
-    (_, t, h, d), h_kv = q.shape, k.shape[2]
+    (_, _, h, d), h_kv = q.shape, k.shape[2]
     if h % h_kv != 0:
         raise ValueError(f"k has {h_kv} heads, expected a divisor of the {h} heads of q")
     if window < 1:
@@ -360,7 +473,36 @@ def sliding_window_attention(
     scale = d**-0.5 if scale is None else scale
     if not 0 < scale < math.inf:
         raise ValueError(f"scale is {scale}, expected a finite number > 0")
-    q, k, v = _as_autocast(q, k, v)
+    before = () if initial_state is None else _checked_window_state(initial_state, q, k, cu_seqlens is not None)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *before: torch.Tensor) -> torch.Tensor:
+        if before:  # queries of zeros for the tokens before
+            keys, values = (x[:, max(0, x.shape[1] - window + 1) :] for x in before)
+            q = functional.pad(q, (0, 0, 0, 0, keys.shape[1], 0))
+            k, v = torch.cat([keys, k], 1), torch.cat([values, v], 1)
+        q, k, v = _as_autocast(q, k, v)
+        y = _attend_in_window(q, k, v, window, scale)
+        return y[:, keys.shape[1] :] if before else y
+
+    if cu_seqlens is not None:
+        return by_documents(attend, cu_seqlens, q, k, v, states=before)
+    return attend(q, k, v, *before)
+
+
+def _checked_window_state(
+    state: tuple[torch.Tensor, torch.Tensor], q: torch.Tensor, k: torch.Tensor, documents: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not isinstance(state, tuple) or len(state) != 2:
+        raise TypeError(f"initial_state is {type(state).__name__}, expected keys and values: a tuple of two tensors")
+    keys, values = state
+    axes = "NPKD" if documents else "BPKD"
+    named = ("initial_state[0]", keys, axes), ("initial_state[1]", values, axes)
+    _check_tensors(("q", q, "BTHD"), ("k", k, "BTKD"), *named, names={"N": "N", "P": "P"})
+    return keys, values
+
+
+def _attend_in_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, scale: float) -> torch.Tensor:
+    t, d = q.shape[1], q.shape[3]
     if is_transformed():
         return _attend_in_blocks(q, k, v, window, scale, _attend_plainly)
     if window < t and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and d % 8 == 0 and d <= _FLASH_HEAD_DIM:
@@ -465,7 +607,13 @@ _Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | Non
 
 
 def rotary_embedding(
-    x: torch.Tensor, *, rotary_dim: int, base: float = 10000.0, interleaved: bool = False
+    x: torch.Tensor,
+    *,
+    rotary_dim: int,
+    base: float = 10000.0,
+    interleaved: bool = False,
+    start: int = 0,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Turns pairs of the first rotary_dim dimensions of each head by angles that grow with the position (RoFormer).
 
@@ -473,15 +621,25 @@ def rotary_embedding(
     x[2i + 1]) when interleaved, and θ = position · base^(−2i / rotary_dim).
 
     Args:
-        x: Queries or keys (B, T, H, D), from position 0 on.
+        x: Queries or keys (B, T, H, D), from position `start` on.
         rotary_dim: Dimensions that turn; 0 for none. 2n ≤ D.
         base: Of the angles, > 0.
         interleaved: Which numbers make a pair.
+        start: Position of the first token, ≥ 0.
+        cu_seqlens: Where documents begin, (N + 1) int32 or int64, of x with B = 1: each starts at position `start`.
 
     Returns:
         (B, T, H, D), of x's dtype.
     """
     _check_tensors(("x", x, "BTHD"))
+    if start < 0:
+        raise ValueError(f"start is {start}, expected a position ≥ 0")
+    if cu_seqlens is not None:
+        return by_documents(
+            lambda x: rotary_embedding(x, rotary_dim=rotary_dim, base=base, interleaved=interleaved, start=start),
+            cu_seqlens,
+            x,
+        )
     t, d = x.shape[1], x.shape[3]
     n = -(-rotary_dim // 2)
     if rotary_dim < 0 or 2 * n > d:
@@ -491,8 +649,8 @@ def rotary_embedding(
     if n == 0:
         return x
     dtype = _accumulation_dtype(x)
-    cos, sin = _rotary_tables(x.device, t, rotary_dim, base)
-    cos, sin = cos.to(dtype), sin.to(dtype)
+    cos, sin = _rotary_tables(x.device, start + t, rotary_dim, base)
+    cos, sin = cos[start:].to(dtype), sin[start:].to(dtype)
     a, b = x[..., : 2 * n].to(dtype).unflatten(-1, (n, 2) if interleaved else (2, n)).unbind(-1 if interleaved else -2)
     turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1 if interleaved else -2).flatten(-2)
     return torch.cat([turned.to(x.dtype), x[..., 2 * n :]], -1)
@@ -518,7 +676,13 @@ def _(device: torch.device, num_tokens: int, rotary_dim: int, base: float) -> tu
 # ---- gated short convolution -----------------------------------------------------------------------------------------
 
 
-def gated_short_conv(u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def gated_short_conv(
+    u: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> torch.Tensor:
     """SiLU(conv(u₁)) ⊙ u₂ for u = [u₁|u₂], conv depthwise and causal: Σ_j weight[:, j] · u₁[t − K + 1 + j].
 
     Saves its inputs alone; the backward pass makes the convolution again.
@@ -526,6 +690,9 @@ def gated_short_conv(u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Args:
         u: (B, T, 2e).
         weight: (e, K), of u's dtype, or float32 for 16-bit u; the last tap is the present token's.
+        initial_state: u₁ of the last P ≥ 1 tokens before, (B, P, e), or (N, P, e) with cu_seqlens; zeros stand before
+            them. P = K − 1 are enough.
+        cu_seqlens: Where documents begin, (N + 1) int32 or int64, of u with B = 1.
 
     Returns:
         (B, T, e), of u's dtype.
@@ -538,7 +705,26 @@ def gated_short_conv(u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected ({u.shape[2] // 2}, K)")
     if weight.device != u.device:
         raise ValueError(f"weight is on {weight.device}, expected {u.device}")
-    (u,) = _as_autocast(u)
+    before = () if initial_state is None else (initial_state,)
+    for state in before:
+        e = weight.shape[0]
+        _check_tensors(("u", u, "BT2"), ("initial_state", state, "NPe" if cu_seqlens is not None else "BPe"))
+        if state.shape[2] != e:
+            raise ValueError(f"initial_state has shape {tuple(state.shape)}, expected extent {e} of its last axis")
+
+    def convolve(u: torch.Tensor, *before: torch.Tensor) -> torch.Tensor:
+        for state in before:  # tokens of zeros for u₂
+            u = torch.cat([functional.pad(state, (0, state.shape[2])), u], 1)
+        (u,) = _as_autocast(u)
+        y = _convolve(u, weight)
+        return y[:, before[0].shape[1] :] if before else y
+
+    if cu_seqlens is not None:
+        return by_documents(convolve, cu_seqlens, u, states=before)
+    return convolve(u, *before)
+
+
+def _convolve(u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if weight.dtype not in (u.dtype, _accumulation_dtype(u)):
         raise TypeError(f"weight is {_name(weight)}, expected {_name(u)}")
     return _plain_conv(u, weight) if is_transformed() else _GatedShortConv.apply(u, weight)
@@ -624,6 +810,259 @@ def _correlate(x: torch.Tensor, w: torch.Tensor, t: int) -> torch.Tensor:
     for j in range(1, w.shape[1]):
         y = torch.addcmul(y, w[:, j], x[:, j : j + t])
     return y
+
+
+# ---- selective scan --------------------------------------------------------------------------------------------------
+
+
+def selective_scan(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    dt_bias: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    d: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    chunk_size: int = 32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """h_t = exp(Δ_t a) h_{t-1} + Δ_t b_t x_t, y_t = Σ_n c_t h_t + d x_t with Δ = softplus(dt + dt_bias).
+
+    The scan of Mamba (arXiv:2312.00752). Chunk after chunk; inside one by pairwise doubling, in which no number grows.
+    Saves its inputs and the state before each chunk; the backward pass makes the rest again, a chunk at a time.
+
+    Args:
+        x: (B, T, e).
+        dt: (B, T, e).
+        dt_bias: (e), of x's dtype, or float32 for 16-bit x; so a and d.
+        a: (e, N), ≤ 0: what is above it would grow without bounds.
+        b: (B, T, N).
+        c: (B, T, N).
+        d: (e).
+        initial_state: h_0, (B, e, N), of the returned one's dtype; None for zeros.
+        chunk_size: Tokens of a chunk. The result does not depend on it but for rounding. The states that are kept take
+            B·e·N·T/chunk_size numbers, those of the chunk at hand a few times B·e·N·chunk_size.
+
+    Returns:
+        y (B, T, e), of x's dtype, and h_T (B, e, N), float32 (float64 of float64 inputs).
+    """
+    _check_tensors(("x", x, "BTe"), ("dt", dt, "BTe"), ("b", b, "BTN"), ("c", c, "BTN"))
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}, expected ≥ 1")
+    e, n = x.shape[2], b.shape[2]
+    x, dt, b, c = _as_autocast(x, dt, b, c)
+    dtype = _accumulation_dtype(x)
+    for name, vector in (("dt_bias", dt_bias), ("d", d)):
+        _check_beside(name, vector, (e,), x, (x.dtype, dtype))
+    _check_beside("a", a, (e, n), x, (x.dtype, dtype))
+    if initial_state is None:
+        initial_state = x.new_zeros((x.shape[0], e, n), dtype=dtype)
+    _check_beside("initial_state", initial_state, (x.shape[0], e, n), x, (dtype,))
+    scan = _plain_scan if is_transformed() else _SelectiveScan.apply
+    y, state, _ = scan(x, dt, dt_bias, a, b, c, d, initial_state, chunk_size)
+    return y, state
+
+
+def _check_beside(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {x.device}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} is {_name(tensor)}, expected {str(dtypes[-1]).removeprefix('torch.')}")
+
+
+def _doubling(decay: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """h_t = decay_t h_{t-1} + u_t from h_{-1} = 0, and Π_{i≤t} decay_i, over axis 1: in log₂ of its extent steps.
+
+    Nothing is changed in place, so that autograd and torch.func can differentiate and batch it.
+    """
+    step, t = 1, u.shape[1]
+    while step < t:
+        u = torch.cat([u[:, :step], torch.addcmul(u[:, step:], decay[:, step:], u[:, :-step])], 1)
+        decay = torch.cat([decay[:, :step], decay[:, step:] * decay[:, :-step]], 1)
+        step *= 2
+    return u, decay
+
+
+def _scan_chunk(delta: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, h: torch.Tensor) -> Any:
+    """The states (B, C, e, N) of a chunk after h (B, e, N), and each token's decay."""
+    decay = (delta[..., None] * a).exp()
+    u, decays = _doubling(decay, (delta * x)[..., None] * b[:, :, None])
+    return torch.addcmul(u, decays, h[:, None]), decay
+
+
+def _plain_scan(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    dt_bias: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    d: torch.Tensor,
+    h: torch.Tensor,
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, the state after it, and those before each chunk (B, chunks, e, N)."""
+    with torch.autocast(x.device.type, enabled=False):
+        dtype, result_dtype = _accumulation_dtype(x), x.dtype
+        x, dt, dt_bias, a, b, c, d = (part.to(dtype) for part in (x, dt, dt_bias, a, b, c, d))
+        ys, starts = [], []
+        for xs, dts, bs, cs in zip(*(part.split(chunk_size, 1) for part in (x, dt, b, c)), strict=True):
+            starts.append(h)
+            states, _ = _scan_chunk(functional.softplus(dts + dt_bias), xs, a, bs, h)
+            h = states[:, -1]
+            ys.append((states @ cs[..., None])[..., 0] + d * xs)
+        # A copy of the last state: what is a view may not be changed by whoever gets it.
+        return _cast(torch.cat(ys, 1), result_dtype), h.clone(), torch.stack(starts, 1)
+
+
+def _scan_gradients(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    dt_bias: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    d: torch.Tensor,
+    starts: torch.Tensor,
+    dy: torch.Tensor,
+    dh: torch.Tensor,
+    chunk_size: int,
+) -> list[torch.Tensor]:
+    """Of the seven inputs and of h_0. dh: of the last state."""
+    dtypes = [part.dtype for part in (x, dt, dt_bias, a, b, c, d)]
+    with torch.autocast(x.device.type, enabled=False):
+        dtype = starts.dtype
+        x, dt, dt_bias, a, b, c, d, dy = (part.to(dtype) for part in (x, dt, dt_bias, a, b, c, d, dy))
+        da, dd = torch.zeros_like(a), (dy * x).sum((0, 1))
+        parts: list[tuple[torch.Tensor, ...]] = []
+        chunks = zip(*(part.split(chunk_size, 1) for part in (x, dt, b, c, dy)), starts.unbind(1), strict=True)
+        for xs, dts, bs, cs, dys, h in reversed(list(chunks)):
+            raw = dts + dt_bias
+            delta = functional.softplus(raw)
+            states, decay = _scan_chunk(delta, xs, a, bs, h)
+            # g_t = c_t dy_t + decay_{t+1} g_{t+1}: the same scan from the end, decays one token later.
+            g = dys[..., None] * cs[:, :, None]
+            g = torch.cat([g[:, :-1], g[:, -1:] + dh[:, None]], 1)
+            later = torch.cat([decay[:, 1:], torch.zeros_like(decay[:, :1])], 1)
+            g = _doubling(later.flip(1), g.flip(1))[0].flip(1)
+            before = torch.cat([h[:, None], states[:, :-1]], 1)
+            exponent = g * before * decay  # the gradient of Δ a
+            along_b = (g @ bs[..., None])[..., 0]  # of Δ x
+            ddelta = (exponent * a).sum(-1) + along_b * xs
+            da = da + (exponent * delta[..., None]).sum((0, 1))
+            dbs = ((delta * xs)[:, :, None] @ g)[:, :, 0]
+            dcs = (dys[:, :, None] @ states)[:, :, 0]
+            parts.append((along_b * delta + d * dys, ddelta * torch.sigmoid(raw), dbs, dcs))
+            dh = decay[:, 0] * g[:, 0]
+        dx, ddt, db, dc = (torch.cat(part[::-1], 1) for part in zip(*parts, strict=True))
+        found = (dx, ddt, ddt.sum((0, 1)), da, db, dc, dd)
+        return [*(part.to(kind) for part, kind in zip(found, dtypes, strict=True)), dh.clone()]
+
+
+# For compiled graphs, which would have all chunks one after another.
+_scan_chunks = torch.library.custom_op("based::selective_scan", _plain_scan, mutates_args=())
+_scan_chunks_backward = torch.library.custom_op("based::selective_scan_backward", _scan_gradients, mutates_args=())
+
+
+@_scan_chunks.register_fake
+def _(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    dt_bias: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    d: torch.Tensor,
+    h: torch.Tensor,
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_chunks = (x.shape[1] + chunk_size - 1) // chunk_size
+    starts = h.new_empty(h.shape[0], num_chunks, h.shape[1], h.shape[2])
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(h), starts
+
+
+@_scan_chunks_backward.register_fake
+def _(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    dt_bias: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    d: torch.Tensor,
+    starts: torch.Tensor,
+    dy: torch.Tensor,
+    dh: torch.Tensor,
+    chunk_size: int,
+) -> list[torch.Tensor]:
+    inputs = (x, dt, dt_bias, a, b, c, d, starts[:, 0])
+    return [torch.empty_like(part, memory_format=torch.contiguous_format) for part in inputs]
+
+
+class _SelectiveScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        dt: torch.Tensor,
+        dt_bias: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        d: torch.Tensor,
+        h: torch.Tensor,
+        chunk_size: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        forward = _scan_chunks if torch.compiler.is_compiling() else _plain_scan
+        y, state, starts = forward(x, dt, dt_bias, a, b, c, d, h, chunk_size)
+        ctx.save_for_backward(x, dt, dt_bias, a, b, c, d, h, starts)
+        ctx.chunk_size = chunk_size
+        ctx.mark_non_differentiable(starts)
+        return y, state, starts
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor, dh: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+        x, dt, dt_bias, a, b, c, d, h, starts = ctx.saved_tensors
+        if is_differentiated():
+
+            def scan(*inputs: Any) -> torch.Tensor:
+                """Both results as one, so that one gradient is of both."""
+                operands: Any = (*inputs, ctx.chunk_size)
+                y, state, _ = _plain_scan(*operands)
+                return (y * dy).sum(dtype=state.dtype) + (state * dh).sum()
+
+            one = torch.ones((), dtype=starts.dtype, device=starts.device)
+            return *gradients(scan, (x, dt, dt_bias, a, b, c, d, h), ctx.needs_input_grad[:8], one), None
+        backward = _scan_chunks_backward if torch.compiler.is_compiling() else _scan_gradients
+        return *backward(x, dt, dt_bias, a, b, c, d, starts, dy, dh, ctx.chunk_size), None
+
+
+def silu_short_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """SiLU(conv(x) + bias), conv depthwise and causal: Σ_j weight[:, j] · x[t − K + 1 + j].
+
+    Args:
+        x: (B, T, e).
+        weight: (e, K), of x's dtype, or float32 for 16-bit x; the last tap is the present token's.
+        bias: (e), likewise; None for none.
+
+    Returns:
+        (B, T, e), of x's dtype.
+    """
+    _check_tensors(("x", x, "BTe"))
+    _check_tensors(("weight", weight, "eK"))
+    (x,) = _as_autocast(x)
+    dtype = _accumulation_dtype(x)
+    _check_beside("weight", weight, (x.shape[2], weight.shape[1]), x, (x.dtype, dtype))
+    if bias is not None:
+        _check_beside("bias", bias, (x.shape[2],), x, (x.dtype, dtype))
+    conv = _causal_conv(x.to(dtype), weight.to(dtype))
+    return _cast(functional.silu(conv if bias is None else conv + bias.to(dtype)), x.dtype)
 
 
 # ---- gates -----------------------------------------------------------------------------------------------------------

@@ -118,8 +118,39 @@ BASED_INLINE std::int64_t chunk_scratch_size(std::int64_t f, std::int64_t cols) 
   return (2 * f + 2 * kFeatureBlock + kC + 2 * cols) * kC;
 }
 
-void attend_chunk(const LinearAttentionTask& task, std::int64_t begin, std::int64_t num_tokens, float scale) {
-  const std::int64_t f = task.feature_dim, cols = task.cols;
+// Keys of the chunk, transposed, and values.
+BASED_INLINE void load_keys(const LinearAttentionTask& task, std::int64_t begin, std::int64_t num_tokens, float scale,
+                            const ChunkScratch& s) {
+  const std::int64_t cols = task.cols;
+  transpose(task.k + begin * task.stride, task.stride, num_tokens, task.feature_dim, scale, s.k);
+  for (std::int64_t c = 0; c < num_tokens; ++c) {
+    __builtin_memcpy(s.v + c * cols, task.v + (begin + c) * task.stride,
+                     static_cast<std::size_t>(task.head_dim) * sizeof(float));
+    clear(s.v + c * cols + task.head_dim, cols - task.head_dim);
+  }
+  clear(s.v + num_tokens * cols, (up(num_tokens, kRows) - num_tokens) * cols);
+}
+
+// S += φ(K)ᵀ V and z += φ(K)ᵀ 1 for `count` features from begin_feature on, which phi_k holds.
+BASED_INLINE void add_keys(const LinearAttentionTask& task, std::int64_t num_tokens, std::int64_t begin_feature,
+                           std::int64_t count, const ChunkScratch& s) {
+  const std::int64_t rows = up(num_tokens, kRows), padded = up(count, kRows);
+  float* state = task.state + begin_feature * task.state_cols;
+  float* z = task.z + begin_feature;
+  clear(s.phi_k + count * kC, (padded - count) * kC);
+  if (begin_feature == 0)  // the feature 1 of tokens that are not there
+    clear(s.phi_k + num_tokens, kC - num_tokens);
+  for (std::int64_t p = 0; p < padded; p += kRows)
+    multiply<kC, 1>(s.phi_k + p * kC, s.v, task.cols, state + p * task.state_cols, task.state_cols, rows, task.cols);
+  for (std::int64_t p = 0; p < count; ++p) {
+    f32v sum{};
+    for (int c = 0; c < kC; c += kLanes) sum += load(s.phi_k + p * kC + c);
+    z[p] += hsum(sum);
+  }
+}
+
+BASED_INLINE ChunkScratch carve(const LinearAttentionTask& task) {
+  const std::int64_t f = task.feature_dim;
   ChunkScratch s;
   s.q = task.scratch;
   s.k = s.q + f * kC;
@@ -127,18 +158,29 @@ void attend_chunk(const LinearAttentionTask& task, std::int64_t begin, std::int6
   s.phi_k = s.phi_q + kFeatureBlock * kC;
   s.p = s.phi_k + kFeatureBlock * kC;
   s.v = s.p + kC * kC;
-  s.o = s.v + kC * cols;
+  s.o = s.v + kC * task.cols;
+  return s;
+}
+
+void add_chunk(const LinearAttentionTask& task, std::int64_t begin, std::int64_t num_tokens, float scale) {
+  const ChunkScratch s = carve(task);
+  load_keys(task, begin, num_tokens, scale, s);
+  FeatureIndex k_at;
+  for (std::int64_t begin_feature = 0; begin_feature < task.num_features; begin_feature += kFeatureBlock) {
+    const std::int64_t count = least(kFeatureBlock, task.num_features - begin_feature);
+    make_features(k_at, s.k, task.feature_dim, count, s.phi_k);
+    add_keys(task, num_tokens, begin_feature, count, s);
+  }
+}
+
+void attend_chunk(const LinearAttentionTask& task, std::int64_t begin, std::int64_t num_tokens, float scale) {
+  const std::int64_t f = task.feature_dim, cols = task.cols;
+  const ChunkScratch s = carve(task);
   f32v denominator[kC / kLanes] = {};
 
   transpose(task.q + begin * task.stride, task.stride, num_tokens, f, scale, s.q);
-  transpose(task.k + begin * task.stride, task.stride, num_tokens, f, scale, s.k);
-  for (std::int64_t c = 0; c < num_tokens; ++c) {
-    __builtin_memcpy(s.v + c * cols, task.v + (begin + c) * task.stride,
-                     static_cast<std::size_t>(task.head_dim) * sizeof(float));
-    clear(s.v + c * cols + task.head_dim, cols - task.head_dim);
-  }
+  load_keys(task, begin, num_tokens, scale, s);
   const std::int64_t rows = up(num_tokens, kRows);
-  clear(s.v + num_tokens * cols, (rows - num_tokens) * cols);
   clear(s.o, rows * cols);
 
   // Inside the chunk.
@@ -179,17 +221,7 @@ void attend_chunk(const LinearAttentionTask& task, std::int64_t begin, std::int6
       for (int c = 0; c < kC / kLanes; ++c)
         denominator[c] = fmadd(load(s.phi_q + p * kC + c * kLanes), zp, denominator[c]);
     }
-    const std::int64_t padded = up(count, kRows);
-    clear(s.phi_k + count * kC, (padded - count) * kC);
-    if (begin_feature == 0)  // the feature 1 of tokens that are not there
-      clear(s.phi_k + num_tokens, kC - num_tokens);
-    for (std::int64_t p = 0; p < padded; p += kRows)
-      multiply<kC, 1>(s.phi_k + p * kC, s.v, cols, state + p * task.state_cols, task.state_cols, rows, cols);
-    for (std::int64_t p = 0; p < count; ++p) {
-      f32v sum{};
-      for (int c = 0; c < kC; c += kLanes) sum += load(s.phi_k + p * kC + c);
-      z[p] += hsum(sum);
-    }
+    add_keys(task, num_tokens, begin_feature, count, s);
   }
 
   for (std::int64_t c = 0; c < num_tokens; ++c) {
@@ -275,7 +307,7 @@ void attend_token(const LinearAttentionTask& task, std::int64_t token, float sca
 
 // z[0] before token `token`.
 BASED_INLINE void renew_count(const LinearAttentionTask& task, std::int64_t token) {
-  if (task.position + token >= kExactCounts) task.z[0] = static_cast<float>(task.position + token);
+  if (task.count + token >= kExactCounts) task.z[0] = static_cast<float>(task.count + token);
 }
 
 // The choice depends on a chunk's own tokens: cutting at a multiple of kC leaves it.
@@ -295,6 +327,12 @@ void attend(const LinearAttentionTask& task) {
   }
 }
 
+void add(const LinearAttentionTask& task) {
+  const float scale = static_cast<float>(1.0 / __builtin_sqrt(__builtin_sqrt(static_cast<double>(task.feature_dim))));
+  for (std::int64_t begin = 0; begin < task.num_tokens; begin += kC)
+    add_chunk(task, begin, least(kC, task.num_tokens - begin), scale);
+}
+
 std::int64_t scratch_size(std::int64_t feature_dim, std::int64_t num_features, std::int64_t cols) {
   const std::int64_t chunk = chunk_scratch_size(feature_dim, cols);
   const std::int64_t token = token_scratch_size(feature_dim, num_features, cols);
@@ -305,7 +343,7 @@ std::int64_t scratch_size(std::int64_t feature_dim, std::int64_t num_features, s
 }  // namespace BASED_ISA
 
 const LinearAttentionKernels& linear_attention_kernels(IsaTag<BASED_ISA::kIsa>) {
-  static constexpr LinearAttentionKernels kernels{BASED_ISA::attend, BASED_ISA::scratch_size};
+  static constexpr LinearAttentionKernels kernels{BASED_ISA::attend, BASED_ISA::add, BASED_ISA::scratch_size};
   return kernels;
 }
 

@@ -20,7 +20,7 @@ struct LinearAttentionTask {
   const float* v;       // (head_dim)
   std::int64_t stride;  // floats from one token to the next
   std::int64_t num_tokens;
-  std::int64_t position;      // tokens before the first one
+  std::int64_t count;         // keys in the state before the first token, used where it is kExactCounts or more
   std::int64_t feature_dim;   // f
   std::int64_t num_features;  // F = 1 + f + f(f + 1)/2
   std::int64_t head_dim;      // values taken, ≤ cols
@@ -36,9 +36,12 @@ struct LinearAttentionTask {
 };
 
 struct LinearAttentionKernels {
-  /// Advances state and z over all tokens, and writes their outputs. z[0] counts tokens: from kExactCounts on, where a
-  /// float32 no longer takes one more, it follows from the position.
+  /// Advances state and z over all tokens, and writes their outputs. z[0] counts keys: from kExactCounts on, where a
+  /// float32 no longer takes one more, it follows from task.count. (Of a sequence whose first prompt was shorter than
+  /// the prefix that its model can read, that is more than there are, by at most limits::kPrefix in kExactCounts.)
   void (*attend)(const LinearAttentionTask& task);
+  /// Advances state and z, and asks nothing: q, count and out are not read.
+  void (*add)(const LinearAttentionTask& task);
   std::int64_t (*scratch_size)(std::int64_t feature_dim, std::int64_t num_features, std::int64_t cols);
 };
 

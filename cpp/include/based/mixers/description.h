@@ -11,6 +11,7 @@
 //   projections(d)   the matrices that activations are multiplied by; d = hidden_size
 //   parameters()     the other tensors of its weights; they are kept in float32
 //   state()          what it keeps of a sequence
+//   prefix_tokens()  only where it reads the first tokens of a sequence as a whole: how many
 //   summary()        its shape in words, for `based inspect`
 //   make(weights)    the layer with its weights, defined in cpp/model
 // clang-format on
@@ -41,6 +42,7 @@ inline constexpr std::int64_t kHeads = 1 << 16;
 inline constexpr std::int64_t kHeadDim = 1 << 16;
 inline constexpr std::int64_t kFeatureDim = 4096;
 inline constexpr std::int64_t kKernelSize = 1 << 16;
+inline constexpr std::int64_t kPrefix = 1 << 16;                  // tokens that are read as a whole
 inline constexpr std::int64_t kElements = std::int64_t{1} << 40;  // of one matrix, of one layer's state: exclusive
 }  // namespace limits
 
@@ -87,6 +89,7 @@ enum class StateKind : std::uint8_t {
   ring,     // its rows (first axis) are those of the last tokens: a state file has min(num_tokens, rows) of them
   taylor,   // always whole in a state file; every device packs it in its own way
   pending,  // a row for each token that a device has not added to the sums of `taylor` yet: n ≥ 0 of them
+  context,  // a row for each token
 };
 
 /// A tensor of a state file, called "layers.{i}.{name}".
@@ -94,7 +97,7 @@ struct StateTensor {
   std::string_view name;
   StateKind kind = StateKind::dense;
   StateDType dtype = StateDType::float32;
-  std::vector<std::int64_t> shape;  // first extent of a ring: the rows of a full one; of pending tokens: 0
+  std::vector<std::int64_t> shape;  // first extent of a ring: the rows of a full one; of pending and context: 0
 };
 
 /// An array that memory and state file hold alike.
@@ -134,7 +137,18 @@ struct TaylorState {
   }
 };
 
-/// What a device lays out, saves and restores as one: a function for each of the three.
-using StatePart = std::variant<DenseState, RingState, TaylorState>;
+/// Keys and values of all tokens, each (num_tokens, num_heads, head_dim).
+struct ContextState {
+  std::int64_t num_heads = 0, head_dim = 0;
+
+  std::vector<std::int64_t> saved_shape(std::int64_t num_tokens) const { return {num_tokens, num_heads, head_dim}; }
+  std::vector<StateTensor> tensors() const {
+    return {{"keys", StateKind::context, StateDType::model, saved_shape(0)},
+            {"values", StateKind::context, StateDType::model, saved_shape(0)}};
+  }
+};
+
+/// What a device lays out, saves and restores as one: a function for each of them.
+using StatePart = std::variant<DenseState, RingState, TaylorState, ContextState>;
 
 }  // namespace based

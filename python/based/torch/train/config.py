@@ -46,14 +46,16 @@ class Model:
 
     size: str | None = _key("a named shape: " + ", ".join(sizes.SIZES), None)
     from_: str | None = _key("a model to start from: a directory, or owner/name at the hub", None)
-    layers: str | None = _key("a letter per layer: c convolution, L linear attention, W sliding window", None)
+    layers: str | None = _key(
+        "a letter per layer: c convolution, L linear attention, W window, A full attention, S selective scan", None
+    )
     hidden_size: int | None = _key("width of the residual stream", None, at_least=1)
-    num_heads: int | None = _key("heads of L and W layers", None, at_least=1)
-    inner_size: int | None = _key("width of the MLP", None, at_least=1)
+    num_heads: int | None = _key("heads of L, W and A layers", None, at_least=1)
+    inner_size: int | None = _key("width of the MLP; 0 for none", None, at_least=0)
     window: int | None = _key("keys of a W layer, the query's own included", None, at_least=1)
     feature_dim: int | None = _key("size of q and k per head in L layers; 16 by default", None, at_least=1)
     head_dim: int | None = _key("hidden_size / num_heads by default", None, at_least=1)
-    conv_size: int | None = _key("channels of a c layer; 2 · hidden_size by default", None, at_least=1)
+    conv_size: int | None = _key("channels of a c or S layer; 2 · hidden_size by default", None, at_least=1)
     vocab_size: int | None = _key("with tokenizer `none` only", None, at_least=2)
     special_initializer: bool = _key("σ of the first weights is √(2 / 5 hidden_size) instead of 0.02", False)
 
@@ -115,7 +117,9 @@ class Optimizer:
     learning_rate: float = _key("its peak", above=0)
     min_learning_rate: float = _key("its value at the end", 0.0, at_least=0)
     warmup_steps: int = _key("steps until the peak", 0, at_least=0)
-    weight_decay: float = _key("of matrices and the embedding; not of norms, biases, convolutions", 0.1, at_least=0)
+    weight_decay: float = _key(
+        "of matrices and the embedding; not of norms, biases, convolutions, A and D", 0.1, at_least=0
+    )
     beta1: float = _key("decay of the mean of gradients", 0.9, at_least=0, at_most=0.999999)
     beta2: float = _key("decay of the mean of their squares", 0.95, at_least=0, at_most=0.999999)
     eps: float = _key("added to the denominator", 1e-8, above=0)
@@ -258,8 +262,8 @@ def _check_model(model: Model) -> None:
         if getattr(model, name) is None:
             raise FormatError(f"model.{name}: missing")
     assert model.layers is not None and model.hidden_size is not None and model.num_heads is not None
-    if not re.fullmatch("[cLW]+", model.layers):
-        raise FormatError(f"model.layers: found {model.layers!r}, expected letters c, L, W, one per layer")
+    if not re.fullmatch("[cLWAS]+", model.layers):
+        raise FormatError(f"model.layers: found {model.layers!r}, expected letters c, L, W, A, S, one per layer")
     if "W" in model.layers and model.window is None:
         raise FormatError("model.window: missing, and layers has W")
     if model.head_dim is None and model.hidden_size % model.num_heads != 0:

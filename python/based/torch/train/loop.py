@@ -169,6 +169,11 @@ class _Run:
         encoder, model, shape = world.in_each(self._read_model)
         self.tokenizer = encoder.json if encoder is not None else None
         self.shape = shape
+        if config.data.sequence_length <= shape.prefix_tokens:
+            raise FormatError(
+                f"data.sequence_length: found {config.data.sequence_length}, expected more than the "
+                f"{shape.prefix_tokens} tokens that this model reads as a whole: only what follows them can be learnt"
+            )
         assert shape.eos_token_id is not None
         end = shape.eos_token_id
         self.dataset: Dataset = world.from_first(
@@ -517,6 +522,10 @@ class _Run:
         tokens = self.world.in_each(lambda: self.dataset.open(stream))
         length = self.config.data.sequence_length
         windows = validation_windows(tokens, length, self.config.validation.tokens)
+        unscored = max(1, self.shape.prefix_tokens)  # tokens of each window
+        windows = [w for w in windows if w.stop - w.start > unscored]
+        if not windows:
+            raise FormatError(f"validation: found no window of more than {unscored} tokens, the model's prefix")
         whole = [w for w in windows if w.stop - w.start == length]
         batches = [whole[i : i + self.micro] for i in range(0, len(whole), self.micro)]
         batches += [[w] for w in windows[len(whole) :]]
@@ -529,7 +538,7 @@ class _Run:
             with self._autocast(), torch.compiler.set_stance("force_eager"):
                 loss = self.model(rows, labels=rows)
             if index < len(mine):
-                count = rows.shape[0] * (rows.shape[1] - 1)
+                count = rows.shape[0] * (rows.shape[1] - unscored)
                 sums += torch.tensor([float(loss) * count, count], dtype=torch.float64)
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # what only a backward pass does by itself
@@ -655,8 +664,8 @@ def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:
 def _make_optimizer(model: BasedForCausalLM, config: Optimizer, device: torch.device) -> torch.optim.AdamW:
     """AdamW, which shrinks matrices and the embedding only: a convolution's weight is no matrix."""
     named = list(model.named_parameters())
-    decays = [p for name, p in named if p.ndim == 2 and not name.endswith("conv.weight")]
-    others = [p for name, p in named if p.ndim != 2 or name.endswith("conv.weight")]
+    decays = [p for name, p in named if p.ndim == 2 and not name.endswith(("conv.weight", "A_log"))]
+    others = [p for name, p in named if p.ndim != 2 or name.endswith(("conv.weight", "A_log"))]
     groups = [{"params": decays, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, config.learning_rate, betas, config.eps, fused=device.type == "cuda")

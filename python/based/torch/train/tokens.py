@@ -10,6 +10,8 @@ import numpy as np
 from based._core import FormatError
 from based._loading import find_tokenizer
 from based._tokenizer import read_tokenizer, reset_for_whole_texts
+from based._tokenizer_files import BYTE_LETTERS
+from based._tokenizer_files import find_tokenizer as find_tokenizer_file
 from based._tokenizer_json import tokenizer_errors
 from based.torch.train.config import Config
 
@@ -114,10 +116,8 @@ def make_encoder(config: Config) -> Encoder | None:
     if name == "bytes":
         return ByteEncoder(data.end_token)
     if name is not None:
-        path = config.path(name)
-        return FileEncoder(
-            read_tokenizer(path / "tokenizer.json" if path.is_dir() else path), data.end_token, str(path)
-        )
+        path = find_tokenizer_file(config.path(name), config.path(name))
+        return FileEncoder(read_tokenizer(path), data.end_token, str(path))
     source = model_source(config)
     tokenizer = find_tokenizer(source).get()
     if tokenizer is None:
@@ -136,13 +136,7 @@ def byte_tokenizer(end_token: str) -> "Tokenizer":
     """A tokenizer of 256 bytes, whose ids they are, and an end token, 256."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    # The letters that stand for bytes in GPT-2's tokenizer: themselves where they can be seen, others from 256 on.
-    seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    letters, hidden = [], 256
-    for byte in range(256):
-        letters.append(chr(byte if byte in seen else hidden))
-        hidden += byte not in seen
-    tokenizer = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in enumerate(letters)}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in enumerate(BYTE_LETTERS)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(end_token, special=True, normalized=False)])

@@ -1,4 +1,4 @@
-#include "backend/cpu/kernels/sliding_window.h"
+#include "backend/cpu/kernels/softmax_attention.h"
 
 #include "backend/cpu/kernels/simd.h"
 
@@ -69,14 +69,14 @@ BASED_INLINE void score_blocks(const float* q, std::int64_t head_dim, const T* c
 }
 
 template <typename T>
-BASED_INLINE const T* key_block(const WindowKeys& w, std::int64_t block) {
-  return static_cast<const T*>(w.keys) + (block - w.first_block) % w.num_blocks * w.head_dim * kKeyBlock;
+BASED_INLINE const T* key_block(const KeyBlocks& w, std::int64_t block) {
+  return static_cast<const T*>(w.keys) + (block - w.first_block) % w.num_blocks * w.key_stride;
 }
 
 // As many blocks at a time as registers hold, then 2, then 1.
 template <int kQ, int kB, typename T>
-BASED_INLINE void score(const WindowAttendTask& task, std::int64_t& block, std::int64_t begin_block,
-                        std::int64_t end_block, std::int64_t stride) {
+BASED_INLINE void score(const AttendTask& task, std::int64_t& block, std::int64_t begin_block, std::int64_t end_block,
+                        std::int64_t stride) {
   for (; block + kB <= end_block; block += kB) {
     const T* keys[kB];
     for (int b = 0; b < kB; ++b) keys[b] = key_block<T>(task.window, block + b);
@@ -86,15 +86,16 @@ BASED_INLINE void score(const WindowAttendTask& task, std::int64_t& block, std::
 
 // out[i] = Σ_j p[i, j] v_j for kN vectors of columns from `col`; rows of V `begin` … `end` − 1 as counted in scores.
 template <int kQ, int kN, typename T>
-BASED_INLINE void mix(const WindowAttendTask& task, std::int64_t begin_block, std::int64_t begin, std::int64_t end,
+BASED_INLINE void mix(const AttendTask& task, std::int64_t begin_block, std::int64_t begin, std::int64_t end,
                       std::int64_t stride, std::int64_t col, const float* sums) {
-  const WindowKeys& w = task.window;
+  const KeyBlocks& w = task.window;
   f32v acc[kQ][kN] = {};
   for (std::int64_t j = begin; j < end;) {
     const std::int64_t block = j / kKeyBlock;
     const std::int64_t block_end = (block + 1) * kKeyBlock < end ? (block + 1) * kKeyBlock : end;
-    const std::int64_t slot = (begin_block + block - w.first_block) % w.num_blocks * kKeyBlock + j % kKeyBlock;
-    const T* v = static_cast<const T*>(w.values) + slot * w.value_cols + col;
+    const T* v = static_cast<const T*>(w.values) +
+                 (begin_block + block - w.first_block) % w.num_blocks * w.value_stride + j % kKeyBlock * w.value_cols +
+                 col;
     for (; j < block_end; ++j, v += w.value_cols) {
       f32v row[kN];
 #pragma GCC unroll 4
@@ -110,6 +111,11 @@ BASED_INLINE void mix(const WindowAttendTask& task, std::int64_t begin_block, st
 #pragma GCC unroll 4
   for (int i = 0; i < kQ; ++i) {
     if (i >= task.num_queries) break;
+    if (task.partial) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kN; ++n) store(static_cast<float*>(task.out[i]) + col + n * kLanes, acc[i][n]);
+      continue;
+    }
     const f32v sum = splat(sums[i]);
 #pragma GCC unroll 4
     for (int n = 0; n < kN; ++n) {
@@ -120,8 +126,12 @@ BASED_INLINE void mix(const WindowAttendTask& task, std::int64_t begin_block, st
   }
 }
 
-// scores → e^(score − max), 0 outside [first, last]; returns their sum. Positions count from that of scores[0].
-float exponentiate(float* scores, std::int64_t count, std::int32_t first, std::int32_t last) {
+struct MaxAndSum {
+  float max, sum;
+};
+
+// scores → e^(score − max), 0 outside [first, last]. Positions count from that of scores[0].
+MaxAndSum exponentiate(float* scores, std::int64_t count, std::int32_t first, std::int32_t last) {
   i32v lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   const f32v lowest = splat(-__FLT_MAX__);
@@ -132,7 +142,8 @@ float exponentiate(float* scores, std::int64_t count, std::int32_t first, std::i
     store(scores + j, s);
     max = vmax(max, s);
   }
-  const f32v m = splat(hmax(max));
+  const float greatest = hmax(max);
+  const f32v m = splat(greatest);
   f32v sum{};
   for (std::int64_t j = 0; j < count; j += kLanes) {
     const i32v at = lane + static_cast<std::int32_t>(j);
@@ -140,11 +151,11 @@ float exponentiate(float* scores, std::int64_t count, std::int32_t first, std::i
     store(scores + j, e);
     sum += e;
   }
-  return hsum(sum);
+  return {greatest, hsum(sum)};
 }
 
 template <int kQ, int kMaxBlocks, typename T>
-void attend_queries(const WindowAttendTask& task) {
+void attend_queries(const AttendTask& task) {
   std::int64_t first = task.first[0], last = task.last[0];
   for (int i = 1; i < task.num_queries; ++i) {
     first = task.first[i] < first ? task.first[i] : first;
@@ -159,12 +170,19 @@ void attend_queries(const WindowAttendTask& task) {
   if constexpr (kMaxBlocks > 2) score<kQ, 2, T>(task, block, begin_block, end_block, stride);
   if constexpr (kMaxBlocks > 1) score<kQ, 1, T>(task, block, begin_block, end_block, stride);
 
-  float sums[kQ] = {};
-  for (int i = 0; i < task.num_queries; ++i)
-    sums[i] = exponentiate(task.scratch + i * stride, stride, static_cast<std::int32_t>(task.first[i] - base),
-                           static_cast<std::int32_t>(task.last[i] - base));
-
   const std::int64_t cols = task.window.value_cols;
+  float sums[kQ] = {};
+  for (int i = 0; i < task.num_queries; ++i) {
+    const auto [max, sum] =
+        exponentiate(task.scratch + i * stride, stride, static_cast<std::int32_t>(task.first[i] - base),
+                     static_cast<std::int32_t>(task.last[i] - base));
+    sums[i] = sum;
+    if (task.partial) {
+      static_cast<float*>(task.out[i])[cols] = max;
+      static_cast<float*>(task.out[i])[cols + 1] = sum;
+    }
+  }
+
   std::int64_t col = 0;
   for (; col + kVectors * kLanes <= cols; col += kVectors * kLanes)
     mix<kQ, kVectors, T>(task, begin_block, first - base, last - base + 1, stride, col, sums);
@@ -172,7 +190,7 @@ void attend_queries(const WindowAttendTask& task) {
 }
 
 template <typename T>
-void attend_as(const WindowAttendTask& task) {
+void attend_as(const AttendTask& task) {
   // Register blocks: kQ · (vectors of keys) accumulators, 16 with AVX-512, else 8.
   constexpr int kAccumulators = kVectors * 4;
   constexpr int kAlone = kAccumulators / 2 / kBlockVectors > 0 ? kAccumulators / 2 / kBlockVectors : 1;
@@ -185,15 +203,28 @@ void attend_as(const WindowAttendTask& task) {
   }
 }
 
-void attend(const WindowAttendTask& task) {
-  task.window.bf16 ? attend_as<std::uint16_t>(task) : attend_as<float>(task);
+void attend(const AttendTask& task) { task.window.bf16 ? attend_as<std::uint16_t>(task) : attend_as<float>(task); }
+
+void add(float* sum, const float* more, std::int64_t cols) {
+  const float max = sum[cols] > more[cols] ? sum[cols] : more[cols];
+  const f32v a = vexp(splat(sum[cols] - max)), b = vexp(splat(more[cols] - max));
+  for (std::int64_t c = 0; c < cols; c += kLanes) store(sum + c, fmadd(load(more + c), b, load(sum + c) * a));
+  sum[cols] = max;
+  sum[cols + 1] = fmadd(more[cols + 1], b[0], sum[cols + 1] * a[0]);
+}
+
+void finish(const float* sum, std::int64_t cols, std::int64_t head_dim, void* out, bool bf16) {
+  const f32v total = splat(sum[cols + 1]);
+  for (std::int64_t c = 0; c < head_dim; c += kLanes)
+    store_as(out, c, load(sum + c) / total, head_dim - c < kLanes ? head_dim - c : kLanes, bf16);
 }
 
 }  // namespace
 }  // namespace BASED_ISA
 
-const SlidingWindowKernels& sliding_window_kernels(IsaTag<BASED_ISA::kIsa>) {
-  static constexpr SlidingWindowKernels kernels{BASED_ISA::rotate, BASED_ISA::attend};
+const SoftmaxAttentionKernels& softmax_attention_kernels(IsaTag<BASED_ISA::kIsa>) {
+  static constexpr SoftmaxAttentionKernels kernels{BASED_ISA::rotate, BASED_ISA::attend, BASED_ISA::add,
+                                                   BASED_ISA::finish};
   return kernels;
 }
 

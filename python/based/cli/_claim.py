@@ -1,0 +1,275 @@
+"""`based bench --claim`: how fast models of one size generate, each in this runtime, and a transformer in PyTorch."""
+
+import contextlib
+import gc
+import importlib
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from based.cli import UsageError, _common, _plot
+
+if TYPE_CHECKING:
+    import argparse
+
+    from based import ModelConfig, _core
+
+MOST_SEQUENCES = 4096  # of the search for the largest batch
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One measurement: `batch` prompts, and tokens generated behind them."""
+
+    model: str
+    runtime: str
+    batch: int
+    num_parameters: int
+    state_nbytes: int  # of a sequence, at its end
+    prompt_tokens_per_second: float | None
+    tokens_per_second: float  # of the generated tokens, all sequences together
+
+
+def run(args: "argparse.Namespace") -> None:
+    """Runs the command."""
+    batch, prompt, count = (_one(args, name) for name in ("batch", "prompt", "generate"))
+    if prompt < 1 or count < 2:
+        raise UsageError("--claim: expected a prompt of at least 1 token and at least 2 generated tokens")
+    if args.plot is not None:
+        _plot.check(args.plot)
+    results: list[Generation] = []
+    device = "cpu"
+    for name in args.claim:
+        model = _model(name, args)
+        device = model.device
+        _note(f"{name}: {batch} sequences")
+        results.append(measure(model, name, batch, prompt, count, args.repetitions))
+        if device != "cpu":
+            results += _larger_batches(model, name, batch, prompt, count, results[-1])
+        del model
+        gc.collect()
+    if device != "cpu":
+        results += _in_pytorch(args.claim, batch, prompt, count)
+    document = _header(device, prompt, count) | {"results": [asdict(result) for result in results]}
+    if args.output == "json":
+        print(_common.to_json(document, indent=2))
+    else:
+        print(table(document, results, batch))
+    if args.plot is not None:
+        draw(args.plot, document, results)
+
+
+def _one(args: "argparse.Namespace", name: str) -> int:
+    values: list[int] = getattr(args, name)
+    if len(values) != 1:
+        raise UsageError(f"--claim: --{name} lists {len(values)} numbers, expected one")
+    return values[0]
+
+
+def _note(text: str) -> None:
+    print(f"based: {text} …", file=sys.stderr, flush=True)
+
+
+def _model(name: str, args: "argparse.Namespace") -> "_core.Model":
+    from based import Model
+    from based.sizes import named_config
+
+    dtype = "bfloat16" if args.dtype == "auto" else args.dtype
+    threads = args.threads[0]
+    return Model.random(named_config(name), args.seed, device=args.device, dtype=dtype, num_threads=threads)._core
+
+
+def measure(model: "_core.Model", name: str, batch: int, prompt: int, count: int, repetitions: int = 1) -> Generation:
+    """Medians of `repetitions` runs, each on fresh sequences. Raises MemoryError where the batch does not fit."""
+    import numpy as np
+
+    from based import _core
+
+    random = np.random.default_rng(0)
+    prompts = [random.integers(model.config.vocab_size, size=prompt) for _ in range(batch)]
+    params = [_core.SamplingParams(max_tokens=count, temperature=0, ignore_eos=True)] * batch
+    session = _core.Session(model, batch)
+    prompt_seconds, seconds = [], []
+    for repetition in range(repetitions + 1):
+        session.reset()
+        if repetition == 0:  # records what later ones replay
+            _run(_core.Generator(session, prompts, [_few(count)] * batch), min(count, 8))
+            continue
+        _core.synchronize(model.device)
+        begin = time.perf_counter()
+        generator = _core.Generator(session, prompts, params)
+        generator.next()
+        first = time.perf_counter()
+        _run(generator, count - 1)
+        seconds.append(time.perf_counter() - first)
+        prompt_seconds.append(first - begin)
+    return Generation(
+        model=name,
+        runtime="based",
+        batch=batch,
+        num_parameters=model.num_parameters,
+        state_nbytes=session.state_nbytes // batch,
+        prompt_tokens_per_second=batch * prompt / statistics.median(prompt_seconds),
+        tokens_per_second=batch * (count - 1) / statistics.median(seconds),
+    )
+
+
+def _few(count: int) -> "_core.SamplingParams":
+    from based import _core
+
+    return _core.SamplingParams(max_tokens=min(count, 8), temperature=0, ignore_eos=True)
+
+
+def _run(generator: "_core.Generator", count: int) -> None:
+    for _ in range(count):
+        events = generator.next()
+        for event in events:
+            if event.error:
+                raise MemoryError(event.error)
+
+
+def _larger_batches(
+    model: "_core.Model", name: str, batch: int, prompt: int, count: int, first: Generation
+) -> list[Generation]:
+    """The fastest of the batches of twice, four times … as many sequences that fit."""
+    best = first
+    while (batch := 2 * batch) <= MOST_SEQUENCES:
+        _note(f"{name}: {batch} sequences")
+        try:
+            found = measure(model, name, batch, prompt, count)
+        except MemoryError:
+            break
+        if found.tokens_per_second > best.tokens_per_second:
+            best = found
+    return [] if best is first else [best]
+
+
+def _in_pytorch(names: Sequence[str], batch: int, prompt: int, count: int) -> list[Generation]:
+    """The transformers of the list by PyTorch's FlashAttention-2, half-way through the generated tokens."""
+    from based.sizes import named_config
+
+    shapes = {name: shape for name in names if (shape := _transformer_shape(named_config(name))) is not None}
+    if not shapes:
+        return []
+    try:
+        torch: Any = importlib.import_module("torch")
+    except ImportError:
+        torch = None
+    if torch is None or not torch.cuda.is_available():
+        print("based: note: FlashAttention-2 is not measured: that needs PyTorch with CUDA", file=sys.stderr)
+        return []
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from based.cli import _rival
+
+    results = []
+    for name, numbers in shapes.items():
+        _note(f"{name} by FlashAttention-2 in PyTorch: {batch} sequences")
+        context = prompt + count // 2
+        with torch.inference_mode(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            transformer = _rival.Transformer(_rival.Weights("cuda", torch.bfloat16), _rival.Shape(**numbers))
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                seconds = _rival.median_seconds(_rival.recorded(transformer.step(batch, context)), 1.0)
+                results.append(
+                    Generation(
+                        model=name,
+                        runtime="PyTorch, FlashAttention-2",
+                        batch=batch,
+                        num_parameters=named_config(name).num_parameters,
+                        state_nbytes=transformer.cache_nbytes(1, prompt + count),
+                        prompt_tokens_per_second=None,
+                        tokens_per_second=batch / seconds,
+                    )
+                )
+        del transformer
+        torch.cuda.empty_cache()
+    return results
+
+
+def _transformer_shape(config: "ModelConfig") -> dict[str, int] | None:
+    """The shape of a model of full attention in every layer, each head with keys of its own; else None."""
+    kinds = {mixer.mixer for mixer in config.layers}
+    first: Any = config.layers[0]
+    if kinds != {"full_attention"} or first.num_kv_heads != first.num_heads or config.mlp is None:
+        return None
+    return {
+        "width": config.hidden_size,
+        "layers": len(config.layers),
+        "heads": first.num_heads,
+        "inner": config.mlp.inner_size,
+        "vocabulary": config.padded_vocab_size,
+    }
+
+
+def _header(device: str, prompt: int, count: int) -> dict[str, Any]:
+    from based import build_info, devices
+    from based.cli.bench import commit, cpu_name
+
+    (name,) = (found.name for found in devices() if found.device == device)
+    return {
+        "version": build_info()["version"],
+        "commit": commit(),
+        "device": cpu_name() if device == "cpu" else name,
+        "prompt": prompt,
+        "generated": count,
+    }
+
+
+def table(document: dict[str, Any], results: Sequence[Generation], batch: int) -> str:
+    """In Markdown. Ratios are to the transformers of the list, at their own best batch for the others'."""
+    slowest: dict[str, float] = {}
+    for result in results:
+        if result.runtime != "based" or _is_transformer(result.model):
+            key = f"{result.model}, {result.runtime}"
+            slowest.setdefault(key, result.tokens_per_second)
+    columns = ["model", "runtime", "sequences", "parameters", "state of a sequence", "prompt tok/s", "generated tok/s"]
+    columns += [f"× {key}" for key in slowest]
+    commit = f" ({document['commit']})" if document["commit"] else ""
+    lines = [
+        f"based {document['version']}{commit}, {document['device']}; "
+        f"{document['generated']} tokens generated behind prompts of {document['prompt']}",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|:---|:---|" + "---:|" * (len(columns) - 2),
+    ]
+    for r in sorted(results, key=lambda r: (r.batch != batch, -r.tokens_per_second)):
+        cells = [
+            r.model,
+            r.runtime,
+            f"{r.batch:,}",
+            f"{r.num_parameters / 1e6:,.0f} M",
+            _common.nbytes(r.state_nbytes),
+            "" if r.prompt_tokens_per_second is None else f"{r.prompt_tokens_per_second:,.0f}",
+            f"{r.tokens_per_second:,.0f}",
+            *(f"{r.tokens_per_second / speed:.2f}" for speed in slowest.values()),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _is_transformer(name: str) -> bool:
+    from based.sizes import named_config
+
+    return _transformer_shape(named_config(name)) is not None
+
+
+def draw(path: Path, document: dict[str, Any], results: Sequence[Generation]) -> None:
+    """Bars, the fastest first."""
+    figure_module: Any = importlib.import_module("matplotlib.figure")
+    ordered = sorted(results, key=lambda r: r.tokens_per_second)
+    figure = figure_module.Figure(figsize=(8, 1.2 + 0.5 * len(ordered)), layout="constrained")
+    axes = figure.subplots()
+    names = [f"{r.model}, {r.batch:,} sequences" + ("" if r.runtime == "based" else f"\n{r.runtime}") for r in ordered]
+    bars = axes.barh(names, [r.tokens_per_second for r in ordered], color="0.6", edgecolor="black")
+    for bar, result in zip(bars, ordered, strict=True):
+        if result.runtime != "based":
+            bar.set_hatch("//")
+    axes.bar_label(bars, [f"{r.tokens_per_second:,.0f}" for r in ordered], padding=3)
+    axes.margins(x=0.15)
+    what = f"{document['generated']:,} tokens behind prompts of {document['prompt']:,}"
+    axes.set(xlabel=f"generated tokens per second: {what}, {document['device']}")
+    figure.savefig(path, dpi=150)
