@@ -142,10 +142,10 @@ void bind_generator(py::module_& m) {
           "On a session: request i continues sequence i, from where it is when its prompt is empty; every n must be 1.")
       .def("done", &SharedGenerator::done)
       .def("next", &SharedGenerator::next, "Advances every running sequence by one token. Empty only when done().")
-      .def(
-          "finish", &SharedGenerator::finish, py::arg("request"), py::arg("sample"), py::arg("num_read") = Generator::kAllTokens,
-          "Ends a sample early. No effect on one that has ended. num_read: of its tokens, that the caller has read: a "
-          "session does not see the others.")
+      .def("finish", &SharedGenerator::finish, py::arg("request"), py::arg("sample"),
+           py::arg("num_read") = Generator::kAllTokens,
+           "Ends a sample early. No effect on one that has ended. num_read: of its tokens, that the caller has read: a "
+           "session does not see the others.")
       .def(
           "add",
           [](SharedGenerator& self, const TokenIds& ids, const TextSamplingParams& params) {

@@ -8,7 +8,7 @@ import numpy
 import numpy.typing
 import os
 import typing
-__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Error', 'FinishReason', 'FormatError', 'FullAttentionConfig', 'GatedConvConfig', 'Generator', 'LinearAttentionConfig', 'MAX_CONTEXT', 'MAX_TOKEN_IDS', 'MIXERS', 'MixerField', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'Parameter', 'Projection', 'SafetensorsFile', 'SamplingParams', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'State', 'StateError', 'StateTensor', 'Tensor', 'TokenEvent', 'Turn', 'Turns', 'UnsupportedError', 'add_cublas_path', 'available_memory', 'build_info', 'check_batch_size', 'check_config', 'check_json', 'check_prompt', 'convert_dtype', 'cuda_problem', 'devices', 'exchange_paths', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'parse_limit', 'synchronize', 'write_safetensors']
+__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Error', 'FinishReason', 'FormatError', 'FullAttentionConfig', 'GatedConvConfig', 'GatedDeltaNetConfig', 'Generator', 'LinearAttentionConfig', 'MAX_CONTEXT', 'MAX_TOKEN_IDS', 'MIXERS', 'MixerField', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'Parameter', 'PrefixLinearAttentionConfig', 'Projection', 'SafetensorsFile', 'SamplingParams', 'SelectiveScanConfig', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'State', 'StateError', 'StateTensor', 'Tensor', 'TokenEvent', 'Turn', 'Turns', 'UnsupportedError', 'add_cublas_path', 'available_memory', 'build_info', 'check_batch_size', 'check_config', 'check_json', 'check_prompt', 'convert_dtype', 'cuda_problem', 'devices', 'exchange_paths', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'parse_limit', 'synchronize', 'write_safetensors']
 class Error(Exception):
     """
     Base of the failures that are particular to this library.
@@ -390,6 +390,69 @@ class SlidingWindowConfig:
         """
         keys attended, the query's own included
         """
+class PrefixLinearAttentionConfig:
+    """
+    Second-order Taylor linear attention that reads a prefix as a whole (JRT-RNN).
+    """
+    letter: typing.ClassVar[str] = 'P'
+    mixer: typing.ClassVar[str] = 'prefix_linear_attention'
+    @staticmethod
+    def fields() -> list[MixerField]:
+        """
+        The keys of config.json beside "mixer", in order.
+        """
+    def __eq__(self, arg0: PrefixLinearAttentionConfig) -> bool:
+        ...
+    def __getstate__(self) -> dict:
+        ...
+    def __hash__(self) -> int:
+        ...
+    def __setstate__(self, arg0: dict) -> None:
+        ...
+    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+        """
+        The matrices that each token is multiplied by, in order.
+        """
+    @property
+    def enc_length(self) -> int:
+        """
+        tokens of the prefix
+        """
+    @property
+    def eps(self) -> float:
+        """
+        added to the denominator
+        """
+    @property
+    def feature_dim(self) -> int:
+        """
+        f, size of q and k per head
+        """
+    @property
+    def head_dim(self) -> int:
+        """
+        size of v per head
+        """
+    @property
+    def num_heads(self) -> int:
+        """
+        H
+        """
+    @property
+    def parameters(self) -> list[Parameter]:
+        """
+        The other tensors of its weights.
+        """
+    @property
+    def state(self) -> list[StateTensor]:
+        """
+        The tensors of a layer in a state file.
+        """
+    @property
+    def summary(self) -> str:
+        """
+        The shape, in words.
+        """
 class FullAttentionConfig:
     """
     Full causal attention.
@@ -473,6 +536,147 @@ class FullAttentionConfig:
         """
         The shape, in words.
         """
+class SelectiveScanConfig:
+    """
+    A selective scan (Mamba).
+    """
+    letter: typing.ClassVar[str] = 'S'
+    mixer: typing.ClassVar[str] = 'selective_scan'
+    @staticmethod
+    def fields() -> list[MixerField]:
+        """
+        The keys of config.json beside "mixer", in order.
+        """
+    def __eq__(self, arg0: SelectiveScanConfig) -> bool:
+        ...
+    def __getstate__(self) -> dict:
+        ...
+    def __hash__(self) -> int:
+        ...
+    def __setstate__(self, arg0: dict) -> None:
+        ...
+    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+        """
+        The matrices that each token is multiplied by, in order.
+        """
+    @property
+    def bias(self) -> bool:
+        """
+        on W_in and W_out; W_x has none, W_dt has one always
+        """
+    @property
+    def conv_bias(self) -> bool:
+        """
+        whether the convolution has one
+        """
+    @property
+    def dt_rank(self) -> int:
+        """
+        R, rank of the step's projection
+        """
+    @property
+    def inner_size(self) -> int:
+        """
+        e, channels of the scan
+        """
+    @property
+    def kernel_size(self) -> int:
+        """
+        K, taps of the convolution
+        """
+    @property
+    def parameters(self) -> list[Parameter]:
+        """
+        The other tensors of its weights.
+        """
+    @property
+    def state(self) -> list[StateTensor]:
+        """
+        The tensors of a layer in a state file.
+        """
+    @property
+    def state_size(self) -> int:
+        """
+        N, numbers of state per channel
+        """
+    @property
+    def summary(self) -> str:
+        """
+        The shape, in words.
+        """
+class GatedDeltaNetConfig:
+    """
+    A gated delta rule (Gated DeltaNet; DeltaNet without the decay).
+    """
+    letter: typing.ClassVar[str] = 'D'
+    mixer: typing.ClassVar[str] = 'gated_delta_net'
+    @staticmethod
+    def fields() -> list[MixerField]:
+        """
+        The keys of config.json beside "mixer", in order.
+        """
+    def __eq__(self, arg0: GatedDeltaNetConfig) -> bool:
+        ...
+    def __getstate__(self) -> dict:
+        ...
+    def __hash__(self) -> int:
+        ...
+    def __setstate__(self, arg0: dict) -> None:
+        ...
+    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+        """
+        The matrices that each token is multiplied by, in order.
+        """
+    @property
+    def decay(self) -> bool:
+        """
+        whether there is an α; false: α = 1, DeltaNet
+        """
+    @property
+    def eps(self) -> float:
+        """
+        of the norm of each head's result
+        """
+    @property
+    def head_dim(self) -> int:
+        """
+        size of v per head
+        """
+    @property
+    def kernel_size(self) -> int:
+        """
+        K, taps of the convolution
+        """
+    @property
+    def key_dim(self) -> int:
+        """
+        size of q and k per head
+        """
+    @property
+    def num_heads(self) -> int:
+        """
+        H
+        """
+    @property
+    def output_gate(self) -> bool:
+        """
+        whether there is a W_g
+        """
+    @property
+    def parameters(self) -> list[Parameter]:
+        """
+        The other tensors of its weights.
+        """
+    @property
+    def state(self) -> list[StateTensor]:
+        """
+        The tensors of a layer in a state file.
+        """
+    @property
+    def summary(self) -> str:
+        """
+        The shape, in words.
+        """
 class MlpConfig:
     def __eq__(self, arg0: MlpConfig) -> bool:
         ...
@@ -530,7 +734,7 @@ class ModelConfig:
     def hidden_size(self) -> int:
         ...
     @property
-    def layers(self) -> list[GatedConvConfig | LinearAttentionConfig | SlidingWindowConfig | FullAttentionConfig]:
+    def layers(self) -> list[GatedConvConfig | LinearAttentionConfig | SlidingWindowConfig | PrefixLinearAttentionConfig | FullAttentionConfig | SelectiveScanConfig | GatedDeltaNetConfig]:
         ...
     @property
     def mlp(self) -> MlpConfig | None:
@@ -549,6 +753,11 @@ class ModelConfig:
     @property
     def padded_vocab_size(self) -> int:
         ...
+    @property
+    def prefix_tokens(self) -> int:
+        """
+        Tokens at the beginning of a sequence that are read as a whole; 0 for a causal model.
+        """
     @property
     def tie_embeddings(self) -> bool:
         ...
@@ -1076,4 +1285,4 @@ def write_safetensors(path: os.PathLike | str | bytes, tensors: collections.abc.
     """
 MAX_CONTEXT: int = 16777216
 MAX_TOKEN_IDS: int = 268435456
-MIXERS: tuple = (GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig, FullAttentionConfig)
+MIXERS: tuple = (GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig, PrefixLinearAttentionConfig, FullAttentionConfig, SelectiveScanConfig, GatedDeltaNetConfig)
