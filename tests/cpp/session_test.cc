@@ -158,7 +158,7 @@ TEST_P(SessionTest, AnInterruptedPrefillChangesNothing) {
 // Of full attention alone: what a prompt wrote behind the sequence counts for nothing, and no state is copied.
 TEST_P(SessionTest, AnInterruptedPrefillOfAStateThatOnlyGrowsChangesNothing) {
   ModelConfig config = tiny_config();
-  config.layers = {config.layers.back(), config.layers.back()};
+  config.layers = {test::kFullAttention, test::kFullAttention};
   LoadOptions options;
   options.dtype = GetParam();
   const auto model = Model::random(config, 11, options);

@@ -39,11 +39,13 @@ inline ModelConfig gpu_config() {
   return config;
 }
 
+inline const FullAttentionConfig kFullAttention{4, 2, 6, 0.4, true, false, 3};
+
 /// All mixers. A prefix of one token lets prompts be cut anywhere.
 inline ModelConfig tiny_config() {
   ModelConfig config = gpu_config();
   config.layers.push_back(PrefixLinearAttentionConfig{2, 3, 5, 1, 1e-12});
-  config.layers.push_back(FullAttentionConfig{4, 2, 6, 0.4, true, false, 3});
+  config.layers.push_back(kFullAttention);
   config.layers.push_back(SelectiveScanConfig{37, 5, 4, 3, true, true});
   config.layers.push_back(GatedDeltaNetConfig{2, 5, 7, 3, 1e-5, true, true});
   return config;

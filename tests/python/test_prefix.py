@@ -10,7 +10,7 @@ from typing import Any
 import based
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.python.test_laws import CHUNK, FLOAT32, directory_of, draw_tokens, load
@@ -27,6 +27,8 @@ LENGTHS = st.integers(1, 100) | st.integers(CHUNK - 3, 3 * CHUNK)
 def prefix_models(draw: Any) -> RandomModel:
     """One prefix layer at least; each has a prefix of its own length."""
     model: RandomModel = draw(random_models(max_layers=3))
+    # A norm of one or two numbers that cancel is nothing but their rounding, hundreds of tokens long.
+    assume(model.config["hidden_size"] > 4)
     layer = {"mixer": "prefix_linear_attention", "num_heads": 2, "feature_dim": 5, "head_dim": 7, "eps": 1e-12}
     model.config["layers"].insert(draw(st.integers(0, len(model.config["layers"]))), layer)
     for layer in model.config["layers"]:

