@@ -27,7 +27,7 @@ try:
 except ImportError as error:
     sys.exit(f"rivals.py needs PyTorch with CUDA: {error}")
 from based import GatedConvConfig, LinearAttentionConfig, ModelConfig, sizes
-from based.cli._rival import EPS, Swiglu, Transformer, Weights, angles, median_seconds, recorded, rotate
+from based.torch._rival import EPS, Swiglu, Transformer, Weights, angles, median_seconds, recorded, rotate
 
 
 class Upstream:

@@ -321,7 +321,7 @@ def test_claim_without_what_it_needs() -> None:
 def test_the_rival_is_a_transformer() -> None:
     """A step behind a prompt gives the token that the prompt with one more token gives."""
     torch = pytest.importorskip("torch")
-    from based.cli import _rival
+    from based.torch import _rival
 
     torch.manual_seed(0)
     transformer = _rival.Transformer(_rival.Weights("cpu", torch.float64), _rival.Shape(20, 2, 2, 24, 50))

@@ -1,6 +1,5 @@
 """`based bench --claim`: how fast models of one size generate, each in this runtime, and a transformer in PyTorch."""
 
-import contextlib
 import gc
 import importlib
 import statistics
@@ -11,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from based.cli import UsageError, _common, _plot
+from based.cli import UsageError, _common, _machine, _plot
 
 if TYPE_CHECKING:
     import argparse
@@ -162,31 +161,25 @@ def _in_pytorch(names: Sequence[str], batch: int, prompt: int, count: int) -> li
     if torch is None or not torch.cuda.is_available():
         print("based: note: FlashAttention-2 is not measured: that needs PyTorch with CUDA", file=sys.stderr)
         return []
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    from based.cli import _rival
-
+    rival: Any = importlib.import_module("based.torch._rival")
     results = []
     for name, numbers in shapes.items():
         _note(f"{name} by FlashAttention-2 in PyTorch: {batch} sequences")
-        context = prompt + count // 2
-        with torch.inference_mode(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            transformer = _rival.Transformer(_rival.Weights("cuda", torch.bfloat16), _rival.Shape(**numbers))
-            with contextlib.suppress(torch.cuda.OutOfMemoryError):
-                seconds = _rival.median_seconds(_rival.recorded(transformer.step(batch, context)), 1.0)
-                results.append(
-                    Generation(
-                        model=name,
-                        runtime="PyTorch, FlashAttention-2",
-                        batch=batch,
-                        num_parameters=named_config(name).num_parameters,
-                        state_nbytes=transformer.cache_nbytes(1, prompt + count),
-                        prompt_tokens_per_second=None,
-                        tokens_per_second=batch / seconds,
-                    )
-                )
-        del transformer
-        torch.cuda.empty_cache()
+        shape = rival.Shape(**numbers)
+        seconds = rival.flash_attention_step(shape, batch, prompt + count // 2)
+        if seconds is None:
+            continue
+        results.append(
+            Generation(
+                model=name,
+                runtime="PyTorch, FlashAttention-2",
+                batch=batch,
+                num_parameters=named_config(name).num_parameters,
+                state_nbytes=shape.cache_nbytes(prompt + count),
+                prompt_tokens_per_second=None,
+                tokens_per_second=batch / seconds,
+            )
+        )
     return results
 
 
@@ -207,13 +200,12 @@ def _transformer_shape(config: "ModelConfig") -> dict[str, int] | None:
 
 def _header(device: str, prompt: int, count: int) -> dict[str, Any]:
     from based import build_info, devices
-    from based.cli.bench import commit, cpu_name
 
     (name,) = (found.name for found in devices() if found.device == device)
     return {
         "version": build_info()["version"],
-        "commit": commit(),
-        "device": cpu_name() if device == "cpu" else name,
+        "commit": _machine.commit(),
+        "device": _machine.cpu_name() if device == "cpu" else name,
         "prompt": prompt,
         "generated": count,
     }

@@ -13,7 +13,6 @@ import io
 import itertools
 import math
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from based.cli import UsageError, _claim, _common, _plot
+from based.cli import UsageError, _claim, _common, _machine, _plot
 
 if TYPE_CHECKING:
     import numpy as np
@@ -391,9 +390,9 @@ def _header(model: "_core.Model", name: str, load_seconds: float | None, bandwid
 
     return {
         "version": build_info()["version"],
-        "commit": commit(),
+        "commit": _machine.commit(),
         "compiler": build_info()["compiler"],
-        "cpu": cpu_name(),
+        "cpu": _machine.cpu_name(),
         "device": model.device,
         "kernel_isa": model.kernel_isa,
         "model": name,
@@ -405,34 +404,6 @@ def _header(model: "_core.Model", name: str, load_seconds: float | None, bandwid
         "load_seconds": load_seconds,
         "bandwidth_kind": None if bandwidth is None else bandwidth.kind,
     }
-
-
-def commit() -> str | None:
-    """The commit of the checkout that this package runs from, "+" for changes; None when it runs from elsewhere."""
-
-    def git(*arguments: str) -> str:
-        here = Path(__file__).parent
-        done = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # an installed copy may lie in another repository
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def cpu_name() -> str:
-    """As the system tells it."""
-    import platform
-
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 class Writer:

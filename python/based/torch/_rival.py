@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 EPS = 1e-5
 _cuda: Any = torch.cuda
@@ -68,6 +69,10 @@ class Shape:
     inner: int = 4480
     vocabulary: int = 50264
 
+    def cache_nbytes(self, num_tokens: int) -> int:
+        """Of a sequence's keys and values in 16 bits."""
+        return 2 * self.layers * num_tokens * self.width * 2
+
 
 class Transformer:
     """Multi-head attention in every layer."""
@@ -83,8 +88,8 @@ class Transformer:
         ]
 
     def cache_nbytes(self, batch: int, context: int) -> int:
-        """Of keys and values in 16 bits."""
-        return 2 * len(self.layers) * batch * context * self.shape.width * 2
+        """Of all sequences."""
+        return batch * self.shape.cache_nbytes(context)
 
     def step(self, batch: int, context: int) -> Callable[[], Tensor]:
         """A function that makes the token number `context` of each sequence, and attends to all of them."""
@@ -161,3 +166,15 @@ def recorded(run: Callable[[], object]) -> Callable[[], object]:
         run()
     replay: Callable[[], object] = graph.replay
     return replay
+
+
+def flash_attention_step(shape: Shape, batch: int, context: int) -> float | None:
+    """Seconds of a step that makes the token number `context` of each sequence; None where memory is too small."""
+    try:
+        with torch.inference_mode(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            transformer = Transformer(Weights("cuda", torch.bfloat16), shape)
+            return median_seconds(recorded(transformer.step(batch, context)), 1.0)
+    except torch.cuda.OutOfMemoryError:
+        return None
+    finally:
+        torch.cuda.empty_cache()
