@@ -302,11 +302,7 @@ backend::StateLayout state_layout(const ModelConfig& config, DType model) {
 }
 
 CpuStatePool::CpuStatePool(const ModelConfig& config, DType dtype, int capacity, CpuBackend& memory)
-    : layout_(state_layout(config, dtype)),
-      dtype_(dtype),
-      capacity_(capacity),
-      pieces_(static_cast<std::size_t>(capacity)),
-      reserved_(static_cast<std::size_t>(capacity)) {
+    : layout_(state_layout(config, dtype)), dtype_(dtype), capacity_(capacity) {
   for (const auto& part : layout_.parts()) {
     large_rings_.push_back(std::visit(IsLargeRing{dtypes_of(dtype)}, part.state));
     in_piece_.push_back(piece_nbytes_);
@@ -317,6 +313,9 @@ CpuStatePool::CpuStatePool(const ModelConfig& config, DType dtype, int capacity,
   grows_ = has_large_rings || piece_nbytes_ > 0;
   buffer_ = memory.allocate_states(layout_.pool_nbytes(capacity), has_large_rings);
   data_ = static_cast<std::byte*>(buffer_.data.get());
+  // Behind the states: where these do not fit, nothing else is taken.
+  pieces_.resize(static_cast<std::size_t>(capacity));
+  reserved_.resize(static_cast<std::size_t>(capacity));
 }
 
 std::size_t CpuStatePool::part_nbytes(std::size_t part) const {
