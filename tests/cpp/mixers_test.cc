@@ -593,18 +593,18 @@ TEST_P(Mixers, CutsChangeNoBitOfWhatGoesTokenByToken) {
 
 // Several spans of keys, which several threads share in a step.
 TEST_P(Mixers, LongContextsAreExactAndCutsAndThreadsChangeNoBit) {
-  const std::int64_t tokens = 2700;
+  const std::int64_t tokens = 1300;  // more than two spans of keys
   for (const Mixer& mixer : {fulls()[1], fulls()[3]}) {
     SCOPED_TRACE(describe(mixer));
     const auto in = mixer.input(tokens, 17), other = mixer.input(tokens, 18);
-    const std::vector<std::int64_t> cuts{511, 1, 1, 1, 777, 1, 128, 1, 1277, 1, 1};
+    const std::vector<std::int64_t> cuts{511, 1, 1, 1, 300, 1, 128, 1, 354, 1, 1};
     const std::vector<std::int64_t> whole{tokens};
-    std::vector<float> first;
+    const std::vector<double> expected = reference(mixer, in);
     for (const DType dtype : {DType::float32, DType::bfloat16}) {
       CpuBackend one = make_cpu(GetParam(), 1);
       const auto out = feed_cut(mixer, one, in, whole, dtype);
-      EXPECT_LT(relative_error(out, reference(mixer, in)), dtype == DType::float32 ? kTolerance : 8e-3);
-      for (const int threads : {1, 2, 3, 40}) {
+      EXPECT_LT(relative_error(out, expected), dtype == DType::float32 ? kTolerance : 8e-3);
+      for (const int threads : {1, 3, 40}) {
         CpuBackend cpu = make_cpu(GetParam(), threads);
         EXPECT_EQ(feed_cut(mixer, cpu, in, cuts, dtype), out) << threads << " threads";
         // A last step beside shorter sequences.
