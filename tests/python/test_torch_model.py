@@ -146,7 +146,7 @@ def test_results_have_single_precision_at_least(tmp_path):
     tokens = torch.zeros(1, 3, dtype=torch.int64)
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         model = BasedForCausalLM.load(tmp_path, dtype=dtype)
-        wide = (".A_log", ".D", ".dt_proj.bias")
+        wide = (".A_log", ".D", ".dt_proj.bias", ".dt_bias")
         assert {p.dtype for name, p in model.named_parameters() if not name.endswith(wide)} == {dtype}
         assert all(p.dtype.itemsize >= 4 for name, p in model.named_parameters() if name.endswith(wide))
         expected = torch.promote_types(dtype, torch.float32)
