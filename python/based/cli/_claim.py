@@ -152,14 +152,7 @@ def _in_pytorch(names: Sequence[str], batch: int, prompt: int, count: int) -> li
     from based.sizes import named_config
 
     shapes = {name: shape for name in names if (shape := _transformer_shape(named_config(name))) is not None}
-    if not shapes:
-        return []
-    try:
-        torch: Any = importlib.import_module("torch")
-    except ImportError:
-        torch = None
-    if torch is None or not torch.cuda.is_available():
-        print("based: note: FlashAttention-2 is not measured: that needs PyTorch with CUDA", file=sys.stderr)
+    if not shapes or _machine.torch_with_cuda("FlashAttention-2") is None:
         return []
     rival: Any = importlib.import_module("based.torch._rival")
     results = []

@@ -1,7 +1,22 @@
 """What a measurement says of the code and the machine that it was made with."""
 
+import importlib
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
+
+
+def torch_with_cuda(measured: str) -> Any | None:
+    """PyTorch, where it can use a GPU; else None, with a note on stderr that `measured` is not."""
+    try:
+        torch: Any = importlib.import_module("torch")
+    except ImportError:
+        torch = None
+    if torch is not None and torch.cuda.is_available():
+        return torch
+    print(f"based: note: {measured} is not measured: that needs PyTorch with CUDA", file=sys.stderr)
+    return None
 
 
 def commit() -> str | None:

@@ -8,7 +8,6 @@ beside a transformer of the same width and depth. --claim compares BASED, a tran
 
 import argparse
 import csv
-import importlib
 import io
 import itertools
 import math
@@ -223,12 +222,8 @@ def memory_bandwidth(model: "_core.Model") -> Bandwidth | None:
 
     if model.device == "cpu":
         return Bandwidth("read", lambda: _core.measure_read_bandwidth(model.num_threads, _BUFFER_BYTES) / 1e9)
-    try:
-        torch: Any = importlib.import_module("torch")
-    except ImportError:
-        torch = None
-    if torch is None or not torch.cuda.is_available():
-        print("based: note: bandwidth is not measured: that needs PyTorch with CUDA", file=sys.stderr)
+    torch = _machine.torch_with_cuda("bandwidth")
+    if torch is None:
         return None
     measured = _copy_bandwidth(torch, model.device)
     return Bandwidth("copy", lambda: measured)
