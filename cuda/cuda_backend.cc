@@ -1,5 +1,6 @@
 #include "cuda_backend.h"
 
+#include <algorithm>
 #include <mutex>
 #include <utility>
 
@@ -32,6 +33,17 @@ CudaStatePool& pool_of(backend::StatePool& states) {
 
 const CudaStatePool& pool_of(const backend::StatePool& states) {
   return pool_of(const_cast<backend::StatePool&>(states));
+}
+
+constexpr std::int64_t kLeastStepKeys = 1024;
+
+// `least`, doubled until it is the number of keys, with the new one, of the longest sequence that has one token.
+std::int64_t room_for_keys(const RaggedBatch& batch, std::int64_t least) {
+  std::int64_t longest = 0;
+  for (std::size_t b = 0; b < batch.positions.size(); ++b)
+    if (batch.offsets[b + 1] - batch.offsets[b] == 1) longest = std::max(longest, batch.positions[b] + 1);
+  while (least < longest) least *= 2;
+  return least;
 }
 
 // Room on the host for the blocks of a state.
@@ -165,6 +177,10 @@ void CudaBackend::begin(const RaggedBatch& batch) {
   report_failures();
   device_batch_ = batches_.upload(batch);
   batch_ = batch;
+  if (step_keys_ == 0) return;
+  const std::int64_t keys = room_for_keys(batch, step_keys_);
+  if (keys > step_keys_) ++scratch_generation_;  // recorded steps have no scratch memory for so many
+  step_keys_ = keys;
 }
 
 const DeviceBatch& CudaBackend::device_batch(const RaggedBatch& batch) {
@@ -242,7 +258,18 @@ void CudaBackend::sliding_window(const SlidingWindowConfig& config, const Ragged
   const DeviceBatch& tokens = device_batch(batch);
   cuda::sliding_window(stream(), config, qkv.dtype, tokens,
                        columns(qkv, config.num_heads, config.head_dim, config.num_kv_heads, config.head_dim),
-                       pool_of(states).ring(layer), out.data, out.cols);
+                       pool_of(states).keys_and_values(layer), out.data, out.cols);
+}
+
+void CudaBackend::full_attention(const FullAttentionConfig& config, const RaggedBatch& batch, const Matrix& qkv,
+                                 backend::StatePool& states, int layer, const Matrix& out) {
+  const UseDevice use(device_);
+  const DeviceBatch& tokens = device_batch(batch);
+  if (step_keys_ == 0) step_keys_ = room_for_keys(batch, kLeastStepKeys);
+  cuda::full_attention(stream(), config, qkv.dtype, tokens,
+                       columns(qkv, config.num_heads, config.head_dim, config.num_kv_heads, config.head_dim),
+                       pool_of(states).keys_and_values(layer), out.data, out.cols,
+                       scratch(full_attention_scratch(config, tokens, step_keys_)), step_keys_);
 }
 
 void CudaBackend::token_log_probs(const Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
@@ -264,6 +291,11 @@ std::unique_ptr<backend::Sampler> CudaBackend::make_sampler(std::int64_t vocab_s
 }
 
 // ---- states --------------------------------------------------------------------------------------------------------
+
+std::size_t CudaBackend::available_nbytes() const {
+  const UseDevice use(device_);
+  return device_memory().free;
+}
 
 std::size_t CudaBackend::state_nbytes(const ModelConfig& config, DType dtype, std::int64_t num_tokens) const {
   return StatePlaces(config, dtype).state_nbytes(num_tokens);

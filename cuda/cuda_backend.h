@@ -66,10 +66,13 @@ class CudaBackend final : public backend::DeviceBackend<CudaBackend>, private Sa
                         const backend::Matrix& out) override;
   void sliding_window(const SlidingWindowConfig& config, const backend::RaggedBatch& batch, const backend::Matrix& qkv,
                       backend::StatePool& states, int layer, const backend::Matrix& out) override;
+  void full_attention(const FullAttentionConfig& config, const backend::RaggedBatch& batch, const backend::Matrix& qkv,
+                      backend::StatePool& states, int layer, const backend::Matrix& out) override;
   void token_log_probs(const backend::Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
                        std::span<float> out) override;
   std::unique_ptr<backend::Sampler> make_sampler(std::int64_t vocab_size, int num_rows) override;
 
+  std::size_t available_nbytes() const override;
   std::size_t state_nbytes(const ModelConfig& config, DType dtype, std::int64_t num_tokens = kAnyNumber) const override;
   std::unique_ptr<backend::StatePool> make_states(const ModelConfig& config, DType dtype, int capacity) override;
   void reserve_states(backend::StatePool& states, std::span<const std::int32_t> slots,
@@ -113,6 +116,7 @@ class CudaBackend final : public backend::DeviceBackend<CudaBackend>, private Sa
 
   backend::Buffer scratch_;
   std::uint64_t scratch_generation_ = 0;
+  std::int64_t step_keys_ = 0;  // that a step's scratch memory serves; 0 before the first full attention
   StepRecorder recorder_;
 
   std::unique_ptr<WeightUpload> weight_upload_;  // from the first weight to synchronize()

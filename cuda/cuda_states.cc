@@ -1,6 +1,7 @@
 #include "cuda_states.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <exception>
 #include <string>
@@ -18,6 +19,7 @@ constexpr std::size_t kAlignment = 256;
 constexpr std::size_t kLargeRing = std::size_t{8} << 20;
 constexpr std::size_t kPage = std::size_t{2} << 20;  // memory is mapped in multiples of
 constexpr std::int64_t kPieceRows = 128;             // at least, or a step would map memory too often
+constexpr std::int64_t kMaxPieceRows = 1 << 16;
 
 constexpr std::size_t round_up(std::size_t n, std::size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -32,11 +34,6 @@ LinearAttentionConfig config_of(const TaylorState& state) {
 }
 
 backend::StateDTypes dtypes_of(DType model) { return {model, model}; }
-
-// The device refuses the mixers that keep these.
-[[noreturn]] void refuse(const ContextState&) {
-  throw UnsupportedError("a GPU has no place for the keys and values of all tokens: run the model on the CPU");
-}
 
 // A Taylor part of a slot, on the host.
 struct TaylorSlot {
@@ -62,11 +59,15 @@ void for_each_pending(const TaylorState& state, std::int64_t n, Visit&& visit) {
       visit(j * state.num_heads + head, head * kPendingTokens + j);
 }
 
-// Calls visit(row of the saved keys or values, row of the ring) for the positions that a ring holds.
-template <typename Visit>
-void for_each_in_ring(const RingState& state, std::int64_t num_tokens, Visit&& visit) {
-  const std::int64_t count = std::min(num_tokens, state.rows);
-  for (std::int64_t i = 0; i < count; ++i) visit(i, (num_tokens - count + i) % state.rows);
+// Rows of a part that is keys and values.
+std::int64_t rows_of(const RingState& state) { return state.rows; }
+std::int64_t rows_of(const ContextState&) { return StatePlaces::kNoEnd; }
+
+// Calls visit(row of the saved keys or values, row in which the part has it) for the positions that a part holds.
+template <class State, typename Visit>
+void for_each_row(const State& state, std::int64_t num_tokens, Visit&& visit) {
+  const std::int64_t rows = rows_of(state), count = std::min(num_tokens, rows);
+  for (std::int64_t i = 0; i < count; ++i) visit(i, (num_tokens - count + i) % rows);
 }
 
 // ---- by the kind of a part ------------------------------------------------------------------------------------------
@@ -87,7 +88,10 @@ struct SizeOf {
     nbytes_of({state.num_heads, kPendingTokens, state.feature_dim + state.head_dim}, dtypes.model);
     return linear_attention_state_bytes(config_of(state)) + PendingLayout(config_of(state), dtypes.model).nbytes;
   }
-  std::size_t operator()(const ContextState& state) const { refuse(state); }
+  std::size_t operator()(const ContextState& state) const {
+    nbytes_of({2, limits::kSize, state.num_heads, state.head_dim}, dtypes.model);
+    return 0;
+  }
 };
 
 // Writes a part's saved tensors.
@@ -96,18 +100,20 @@ struct Save {
   std::int64_t num_tokens;
   int layer;
   const std::byte* data;
-  HostRing ring;  // of a RingState
+  std::optional<HostRows> kept;  // of keys and values
   backend::StateWriter& writer;
 
   void operator()(const DenseState& state) const { save_dense(state, dtypes, data, layer, writer); }
+  void operator()(const RingState& state) const { save_rows(state); }
+  void operator()(const ContextState& state) const { save_rows(state); }
 
-  void operator()(const RingState& state) const {
+  template <class State>
+  void save_rows(const State& state) const {
     const std::size_t nbytes = static_cast<std::size_t>(state.num_heads * state.head_dim) * size_of(dtypes.model);
-    for (const auto& [name, rows] : {std::pair("keys", ring.keys), {"values", ring.keys + ring.values}}) {
+    for (const auto& [name, behind] : {std::pair("keys", std::size_t{0}), {"values", kept->values}}) {
       std::byte* saved = writer.add(layer, name, dtypes.model, state.saved_shape(num_tokens));
-      for_each_in_ring(state, num_tokens, [&, from_rows = rows](std::int64_t to, std::int64_t from) {
-        std::memcpy(saved + static_cast<std::size_t>(to) * nbytes,
-                    from_rows + static_cast<std::size_t>(from) * ring.row_nbytes, nbytes);
+      for_each_row(state, num_tokens, [&, distance = behind](std::int64_t to, std::int64_t from) {
+        std::memcpy(saved + static_cast<std::size_t>(to) * nbytes, kept->key(from) + distance, nbytes);
       });
     }
   }
@@ -131,8 +137,6 @@ struct Save {
     save_pending("pending_keys", part.keys, state.feature_dim);
     save_pending("pending_values", part.values, state.head_dim);
   }
-
-  void operator()(const ContextState& state) const { refuse(state); }
 };
 
 // Its inverse, into zeros.
@@ -140,18 +144,20 @@ struct Restore {
   backend::StateDTypes dtypes;
   std::int64_t num_tokens;
   std::byte* data;
-  HostRing ring;
+  std::optional<HostRows> kept;
   backend::StateReader& reader;
 
   void operator()(const DenseState& state) const { restore_dense(state, dtypes, reader, data); }
+  void operator()(const RingState& state) const { restore_rows(state); }
+  void operator()(const ContextState& state) const { restore_rows(state); }
 
-  void operator()(const RingState& state) const {
+  template <class State>
+  void restore_rows(const State& state) const {
     const std::size_t nbytes = static_cast<std::size_t>(state.num_heads * state.head_dim) * size_of(dtypes.model);
-    for (std::byte* const rows : {ring.keys, ring.keys + ring.values}) {
+    for (const std::size_t distance : {std::size_t{0}, kept->values}) {
       const std::vector<std::byte> saved = backend::converted(reader.take(), dtypes.model);
-      for_each_in_ring(state, num_tokens, [&](std::int64_t from, std::int64_t to) {
-        std::memcpy(rows + static_cast<std::size_t>(to) * ring.row_nbytes,
-                    saved.data() + static_cast<std::size_t>(from) * nbytes, nbytes);
+      for_each_row(state, num_tokens, [&](std::int64_t from, std::int64_t to) {
+        std::memcpy(kept->key(to) + distance, saved.data() + static_cast<std::size_t>(from) * nbytes, nbytes);
       });
     }
   }
@@ -182,47 +188,74 @@ struct Restore {
       saved += state.head_dim + 1;
     }
   }
-
-  void operator()(const ContextState& state) const { refuse(state); }
 };
 
 }  // namespace
+
+// Rows of a part that is apart from the slot.
+struct RowsOutside {
+  backend::StateDTypes dtypes;
+
+  std::optional<std::int64_t> operator()(const RingState& state) const {
+    if (SizeOf{dtypes}(state) > 0) return std::nullopt;
+    return state.rows;
+  }
+  std::optional<std::int64_t> operator()(const ContextState& state) const { return rows_of(state); }
+  template <class Other>
+  std::optional<std::int64_t> operator()(const Other&) const {
+    return std::nullopt;
+  }
+};
+
+// Bytes of a row of keys, and of one of values.
+struct KeysNbytes {
+  DType model;
+
+  template <class State>
+  std::size_t operator()(const State& state) const {
+    if constexpr (requires { rows_of(state); })
+      return round_up(nbytes_of({state.num_heads, state.head_dim}, model), 16);
+    else
+      return 0;
+  }
+};
 
 // ---- places ---------------------------------------------------------------------------------------------------------
 
 StatePlaces::StatePlaces(const ModelConfig& config, DType model)
     : slot(config, kAlignment, [&](const StatePart& state) { return std::visit(SizeOf{dtypes_of(model)}, state); }),
-      rings(slot.parts().size()) {
-  for (std::size_t i = 0; i < rings.size(); ++i) {
+      growing(slot.parts().size()) {
+  for (std::size_t i = 0; i < growing.size(); ++i) {
     const StatePart& part = slot.parts()[i].state;
-    const auto* state = std::get_if<RingState>(&part);
-    if (state == nullptr || SizeOf{dtypes_of(model)}(*state) > 0) continue;
-    auto region = std::ranges::find(regions, state->rows, &Region::rows);
-    if (region == regions.end()) region = regions.insert(region, Region{.rows = state->rows});
-    const std::size_t values = round_up(nbytes_of({state->num_heads, state->head_dim}, model), 16);
-    rings[i] = Ring{static_cast<std::size_t>(region - regions.begin()), region->row_nbytes, values};
-    region->row_nbytes += 2 * values;
+    const auto rows = std::visit(RowsOutside{dtypes_of(model)}, part);
+    if (!rows) continue;
+    auto region = std::ranges::find(regions, *rows, &Region::rows);
+    if (region == regions.end()) region = regions.insert(region, Region{.rows = *rows});
+    const std::size_t keys_nbytes = std::visit(KeysNbytes{model}, part);
+    growing[i] = Growing{static_cast<std::size_t>(region - regions.begin()), region->row_nbytes, keys_nbytes};
+    region->row_nbytes += 2 * keys_nbytes;
   }
   for (Region& region : regions) {
-    region.offset = growing_nbytes;
-    region.nbytes =
-        round_up(nbytes_of({region.rows, static_cast<std::int64_t>(region.row_nbytes)}, DType::uint8), kPage);
-    region.piece_nbytes = std::min(region.nbytes, round_up(kPieceRows * region.row_nbytes, kPage));
-    growing_nbytes += region.nbytes;
+    // Of small rows as many as a page holds.
+    region.piece_rows = kPieceRows;
+    while (region.piece_rows < kMaxPieceRows &&
+           static_cast<std::size_t>(2 * region.piece_rows) * region.row_nbytes <= kPage)
+      region.piece_rows *= 2;
+    region.piece_nbytes =
+        round_up(nbytes_of({region.piece_rows, static_cast<std::int64_t>(region.row_nbytes)}, DType::uint8), kPage);
+    if (region.rows != kNoEnd) region.nbytes(region.rows);
   }
 }
 
-std::size_t StatePlaces::Region::used_nbytes(std::int64_t num_tokens) const {
-  return static_cast<std::size_t>(std::min(num_tokens, rows)) * row_nbytes;
-}
-
-std::size_t StatePlaces::Region::mapped_nbytes(std::int64_t num_tokens) const {
-  return std::min(nbytes, round_up(used_nbytes(num_tokens), piece_nbytes));
+std::size_t StatePlaces::Region::nbytes(std::int64_t num_tokens) const {
+  const std::int64_t used = std::min(num_tokens, rows);
+  const std::int64_t pieces = used / piece_rows + (used % piece_rows > 0 ? 1 : 0);
+  return nbytes_of({pieces, static_cast<std::int64_t>(piece_nbytes)}, DType::uint8);
 }
 
 std::size_t StatePlaces::state_nbytes(std::int64_t num_tokens) const {
   std::size_t total = slot.slot_nbytes();
-  for (const Region& region : regions) total += region.mapped_nbytes(num_tokens);
+  for (const Region& region : regions) total += region.nbytes(num_tokens);
   return total;
 }
 
@@ -244,6 +277,13 @@ CudaStatePool::~CudaStatePool() {
   }
 }
 
+std::size_t CudaStatePool::nbytes_per_slot() const {
+  std::size_t total = slot_nbytes();
+  for (const StatePlaces::Region& region : places_.regions)
+    if (region.rows != StatePlaces::kNoEnd) total += region.nbytes(region.rows);
+  return total;
+}
+
 void CudaStatePool::attach(backend::Buffer memory, std::shared_ptr<const Stream> stream,
                            std::shared_ptr<backend::MemoryCounters> counters) {
   buffer_ = std::move(memory);
@@ -255,20 +295,35 @@ void CudaStatePool::attach(backend::Buffer memory, std::shared_ptr<const Stream>
   if (const std::size_t granularity = AddressRange::granularity(device); kPage % granularity != 0)
     throw UnsupportedError("cuda:" + std::to_string(device) + " maps memory in pieces of " +
                            std::to_string(granularity) + " bytes, expected a divisor of " + std::to_string(kPage));
-  const std::int64_t nbytes = num_elements({capacity_, static_cast<std::int64_t>(places_.growing_nbytes)});
+  const UseDevice use(device);
+  const std::size_t memory_nbytes = device_memory().total;
+  for (const StatePlaces::Region& region : places_.regions) {
+    region_offsets_.push_back(growing_nbytes_);
+    const std::size_t room =
+        region.rows != StatePlaces::kNoEnd
+            ? region.nbytes(region.rows)
+            : round_up(std::min(memory_nbytes, kOvercommit * memory_nbytes / static_cast<std::size_t>(capacity_)),
+                       region.piece_nbytes);
+    room_.push_back(room);
+    growing_nbytes_ += room;
+  }
+  const std::int64_t nbytes = num_elements({capacity_, static_cast<std::int64_t>(growing_nbytes_)});
   addresses_ = std::make_shared<AddressRange>(device, static_cast<std::size_t>(nbytes));
   mapped_.resize(static_cast<std::size_t>(capacity_) * places_.regions.size());
   grown_.resize(mapped_.size());
 }
 
-RingView CudaStatePool::ring(int layer) const {
+KeyValueView CudaStatePool::keys_and_values(int layer) const {
   const std::size_t part = places_.slot.index(layer);
-  const auto width = static_cast<std::int64_t>(size_of(dtype_));
-  if (const auto& ring = places_.rings[part]) {
-    const StatePlaces::Region& region = places_.regions[ring->region];
-    return {{this->region(0, region) + ring->offset, places_.growing_nbytes},
-            static_cast<std::int64_t>(region.row_nbytes) / width,
-            static_cast<std::int64_t>(ring->values) / width};
+  const auto elements = [&](std::size_t nbytes) { return static_cast<std::int64_t>(nbytes / size_of(dtype_)); };
+  if (const auto& growing = places_.growing[part]) {
+    const StatePlaces::Region& region = places_.regions[growing->region];
+    const auto piece_rows = static_cast<std::size_t>(region.piece_rows);
+    return {{addresses_->data() + offset(0, growing->region) + growing->row * piece_rows, growing_nbytes_},
+            elements(growing->keys_nbytes),
+            elements(growing->keys_nbytes * piece_rows),
+            elements(region.piece_nbytes),
+            std::countr_zero(piece_rows)};
   }
   const auto& state = std::get<RingState>(places_.slot.parts()[part].state);
   const std::int64_t row = state.num_heads * state.head_dim;
@@ -279,12 +334,16 @@ void CudaStatePool::reserve(int slot, std::int64_t num_tokens) {
   for (std::size_t i = 0; i < places_.regions.size(); ++i) {
     const StatePlaces::Region& region = places_.regions[i];
     const std::size_t at = static_cast<std::size_t>(slot) * places_.regions.size() + i;
-    const std::size_t wanted = region.mapped_nbytes(num_tokens);
+    const std::size_t wanted = region.nbytes(num_tokens);
     if (wanted <= mapped_[at]) continue;
+    if (wanted > room_[i])
+      throw OutOfMemory("out of memory: keys and values of " + std::to_string(num_tokens) + " tokens take " +
+                        std::to_string(wanted) + " bytes, but each of " + std::to_string(capacity_) +
+                        " sequences has addresses for " + std::to_string(room_[i]) +
+                        ": take fewer sequences at a time, or shorter ones");
     const std::size_t nbytes = wanted - mapped_[at];
-    const auto begin = static_cast<std::size_t>(this->region(slot, region) - addresses_->data());
     grown_[at].reserve(grown_[at].size() + 1);
-    grown_[at].push_back(backend::counted({addresses_->map(begin + mapped_[at], nbytes), nbytes}, counters_,
+    grown_[at].push_back(backend::counted({addresses_->map(offset(slot, i) + mapped_[at], nbytes), nbytes}, counters_,
                                           backend::MemoryKind::states));
     mapped_[at] = wanted;
   }
@@ -302,25 +361,31 @@ void CudaStatePool::release(int slot, const Stream& user) {
 
 std::vector<CudaStatePool::Block> CudaStatePool::blocks(int slot, std::int64_t num_tokens) const {
   std::vector<Block> result{{this->slot(slot), slot_nbytes()}};
-  for (const StatePlaces::Region& region : places_.regions)
-    result.push_back({this->region(slot, region), region.used_nbytes(num_tokens)});
+  for (std::size_t i = 0; i < places_.regions.size(); ++i)
+    result.push_back({addresses_->data() + offset(slot, i), places_.regions[i].nbytes(num_tokens)});
   return result;
 }
 
-HostRing CudaStatePool::host_ring(std::size_t part, const RingState& state, std::span<const Block> blocks) const {
-  if (const auto& ring = places_.rings[part])
-    return {blocks[1 + ring->region].data + ring->offset, places_.regions[ring->region].row_nbytes, ring->values};
-  const std::size_t row = static_cast<std::size_t>(state.num_heads * state.head_dim) * size_of(dtype_);
-  return {blocks[0].data + places_.slot.parts()[part].offset, row, static_cast<std::size_t>(state.rows) * row};
+std::optional<HostRows> CudaStatePool::host_rows(std::size_t part, std::span<const Block> blocks) const {
+  if (const auto& growing = places_.growing[part]) {
+    const StatePlaces::Region& region = places_.regions[growing->region];
+    const auto piece_rows = static_cast<std::size_t>(region.piece_rows);
+    return HostRows{blocks[1 + growing->region].data + growing->row * piece_rows, growing->keys_nbytes,
+                    growing->keys_nbytes * piece_rows, region.piece_rows, region.piece_nbytes};
+  }
+  const auto* state = std::get_if<RingState>(&places_.slot.parts()[part].state);
+  if (state == nullptr) return std::nullopt;
+  const std::size_t row = static_cast<std::size_t>(state->num_heads * state->head_dim) * size_of(dtype_);
+  return HostRows{blocks[0].data + places_.slot.parts()[part].offset, row, static_cast<std::size_t>(state->rows) * row,
+                  state->rows, 0};
 }
 
 std::vector<backend::NamedTensor> CudaStatePool::save(std::span<const Block> blocks, std::int64_t num_tokens) const {
   backend::StateWriter writer;
   const auto& parts = places_.slot.parts();
   for (std::size_t i = 0; i < parts.size(); ++i) {
-    const auto* state = std::get_if<RingState>(&parts[i].state);
-    const HostRing ring = state ? host_ring(i, *state, blocks) : HostRing{};
-    std::visit(Save{dtypes_of(dtype_), num_tokens, parts[i].layer, blocks[0].data + parts[i].offset, ring, writer},
+    std::visit(Save{dtypes_of(dtype_), num_tokens, parts[i].layer, blocks[0].data + parts[i].offset,
+                    host_rows(i, blocks), writer},
                parts[i].state);
   }
   return std::move(writer.tensors);
@@ -332,9 +397,8 @@ void CudaStatePool::restore(std::span<const Block> blocks, std::int64_t num_toke
   backend::StateReader reader(tensors);
   const auto& parts = places_.slot.parts();
   for (std::size_t i = 0; i < parts.size(); ++i) {
-    const auto* state = std::get_if<RingState>(&parts[i].state);
-    const HostRing ring = state ? host_ring(i, *state, blocks) : HostRing{};
-    std::visit(Restore{dtypes_of(dtype_), num_tokens, blocks[0].data + parts[i].offset, ring, reader}, parts[i].state);
+    std::visit(Restore{dtypes_of(dtype_), num_tokens, blocks[0].data + parts[i].offset, host_rows(i, blocks), reader},
+               parts[i].state);
   }
 }
 

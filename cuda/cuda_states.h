@@ -14,25 +14,24 @@
 namespace based::cuda {
 
 /// Where the parts of a state lie. Most are in a slot, as kernels.h lays them out, aligned to 256 bytes; pending tokens
-/// behind their sums. Large rings are apart, where memory is mapped as a sequence grows. Those of one length share a
-/// region: a row of it holds the keys and values of one position, of all their layers, so that what a position needs
-/// lies together.
+/// behind their sums. Large rings and contexts are apart, where memory is mapped as a sequence grows. Those of one
+/// length share a region, whose memory is mapped in pieces of so many positions: of all their layers, one after the
+/// other, so that what a position needs is mapped at once and what a layer reads lies together.
 struct StatePlaces {
   struct Region {
-    std::int64_t rows = 0;
-    std::size_t row_nbytes = 0;
-    std::size_t offset = 0, nbytes = 0;  // in a sequence's addresses
-    std::size_t piece_nbytes = 0;        // of memory that is mapped at a time
+    std::int64_t rows = 0;        // of its rings; kNoEnd
+    std::size_t row_nbytes = 0;   // of all its layers
+    std::int64_t piece_rows = 0;  // a power of two
+    std::size_t piece_nbytes = 0;
 
-    /// Bytes that a sequence of num_tokens tokens has written, from the region's start.
-    std::size_t used_nbytes(std::int64_t num_tokens) const;
-    /// The same in whole pieces.
-    std::size_t mapped_nbytes(std::int64_t num_tokens) const;
+    /// Of what a sequence of num_tokens tokens has written, whole pieces.
+    std::size_t nbytes(std::int64_t num_tokens) const;
   };
+  static constexpr std::int64_t kNoEnd = backend::Backend::kAnyNumber;  // rows of a context
 
-  /// A large ring: in a row of a region, its keys at `offset` and its values `values` bytes behind them.
-  struct Ring {
-    std::size_t region = 0, offset = 0, values = 0;
+  /// Keys and values of a layer in a region: the first rows of a piece lie `row` · piece_rows bytes from its start.
+  struct Growing {
+    std::size_t region = 0, row = 0, keys_nbytes = 0;  // bytes of a row's keys, and of its values
   };
 
   /// `model`: the model's dtype, "T" of kernels.h. Throws when a size overflows.
@@ -41,15 +40,22 @@ struct StatePlaces {
   std::size_t state_nbytes(std::int64_t num_tokens) const;
 
   backend::StateLayout slot;
-  std::vector<std::optional<Ring>> rings;  // by part of `slot`, where a large ring has no bytes
+  std::vector<std::optional<Growing>> growing;  // by part of `slot`, where it has no bytes then
   std::vector<Region> regions;
-  std::size_t growing_nbytes = 0;  // addresses of a sequence's regions
 };
 
-/// A ring on the host: row r at keys + r · row_nbytes, its values `values` bytes behind its keys.
-struct HostRing {
+/// Keys and values on the host: row r at keys + r / piece_rows · piece_nbytes + r mod piece_rows · row_nbytes, its
+/// values `values` bytes behind its keys.
+struct HostRows {
   std::byte* keys;
   std::size_t row_nbytes, values;
+  std::int64_t piece_rows;
+  std::size_t piece_nbytes;
+
+  std::byte* key(std::int64_t row) const {
+    return keys + static_cast<std::size_t>(row / piece_rows) * piece_nbytes +
+           static_cast<std::size_t>(row % piece_rows) * row_nbytes;
+  }
 };
 
 /// One thread at a time. The memory of the slots is in the order of `stream`; what grows is mapped and unmapped at
@@ -60,7 +66,7 @@ class CudaStatePool final : public backend::StatePool {
   ~CudaStatePool() override;
 
   int capacity() const override { return capacity_; }
-  std::size_t nbytes_per_slot() const override { return places_.state_nbytes(backend::Backend::kAnyNumber); }
+  std::size_t nbytes_per_slot() const override;
 
   /// Size of all slots. Throws OutOfMemory when it overflows.
   std::size_t nbytes() const { return places_.slot.pool_nbytes(capacity_); }
@@ -78,10 +84,11 @@ class CudaStatePool final : public backend::StatePool {
   StateView pending(int layer) const {
     return {data_ + places_.slot.offset(layer) + sums_nbytes_[static_cast<std::size_t>(layer)], slot_nbytes()};
   }
-  /// A layer whose first part is a ring.
-  RingView ring(int layer) const;
+  /// A layer whose first part is a ring or a context.
+  KeyValueView keys_and_values(int layer) const;
 
-  /// Memory for a sequence of num_tokens tokens. Throws OutOfMemory, and then the slot keeps what it had.
+  /// Memory for a sequence of num_tokens tokens. Throws OutOfMemory, and then the slot keeps what it had. A state
+  /// without an end has as many addresses as the card has memory, and all slots kOvercommit times as many.
   void reserve(int slot, std::int64_t num_tokens);
   /// Gives back what has grown, after the work of `user`.
   void release(int slot, const Stream& user);
@@ -99,10 +106,12 @@ class CudaStatePool final : public backend::StatePool {
                std::span<const backend::NamedView> tensors) const;
 
  private:
-  HostRing host_ring(std::size_t part, const RingState& state, std::span<const Block> blocks) const;
-  std::byte* region(int slot, const StatePlaces::Region& region) const {
-    return addresses_->data() + static_cast<std::size_t>(slot) * places_.growing_nbytes + region.offset;
+  std::optional<HostRows> host_rows(std::size_t part, std::span<const Block> blocks) const;
+  std::size_t offset(int slot, std::size_t region) const {
+    return static_cast<std::size_t>(slot) * growing_nbytes_ + region_offsets_[region];
   }
+
+  static constexpr int kOvercommit = 32;
 
   StatePlaces places_;
   DType dtype_;
@@ -114,6 +123,8 @@ class CudaStatePool final : public backend::StatePool {
 
   std::shared_ptr<backend::MemoryCounters> counters_;
   std::shared_ptr<AddressRange> addresses_;          // null when nothing grows
+  std::vector<std::size_t> region_offsets_, room_;   // by region: where its addresses begin in a slot's, how many
+  std::size_t growing_nbytes_ = 0;                   // addresses of a slot
   std::vector<std::vector<backend::Buffer>> grown_;  // by slot and region: its pieces
   std::vector<std::size_t> mapped_;                  // bytes of them
 };

@@ -63,11 +63,13 @@ struct StateView {
   std::byte* slot(std::int64_t s) const { return data + static_cast<std::size_t>(s) * slot_stride; }
 };
 
-/// One layer's ring of every slot: the key of row r starts `row` elements of T behind that of row r − 1, its value
-/// `values` elements behind its key.
-struct RingView {
+/// One layer's keys and values of every slot, in elements of T: row r lies in piece r >> piece_shift, pieces start
+/// `piece` apart. In a piece a row starts `row` behind the row before it, and its value `values` behind its key. With
+/// the defaults all rows are in one piece.
+struct KeyValueView {
   StateView keys;
-  std::int64_t row = 0, values = 0;
+  std::int64_t row = 0, values = 0, piece = 0;
+  int piece_shift = 31;
 };
 
 /// Properties of the current device that choose a kernel; one query per process and device.
@@ -145,17 +147,24 @@ std::size_t linear_attention_state_bytes(const LinearAttentionConfig& config);
 /// DeviceInfo::has_wgmma of the current device: the kernel that uses wgmma was compiled for it.
 bool wgmma_code();
 
-// ---- sliding_window.cu ---------------------------------------------------------------------------------------------
+// ---- softmax_attention.cu ------------------------------------------------------------------------------------------
 
 /// backend::Backend::sliding_window on separate q (H heads), k, v (H_kv heads) of head_dim each. Rotates q and k IN
 /// PLACE for long sequences. out at out + n · out_token + h · head_dim, T.
 /// State of a slot: a ring of `window` rows, keys (H_kv, head_dim) T, already rotated, and values, the same shape. The
 /// key of position p lies in row p mod window; rows of positions < 0 or ≥ the sequence's own are never read.
 void sliding_window(cudaStream_t stream, const SlidingWindowConfig& config, DType dtype, const DeviceBatch& batch,
-                    const QkvView& qkv, RingView ring, void* out, std::int64_t out_token);
+                    const QkvView& qkv, const KeyValueView& ring, void* out, std::int64_t out_token);
 
 /// The ring that is one block of memory: keys (window, H_kv, head_dim), then values.
-RingView contiguous_ring(const SlidingWindowConfig& config, StateView state);
+KeyValueView contiguous_ring(const SlidingWindowConfig& config, StateView state);
+
+/// backend::Backend::full_attention; operands as above. The key of position p lies in row p of `context`.
+/// `scratch`: full_attention_scratch() bytes, for steps of sequences of at most `max_keys` keys, the new one included.
+void full_attention(cudaStream_t stream, const FullAttentionConfig& config, DType dtype, const DeviceBatch& batch,
+                    const QkvView& qkv, const KeyValueView& context, void* out, std::int64_t out_token, void* scratch,
+                    std::int64_t max_keys);
+std::size_t full_attention_scratch(const FullAttentionConfig& config, const DeviceBatch& batch, std::int64_t max_keys);
 
 // ---- linear.cu -----------------------------------------------------------------------------------------------------
 

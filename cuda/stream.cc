@@ -260,9 +260,14 @@ void return_unused(int device, const char* doing) {
   check(cudaMemPoolTrimTo(pool_of(device), 0), doing);
 }
 
+DeviceMemory device_memory() {
+  DeviceMemory memory;
+  check(cudaMemGetInfo(&memory.free, &memory.total), "asking for free memory");
+  return memory;
+}
+
 void throw_out_of_memory(int device, std::size_t nbytes) {
-  std::size_t free = 0, total = 0;
-  check(cudaMemGetInfo(&free, &total), "out of memory");
+  const auto [free, total] = device_memory();
   throw OutOfMemory("out of memory on cuda:" + std::to_string(device) + ": " + std::to_string(nbytes) +
                     " bytes are needed, " + std::to_string(free) + " of " + std::to_string(total) + " are free");
 }

@@ -66,6 +66,12 @@ void synchronize_device(const char* doing);
 /// device what no allocation uses.
 void return_unused(int device, const char* doing);
 
+/// Bytes of the current device.
+struct DeviceMemory {
+  std::size_t free = 0, total = 0;
+};
+DeviceMemory device_memory();
+
 /// Throws OutOfMemory with the bytes needed and free, on the current device.
 [[noreturn]] void throw_out_of_memory(int device, std::size_t nbytes);
 

@@ -124,8 +124,9 @@ std::shared_ptr<Model> Model::Impl::make(const ModelConfig& config, std::unique_
   check_max_context(config, max_context);
   auto impl = std::make_unique<Impl>(config, std::move(backend), source, dtype);
   if (has_context(config)) {
-    // Of 16 tokens that no window has place for.
-    impl->context_nbytes = (impl->state_nbytes_of(limits::kSize + 16) - impl->state_nbytes_of(limits::kSize)) / 16;
+    // Of tokens that no window has place for, and so many that what they are cut into divides them.
+    impl->context_nbytes =
+        (impl->state_nbytes_of(2 * limits::kSize) - impl->state_nbytes_of(limits::kSize)) / limits::kSize;
     impl->only_appends = has_nothing_else(config);
     const std::size_t fits = impl->executors.device().available_nbytes() / impl->context_nbytes;
     impl->max_context =

@@ -1,5 +1,5 @@
-// Checks embed, norm, convert, gated_conv and sliding_window against float64 on the host, and times them at the shapes
-// of the 1.3B model. Arguments: check, time, or none for both. Ends with 1 when a check fails.
+// Checks embed, norm, convert, gated_conv, sliding_window and full_attention against float64 on the host, and times
+// them at the shapes of the 1.3B model. Arguments: check, time, or none for both. Ends with 1 when a check fails.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -191,24 +191,52 @@ const std::vector<std::vector<Sequence>> kMixes{
     {{2, 1}, {1, 7}, {64, 40}, {65, 0}, {1, 0}, {3, 500}, {130, 77}, {1, 100000}, {200, 3000000}},
 };
 
-// ---- sliding window ------------------------------------------------------------------------------------------------
+// ---- softmax attention ---------------------------------------------------------------------------------------------
 
-void check_sliding_window(const SlidingWindowConfig& c, DType dtype, const std::vector<Sequence>& sequences,
-                          bool aligned) {
+std::int64_t rows_of(const SlidingWindowConfig& c, const std::vector<Sequence>&) { return c.window; }
+
+std::int64_t rows_of(const FullAttentionConfig&, const std::vector<Sequence>& sequences) {
+  std::int64_t most = 0;
+  for (const Sequence& s : sequences) most = std::max(most, s.position + s.length);
+  return most;
+}
+
+void attend(const SlidingWindowConfig& c, DType dtype, const Batch& batch, const QkvView& qkv, const KeyValueView& ring,
+            void* out, std::int64_t out_row, std::int64_t) {
+  sliding_window(main_stream(), c, dtype, batch.view, qkv, ring, out, out_row);
+}
+
+void attend(const FullAttentionConfig& c, DType dtype, const Batch& batch, const QkvView& qkv, const KeyValueView& ring,
+            void* out, std::int64_t out_row, std::int64_t max_keys) {
+  const DeviceMemory scratch(full_attention_scratch(c, batch.view, max_keys));
+  full_attention(main_stream(), c, dtype, batch.view, qkv, ring, out, out_row, scratch.as<void>(), max_keys);
+  check(cudaDeviceSynchronize(), "full_attention");
+}
+
+// `piece_shift`: of the keys' and values' memory; 31: they are in one piece.
+template <class Config>
+void check_attention(const Config& c, DType dtype, const std::vector<Sequence>& sequences, bool aligned,
+                     int piece_shift) {
   const Batch batch(sequences, 1);
   const auto size = sequences.size();
   const std::int64_t hd = c.head_dim, kv = c.num_kv_heads, row = (c.num_heads + 2 * kv) * hd + (aligned ? 0 : 1);
-  const std::int64_t ring_row = kv * hd, ring = c.window * ring_row, n = (c.rotary_dim + 1) / 2;
-  const std::size_t slot_stride = (static_cast<std::size_t>(2 * ring) * bytes_of(dtype) + 31) / 16 * 16;
+  const std::int64_t window = rows_of(c, sequences), n = (c.rotary_dim + 1) / 2;
+  const bool in_pieces = piece_shift < 31;
+  const std::int64_t piece_rows = in_pieces ? std::int64_t{1} << piece_shift : window;
+  const std::int64_t ring_row = in_pieces ? (kv * hd + 15) / 16 * 16 : kv * hd, ring = piece_rows * ring_row;
+  const std::int64_t piece = in_pieces ? 2 * ring + 32 : 0, num_pieces = (window + piece_rows - 1) / piece_rows;
+  const auto key_at = [&](std::int64_t r) { return r / piece_rows * piece + r % piece_rows * ring_row; };
+  const std::int64_t slot_elements = in_pieces ? num_pieces * piece : 2 * ring;
+  const std::size_t slot_stride = (static_cast<std::size_t>(slot_elements) * bytes_of(dtype) + 31) / 16 * 16;
   const std::int64_t slot_size = static_cast<std::int64_t>(slot_stride / bytes_of(dtype));
   const Floats qkv = random_floats(static_cast<std::size_t>(batch.view.num_tokens * row), dtype);
   Floats states(static_cast<std::size_t>(slot_size) * (size + 1), std::nanf(""));
   for (std::size_t b = 0; b < size; ++b) {
     if (batch.slot(b) < 0) continue;
-    for (std::int64_t p = std::max<std::int64_t>(0, sequences[b].position - c.window); p < sequences[b].position; ++p)
-      for (std::int64_t i = 0; i < ring_row; ++i)
+    for (std::int64_t p = std::max<std::int64_t>(0, sequences[b].position - window); p < sequences[b].position; ++p)
+      for (std::int64_t i = 0; i < kv * hd; ++i)
         for (std::int64_t part : {std::int64_t{0}, ring})
-          states[static_cast<std::size_t>(batch.slot(b) * slot_size + part + p % c.window * ring_row + i)] =
+          states[static_cast<std::size_t>(batch.slot(b) * slot_size + part + key_at(p % window) + i)] =
               rounded(dtype, random_float());
   }
   const DeviceMemory device_qkv(dtype, qkv), device_states(dtype, states);
@@ -218,9 +246,9 @@ void check_sliding_window(const SlidingWindowConfig& c, DType dtype, const std::
     return device_qkv.as<char>() + static_cast<std::size_t>(element) * bytes_of(dtype);
   };
   const QkvView view{at(0), at(c.num_heads * hd), at((c.num_heads + kv) * hd), row, hd, row, hd, row, hd};
-  sliding_window(main_stream(), c, dtype, batch.view, view,
-                 contiguous_ring(c, {device_states.as<std::byte>(), slot_stride}), out.as<void>(), out_row);
-  check(cudaDeviceSynchronize(), "sliding_window");
+  const KeyValueView keys{{device_states.as<std::byte>(), slot_stride}, ring_row, ring, piece, piece_shift};
+  attend(c, dtype, batch, view, keys, out.as<void>(), out_row, window);
+  check(cudaDeviceSynchronize(), "attention");
 
   const Floats got = out.download(dtype), got_states = device_states.download(dtype);
   const auto rotated = [&](std::int64_t token, std::int64_t element, std::int64_t position) {
@@ -239,10 +267,11 @@ void check_sliding_window(const SlidingWindowConfig& c, DType dtype, const std::
     return x;
   };
   char what[200];
-  std::snprintf(what, sizeof what, "sliding_window %s heads %d/%d dim %d window %d rotary %d%s%s, %d sequences",
-                name(dtype), static_cast<int>(c.num_heads), static_cast<int>(kv), static_cast<int>(hd),
-                static_cast<int>(c.window), static_cast<int>(c.rotary_dim), c.rotary_interleaved ? " interleaved" : "",
-                aligned ? "" : " unaligned", static_cast<int>(size));
+  std::snprintf(what, sizeof what, "%s %s heads %d/%d dim %d, %d keys, rotary %d%s%s%s, %d sequences",
+                Config::kName.data(), name(dtype), static_cast<int>(c.num_heads), static_cast<int>(kv),
+                static_cast<int>(hd), static_cast<int>(window), static_cast<int>(c.rotary_dim),
+                c.rotary_interleaved ? " interleaved" : "", aligned ? "" : " unaligned", in_pieces ? " in pieces" : "",
+                static_cast<int>(size));
   Comparison comparison(what);
   Floats want_states = states;
   for (std::size_t b = 0; b < size; ++b) {
@@ -252,11 +281,11 @@ void check_sliding_window(const SlidingWindowConfig& c, DType dtype, const std::
     float* want_state = want_states.data() + batch.slot(b) * slot_size;
     for (std::int64_t h = 0; h < kv; ++h) {
       // Keys and values of positions from `begin` on.
-      const std::int64_t begin = std::max<std::int64_t>(0, start - c.window), end = start + sequences[b].length;
+      const std::int64_t begin = std::max<std::int64_t>(0, start - window), end = start + sequences[b].length;
       std::vector<std::vector<double>> keys, values;
       for (std::int64_t p = begin; p < end; ++p) {
         if (p < start) {
-          const float* from = state + p % c.window * ring_row + h * hd;
+          const float* from = state + key_at(p % window) + h * hd;
           keys.emplace_back(from, from + hd);
           values.emplace_back(from + ring, from + ring + hd);
           continue;
@@ -266,9 +295,8 @@ void check_sliding_window(const SlidingWindowConfig& c, DType dtype, const std::
         const float* from = qkv.data() + token * row + (c.num_heads + kv + h) * hd;
         values.emplace_back(from, from + hd);
         for (std::int64_t d = 0; d < hd; ++d) {
-          want_state[p % c.window * ring_row + h * hd + d] =
-              static_cast<float>(keys.back()[static_cast<std::size_t>(d)]);
-          want_state[ring + p % c.window * ring_row + h * hd + d] = from[d];
+          want_state[key_at(p % window) + h * hd + d] = static_cast<float>(keys.back()[static_cast<std::size_t>(d)]);
+          want_state[ring + key_at(p % window) + h * hd + d] = from[d];
         }
       }
       const std::int64_t group = c.num_heads / kv;
@@ -278,7 +306,7 @@ void check_sliding_window(const SlidingWindowConfig& c, DType dtype, const std::
           const std::vector<double> q = rotated(token, head * hd, p);
           std::vector<double> score, sum(static_cast<std::size_t>(hd)), magnitude(static_cast<std::size_t>(hd));
           double total = 0, greatest = -std::numeric_limits<double>::infinity();
-          const std::int64_t first = std::max<std::int64_t>(0, p - c.window + 1);
+          const std::int64_t first = std::max<std::int64_t>(0, p - window + 1);
           for (std::int64_t j = first; j <= p; ++j) {
             double dot = 0;
             for (std::size_t d = 0; d < q.size(); ++d) dot += q[d] * keys[static_cast<std::size_t>(j - begin)][d];
@@ -307,16 +335,22 @@ void check_sliding_window(const SlidingWindowConfig& c, DType dtype, const std::
     comparison.add(got_states[i], want_states[i], 8 * unit(DType::float32), 2.1 * unit(dtype));
 }
 
+template <class Config>
+Config attention_config(int heads, int kv_heads, int head_dim, int rotary, bool interleaved = false) {
+  Config c;
+  c.num_heads = heads;
+  c.num_kv_heads = kv_heads;
+  c.head_dim = head_dim;
+  c.scale = 1 / std::sqrt(static_cast<double>(head_dim));
+  c.rotary_dim = rotary;
+  c.rotary_interleaved = interleaved;
+  return c;
+}
+
 void check_sliding_windows() {
   const auto config = [](int heads, int kv_heads, int head_dim, int window, int rotary, bool interleaved = false) {
-    SlidingWindowConfig c;
-    c.num_heads = heads;
-    c.num_kv_heads = kv_heads;
-    c.head_dim = head_dim;
+    auto c = attention_config<SlidingWindowConfig>(heads, kv_heads, head_dim, rotary, interleaved);
     c.window = window;
-    c.scale = 1 / std::sqrt(static_cast<double>(head_dim));
-    c.rotary_dim = rotary;
-    c.rotary_interleaved = interleaved;
     return c;
   };
   for (DType dtype : kDTypes) {
@@ -325,10 +359,35 @@ void check_sliding_windows() {
            {config(2, 2, 112, 129, 112), config(4, 2, 64, 129, 64, true), config(2, 1, 128, 64, 32),
             config(1, 1, 72, 1, 48), config(2, 2, 8, 17, 0), config(3, 1, 31, 10, 15), config(2, 1, 33, 129, 13, true),
             config(1, 1, 256, 70, 128), config(1, 1, 40, 300, 11, true)})
-        check_sliding_window(c, dtype, mix, true);
-      check_sliding_window(config(2, 1, 64, 100, 64), dtype, mix, false);
+        check_attention(c, dtype, mix, true, 31);
+      check_attention(config(2, 1, 64, 100, 64), dtype, mix, false, 31);
+      check_attention(config(2, 1, 64, 300, 64), dtype, mix, true, 6);
+      check_attention(config(3, 1, 31, 300, 15), dtype, mix, true, 7);
     }
   }
+}
+
+void check_full_attention() {
+  const std::vector<std::vector<Sequence>> mixes{
+      {{1, 0}, {1, 5}, {1, 1000, true}, {1, 254}, {1, 255}, {1, 256}, {1, 257}, {1, 2000}},
+      {{300, 0}},
+      {{2, 1}, {1, 7}, {64, 40}, {65, 0}, {1, 0}, {3, 500}, {130, 77}, {1, 1023}, {200, 300}},
+  };
+  const auto config = attention_config<FullAttentionConfig>;
+  for (DType dtype : kDTypes) {
+    for (const auto& mix : mixes) {
+      for (const FullAttentionConfig& c :
+           {config(2, 2, 112, 112, false), config(4, 2, 64, 64, true), config(16, 4, 128, 32, false),
+            config(2, 2, 8, 0, false), config(3, 1, 31, 15, false), config(2, 1, 70, 35, false),
+            config(1, 1, 256, 128, false), config(1, 1, 24, 11, true)})
+        check_attention(c, dtype, mix, true, 7);
+      check_attention(config(2, 1, 64, 64, false), dtype, mix, false, 8);
+      check_attention(config(2, 2, 128, 64, false), dtype, mix, true, 31);
+    }
+  }
+  std::vector<Sequence> many(150, Sequence{1, 700});  // several heads of a block, few blocks of a sequence
+  many[7].position = 3;
+  check_attention(config(16, 16, 64, 64, false), DType::bfloat16, many, true, 7);
 }
 
 // ---- gated convolution ---------------------------------------------------------------------------------------------
@@ -469,6 +528,7 @@ void check_all() {
     }
   }
   check_sliding_windows();
+  check_full_attention();
 }
 
 // ---- times ---------------------------------------------------------------------------------------------------------
@@ -596,6 +656,41 @@ void time_shape(int size, int length) {
   }
 }
 
+// Attention of 16 heads of 128 over contexts of so many keys, the call's included.
+void time_full_attention(int size, int length, int keys) {
+  constexpr std::int64_t kHeads = 16, kDim = 128, kRow = kHeads * kDim, kShift = 7, kPieceRows = 1 << kShift;
+  const auto config = attention_config<FullAttentionConfig>(kHeads, kHeads, kDim, kDim);
+  const double tokens = static_cast<double>(size) * length;
+  const std::int64_t pieces = (keys + kPieceRows - 1) / kPieceRows;
+  const double context = static_cast<double>(pieces) * 2 * kRow * kPieceRows * 2;
+  const double nbytes = static_cast<double>(size) * keys * 2 * kRow * 2 + tokens * 4 * kRow * 2;
+  const int inputs = inputs_for(nbytes);
+  const Inputs qkv(inputs, tokens * 3 * kRow * 2, kT), out(inputs, tokens * kRow * 2, kT);
+  const Inputs contexts(inputs * size, context, kT);
+  std::vector<Batch> batches;
+  for (int i = 0; i < inputs; ++i)
+    batches.emplace_back(std::vector<Sequence>(static_cast<std::size_t>(size), Sequence{length, keys - length}),
+                         i * size);
+  const DeviceMemory scratch(full_attention_scratch(config, batches[0].view, keys));
+  const std::string what = "full_attention " + std::to_string(size) + " x " + std::to_string(length) + " of " +
+                           std::to_string(keys) + " keys";
+  report(what, nbytes, inputs, [&](int i, cudaStream_t stream) {
+    const char* q = qkv[i];
+    full_attention(stream, config, kT, batches[static_cast<std::size_t>(i)].view,
+                   {q, q + kRow * 2, q + 2 * kRow * 2, 3 * kRow, kDim, 3 * kRow, kDim, 3 * kRow, kDim},
+                   {{contexts.memory.as<std::byte>(), contexts.each},
+                    kRow,
+                    kRow * kPieceRows,
+                    2 * kRow * kPieceRows,
+                    static_cast<int>(kShift)},
+                   out[i], kRow, scratch.as<void>(), keys);
+  });
+  const double pairs = static_cast<double>(length) * (2.0 * keys - length + 1) / 2;
+  if (length > 1)
+    std::printf("    %.0f GFLOP of products with keys and values\n",
+                static_cast<double>(size) * pairs * 4 * static_cast<double>(kRow) / 1e9);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -605,6 +700,12 @@ int main(int argc, char** argv) {
     for (int size : {1, 128, 1024}) time_shape(size, 1);
     time_shape(1, 8192);
     time_shape(32, 256);
+    time_full_attention(1, 1, 1024);
+    time_full_attention(1, 1, 65'536);
+    time_full_attention(128, 1, 1536);
+    time_full_attention(1, 8192, 8192);
+    time_full_attention(2, 4096, 4096);
+    time_full_attention(1, 8192, 65'536);
   }
   if (failures > 0) std::printf("%d checks failed\n", failures);
   return failures > 0 ? 1 : 0;

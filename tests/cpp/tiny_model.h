@@ -17,7 +17,8 @@
 
 namespace based::test {
 
-/// The mixers that a GPU has kernels for, grouped heads, partial rotary; small and odd-sized.
+/// Mixers whose state has a fixed size and that a GPU has kernels for, grouped heads, partial rotary; small and
+/// odd-sized.
 inline ModelConfig gpu_config() {
   ModelConfig config;
   config.vocab_size = 61;

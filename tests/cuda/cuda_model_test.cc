@@ -25,7 +25,7 @@ using test::TemporaryFolder;
 
 using Prompts = std::vector<std::vector<std::int32_t>>;
 
-// All mixers at sizes that the fast kernels take.
+// Mixers of the BASED models at sizes that the fast kernels take.
 ModelConfig fast_config() {
   ModelConfig config = test::gpu_config();
   config.vocab_size = 500;
@@ -69,6 +69,15 @@ ModelConfig long_config() {
   return config;
 }
 
+// Keys and values of all tokens: heads that the fast kernels take, and heads that they do not.
+ModelConfig context_config() {
+  ModelConfig config = fast_config();
+  config.layers = {FullAttentionConfig{4, 2, 32, 0.177, true, false, 32}, GatedConvConfig{256, 3, true},
+                   FullAttentionConfig{6, 3, 70, 0.12, false, true, 35}, LinearAttentionConfig{4, 16, 32, 1e-12},
+                   FullAttentionConfig{2, 2, 128, 0.0884, false, false, 64}};
+  return config;
+}
+
 // Of float32 arithmetic, and of 16-bit activations through five layers of a few dozen numbers each.
 double tolerance(DType dtype) { return dtype == DType::float32 ? 2e-5 : dtype == DType::float16 ? 1e-2 : 6e-2; }
 
@@ -100,7 +109,10 @@ INSTANTIATE_TEST_SUITE_P(Models, CudaSmall,
                                            Case{"NoMlpFloat32", no_mlp_config, DType::float32},
                                            Case{"NoMlpBfloat16", no_mlp_config, DType::bfloat16},
                                            Case{"LongWindowsFloat32", long_config, DType::float32},
-                                           Case{"LongWindowsBfloat16", long_config, DType::bfloat16}),
+                                           Case{"LongWindowsBfloat16", long_config, DType::bfloat16},
+                                           Case{"ContextFloat32", context_config, DType::float32},
+                                           Case{"ContextBfloat16", context_config, DType::bfloat16},
+                                           Case{"ContextFloat16", context_config, DType::float16}),
                          [](const auto& param) { return std::string(param.param.name); });
 
 TEST_P(CudaSmall, EveryLayerMatchesTheCpu) {

@@ -54,10 +54,13 @@ class CudaMixerNeighbours : public CudaTest, public ::testing::WithParamInterfac
     } else if (const auto* linear = std::get_if<LinearAttentionConfig>(&c.config)) {
       cols = linear->num_heads * (2 * linear->feature_dim + linear->head_dim);
       out_cols = linear->num_heads * linear->head_dim;
+    } else if (const auto* window = std::get_if<SlidingWindowConfig>(&c.config)) {
+      cols = (window->num_heads + 2 * window->num_kv_heads) * window->head_dim;
+      out_cols = window->num_heads * window->head_dim;
     } else {
-      const auto& window = std::get<SlidingWindowConfig>(c.config);
-      cols = (window.num_heads + 2 * window.num_kv_heads) * window.head_dim;
-      out_cols = window.num_heads * window.head_dim;
+      const auto& full = std::get<FullAttentionConfig>(c.config);
+      cols = (full.num_heads + 2 * full.num_kv_heads) * full.head_dim;
+      out_cols = full.num_heads * full.head_dim;
     }
     ModelConfig model = test::gpu_config();
     model.layers = {c.config};
@@ -70,13 +73,14 @@ class CudaMixerNeighbours : public CudaTest, public ::testing::WithParamInterfac
       lengths.push_back(calls[call]);
       lengths.insert(lengths.end(), after.begin(), after.end());
       std::vector<std::int32_t> offsets{0}, slots;
-      std::vector<std::int64_t> positions;
+      std::vector<std::int64_t> positions, after_call;
       std::vector<float> values;
       for (std::size_t b = 0; b < lengths.size(); ++b) {
         const bool own = b == before.size();
         offsets.push_back(offsets.back() + static_cast<std::int32_t>(lengths[b]));
         slots.push_back(own ? 0 : static_cast<std::int32_t>(b) + (b < before.size() ? 1 : 0));
         positions.push_back(own ? position : 0);
+        after_call.push_back(positions.back() + lengths[b]);
         const auto mine = random_floats(static_cast<std::size_t>(lengths[b] * cols),
                                         own ? static_cast<std::uint32_t>(call) : 1000 + static_cast<std::uint32_t>(b));
         values.insert(values.end(), mine.begin(), mine.end());
@@ -87,6 +91,7 @@ class CudaMixerNeighbours : public CudaTest, public ::testing::WithParamInterfac
       const std::vector<std::int32_t> tokens(static_cast<std::size_t>(n));
       const backend::RaggedBatch batch{tokens, offsets, slots, positions};
       const backend::Matrix x{in.data.get(), c.dtype, n, cols}, y{out.data.get(), c.dtype, n, out_cols};
+      device.reserve_states(*states, slots, after_call);
       device.begin(batch);
       if (const auto* conv = std::get_if<GatedConvConfig>(&c.config)) {
         const backend::Buffer taps = upload(
@@ -94,8 +99,10 @@ class CudaMixerNeighbours : public CudaTest, public ::testing::WithParamInterfac
         device.gated_conv(*conv, static_cast<const float*>(taps.data.get()), batch, x, *states, 0, y);
       } else if (const auto* linear = std::get_if<LinearAttentionConfig>(&c.config)) {
         device.linear_attention(*linear, batch, x, *states, 0, y);
+      } else if (const auto* window = std::get_if<SlidingWindowConfig>(&c.config)) {
+        device.sliding_window(*window, batch, x, *states, 0, y);
       } else {
-        device.sliding_window(std::get<SlidingWindowConfig>(c.config), batch, x, *states, 0, y);
+        device.full_attention(std::get<FullAttentionConfig>(c.config), batch, x, *states, 0, y);
       }
       const std::size_t row = static_cast<std::size_t>(out_cols) * size_of(c.dtype), at = bytes.size();
       bytes.resize(at + static_cast<std::size_t>(calls[call]) * row);
@@ -113,16 +120,20 @@ class CudaMixerNeighbours : public CudaTest, public ::testing::WithParamInterfac
 
 INSTANTIATE_TEST_SUITE_P(
     Mixers, CudaMixerNeighbours,
-    ::testing::Values(MixerCase{"Taylor16Bfloat16", DType::bfloat16, LinearAttentionConfig{4, 16, 64, 1e-12}},
-                      MixerCase{"Taylor16Float32", DType::float32, LinearAttentionConfig{4, 16, 64, 1e-12}},
-                      MixerCase{"Taylor16Float16", DType::float16, LinearAttentionConfig{4, 16, 48, 1e-12}},
-                      MixerCase{"Taylor24Bfloat16", DType::bfloat16, LinearAttentionConfig{2, 24, 112, 1e-12}},
-                      MixerCase{"Taylor32Bfloat16", DType::bfloat16, LinearAttentionConfig{2, 32, 64, 1e-12}},
-                      MixerCase{"Taylor5Bfloat16", DType::bfloat16, LinearAttentionConfig{3, 5, 7, 1e-12}},
-                      MixerCase{"WindowBfloat16", DType::bfloat16, window_config()},
-                      MixerCase{"WindowFloat32", DType::float32, window_config()},
-                      MixerCase{"ConvBfloat16", DType::bfloat16, GatedConvConfig{64, 3, true}},
-                      MixerCase{"ConvFloat32", DType::float32, GatedConvConfig{30, 4, false}}),
+    ::testing::Values(
+        MixerCase{"Taylor16Bfloat16", DType::bfloat16, LinearAttentionConfig{4, 16, 64, 1e-12}},
+        MixerCase{"Taylor16Float32", DType::float32, LinearAttentionConfig{4, 16, 64, 1e-12}},
+        MixerCase{"Taylor16Float16", DType::float16, LinearAttentionConfig{4, 16, 48, 1e-12}},
+        MixerCase{"Taylor24Bfloat16", DType::bfloat16, LinearAttentionConfig{2, 24, 112, 1e-12}},
+        MixerCase{"Taylor32Bfloat16", DType::bfloat16, LinearAttentionConfig{2, 32, 64, 1e-12}},
+        MixerCase{"Taylor5Bfloat16", DType::bfloat16, LinearAttentionConfig{3, 5, 7, 1e-12}},
+        MixerCase{"WindowBfloat16", DType::bfloat16, window_config()},
+        MixerCase{"WindowFloat32", DType::float32, window_config()},
+        MixerCase{"FullBfloat16", DType::bfloat16, FullAttentionConfig{4, 2, 64, 0.125, false, false, 64}},
+        MixerCase{"FullFloat32", DType::float32, FullAttentionConfig{4, 2, 32, 0.177, false, false, 32}},
+        MixerCase{"FullOddBfloat16", DType::bfloat16, FullAttentionConfig{2, 1, 35, 0.17, false, false, 9}},
+        MixerCase{"ConvBfloat16", DType::bfloat16, GatedConvConfig{64, 3, true}},
+        MixerCase{"ConvFloat32", DType::float32, GatedConvConfig{30, 4, false}}),
     [](const auto& param) { return std::string(param.param.name); });
 
 TEST_P(CudaMixerNeighbours, DoNotChangeABit) {

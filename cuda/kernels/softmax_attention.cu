@@ -5,18 +5,22 @@
 
 #include "kernels/common.cuh"
 
-// Softmax over at most `window` keys, online: running maximum m, sum l and weighted values in float32, in powers of two
-// (scores are scaled by log₂ e).
+// Softmax over a window of keys, or over all keys so far, online: running maximum m, sum l and weighted values in
+// float32, in powers of two (scores are scaled by log₂ e). Full attention is a window that no context fills, whose ring
+// is the context, and a step that shares a sequence's keys among blocks.
 
 namespace based::cuda {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-struct WindowArguments {
+// A window that no context fills: more than limits::kSize.
+constexpr int kAllKeys = 1 << 30;
+
+struct AttentionArguments {
   DeviceBatch batch;
   QkvView qkv;
-  RingView ring;
+  KeyValueView ring;
   void* out;
   std::int64_t out_token;
   int num_heads, num_kv_heads, head_dim, window;
@@ -30,6 +34,12 @@ struct WindowArguments {
   }
   __device__ std::byte* ring_keys(std::int32_t sequence) const {
     return ring.keys.data + static_cast<std::size_t>(batch.slots[sequence]) * ring.keys.slot_stride;
+  }
+  // Elements from the first row to another. `in_pieces`: the ring has several.
+  template <bool in_pieces>
+  __device__ std::int64_t ring_row(int row) const {
+    if constexpr (!in_pieces) return row * ring.row;
+    return (row >> ring.piece_shift) * ring.piece + (row & ((1 << ring.piece_shift) - 1)) * ring.row;
   }
   __device__ int first_of_pair(int pair) const { return interleaved ? 2 * pair : pair; }
   __device__ int second_of_pair(int pair) const { return interleaved ? 2 * pair + 1 : pair + num_pairs; }
@@ -55,7 +65,7 @@ __device__ __forceinline__ float finite_maximum(float m) { return m == -kInfinit
 // ---- rotary --------------------------------------------------------------------------------------------------------
 
 // base^(−2 · pair / R), in turns a token.
-__device__ __forceinline__ double frequency(const WindowArguments& a, int pair) {
+__device__ __forceinline__ double frequency(const AttentionArguments& a, int pair) {
   return exp2(a.log2_step * pair) * 0.15915494309189533577;
 }
 
@@ -77,7 +87,7 @@ constexpr int kRotateTokens = 16;  // of a block
 // Rotates q and k of all items in place, n pairs at a time. Grid: items · kTileTokens / kRotateTokens. Shared memory:
 // the block's cosines (kRotateTokens, num_pairs), then its sines.
 template <typename T, int n>
-__global__ void __launch_bounds__(kRotateThreads) rotate_kernel(const WindowArguments a) {
+__global__ void __launch_bounds__(kRotateThreads) rotate_kernel(const AttentionArguments a) {
   constexpr unsigned kParts = kTileTokens / kRotateTokens;
   extern __shared__ __align__(32) float table[];
   wait_for_predecessors();
@@ -141,8 +151,11 @@ constexpr int kStagesAlone = 4;      // where there are too few blocks for that:
 struct DecodeShape {
   int lanes, splits, heads, stages;
   int threads() const { return lanes * splits * heads; }
-  std::size_t shared_bytes(std::size_t row_bytes) const {
+  __device__ __host__ std::size_t ring_bytes(std::size_t row_bytes) const {
     return static_cast<std::size_t>(stages * 2 * kLoads * splits * heads) * row_bytes;
+  }
+  std::size_t sum_bytes(std::size_t head_dim) const {
+    return static_cast<std::size_t>(splits * heads) * (head_dim + 2) * sizeof(float);
   }
 };
 
@@ -165,13 +178,41 @@ __device__ __forceinline__ void unpack(const uint4& packed, float (&x)[16 / size
   }
 }
 
-// One block per single and `heads` query heads, whose rows lie side by side: rotary, the ring's new row, and attention,
-// in one pass over the ring. A thread moves its 16 bytes of keys and values through shared memory by asynchronous
-// copies and alone reads them: no barrier on the way. A block of another head may write the new row meanwhile: its key
-// and value are taken from the call, never from the ring.
-// Shared memory: (stages, 2, kLoads, splits, heads, head_dim) T; in the end (splits, heads, head_dim + 2) float32.
+// Where a step's keys lie: in a ring of one piece, in a ring of several, or in a context.
+enum class Keys { ring, pieces, context };
+
+// A context is cut into chunks of so many keys, wherever its sequence stands in a batch: a block takes one at a time,
+// and join_kernel joins them in order. 256 keys and values of 128 dimensions are 131 KB, what is left of them 520
+// bytes.
+constexpr int kChunkKeys = 256;
+
+__device__ __host__ __forceinline__ int num_chunks(std::int64_t num_keys) {
+  return static_cast<int>((num_keys + kChunkKeys - 1) / kChunkKeys);
+}
+
+// What chunks leave: weighted values (singles, H, room, head_dim), then m and l (singles, H, room, 2), float32.
+struct ChunkSums {
+  float* values;
+  float* totals;
+  int room;  // chunks of a sequence
+};
+
 template <typename T>
-__global__ void __launch_bounds__(kDecodeThreads, 3) decode_kernel(const WindowArguments a, const DecodeShape shape) {
+__device__ __forceinline__ void store_quotient(T* to, const float4& numerator, float denominator) {
+  const float inverse = 1.0f / denominator;
+  *reinterpret_cast<Packed<T, 4>*>(to) = {from_float<T>(numerator.x * inverse), from_float<T>(numerator.y * inverse),
+                                          from_float<T>(numerator.z * inverse), from_float<T>(numerator.w * inverse)};
+}
+
+// One block per single and `heads` query heads, whose rows lie side by side: rotary, the ring's new row, and attention,
+// in one pass over the ring; of a context, over every gridDim.y-th chunk. A thread moves its 16 bytes of keys and
+// values through shared memory by asynchronous copies and alone reads them: no barrier on the way. A block of another
+// head may write the new row meanwhile: its key and value are taken from the call, never from the ring.
+// Shared memory: (stages, 2, kLoads, splits, heads, head_dim) T, and in the end (splits, heads, head_dim + 2) float32:
+// in the same place, but for a context, whose next keys are on their way then.
+template <typename T, Keys where>
+__global__ void __launch_bounds__(kDecodeThreads, 3)
+    decode_kernel(const AttentionArguments a, const DecodeShape shape, const ChunkSums chunks) {
   constexpr int n = 16 / sizeof(T);
   extern __shared__ __align__(128) std::byte ring[];
   __shared__ __align__(16) T rotated[2][kMaxRowBytes / sizeof(T)];  // q and k of this token, (heads, head_dim)
@@ -194,11 +235,22 @@ __global__ void __launch_bounds__(kDecodeThreads, 3) decode_kernel(const WindowA
   T* ring_values = ring_keys + a.ring.values;
   // Softmax does not mind the order: rows in theirs, but for the one that leaves the window.
   const int own_row = static_cast<int>(position % a.window);
-  const int count = static_cast<int>(min(position, static_cast<std::int64_t>(a.window - 1)));
+  const int own_chunk = where == Keys::context ? own_row / kChunkKeys : 0;
+  const int chunk_hop = where == Keys::context ? static_cast<int>(gridDim.y) : 1;
+  int chunk = where == Keys::context ? static_cast<int>(blockIdx.y) : 0;
+  if (chunk > own_chunk) return;
+  int first_row, count, num_steps;  // of the chunk, the new row apart
+  const auto begin_chunk = [&] {
+    first_row = chunk * kChunkKeys;
+    count = where == Keys::context ? min(own_row - first_row, kChunkKeys)
+                                   : static_cast<int>(min(position, static_cast<std::int64_t>(a.window - 1)));
+    num_steps = (count + kLoads * splits - 1) / (kLoads * splits);
+  };
+  begin_chunk();
 
   // Of 16 bytes: addresses are a good part of the kernel's instructions.
   const std::uint32_t row_words = static_cast<std::uint32_t>(a.ring.row / n);
-  const int num_steps = (count + kLoads * splits - 1) / (kLoads * splits);
+  const std::uint32_t piece_words = static_cast<std::uint32_t>(a.ring.piece / n);
   const int hop = num_groups * hd * static_cast<int>(sizeof(T));  // from a key of a step to the next, then its values
   std::byte* const mine = ring + group * hd * static_cast<int>(sizeof(T)) + lane * 16;
   const auto fetch = [&](int step, int stage) {
@@ -208,16 +260,26 @@ __global__ void __launch_bounds__(kDecodeThreads, 3) decode_kernel(const WindowA
       for (int j = 0; j < kLoads; ++j) {
         const int i = (step * kLoads + j) * splits + split;
         const bool valid = i < count;
-        const std::uint32_t row = static_cast<std::uint32_t>(valid ? i + (i >= own_row ? 1 : 0) : 0);
-        const std::uint64_t word = std::uint64_t{row} * row_words;
+        std::uint32_t row;
+        if constexpr (where == Keys::context)
+          row = static_cast<std::uint32_t>(first_row + (valid ? i : 0));
+        else
+          row = static_cast<std::uint32_t>(valid ? i + (i >= own_row ? 1 : 0) : 0);
+        std::uint64_t word = std::uint64_t{row} * row_words;
+        if constexpr (where != Keys::ring)
+          word = std::uint64_t{row >> a.ring.piece_shift} * piece_words +
+                 std::uint64_t{row & ((1u << a.ring.piece_shift) - 1)} * row_words;
         copy_async_16(to + j * hop, reinterpret_cast<const uint4*>(ring_keys) + word, valid);
         copy_async_16(to + (kLoads + j) * hop, reinterpret_cast<const uint4*>(ring_values) + word, valid);
       }
     }
     commit_copies();  // empty at the end, so that the count of groups stays that of stages
   };
+  const auto fetch_first = [&] {
 #pragma unroll 1
-  for (int stage = 0; stage < shape.stages; ++stage) fetch(stage, stage);
+    for (int stage = 0; stage < shape.stages; ++stage) fetch(stage, stage);
+  };
+  fetch_first();
 
   uint4 own_value{};
   if (split == 0 && active)
@@ -250,7 +312,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 3) decode_kernel(const WindowA
   }
   __syncthreads();
 
-  float query[n], sum[n], m = -kInfinity, l = 0, own_score = 0;
+  float query[n], sum[n], m, l, own_score = 0;
   uint4 own_query{}, own_key{};
   if (active) {
     own_query = *reinterpret_cast<const uint4*>(&rotated[0][local_head * hd + lane * n]);
@@ -262,129 +324,209 @@ __global__ void __launch_bounds__(kDecodeThreads, 3) decode_kernel(const WindowA
   for (int i = 0; i < n; ++i) {
     query[i] *= a.scale;
     own_score += query[i] * sum[i];
-    sum[i] = 0;
   }
   for (int step = lanes / 2; step > 0; step /= 2) own_score += __shfl_xor_sync(0xffffffffu, own_score, step);
-  if (split == 0) {
-    m = own_score;
-    l = 1;
-    unpack<T>(own_value, sum);
-    if (active && head % (a.num_heads / a.num_kv_heads) == 0) {
-      *reinterpret_cast<uint4*>(ring_keys + own_row * a.ring.row) = own_key;
-      *reinterpret_cast<uint4*>(ring_values + own_row * a.ring.row) = own_value;
-    }
-  }
 
-  int stage = 0;
 #pragma unroll 1
-  for (int step = 0; step < num_steps; ++step) {
-    if (shape.stages == kStages) {
-      wait_for_copies<kStages - 1>();
-    } else {
-      wait_for_copies<kStagesAlone - 1>();
+  for (;;) {
+    m = -kInfinity;
+    l = 0;
+#pragma unroll
+    for (int i = 0; i < n; ++i) sum[i] = 0;
+    if (split == 0 && chunk == own_chunk) {
+      m = own_score;
+      l = 1;
+      unpack<T>(own_value, sum);
+      if (active && head % (a.num_heads / a.num_kv_heads) == 0) {
+        const std::int64_t row = a.ring_row<where != Keys::ring>(own_row);
+        *reinterpret_cast<uint4*>(ring_keys + row) = own_key;
+        *reinterpret_cast<uint4*>(ring_values + row) = own_value;
+      }
     }
-    const std::byte* from = mine + stage * 2 * kLoads * hop;
-    const auto read = [&](int j) {
-      return active ? *reinterpret_cast<const uint4*>(from + j * hop) : make_uint4(0, 0, 0, 0);
-    };
-    float score[kLoads], next = m;
-#pragma unroll
-    for (int j = 0; j < kLoads; ++j) {
-      float key[n];
-      unpack<T>(read(j), key);
-      score[j] = 0;
-#pragma unroll
-      for (int i = 0; i < n; ++i) score[j] += query[i] * key[i];
-    }
-    for (int across = lanes / 2; across > 0; across /= 2) {
-#pragma unroll
-      for (int j = 0; j < kLoads; ++j) score[j] += __shfl_xor_sync(0xffffffffu, score[j], across);
-    }
-#pragma unroll
-    for (int j = 0; j < kLoads; ++j) {
-      if ((step * kLoads + j) * splits + split >= count) score[j] = -kInfinity;
-      next = fmaxf(next, score[j]);
-    }
-    const float reference = finite_maximum(next), factor = exp2_approximate(m - reference);
-    m = next;
-    l *= factor;
-#pragma unroll
-    for (int i = 0; i < n; ++i) sum[i] *= factor;
-#pragma unroll
-    for (int j = 0; j < kLoads; ++j) {
-      float value[n];
-      unpack<T>(read(kLoads + j), value);
-      const float p = exp2_approximate(score[j] - reference);
-      l += p;
-#pragma unroll
-      for (int i = 0; i < n; ++i) sum[i] += p * value[i];
-    }
-    fetch(step + shape.stages, stage);
-    if (++stage == shape.stages) stage = 0;
-  }
 
-  __syncthreads();  // the ring makes room for the sums
-  float* const partial = reinterpret_cast<float*>(ring);
-  float* const maxima = partial + num_groups * hd;
-  float* const totals = maxima + num_groups;
-  if (active) {
-    float4* to = reinterpret_cast<float4*>(partial + group * hd + lane * n);
+    int stage = 0;
+#pragma unroll 1
+    for (int step = 0; step < num_steps; ++step) {
+      if (shape.stages == kStages) {
+        wait_for_copies<kStages - 1>();
+      } else {
+        wait_for_copies<kStagesAlone - 1>();
+      }
+      const std::byte* from = mine + stage * 2 * kLoads * hop;
+      const auto read = [&](int j) {
+        return active ? *reinterpret_cast<const uint4*>(from + j * hop) : make_uint4(0, 0, 0, 0);
+      };
+      float score[kLoads], next = m;
 #pragma unroll
-    for (int i = 0; i < n; i += 4) to[i / 4] = {sum[i], sum[i + 1], sum[i + 2], sum[i + 3]};
-  }
-  if (lane == 0) {
-    maxima[group] = m;
-    totals[group] = l;
-  }
-  __syncthreads();
-  T* out = static_cast<T*>(a.out) + token * a.out_token + first_head * hd;
-  for (int i = 4 * tid; i < heads * hd; i += 4 * num_threads) {
-    const int h = i / hd;
-    float greatest = -kInfinity, denominator = 0;
-    float4 numerator{};
+      for (int j = 0; j < kLoads; ++j) {
+        float key[n];
+        unpack<T>(read(j), key);
+        score[j] = 0;
+#pragma unroll
+        for (int i = 0; i < n; ++i) score[j] += query[i] * key[i];
+      }
+      for (int across = lanes / 2; across > 0; across /= 2) {
+#pragma unroll
+        for (int j = 0; j < kLoads; ++j) score[j] += __shfl_xor_sync(0xffffffffu, score[j], across);
+      }
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+        if ((step * kLoads + j) * splits + split >= count) score[j] = -kInfinity;
+        next = fmaxf(next, score[j]);
+      }
+      const float reference = finite_maximum(next), factor = exp2_approximate(m - reference);
+      m = next;
+      l *= factor;
+#pragma unroll
+      for (int i = 0; i < n; ++i) sum[i] *= factor;
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+        float value[n];
+        unpack<T>(read(kLoads + j), value);
+        const float p = exp2_approximate(score[j] - reference);
+        l += p;
+#pragma unroll
+        for (int i = 0; i < n; ++i) sum[i] += p * value[i];
+      }
+      fetch(step + shape.stages, stage);
+      if (++stage == shape.stages) stage = 0;
+    }
+
+    const int this_chunk = chunk;
+    chunk += chunk_hop;
+    if constexpr (where == Keys::context) {
+      if (chunk <= own_chunk) {
+        begin_chunk();
+        fetch_first();
+      }
+    }
+    __syncthreads();  // room for the sums: the ring, or that of the chunk before
+    float* const partial =
+        reinterpret_cast<float*>(where == Keys::context ? ring + shape.ring_bytes(hd * sizeof(T)) : ring);
+    float* const maxima = partial + num_groups * hd;
+    float* const totals = maxima + num_groups;
+    if (active) {
+      float4* to = reinterpret_cast<float4*>(partial + group * hd + lane * n);
+#pragma unroll
+      for (int i = 0; i < n; i += 4) to[i / 4] = {sum[i], sum[i + 1], sum[i + 2], sum[i + 3]};
+    }
+    if (lane == 0) {
+      maxima[group] = m;
+      totals[group] = l;
+    }
+    __syncthreads();
+    T* out = static_cast<T*>(a.out) + token * a.out_token + first_head * hd;
+    for (int i = 4 * tid; i < heads * hd; i += 4 * num_threads) {
+      const int h = i / hd;
+      float greatest = -kInfinity, denominator = 0;
+      float4 numerator{};
 #pragma unroll 8
-    for (int s = 0; s < splits; ++s) greatest = fmaxf(greatest, maxima[s * heads + h]);
+      for (int s = 0; s < splits; ++s) greatest = fmaxf(greatest, maxima[s * heads + h]);
 #pragma unroll 4
-    for (int s = 0; s < splits; ++s) {
-      const float factor = exp2_approximate(maxima[s * heads + h] - greatest);
-      const float4 part = *reinterpret_cast<const float4*>(partial + s * heads * hd + i);
-      denominator += factor * totals[s * heads + h];
+      for (int s = 0; s < splits; ++s) {
+        const float factor = exp2_approximate(maxima[s * heads + h] - greatest);
+        const float4 part = *reinterpret_cast<const float4*>(partial + s * heads * hd + i);
+        denominator += factor * totals[s * heads + h];
+        numerator.x += factor * part.x;
+        numerator.y += factor * part.y;
+        numerator.z += factor * part.z;
+        numerator.w += factor * part.w;
+      }
+      if (own_chunk > 0) {  // for join_kernel
+        const std::int64_t row =
+            (std::int64_t{blockIdx.x / parts} * a.num_heads + first_head + h) * chunks.room + this_chunk;
+        *reinterpret_cast<float4*>(chunks.values + row * hd + i % hd) = numerator;
+        if (i % hd == 0) *reinterpret_cast<float2*>(chunks.totals + 2 * row) = {greatest, denominator};
+      } else {
+        store_quotient(out + i, numerator, denominator);
+      }
+    }
+    if (chunk > own_chunk) return;
+  }
+}
+
+constexpr int kJoinThreads = 128;
+
+// One block per single and head of a context of several chunks: their sums, in the order of the chunks.
+template <typename T>
+__global__ void __launch_bounds__(kJoinThreads) join_kernel(const AttentionArguments a, const ChunkSums chunks) {
+  __shared__ __align__(16) float4 numerators[kJoinThreads];
+  __shared__ float denominators[kJoinThreads], maxima[kJoinThreads / 32];
+  wait_for_predecessors();
+  release_successors();
+  const unsigned num_heads = static_cast<unsigned>(a.num_heads), single = blockIdx.x / num_heads;
+  const std::int32_t sequence = sequence_of_single(a.batch, single);
+  const int count = num_chunks(a.batch.positions[sequence] + 1);
+  if (a.batch.slots[sequence] < 0 || count == 1) return;
+  const int tid = static_cast<int>(threadIdx.x), vectors = a.head_dim / 4, num_groups = kJoinThreads / vectors;
+  const float2* totals = reinterpret_cast<const float2*>(chunks.totals) + std::int64_t{blockIdx.x} * chunks.room;
+  const float* values = chunks.values + std::int64_t{blockIdx.x} * chunks.room * a.head_dim;
+
+  float greatest = -kInfinity;
+  for (int i = tid; i < count; i += kJoinThreads) greatest = fmaxf(greatest, totals[i].x);
+  greatest = warp_max(greatest);
+  if (tid % 32 == 0) maxima[tid / 32] = greatest;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kJoinThreads / 32; ++i) greatest = fmaxf(greatest, maxima[i]);
+
+  const int vector = tid % vectors, group = tid / vectors;
+  float denominator = 0;
+  float4 numerator{};
+  if (group < num_groups) {
+#pragma unroll 4
+    for (int i = group; i < count; i += num_groups) {
+      const float2 total = totals[i];
+      const float4 part = *reinterpret_cast<const float4*>(values + std::int64_t{i} * a.head_dim + 4 * vector);
+      const float factor = exp2_approximate(total.x - greatest);
+      denominator += factor * total.y;
       numerator.x += factor * part.x;
       numerator.y += factor * part.y;
       numerator.z += factor * part.z;
       numerator.w += factor * part.w;
     }
-    const float inverse = 1.0f / denominator;
-    *reinterpret_cast<Packed<T, 4>*>(out + i) = {
-        from_float<T>(numerator.x * inverse), from_float<T>(numerator.y * inverse),
-        from_float<T>(numerator.z * inverse), from_float<T>(numerator.w * inverse)};
   }
+  numerators[tid] = numerator;
+  denominators[tid] = denominator;
+  __syncthreads();
+  if (group > 0) return;
+  for (int g = 1; g < num_groups; ++g) {
+    const float4 part = numerators[g * vectors + vector];
+    denominator += denominators[g * vectors + vector];
+    numerator.x += part.x;
+    numerator.y += part.y;
+    numerator.z += part.z;
+    numerator.w += part.w;
+  }
+  store_quotient(static_cast<T*>(a.out) + a.batch.offsets[sequence] * a.out_token +
+                     static_cast<int>(blockIdx.x % num_heads) * a.head_dim + 4 * vector,
+                 numerator, denominator);
 }
 
 // ---- keys of several tokens ----------------------------------------------------------------------------------------
 
 // Keys and values of a sequence and kv head by their index, which counts from the call's first token: those from before
 // (index ≥ 1 − window) lie in the ring, the others in the call.
-template <typename T>
+template <typename T, bool in_pieces>
 struct KeySource {
+  const AttentionArguments& a;
   const T *ring_keys, *ring_values, *keys, *values;
-  std::int64_t ring_row, k_token, v_token;
-  int start_row, window;
+  std::int64_t k_token, v_token;
+  int start_row;
 
-  __device__ KeySource(const WindowArguments& a, std::int32_t sequence, int kv_head)
-      : ring_keys(reinterpret_cast<const T*>(a.ring_keys(sequence)) + kv_head * a.head_dim),
+  __device__ KeySource(const AttentionArguments& arguments, std::int32_t sequence, int kv_head)
+      : a(arguments),
+        ring_keys(reinterpret_cast<const T*>(a.ring_keys(sequence)) + kv_head * a.head_dim),
         ring_values(ring_keys + a.ring.values),
         keys(static_cast<const T*>(a.qkv.k) + a.batch.offsets[sequence] * a.qkv.k_token + kv_head * a.qkv.k_head),
         values(static_cast<const T*>(a.qkv.v) + a.batch.offsets[sequence] * a.qkv.v_token + kv_head * a.qkv.v_head),
-        ring_row(a.ring.row),
         k_token(a.qkv.k_token),
         v_token(a.qkv.v_token),
-        start_row(static_cast<int>(a.batch.positions[sequence] % a.window)),
-        window(a.window) {}
+        start_row(static_cast<int>(a.batch.positions[sequence] % a.window)) {}
 
   __device__ std::int64_t in_ring(int index) const {
     const int row = start_row + index;
-    return (row < 0 ? row + window : row) * ring_row;
+    return a.ring_row<in_pieces>(row < 0 ? row + a.window : row);
   }
   __device__ const T* key(int index) const { return index >= 0 ? keys + index * k_token : ring_keys + in_ring(index); }
   __device__ const T* value(int index) const {
@@ -393,7 +535,7 @@ struct KeySource {
 };
 
 // Index of the first key that query `index` sees.
-__device__ __forceinline__ int first_key(const WindowArguments& a, std::int32_t sequence, int index) {
+__device__ __forceinline__ int first_key(const AttentionArguments& a, std::int32_t sequence, int index) {
   return static_cast<int>(max(static_cast<std::int64_t>(index) - a.window + 1, -a.batch.positions[sequence]));
 }
 
@@ -402,8 +544,8 @@ constexpr int kAnyKeys = 4;  // taken at a time
 
 // Any dtype, head_dim and alignment, after rotate_kernel: a warp per token and head, which keeps its query and sum in
 // shared memory (warps, 2, head_dim). Grid: (items · kTileTokens / kAnyWarps, heads).
-template <typename T>
-__global__ void __launch_bounds__(kAnyWarps * 32) attend_any_kernel(const WindowArguments a) {
+template <typename T, bool in_pieces>
+__global__ void __launch_bounds__(kAnyWarps * 32) attend_any_kernel(const AttentionArguments a) {
   constexpr unsigned kParts = kTileTokens / kAnyWarps;
   extern __shared__ __align__(32) float rows[];
   wait_for_predecessors();
@@ -415,7 +557,7 @@ __global__ void __launch_bounds__(kAnyWarps * 32) attend_any_kernel(const Window
   if (in_item >= item.count || a.batch.slots[item.sequence] < 0) return;
   const std::int64_t token = item.first + in_item;
   const int index = static_cast<int>(token - a.batch.offsets[item.sequence]);
-  const KeySource<T> source(a, item.sequence, a.kv_head(head));
+  const KeySource<T, in_pieces> source(a, item.sequence, a.kv_head(head));
   float* query = rows + warp * 2 * hd;
   float* sum = query + hd;
   const T* q = static_cast<const T*>(a.qkv.q) + token * a.qkv.q_token + head * a.qkv.q_head;
@@ -477,9 +619,9 @@ __device__ __host__ __forceinline__ int flash_stride(int head_dim) { return (hea
 
 // One block per tile and head, after rotate_kernel. Keys and values have one buffer each: the next keys are copied
 // behind softmax and PV, the next values behind QKᵀ. Dimensions above head_dim are zeros and cost a branch, not an
-// instance.
-template <typename T>
-__global__ void __launch_bounds__(kFlashThreads, 3) flash_kernel(const WindowArguments a) {
+// instance. The last tiles of a sequence, which may have the most keys, begin first.
+template <typename T, bool in_pieces>
+__global__ void __launch_bounds__(kFlashThreads, 3) flash_kernel(const AttentionArguments a) {
   extern __shared__ __align__(32) float flash_shared[];
   wait_for_predecessors();
   release_successors();
@@ -489,9 +631,10 @@ __global__ void __launch_bounds__(kFlashThreads, 3) flash_kernel(const WindowArg
   T* const values = keys + kKeys * stride;
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
   const int head = static_cast<int>(blockIdx.x % static_cast<unsigned>(a.num_heads));
-  const Tile tile = a.batch.tiles[blockIdx.x / static_cast<unsigned>(a.num_heads)];
+  const Tile tile =
+      a.batch.tiles[static_cast<unsigned>(a.batch.num_tiles) - 1 - blockIdx.x / static_cast<unsigned>(a.num_heads)];
   if (a.batch.slots[tile.sequence] < 0) return;
-  const KeySource<T> source(a, tile.sequence, a.kv_head(head));
+  const KeySource<T, in_pieces> source(a, tile.sequence, a.kv_head(head));
   const int tile_index = tile.first - a.batch.offsets[tile.sequence], last = tile_index + tile.count - 1;
   const int first = first_key(a, tile.sequence, tile_index);
 
@@ -645,8 +788,8 @@ constexpr int kRingTokens = 4;  // of a block
 
 // Writes the last `window` keys and values of every item's sequence, after all attention has read the older ones. A
 // Word is `n` elements. Grid: (items · kTileTokens / kRingTokens).
-template <typename Word>
-__global__ void __launch_bounds__(kRingThreads) ring_kernel(const WindowArguments a, const int n) {
+template <typename Word, bool in_pieces>
+__global__ void __launch_bounds__(kRingThreads) ring_kernel(const AttentionArguments a, const int n) {
   constexpr unsigned kParts = kTileTokens / kRingTokens;
   wait_for_predecessors();
   release_successors();
@@ -660,7 +803,8 @@ __global__ void __launch_bounds__(kRingThreads) ring_kernel(const WindowArgument
   for (int i = 0; i < kRingTokens && begin + i < item.count; ++i) {
     const std::int64_t token = item.first + begin + i;
     if (token < end - a.window) continue;
-    const std::int64_t row = (a.batch.positions[item.sequence] + token - offset) % a.window * (a.ring.row / n);
+    const auto index = static_cast<int>((a.batch.positions[item.sequence] + token - offset) % a.window);
+    const std::int64_t row = a.ring_row<in_pieces>(index) / n;
     const Word* keys = static_cast<const Word*>(a.qkv.k) + token * a.qkv.k_token / n;
     const Word* values = static_cast<const Word*>(a.qkv.v) + token * a.qkv.v_token / n;
     for (int j = static_cast<int>(threadIdx.x); j < a.num_kv_heads * words; j += kRingThreads) {
@@ -671,36 +815,50 @@ __global__ void __launch_bounds__(kRingThreads) ring_kernel(const WindowArgument
 }
 
 // Few blocks: one per head, with more on their way; many: as many heads a block as it has threads for.
-DecodeShape decode_shape(const WindowArguments& a, std::size_t row_bytes) {
+DecodeShape decode_shape(const AttentionArguments& a, std::size_t row_bytes) {
   DecodeShape shape{1, 0, 1, kStagesAlone};
   while (static_cast<std::size_t>(shape.lanes) * 16 < row_bytes) shape.lanes *= 2;
   shape.splits = std::max(8, 32 / shape.lanes);
   const DeviceInfo& device = device_info();
   const bool many = std::int64_t{a.batch.num_singles} * a.num_heads > 3 * std::int64_t{device.num_sms};
   while (many && a.num_heads % (2 * shape.heads) == 0 && 2 * shape.threads() <= kDecodeThreads) shape.heads *= 2;
-  if (many || shape.shared_bytes(row_bytes) + 2 * kMaxRowBytes > static_cast<std::size_t>(device.max_shared_bytes))
-    shape.stages = kStages;
+  const std::size_t most =
+      shape.ring_bytes(row_bytes) + shape.sum_bytes(static_cast<std::size_t>(a.head_dim)) + 2 * kMaxRowBytes;
+  if (many || most > static_cast<std::size_t>(device.max_shared_bytes)) shape.stages = kStages;
   return shape;
 }
 
-template <typename T>
-void enqueue(cudaStream_t stream, WindowArguments a) {
+// Blocks that share the chunks of a sequence's heads: for some waves on the card, however long its sequences are.
+unsigned chunk_blocks(unsigned blocks, int room) {
+  const unsigned wanted = 8 * static_cast<unsigned>(device_info().num_sms);
+  return std::clamp((wanted + blocks - 1) / std::max(blocks, 1u), 1u, static_cast<unsigned>(room));
+}
+
+template <typename T, Keys where>
+void enqueue(cudaStream_t stream, const char* name, AttentionArguments a, const ChunkSums& chunks) {
   constexpr int n = 16 / sizeof(T);
+  constexpr bool in_pieces = where != Keys::ring;
   const auto in_vectors = [](const void* data, std::int64_t token, std::int64_t head) {
     return is_aligned(data, 16) && token % n == 0 && head % n == 0;
   };
   const int hd = a.head_dim;
-  const unsigned num_heads = static_cast<unsigned>(a.num_heads);
+  const unsigned num_heads = static_cast<unsigned>(a.num_heads), singles = static_cast<unsigned>(a.batch.num_singles);
   const bool vectors = hd % n == 0 && in_vectors(a.qkv.q, a.qkv.q_token, a.qkv.q_head) &&
                        in_vectors(a.qkv.k, a.qkv.k_token, a.qkv.k_head) &&
                        in_vectors(a.qkv.v, a.qkv.v_token, a.qkv.v_head) && in_vectors(a.out, a.out_token, 0) &&
                        is_aligned(a.ring.keys.data, 16) && a.ring.keys.slot_stride % 16 == 0 && a.ring.row % n == 0 &&
-                       a.ring.values % n == 0;
+                       a.ring.values % n == 0 && a.ring.piece % n == 0;
   if (vectors && hd * sizeof(T) <= kMaxRowBytes) {
     const DecodeShape shape = decode_shape(a, hd * sizeof(T));
-    launch(stream, "sliding_window", decode_kernel<T>,
-           static_cast<unsigned>(a.batch.num_singles) * (num_heads / static_cast<unsigned>(shape.heads)),
-           static_cast<unsigned>(shape.threads()), shape.shared_bytes(hd * sizeof(T)), a, shape);
+    const std::size_t ring_bytes = shape.ring_bytes(hd * sizeof(T));
+    const std::size_t sum_bytes = shape.sum_bytes(static_cast<std::size_t>(hd));
+    const unsigned blocks = singles * (num_heads / static_cast<unsigned>(shape.heads));
+    dim3 grid(blocks);
+    if constexpr (where == Keys::context) grid.y = chunk_blocks(blocks, chunks.room);
+    launch(stream, name, decode_kernel<T, where>, grid, static_cast<unsigned>(shape.threads()),
+           where == Keys::context ? ring_bytes + sum_bytes : std::max(ring_bytes, sum_bytes), a, shape, chunks);
+    if (where == Keys::context && chunks.room > 1)
+      launch(stream, name, join_kernel<T>, singles * num_heads, kJoinThreads, 0, a, chunks);
     a.batch.num_singles = 0;
   }
 
@@ -708,36 +866,36 @@ void enqueue(cudaStream_t stream, WindowArguments a) {
   if (a.num_pairs > 0) {
     const std::size_t shared_bytes =
         std::size_t{2} * kRotateTokens * static_cast<std::size_t>(a.num_pairs) * sizeof(float);
-    launch(stream, "sliding_window rotary", vectors && a.num_pairs % n == 0 ? rotate_kernel<T, n> : rotate_kernel<T, 1>,
+    launch(stream, name, vectors && a.num_pairs % n == 0 ? rotate_kernel<T, n> : rotate_kernel<T, 1>,
            items * (kTileTokens / kRotateTokens), kRotateThreads, shared_bytes, a);
   }
   bool attended = false;
   if constexpr (sizeof(T) == 2) {
     if (vectors && hd <= kMaxFlashDim) {  // the singles are done
       const std::size_t rows = kQueries + 2 * kKeys;
-      launch(stream, "sliding_window", flash_kernel<T>, static_cast<unsigned>(a.batch.num_tiles) * num_heads,
+      launch(stream, name, flash_kernel<T, in_pieces>, static_cast<unsigned>(a.batch.num_tiles) * num_heads,
              kFlashThreads, rows * static_cast<std::size_t>(flash_stride(hd)) * sizeof(T), a);
       attended = true;
     }
   }
   if (!attended)
-    launch(stream, "sliding_window", attend_any_kernel<T>, dim3(items * (kTileTokens / kAnyWarps), num_heads),
+    launch(stream, name, attend_any_kernel<T, in_pieces>, dim3(items * (kTileTokens / kAnyWarps), num_heads),
            kAnyWarps * 32, kAnyWarps * 2 * static_cast<std::size_t>(hd) * sizeof(float), a);
   const unsigned ring_blocks = items * (kTileTokens / kRingTokens);
   if (vectors) {
-    launch(stream, "sliding_window ring", ring_kernel<uint4>, ring_blocks, kRingThreads, 0, a, n);
+    launch(stream, name, ring_kernel<uint4, in_pieces>, ring_blocks, kRingThreads, 0, a, n);
   } else if constexpr (sizeof(T) == 2) {
-    launch(stream, "sliding_window ring", ring_kernel<std::uint16_t>, ring_blocks, kRingThreads, 0, a, 1);
+    launch(stream, name, ring_kernel<std::uint16_t, in_pieces>, ring_blocks, kRingThreads, 0, a, 1);
   } else {
-    launch(stream, "sliding_window ring", ring_kernel<std::uint32_t>, ring_blocks, kRingThreads, 0, a, 1);
+    launch(stream, name, ring_kernel<std::uint32_t, in_pieces>, ring_blocks, kRingThreads, 0, a, 1);
   }
 }
 
-}  // namespace
-
-void sliding_window(cudaStream_t stream, const SlidingWindowConfig& config, DType dtype, const DeviceBatch& batch,
-                    const QkvView& qkv, RingView ring, void* out, std::int64_t out_token) {
-  WindowArguments a{};
+// `Config`: SlidingWindowConfig or FullAttentionConfig.
+template <class Config>
+AttentionArguments arguments_of(const Config& config, const DeviceBatch& batch, const QkvView& qkv,
+                                const KeyValueView& ring, std::int64_t window, void* out, std::int64_t out_token) {
+  AttentionArguments a{};
   a.batch = batch;
   a.qkv = qkv;
   a.ring = ring;
@@ -746,16 +904,44 @@ void sliding_window(cudaStream_t stream, const SlidingWindowConfig& config, DTyp
   a.num_heads = static_cast<int>(config.num_heads);
   a.num_kv_heads = static_cast<int>(config.num_kv_heads);
   a.head_dim = static_cast<int>(config.head_dim);
-  a.window = static_cast<int>(config.window);
+  a.window = static_cast<int>(window);
   a.num_pairs = static_cast<int>((config.rotary_dim + 1) / 2);
   a.interleaved = config.rotary_interleaved;
   a.scale = static_cast<float>(config.scale * 1.4426950408889634);
   if (config.rotary_dim > 0)
     a.log2_step = -2.0 / static_cast<double>(config.rotary_dim) * std::log2(config.rotary_base);
-  for_dtype(dtype, [&]<typename T>(T) { enqueue<T>(stream, a); });
+  return a;
 }
 
-RingView contiguous_ring(const SlidingWindowConfig& config, StateView state) {
+}  // namespace
+
+void sliding_window(cudaStream_t stream, const SlidingWindowConfig& config, DType dtype, const DeviceBatch& batch,
+                    const QkvView& qkv, const KeyValueView& ring, void* out, std::int64_t out_token) {
+  const AttentionArguments a = arguments_of(config, batch, qkv, ring, config.window, out, out_token);
+  for_dtype(dtype, [&]<typename T>(T) {
+    if (ring.piece == 0)
+      enqueue<T, Keys::ring>(stream, "sliding_window", a, {});
+    else
+      enqueue<T, Keys::pieces>(stream, "sliding_window", a, {});
+  });
+}
+
+std::size_t full_attention_scratch(const FullAttentionConfig& config, const DeviceBatch& batch, std::int64_t max_keys) {
+  const auto rows = static_cast<std::size_t>(batch.num_singles) * static_cast<std::size_t>(config.num_heads) *
+                    static_cast<std::size_t>(num_chunks(max_keys));
+  return rows * static_cast<std::size_t>(config.head_dim + 2) * sizeof(float);
+}
+
+void full_attention(cudaStream_t stream, const FullAttentionConfig& config, DType dtype, const DeviceBatch& batch,
+                    const QkvView& qkv, const KeyValueView& context, void* out, std::int64_t out_token, void* scratch,
+                    std::int64_t max_keys) {
+  const AttentionArguments a = arguments_of(config, batch, qkv, context, kAllKeys, out, out_token);
+  ChunkSums chunks{static_cast<float*>(scratch), nullptr, num_chunks(max_keys)};
+  chunks.totals = chunks.values + std::int64_t{batch.num_singles} * config.num_heads * chunks.room * config.head_dim;
+  for_dtype(dtype, [&]<typename T>(T) { enqueue<T, Keys::context>(stream, "full_attention", a, chunks); });
+}
+
+KeyValueView contiguous_ring(const SlidingWindowConfig& config, StateView state) {
   const std::int64_t row = config.num_kv_heads * config.head_dim;
   return {state, row, config.window * row};
 }
