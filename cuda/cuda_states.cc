@@ -109,11 +109,13 @@ struct Save {
 
   template <class State>
   void save_rows(const State& state) const {
-    const std::size_t nbytes = static_cast<std::size_t>(state.num_heads * state.head_dim) * size_of(dtypes.model);
+    const std::size_t nbytes = static_cast<std::size_t>(state.head_dim) * size_of(dtypes.model);
     for (const auto& [name, behind] : {std::pair("keys", std::size_t{0}), {"values", kept->values}}) {
       std::byte* saved = writer.add(layer, name, dtypes.model, state.saved_shape(num_tokens));
       for_each_row(state, num_tokens, [&, distance = behind](std::int64_t to, std::int64_t from) {
-        std::memcpy(saved + static_cast<std::size_t>(to) * nbytes, kept->key(from) + distance, nbytes);
+        for (std::int64_t head = 0; head < state.num_heads; ++head)
+          std::memcpy(saved + static_cast<std::size_t>(to * state.num_heads + head) * nbytes,
+                      kept->key(from, head) + distance, nbytes);
       });
     }
   }
@@ -153,11 +155,13 @@ struct Restore {
 
   template <class State>
   void restore_rows(const State& state) const {
-    const std::size_t nbytes = static_cast<std::size_t>(state.num_heads * state.head_dim) * size_of(dtypes.model);
+    const std::size_t nbytes = static_cast<std::size_t>(state.head_dim) * size_of(dtypes.model);
     for (const std::size_t distance : {std::size_t{0}, kept->values}) {
       const std::vector<std::byte> saved = backend::converted(reader.take(), dtypes.model);
       for_each_row(state, num_tokens, [&](std::int64_t from, std::int64_t to) {
-        std::memcpy(kept->key(to) + distance, saved.data() + static_cast<std::size_t>(from) * nbytes, nbytes);
+        for (std::int64_t head = 0; head < state.num_heads; ++head)
+          std::memcpy(kept->key(to, head) + distance,
+                      saved.data() + static_cast<std::size_t>(from * state.num_heads + head) * nbytes, nbytes);
       });
     }
   }
@@ -207,16 +211,18 @@ struct RowsOutside {
   }
 };
 
-// Bytes of a row of keys, and of one of values.
+// Bytes of a head's key outside, and of a row of keys: whole words of 16.
 struct KeysNbytes {
   DType model;
 
   template <class State>
-  std::size_t operator()(const State& state) const {
-    if constexpr (requires { rows_of(state); })
-      return round_up(nbytes_of({state.num_heads, state.head_dim}, model), 16);
-    else
-      return 0;
+  std::pair<std::size_t, std::size_t> operator()(const State& state) const {
+    if constexpr (requires { rows_of(state); }) {
+      const std::size_t of_head = round_up(nbytes_of({state.head_dim}, model), 16);
+      return {of_head, nbytes_of({state.num_heads, static_cast<std::int64_t>(of_head)}, DType::uint8)};
+    } else {
+      return {};
+    }
   }
 };
 
@@ -231,8 +237,9 @@ StatePlaces::StatePlaces(const ModelConfig& config, DType model)
     if (!rows) continue;
     auto region = std::ranges::find(regions, *rows, &Region::rows);
     if (region == regions.end()) region = regions.insert(region, Region{.rows = *rows});
-    const std::size_t keys_nbytes = std::visit(KeysNbytes{model}, part);
-    growing[i] = Growing{static_cast<std::size_t>(region - regions.begin()), region->row_nbytes, keys_nbytes};
+    const auto [head_nbytes, keys_nbytes] = std::visit(KeysNbytes{model}, part);
+    growing[i] =
+        Growing{static_cast<std::size_t>(region - regions.begin()), region->row_nbytes, head_nbytes, keys_nbytes};
     region->row_nbytes += 2 * keys_nbytes;
   }
   for (Region& region : regions) {
@@ -320,6 +327,7 @@ KeyValueView CudaStatePool::keys_and_values(int layer) const {
     const StatePlaces::Region& region = places_.regions[growing->region];
     const auto piece_rows = static_cast<std::size_t>(region.piece_rows);
     return {{addresses_->data() + offset(0, growing->region) + growing->row * piece_rows, growing_nbytes_},
+            elements(growing->head_nbytes),
             elements(growing->keys_nbytes),
             elements(growing->keys_nbytes * piece_rows),
             elements(region.piece_nbytes),
@@ -327,7 +335,7 @@ KeyValueView CudaStatePool::keys_and_values(int layer) const {
   }
   const auto& state = std::get<RingState>(places_.slot.parts()[part].state);
   const std::int64_t row = state.num_heads * state.head_dim;
-  return {this->layer(layer), row, state.rows * row};
+  return {this->layer(layer), state.head_dim, row, state.rows * row};
 }
 
 void CudaStatePool::reserve(int slot, std::int64_t num_tokens) {
@@ -370,14 +378,22 @@ std::optional<HostRows> CudaStatePool::host_rows(std::size_t part, std::span<con
   if (const auto& growing = places_.growing[part]) {
     const StatePlaces::Region& region = places_.regions[growing->region];
     const auto piece_rows = static_cast<std::size_t>(region.piece_rows);
-    return HostRows{blocks[1 + growing->region].data + growing->row * piece_rows, growing->keys_nbytes,
-                    growing->keys_nbytes * piece_rows, region.piece_rows, region.piece_nbytes};
+    return HostRows{blocks[1 + growing->region].data + growing->row * piece_rows,
+                    growing->head_nbytes,
+                    growing->keys_nbytes,
+                    growing->keys_nbytes * piece_rows,
+                    region.piece_rows,
+                    region.piece_nbytes};
   }
   const auto* state = std::get_if<RingState>(&places_.slot.parts()[part].state);
   if (state == nullptr) return std::nullopt;
   const std::size_t row = static_cast<std::size_t>(state->num_heads * state->head_dim) * size_of(dtype_);
-  return HostRows{blocks[0].data + places_.slot.parts()[part].offset, row, static_cast<std::size_t>(state->rows) * row,
-                  state->rows, 0};
+  return HostRows{blocks[0].data + places_.slot.parts()[part].offset,
+                  static_cast<std::size_t>(state->head_dim) * size_of(dtype_),
+                  row,
+                  static_cast<std::size_t>(state->rows) * row,
+                  state->rows,
+                  0};
 }
 
 std::vector<backend::NamedTensor> CudaStatePool::save(std::span<const Block> blocks, std::int64_t num_tokens) const {

@@ -31,7 +31,7 @@ struct StatePlaces {
 
   /// Keys and values of a layer in a region: the first rows of a piece lie `row` · piece_rows bytes from its start.
   struct Growing {
-    std::size_t region = 0, row = 0, keys_nbytes = 0;  // bytes of a row's keys, and of its values
+    std::size_t region = 0, row = 0, head_nbytes = 0, keys_nbytes = 0;  // of a head's key, of a row's keys
   };
 
   /// `model`: the model's dtype, "T" of kernels.h. Throws when a size overflows.
@@ -44,17 +44,17 @@ struct StatePlaces {
   std::vector<Region> regions;
 };
 
-/// Keys and values on the host: row r at keys + r / piece_rows · piece_nbytes + r mod piece_rows · row_nbytes, its
-/// values `values` bytes behind its keys.
+/// Keys and values on the host: row r at keys + r / piece_rows · piece_nbytes + r mod piece_rows · row_nbytes, a head
+/// `head_nbytes` behind the head before it, its values `values` bytes behind its keys.
 struct HostRows {
   std::byte* keys;
-  std::size_t row_nbytes, values;
+  std::size_t head_nbytes, row_nbytes, values;
   std::int64_t piece_rows;
   std::size_t piece_nbytes;
 
-  std::byte* key(std::int64_t row) const {
+  std::byte* key(std::int64_t row, std::int64_t head) const {
     return keys + static_cast<std::size_t>(row / piece_rows) * piece_nbytes +
-           static_cast<std::size_t>(row % piece_rows) * row_nbytes;
+           static_cast<std::size_t>(row % piece_rows) * row_nbytes + static_cast<std::size_t>(head) * head_nbytes;
   }
 };
 

@@ -64,11 +64,12 @@ struct StateView {
 };
 
 /// One layer's keys and values of every slot, in elements of T: row r lies in piece r >> piece_shift, pieces start
-/// `piece` apart. In a piece a row starts `row` behind the row before it, and its value `values` behind its key. With
-/// the defaults all rows are in one piece.
+/// `piece` apart. In a piece a row starts `row` behind the row before it, a head's key `head` behind that of the head
+/// before it, and its value `values` behind its key; what `head` has beyond head_dim is zero. With the defaults all
+/// rows are in one piece.
 struct KeyValueView {
   StateView keys;
-  std::int64_t row = 0, values = 0, piece = 0;
+  std::int64_t head = 0, row = 0, values = 0, piece = 0;
   int piece_shift = 31;
 };
 
@@ -159,7 +160,8 @@ void sliding_window(cudaStream_t stream, const SlidingWindowConfig& config, DTyp
 /// The ring that is one block of memory: keys (window, H_kv, head_dim), then values.
 KeyValueView contiguous_ring(const SlidingWindowConfig& config, StateView state);
 
-/// backend::Backend::full_attention; operands as above. The key of position p lies in row p of `context`.
+/// backend::Backend::full_attention; operands as above. The key of position p lies in row p of `context`. Fast where
+/// `context` can be read in 16 bytes, whatever the head_dim.
 /// `scratch`: full_attention_scratch() bytes, for steps of sequences of at most `max_keys` keys, the new one included.
 void full_attention(cudaStream_t stream, const FullAttentionConfig& config, DType dtype, const DeviceBatch& batch,
                     const QkvView& qkv, const KeyValueView& context, void* out, std::int64_t out_token, void* scratch,

@@ -14,6 +14,8 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+constexpr int kMostPadding = 7;  // elements of a head in a state, so that it is whole words of 16 bytes
+
 // A window that no context fills: more than limits::kSize.
 constexpr int kAllKeys = 1 << 30;
 
@@ -26,6 +28,7 @@ struct AttentionArguments {
   int num_heads, num_kv_heads, head_dim, window;
   int num_pairs;
   bool interleaved;
+  bool aligned;      // q, k, v and out can be moved in 16 bytes
   float scale;       // of q·k, times log₂ e
   double log2_step;  // log₂ of the ratio of successive pairs' frequencies
 
@@ -190,18 +193,27 @@ __device__ __host__ __forceinline__ int num_chunks(std::int64_t num_keys) {
   return static_cast<int>((num_keys + kChunkKeys - 1) / kChunkKeys);
 }
 
-// What chunks leave: weighted values (singles, H, room, head_dim), then m and l (singles, H, room, 2), float32.
+// What chunks leave: weighted values (singles, H, room, ring.head), then m and l (singles, H, room, 2), float32.
 struct ChunkSums {
   float* values;
   float* totals;
   int room;  // chunks of a sequence
 };
 
+// Numbers d … d + 3 of a head's output.
 template <typename T>
-__device__ __forceinline__ void store_quotient(T* to, const float4& numerator, float denominator) {
+__device__ __forceinline__ void store_quotient(const AttentionArguments& a, T* head, int d, const float4& numerator,
+                                               float denominator) {
   const float inverse = 1.0f / denominator;
-  *reinterpret_cast<Packed<T, 4>*>(to) = {from_float<T>(numerator.x * inverse), from_float<T>(numerator.y * inverse),
-                                          from_float<T>(numerator.z * inverse), from_float<T>(numerator.w * inverse)};
+  const Packed<T, 4> y{from_float<T>(numerator.x * inverse), from_float<T>(numerator.y * inverse),
+                       from_float<T>(numerator.z * inverse), from_float<T>(numerator.w * inverse)};
+  if (a.aligned) {
+    *reinterpret_cast<Packed<T, 4>*>(head + d) = y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (d + i < a.head_dim) head[d + i] = y.x[i];
+  }
 }
 
 // One block per single and `heads` query heads, whose rows lie side by side: rotary, the ring's new row, and attention,
@@ -217,10 +229,11 @@ __global__ void __launch_bounds__(kDecodeThreads, 3)
   extern __shared__ __align__(128) std::byte ring[];
   __shared__ __align__(16) T rotated[2][kMaxRowBytes / sizeof(T)];  // q and k of this token, (heads, head_dim)
   const int tid = static_cast<int>(threadIdx.x), num_threads = static_cast<int>(blockDim.x);
-  const int hd = a.head_dim, lanes = shape.lanes, splits = shape.splits, heads = shape.heads;
+  const int hd = a.head_dim, width = static_cast<int>(a.ring.head), lanes = shape.lanes, splits = shape.splits,
+            heads = shape.heads;
   const int lane = tid & (lanes - 1), group = tid >> (31 - __clz(lanes)), num_groups = splits * heads;
   const int split = group >> (31 - __clz(heads)), local_head = group & (heads - 1);
-  const bool active = lane * n < hd, rotates = tid < heads * a.num_pairs;
+  const bool active = lane * n < width, rotates = tid < heads * a.num_pairs;
   const int pair = rotates ? tid % a.num_pairs : 0;
   const double turns_per_token = rotates ? frequency(a, pair) : 0.0;
   wait_for_predecessors();
@@ -231,7 +244,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 3)
   const int first_head = static_cast<int>(blockIdx.x % parts) * heads, head = first_head + local_head;
   if (a.batch.slots[sequence] < 0) return;
   const std::int64_t token = a.batch.offsets[sequence], position = a.batch.positions[sequence];
-  T* ring_keys = reinterpret_cast<T*>(a.ring_keys(sequence)) + a.kv_head(head) * hd + lane * n;
+  T* ring_keys = reinterpret_cast<T*>(a.ring_keys(sequence)) + a.kv_head(head) * width + lane * n;
   T* ring_values = ring_keys + a.ring.values;
   // Softmax does not mind the order: rows in theirs, but for the one that leaves the window.
   const int own_row = static_cast<int>(position % a.window);
@@ -251,8 +264,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 3)
   // Of 16 bytes: addresses are a good part of the kernel's instructions.
   const std::uint32_t row_words = static_cast<std::uint32_t>(a.ring.row / n);
   const std::uint32_t piece_words = static_cast<std::uint32_t>(a.ring.piece / n);
-  const int hop = num_groups * hd * static_cast<int>(sizeof(T));  // from a key of a step to the next, then its values
-  std::byte* const mine = ring + group * hd * static_cast<int>(sizeof(T)) + lane * 16;
+  const int hop =
+      num_groups * width * static_cast<int>(sizeof(T));  // from a key of a step to the next, then its values
+  std::byte* const mine = ring + group * width * static_cast<int>(sizeof(T)) + lane * 16;
   const auto fetch = [&](int step, int stage) {
     if (active && step < num_steps) {
       std::byte* const to = mine + stage * 2 * kLoads * hop;
@@ -282,9 +296,17 @@ __global__ void __launch_bounds__(kDecodeThreads, 3)
   fetch_first();
 
   uint4 own_value{};
-  if (split == 0 && active)
-    own_value = *reinterpret_cast<const uint4*>(static_cast<const T*>(a.qkv.v) + token * a.qkv.v_token +
-                                                a.kv_head(head) * a.qkv.v_head + lane * n);
+  if (split == 0 && active) {
+    const T* v = static_cast<const T*>(a.qkv.v) + token * a.qkv.v_token + a.kv_head(head) * a.qkv.v_head + lane * n;
+    if (a.aligned) {
+      own_value = *reinterpret_cast<const uint4*>(v);
+    } else {
+      Packed<T, n> value;
+#pragma unroll
+      for (int i = 0; i < n; ++i) value.x[i] = lane * n + i < hd ? v[i] : from_float<T>(0);
+      own_value = reinterpret_cast<const uint4&>(value);
+    }
+  }
   const auto q = [&](int h) {
     return static_cast<const T*>(a.qkv.q) + token * a.qkv.q_token + (first_head + h) * a.qkv.q_head;
   };
@@ -298,25 +320,25 @@ __global__ void __launch_bounds__(kDecodeThreads, 3)
     const float2 r = rotation(turns_per_token, position);
     const float2 rotated_q = rotate(to_float(q_i), to_float(q_j), r.x, r.y);
     const float2 rotated_k = rotate(to_float(k_i), to_float(k_j), r.x, r.y);
-    rotated[0][h * hd + i] = from_float<T>(rotated_q.x);
-    rotated[0][h * hd + j] = from_float<T>(rotated_q.y);
-    rotated[1][h * hd + i] = from_float<T>(rotated_k.x);
-    rotated[1][h * hd + j] = from_float<T>(rotated_k.y);
+    rotated[0][h * width + i] = from_float<T>(rotated_q.x);
+    rotated[0][h * width + j] = from_float<T>(rotated_q.y);
+    rotated[1][h * width + i] = from_float<T>(rotated_k.x);
+    rotated[1][h * width + j] = from_float<T>(rotated_k.y);
   }
-  const int rest = hd - 2 * a.num_pairs;
+  const int rest = width - 2 * a.num_pairs;
 #pragma unroll 1
   for (int i = tid; i < heads * rest; i += num_threads) {
     const int h = i / rest, d = 2 * a.num_pairs + i % rest;
-    rotated[0][h * hd + d] = q(h)[d];
-    rotated[1][h * hd + d] = k(h)[d];
+    rotated[0][h * width + d] = d < hd ? q(h)[d] : from_float<T>(0);
+    rotated[1][h * width + d] = d < hd ? k(h)[d] : from_float<T>(0);
   }
   __syncthreads();
 
   float query[n], sum[n], m, l, own_score = 0;
   uint4 own_query{}, own_key{};
   if (active) {
-    own_query = *reinterpret_cast<const uint4*>(&rotated[0][local_head * hd + lane * n]);
-    own_key = *reinterpret_cast<const uint4*>(&rotated[1][local_head * hd + lane * n]);
+    own_query = *reinterpret_cast<const uint4*>(&rotated[0][local_head * width + lane * n]);
+    own_key = *reinterpret_cast<const uint4*>(&rotated[1][local_head * width + lane * n]);
   }
   unpack<T>(own_query, query);
   unpack<T>(own_key, sum);
@@ -402,11 +424,11 @@ __global__ void __launch_bounds__(kDecodeThreads, 3)
     }
     __syncthreads();  // room for the sums: the ring, or that of the chunk before
     float* const partial =
-        reinterpret_cast<float*>(where == Keys::context ? ring + shape.ring_bytes(hd * sizeof(T)) : ring);
-    float* const maxima = partial + num_groups * hd;
+        reinterpret_cast<float*>(where == Keys::context ? ring + shape.ring_bytes(width * sizeof(T)) : ring);
+    float* const maxima = partial + num_groups * width;
     float* const totals = maxima + num_groups;
     if (active) {
-      float4* to = reinterpret_cast<float4*>(partial + group * hd + lane * n);
+      float4* to = reinterpret_cast<float4*>(partial + group * width + lane * n);
 #pragma unroll
       for (int i = 0; i < n; i += 4) to[i / 4] = {sum[i], sum[i + 1], sum[i + 2], sum[i + 3]};
     }
@@ -416,8 +438,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 3)
     }
     __syncthreads();
     T* out = static_cast<T*>(a.out) + token * a.out_token + first_head * hd;
-    for (int i = 4 * tid; i < heads * hd; i += 4 * num_threads) {
-      const int h = i / hd;
+    for (int i = 4 * tid; i < heads * width; i += 4 * num_threads) {
+      const int h = i / width, d = i % width;
       float greatest = -kInfinity, denominator = 0;
       float4 numerator{};
 #pragma unroll 8
@@ -425,7 +447,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 3)
 #pragma unroll 4
       for (int s = 0; s < splits; ++s) {
         const float factor = exp2_approximate(maxima[s * heads + h] - greatest);
-        const float4 part = *reinterpret_cast<const float4*>(partial + s * heads * hd + i);
+        const float4 part = *reinterpret_cast<const float4*>(partial + s * heads * width + i);
         denominator += factor * totals[s * heads + h];
         numerator.x += factor * part.x;
         numerator.y += factor * part.y;
@@ -435,10 +457,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 3)
       if (own_chunk > 0) {  // for join_kernel
         const std::int64_t row =
             (std::int64_t{blockIdx.x / parts} * a.num_heads + first_head + h) * chunks.room + this_chunk;
-        *reinterpret_cast<float4*>(chunks.values + row * hd + i % hd) = numerator;
-        if (i % hd == 0) *reinterpret_cast<float2*>(chunks.totals + 2 * row) = {greatest, denominator};
+        *reinterpret_cast<float4*>(chunks.values + row * width + d) = numerator;
+        if (d == 0) *reinterpret_cast<float2*>(chunks.totals + 2 * row) = {greatest, denominator};
       } else {
-        store_quotient(out + i, numerator, denominator);
+        store_quotient(a, out + h * hd, d, numerator, denominator);
       }
     }
     if (chunk > own_chunk) return;
@@ -458,9 +480,10 @@ __global__ void __launch_bounds__(kJoinThreads) join_kernel(const AttentionArgum
   const std::int32_t sequence = sequence_of_single(a.batch, single);
   const int count = num_chunks(a.batch.positions[sequence] + 1);
   if (a.batch.slots[sequence] < 0 || count == 1) return;
-  const int tid = static_cast<int>(threadIdx.x), vectors = a.head_dim / 4, num_groups = kJoinThreads / vectors;
+  const int tid = static_cast<int>(threadIdx.x), width = static_cast<int>(a.ring.head);
+  const int vectors = width / 4, num_groups = kJoinThreads / vectors;
   const float2* totals = reinterpret_cast<const float2*>(chunks.totals) + std::int64_t{blockIdx.x} * chunks.room;
-  const float* values = chunks.values + std::int64_t{blockIdx.x} * chunks.room * a.head_dim;
+  const float* values = chunks.values + std::int64_t{blockIdx.x} * chunks.room * width;
 
   float greatest = -kInfinity;
   for (int i = tid; i < count; i += kJoinThreads) greatest = fmaxf(greatest, totals[i].x);
@@ -477,7 +500,7 @@ __global__ void __launch_bounds__(kJoinThreads) join_kernel(const AttentionArgum
 #pragma unroll 4
     for (int i = group; i < count; i += num_groups) {
       const float2 total = totals[i];
-      const float4 part = *reinterpret_cast<const float4*>(values + std::int64_t{i} * a.head_dim + 4 * vector);
+      const float4 part = *reinterpret_cast<const float4*>(values + std::int64_t{i} * width + 4 * vector);
       const float factor = exp2_approximate(total.x - greatest);
       denominator += factor * total.y;
       numerator.x += factor * part.x;
@@ -498,16 +521,17 @@ __global__ void __launch_bounds__(kJoinThreads) join_kernel(const AttentionArgum
     numerator.z += part.z;
     numerator.w += part.w;
   }
-  store_quotient(static_cast<T*>(a.out) + a.batch.offsets[sequence] * a.out_token +
-                     static_cast<int>(blockIdx.x % num_heads) * a.head_dim + 4 * vector,
-                 numerator, denominator);
+  T* out = static_cast<T*>(a.out) + a.batch.offsets[sequence] * a.out_token +
+           static_cast<int>(blockIdx.x % num_heads) * a.head_dim;
+  store_quotient(a, out, 4 * vector, numerator, denominator);
 }
 
 // ---- keys of several tokens ----------------------------------------------------------------------------------------
 
 // Keys and values of a sequence and kv head by their index, which counts from the call's first token: those from before
-// (index ≥ 1 − window) lie in the ring, the others in the call.
-template <typename T, bool in_pieces>
+// (index ≥ 1 − window) lie in the ring, the others in the call. A context has them all: it does not overwrite one that
+// is still needed, so the call's are written first.
+template <typename T, Keys where>
 struct KeySource {
   const AttentionArguments& a;
   const T *ring_keys, *ring_values, *keys, *values;
@@ -516,7 +540,7 @@ struct KeySource {
 
   __device__ KeySource(const AttentionArguments& arguments, std::int32_t sequence, int kv_head)
       : a(arguments),
-        ring_keys(reinterpret_cast<const T*>(a.ring_keys(sequence)) + kv_head * a.head_dim),
+        ring_keys(reinterpret_cast<const T*>(a.ring_keys(sequence)) + kv_head * a.ring.head),
         ring_values(ring_keys + a.ring.values),
         keys(static_cast<const T*>(a.qkv.k) + a.batch.offsets[sequence] * a.qkv.k_token + kv_head * a.qkv.k_head),
         values(static_cast<const T*>(a.qkv.v) + a.batch.offsets[sequence] * a.qkv.v_token + kv_head * a.qkv.v_head),
@@ -526,11 +550,14 @@ struct KeySource {
 
   __device__ std::int64_t in_ring(int index) const {
     const int row = start_row + index;
-    return a.ring_row<in_pieces>(row < 0 ? row + a.window : row);
+    return a.ring_row<where != Keys::ring>(row < 0 ? row + a.window : row);
   }
-  __device__ const T* key(int index) const { return index >= 0 ? keys + index * k_token : ring_keys + in_ring(index); }
+  __device__ static bool is_in_ring(int index) { return where == Keys::context || index < 0; }
+  __device__ const T* key(int index) const {
+    return is_in_ring(index) ? ring_keys + in_ring(index) : keys + index * k_token;
+  }
   __device__ const T* value(int index) const {
-    return index >= 0 ? values + index * v_token : ring_values + in_ring(index);
+    return is_in_ring(index) ? ring_values + in_ring(index) : values + index * v_token;
   }
 };
 
@@ -544,7 +571,7 @@ constexpr int kAnyKeys = 4;  // taken at a time
 
 // Any dtype, head_dim and alignment, after rotate_kernel: a warp per token and head, which keeps its query and sum in
 // shared memory (warps, 2, head_dim). Grid: (items · kTileTokens / kAnyWarps, heads).
-template <typename T, bool in_pieces>
+template <typename T, Keys where>
 __global__ void __launch_bounds__(kAnyWarps * 32) attend_any_kernel(const AttentionArguments a) {
   constexpr unsigned kParts = kTileTokens / kAnyWarps;
   extern __shared__ __align__(32) float rows[];
@@ -557,7 +584,7 @@ __global__ void __launch_bounds__(kAnyWarps * 32) attend_any_kernel(const Attent
   if (in_item >= item.count || a.batch.slots[item.sequence] < 0) return;
   const std::int64_t token = item.first + in_item;
   const int index = static_cast<int>(token - a.batch.offsets[item.sequence]);
-  const KeySource<T, in_pieces> source(a, item.sequence, a.kv_head(head));
+  const KeySource<T, where> source(a, item.sequence, a.kv_head(head));
   float* query = rows + warp * 2 * hd;
   float* sum = query + hd;
   const T* q = static_cast<const T*>(a.qkv.q) + token * a.qkv.q_token + head * a.qkv.q_head;
@@ -608,24 +635,32 @@ __global__ void __launch_bounds__(kAnyWarps * 32) attend_any_kernel(const Attent
 // ---- tensor cores --------------------------------------------------------------------------------------------------
 
 constexpr int kFlashThreads = 128;
-constexpr int kQueries = kTileTokens;  // of a block: 16 a warp
-constexpr int kKeys = 64;              // of a step
+constexpr int kKeys = 64;  // of a step
 constexpr int kMaxFlashDim = 128;
-static_assert(kQueries == kFlashThreads / 32 * 16);
 
 // Elements from a row in shared memory to the next: head_dim rounded up to the tensor cores' 16, and an odd number of
 // 16-byte pieces so that eight rows lie in different banks.
 __device__ __host__ __forceinline__ int flash_stride(int head_dim) { return (head_dim + 15) / 16 * 16 + 8; }
 
-// One block per tile and head, after rotate_kernel. Keys and values have one buffer each: the next keys are copied
-// behind softmax and PV, the next values behind QKᵀ. Dimensions above head_dim are zeros and cost a branch, not an
-// instance. The last tiles of a sequence, which may have the most keys, begin first.
-template <typename T, bool in_pieces>
-__global__ void __launch_bounds__(kFlashThreads, 3) flash_kernel(const AttentionArguments a) {
+// Tiles of a block. What a warp reads of keys and values in shared memory serves 16 queries of each: two tiles halve
+// that traffic, which is the limit where there are many keys. A window has few, and its blocks are better many.
+template <Keys where>
+constexpr int kFlashTiles = where == Keys::context ? 2 : 1;
+
+// One block per head and kFlashTiles tiles, after rotate_kernel; its warps share the tiles' queries. Keys and values
+// have one buffer each: the next keys are copied behind softmax and PV, the next values behind QKᵀ. Dimensions above
+// head_dim are zeros and cost a branch, not an instance. The last tiles of a sequence, which may have the most keys,
+// begin first.
+template <typename T, Keys where>
+__global__ void __launch_bounds__(kFlashThreads, kFlashTiles<where> == 1 ? 3 : 2)
+    flash_kernel(const AttentionArguments a) {
+  constexpr int kTiles = kFlashTiles<where>, kWarpRows = 16 * kTiles, kQueries = kTiles * kTileTokens;
+  static_assert(kQueries == kFlashThreads / 32 * kWarpRows);
   extern __shared__ __align__(32) float flash_shared[];
   wait_for_predecessors();
   release_successors();
-  const int hd = a.head_dim, padded = (hd + 15) / 16 * 16, stride = flash_stride(hd);
+  const int hd = a.head_dim, width = static_cast<int>(a.ring.head);
+  const int padded = (hd + 15) / 16 * 16, stride = flash_stride(hd);
   T* const queries = reinterpret_cast<T*>(flash_shared);
   T* const keys = queries + kQueries * stride;
   T* const values = keys + kKeys * stride;
@@ -633,9 +668,11 @@ __global__ void __launch_bounds__(kFlashThreads, 3) flash_kernel(const Attention
   const int head = static_cast<int>(blockIdx.x % static_cast<unsigned>(a.num_heads));
   const Tile tile =
       a.batch.tiles[static_cast<unsigned>(a.batch.num_tiles) - 1 - blockIdx.x / static_cast<unsigned>(a.num_heads)];
-  if (a.batch.slots[tile.sequence] < 0) return;
-  const KeySource<T, in_pieces> source(a, tile.sequence, a.kv_head(head));
-  const int tile_index = tile.first - a.batch.offsets[tile.sequence], last = tile_index + tile.count - 1;
+  const int tile_index = tile.first - a.batch.offsets[tile.sequence];
+  if (a.batch.slots[tile.sequence] < 0 || tile_index / kTileTokens % kTiles != 0) return;
+  const int num_queries = min(kQueries, a.batch.offsets[tile.sequence + 1] - tile.first);
+  const KeySource<T, where> source(a, tile.sequence, a.kv_head(head));
+  const int last = tile_index + num_queries - 1;
   const int first = first_key(a, tile.sequence, tile_index);
 
   constexpr int kRowThreads = kMaxFlashDim / 8, kPass = kFlashThreads / kRowThreads;  // a row's 16-byte pieces
@@ -644,28 +681,37 @@ __global__ void __launch_bounds__(kFlashThreads, 3) flash_kernel(const Attention
     if (piece < padded) {
 #pragma unroll
       for (int row = piece_row; row < kKeys; row += kPass) {
-        const bool valid = from + row <= last && piece < hd;
-        const T* x = !valid ? source.keys : (of_values ? source.value(from + row) : source.key(from + row)) + piece;
+        const bool valid = from + row <= last && piece < width;
+        const T* x =
+            !valid ? source.ring_keys : (of_values ? source.value(from + row) : source.key(from + row)) + piece;
         copy_async_16(to + row * stride + piece, x, valid);
       }
     }
     commit_copies();
   };
-  if (piece < padded) {
-    const T* q = static_cast<const T*>(a.qkv.q) + tile.first * a.qkv.q_token + head * a.qkv.q_head;
+  const T* q = static_cast<const T*>(a.qkv.q) + tile.first * a.qkv.q_token + head * a.qkv.q_head;
+  if (!a.aligned) {
+    for (int i = tid; i < kQueries * padded; i += kFlashThreads) {
+      const int row = i / padded, d = i % padded;
+      queries[row * stride + d] = row < num_queries && d < hd ? q[row * a.qkv.q_token + d] : from_float<T>(0);
+    }
+  } else if (piece < padded) {
 #pragma unroll
     for (int row = piece_row; row < kQueries; row += kPass) {
-      const bool valid = row < tile.count && piece < hd;
+      const bool valid = row < num_queries && piece < hd;
       copy_async_16(queries + row * stride + piece, valid ? q + row * a.qkv.q_token + piece : q, valid);
     }
   }
   copy_rows(keys, false, first);
   copy_rows(values, true, first);
 
-  float o[kMaxFlashDim / 8][4] = {}, m[2] = {-kInfinity, -kInfinity}, l[2] = {0, 0};  // of rows g and g + 8
-  const int warp_first = tile_index + warp * 16, warp_last = warp_first + 15;
+  // Of rows g and g + 8 of a tile's 16.
+  float o[kTiles][kMaxFlashDim / 8][4] = {}, m[kTiles][2], l[kTiles][2] = {};
+#pragma unroll
+  for (int u = 0; u < kTiles; ++u) m[u][0] = m[u][1] = -kInfinity;
+  const int warp_first = tile_index + warp * kWarpRows, warp_last = warp_first + kWarpRows - 1;
   for (int base = first; base <= last; base += kKeys) {
-    float s[kKeys / 8][4] = {};
+    float s[kTiles][kKeys / 8][4] = {};
     const bool needed = base <= warp_last && base + kKeys > warp_first - a.window + 1;
     wait_for_copies<1>();  // the values' group came after the keys'
     __syncthreads();
@@ -673,13 +719,18 @@ __global__ void __launch_bounds__(kFlashThreads, 3) flash_kernel(const Attention
 #pragma unroll
       for (int d = 0; d < kMaxFlashDim; d += 16) {
         if (d < padded) {
-          std::uint32_t q[4], k[4];
-          load_matrices(q, queries + (warp * 16 + lane % 16) * stride + d + lane / 16 * 8);
+          std::uint32_t x[kTiles][4], k[4];
+#pragma unroll
+          for (int u = 0; u < kTiles; ++u)
+            load_matrices(x[u], queries + (warp * kWarpRows + u * 16 + lane % 16) * stride + d + lane / 16 * 8);
 #pragma unroll
           for (int i = 0; i < kKeys; i += 16) {
             load_matrices(k, keys + (i + lane / 16 * 8 + lane % 8) * stride + d + lane / 8 % 2 * 8);
-            mma_16x8x16<T>(s[i / 8], q, k[0], k[1]);
-            mma_16x8x16<T>(s[i / 8 + 1], q, k[2], k[3]);
+#pragma unroll
+            for (int u = 0; u < kTiles; ++u) {
+              mma_16x8x16<T>(s[u][i / 8], x[u], k[0], k[1]);
+              mma_16x8x16<T>(s[u][i / 8 + 1], x[u], k[2], k[3]);
+            }
           }
         }
       }
@@ -693,35 +744,38 @@ __global__ void __launch_bounds__(kFlashThreads, 3) flash_kernel(const Attention
     if (needed) {
       const bool masked = base + kKeys - 1 > warp_first || base <= warp_last - a.window;
 #pragma unroll
-      for (int i = 0; i < kKeys / 8; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int key = base + i * 8 + 2 * t + j % 2, query = warp_first + g + j / 2 * 8;
-          s[i][j] *= a.scale;
-          if (masked && (key > query || key <= query - a.window)) s[i][j] = -kInfinity;
-        }
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float next = m[half];
-#pragma unroll
-        for (int i = 0; i < kKeys / 8; ++i) next = fmaxf(next, fmaxf(s[i][2 * half], s[i][2 * half + 1]));
-        next = fmaxf(next, __shfl_xor_sync(0xffffffffu, next, 1));
-        next = fmaxf(next, __shfl_xor_sync(0xffffffffu, next, 2));
-        const float reference = finite_maximum(next), factor = exp2_approximate(m[half] - reference);
-        m[half] = next;
-        l[half] *= factor;
-#pragma unroll
-        for (int i = 0; i < kMaxFlashDim / 8; ++i) {
-          o[i][2 * half] *= factor;
-          o[i][2 * half + 1] *= factor;
-        }
+      for (int u = 0; u < kTiles; ++u) {
 #pragma unroll
         for (int i = 0; i < kKeys / 8; ++i) {
 #pragma unroll
-          for (int j = 2 * half; j < 2 * half + 2; ++j) {
-            s[i][j] = exp2_approximate(s[i][j] - reference);
-            l[half] += s[i][j];
+          for (int j = 0; j < 4; ++j) {
+            const int key = base + i * 8 + 2 * t + j % 2, query = warp_first + u * 16 + g + j / 2 * 8;
+            s[u][i][j] *= a.scale;
+            if (masked && (key > query || key <= query - a.window)) s[u][i][j] = -kInfinity;
+          }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float next = m[u][half];
+#pragma unroll
+          for (int i = 0; i < kKeys / 8; ++i) next = fmaxf(next, fmaxf(s[u][i][2 * half], s[u][i][2 * half + 1]));
+          next = fmaxf(next, __shfl_xor_sync(0xffffffffu, next, 1));
+          next = fmaxf(next, __shfl_xor_sync(0xffffffffu, next, 2));
+          const float reference = finite_maximum(next), factor = exp2_approximate(m[u][half] - reference);
+          m[u][half] = next;
+          l[u][half] *= factor;
+#pragma unroll
+          for (int i = 0; i < kMaxFlashDim / 8; ++i) {
+            o[u][i][2 * half] *= factor;
+            o[u][i][2 * half + 1] *= factor;
+          }
+#pragma unroll
+          for (int i = 0; i < kKeys / 8; ++i) {
+#pragma unroll
+            for (int j = 2 * half; j < 2 * half + 2; ++j) {
+              s[u][i][j] = exp2_approximate(s[u][i][j] - reference);
+              l[u][half] += s[u][i][j];
+            }
           }
         }
       }
@@ -731,16 +785,23 @@ __global__ void __launch_bounds__(kFlashThreads, 3) flash_kernel(const Attention
     if (needed) {
 #pragma unroll
       for (int i = 0; i < kKeys; i += 16) {
-        const std::uint32_t p[4] = {pack<T>(s[i / 8][0], s[i / 8][1]), pack<T>(s[i / 8][2], s[i / 8][3]),
-                                    pack<T>(s[i / 8 + 1][0], s[i / 8 + 1][1]),
-                                    pack<T>(s[i / 8 + 1][2], s[i / 8 + 1][3])};
+        std::uint32_t p[kTiles][4];
+#pragma unroll
+        for (int u = 0; u < kTiles; ++u) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+            p[u][j] = pack<T>(s[u][i / 8 + j / 2][j % 2 * 2], s[u][i / 8 + j / 2][j % 2 * 2 + 1]);
+        }
 #pragma unroll
         for (int d = 0; d < kMaxFlashDim; d += 16) {
           if (d < padded) {
             std::uint32_t v[4];
             load_matrices_transposed(v, values + (i + lane % 16) * stride + d + lane / 16 * 8);
-            mma_16x8x16<T>(o[d / 8], p, v[0], v[1]);
-            mma_16x8x16<T>(o[d / 8 + 1], p, v[2], v[3]);
+#pragma unroll
+            for (int u = 0; u < kTiles; ++u) {
+              mma_16x8x16<T>(o[u][d / 8], p[u], v[0], v[1]);
+              mma_16x8x16<T>(o[u][d / 8 + 1], p[u], v[2], v[3]);
+            }
           }
         }
       }
@@ -755,28 +816,39 @@ __global__ void __launch_bounds__(kFlashThreads, 3) flash_kernel(const Attention
 
   // Through the warp's own rows of the queries, for whole 16-byte stores.
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    l[half] += __shfl_xor_sync(0xffffffffu, l[half], 1);
-    l[half] += __shfl_xor_sync(0xffffffffu, l[half], 2);
-    const float inverse = 1.0f / l[half];
-    T* row = queries + (warp * 16 + g + half * 8) * stride + 2 * t;
+  for (int u = 0; u < kTiles; ++u) {
 #pragma unroll
-    for (int i = 0; i < kMaxFlashDim / 8; ++i) {
-      if (i * 8 < hd)
-        *reinterpret_cast<std::uint32_t*>(row + i * 8) =
-            pack<T>(o[i][2 * half] * inverse, o[i][2 * half + 1] * inverse);
+    for (int half = 0; half < 2; ++half) {
+      l[u][half] += __shfl_xor_sync(0xffffffffu, l[u][half], 1);
+      l[u][half] += __shfl_xor_sync(0xffffffffu, l[u][half], 2);
+      const float inverse = 1.0f / l[u][half];
+      T* row = queries + (warp * kWarpRows + u * 16 + g + half * 8) * stride + 2 * t;
+#pragma unroll
+      for (int i = 0; i < kMaxFlashDim / 8; ++i) {
+        if (i * 8 < hd)
+          *reinterpret_cast<std::uint32_t*>(row + i * 8) =
+              pack<T>(o[u][i][2 * half] * inverse, o[u][i][2 * half + 1] * inverse);
+      }
     }
   }
   __syncwarp();
   T* out = static_cast<T*>(a.out) + tile.first * a.out_token + head * hd;
-  const int out_piece = lane % kRowThreads * 8;
-  if (out_piece < hd) {
+  const int warp_rows = min(kWarpRows, num_queries - warp * kWarpRows);
+  if (a.aligned) {
+    const int out_piece = lane % kRowThreads * 8;
+    if (out_piece < hd) {
 #pragma unroll
-    for (int i = lane / kRowThreads; i < 16; i += 32 / kRowThreads) {
-      const int row = warp * 16 + i;
-      if (row < tile.count)
-        *reinterpret_cast<uint4*>(out + row * a.out_token + out_piece) =
-            *reinterpret_cast<const uint4*>(queries + row * stride + out_piece);
+      for (int i = lane / kRowThreads; i < kWarpRows; i += 32 / kRowThreads) {
+        const int row = warp * kWarpRows + i;
+        if (i < warp_rows)
+          *reinterpret_cast<uint4*>(out + row * a.out_token + out_piece) =
+              *reinterpret_cast<const uint4*>(queries + row * stride + out_piece);
+      }
+    }
+  } else {
+    for (int i = 0; i < warp_rows; ++i) {
+      const int row = warp * kWarpRows + i;
+      for (int d = lane; d < hd; d += 32) out[row * a.out_token + d] = queries[row * stride + d];
     }
   }
 }
@@ -786,8 +858,8 @@ __global__ void __launch_bounds__(kFlashThreads, 3) flash_kernel(const Attention
 constexpr int kRingThreads = 256;
 constexpr int kRingTokens = 4;  // of a block
 
-// Writes the last `window` keys and values of every item's sequence, after all attention has read the older ones. A
-// Word is `n` elements. Grid: (items · kTileTokens / kRingTokens).
+// Writes the last `window` keys and values of every item's sequence: to a ring after all attention has read the older
+// ones, to a context before. A Word is `n` elements. Grid: (items · kTileTokens / kRingTokens).
 template <typename Word, bool in_pieces>
 __global__ void __launch_bounds__(kRingThreads) ring_kernel(const AttentionArguments a, const int n) {
   constexpr unsigned kParts = kTileTokens / kRingTokens;
@@ -799,7 +871,7 @@ __global__ void __launch_bounds__(kRingThreads) ring_kernel(const AttentionArgum
   const std::int64_t offset = a.batch.offsets[item.sequence], end = a.batch.offsets[item.sequence + 1];
   Word* const ring_keys = reinterpret_cast<Word*>(a.ring_keys(item.sequence));
   Word* const ring_values = ring_keys + a.ring.values / n;
-  const int words = a.head_dim / n;
+  const int words = a.head_dim / n, row_words = static_cast<int>(a.ring.head) / n;
   for (int i = 0; i < kRingTokens && begin + i < item.count; ++i) {
     const std::int64_t token = item.first + begin + i;
     if (token < end - a.window) continue;
@@ -807,9 +879,10 @@ __global__ void __launch_bounds__(kRingThreads) ring_kernel(const AttentionArgum
     const std::int64_t row = a.ring_row<in_pieces>(index) / n;
     const Word* keys = static_cast<const Word*>(a.qkv.k) + token * a.qkv.k_token / n;
     const Word* values = static_cast<const Word*>(a.qkv.v) + token * a.qkv.v_token / n;
-    for (int j = static_cast<int>(threadIdx.x); j < a.num_kv_heads * words; j += kRingThreads) {
-      ring_keys[row + j] = keys[j / words * a.qkv.k_head / n + j % words];
-      ring_values[row + j] = values[j / words * a.qkv.v_head / n + j % words];
+    for (int j = static_cast<int>(threadIdx.x); j < a.num_kv_heads * row_words; j += kRingThreads) {
+      const int head = j / row_words, word = j % row_words;
+      ring_keys[row + j] = word < words ? keys[head * a.qkv.k_head / n + word] : Word{};
+      ring_values[row + j] = word < words ? values[head * a.qkv.v_head / n + word] : Word{};
     }
   }
 }
@@ -834,30 +907,36 @@ unsigned chunk_blocks(unsigned blocks, int room) {
   return std::clamp((wanted + blocks - 1) / std::max(blocks, 1u), 1u, static_cast<unsigned>(room));
 }
 
+// Whether q, k, v, and out, can be moved in words of n elements of T.
+template <typename T>
+bool in_words(const AttentionArguments& a, int n) {
+  const auto is_in_words = [n](const void* data, std::int64_t token, std::int64_t head) {
+    return is_aligned(data, static_cast<std::size_t>(n) * sizeof(T)) && token % n == 0 && head % n == 0;
+  };
+  return a.head_dim % n == 0 && is_in_words(a.qkv.q, a.qkv.q_token, a.qkv.q_head) &&
+         is_in_words(a.qkv.k, a.qkv.k_token, a.qkv.k_head) && is_in_words(a.qkv.v, a.qkv.v_token, a.qkv.v_head) &&
+         is_in_words(a.out, a.out_token, 0);
+}
+
 template <typename T, Keys where>
 void enqueue(cudaStream_t stream, const char* name, AttentionArguments a, const ChunkSums& chunks) {
   constexpr int n = 16 / sizeof(T);
-  constexpr bool in_pieces = where != Keys::ring;
-  const auto in_vectors = [](const void* data, std::int64_t token, std::int64_t head) {
-    return is_aligned(data, 16) && token % n == 0 && head % n == 0;
-  };
-  const int hd = a.head_dim;
+  constexpr bool in_pieces = where != Keys::ring, context = where == Keys::context;
   const unsigned num_heads = static_cast<unsigned>(a.num_heads), singles = static_cast<unsigned>(a.batch.num_singles);
-  const bool vectors = hd % n == 0 && in_vectors(a.qkv.q, a.qkv.q_token, a.qkv.q_head) &&
-                       in_vectors(a.qkv.k, a.qkv.k_token, a.qkv.k_head) &&
-                       in_vectors(a.qkv.v, a.qkv.v_token, a.qkv.v_head) && in_vectors(a.out, a.out_token, 0) &&
-                       is_aligned(a.ring.keys.data, 16) && a.ring.keys.slot_stride % 16 == 0 && a.ring.row % n == 0 &&
-                       a.ring.values % n == 0 && a.ring.piece % n == 0;
-  if (vectors && hd * sizeof(T) <= kMaxRowBytes) {
-    const DecodeShape shape = decode_shape(a, hd * sizeof(T));
-    const std::size_t ring_bytes = shape.ring_bytes(hd * sizeof(T));
-    const std::size_t sum_bytes = shape.sum_bytes(static_cast<std::size_t>(hd));
-    const unsigned blocks = singles * (num_heads / static_cast<unsigned>(shape.heads));
-    dim3 grid(blocks);
-    if constexpr (where == Keys::context) grid.y = chunk_blocks(blocks, chunks.room);
+  a.aligned = in_words<T>(a, n);
+  const KeyValueView& ring = a.ring;
+  const bool ring_aligned = is_aligned(ring.keys.data, 16) && ring.keys.slot_stride % 16 == 0 && ring.head % n == 0 &&
+                            ring.row % n == 0 && ring.values % n == 0 && ring.piece % n == 0;
+  const std::size_t row_bytes = static_cast<std::size_t>(ring.head) * sizeof(T);
+  if (ring_aligned && (a.aligned || context) && row_bytes <= kMaxRowBytes) {
+    const DecodeShape shape = decode_shape(a, row_bytes);
+    const std::size_t ring_bytes = shape.ring_bytes(row_bytes);
+    const std::size_t sum_bytes = shape.sum_bytes(static_cast<std::size_t>(ring.head));
+    dim3 grid(singles * (num_heads / static_cast<unsigned>(shape.heads)));
+    if (context) grid.y = chunk_blocks(grid.x, chunks.room);
     launch(stream, name, decode_kernel<T, where>, grid, static_cast<unsigned>(shape.threads()),
-           where == Keys::context ? ring_bytes + sum_bytes : std::max(ring_bytes, sum_bytes), a, shape, chunks);
-    if (where == Keys::context && chunks.room > 1)
+           context ? ring_bytes + sum_bytes : std::max(ring_bytes, sum_bytes), a, shape, chunks);
+    if (context && chunks.room > 1)
       launch(stream, name, join_kernel<T>, singles * num_heads, kJoinThreads, 0, a, chunks);
     a.batch.num_singles = 0;
   }
@@ -866,29 +945,34 @@ void enqueue(cudaStream_t stream, const char* name, AttentionArguments a, const 
   if (a.num_pairs > 0) {
     const std::size_t shared_bytes =
         std::size_t{2} * kRotateTokens * static_cast<std::size_t>(a.num_pairs) * sizeof(float);
-    launch(stream, name, vectors && a.num_pairs % n == 0 ? rotate_kernel<T, n> : rotate_kernel<T, 1>,
+    launch(stream, name, a.aligned && a.num_pairs % n == 0 ? rotate_kernel<T, n> : rotate_kernel<T, 1>,
            items * (kTileTokens / kRotateTokens), kRotateThreads, shared_bytes, a);
   }
+  const auto write_ring = [&] {
+    const unsigned ring_blocks = items * (kTileTokens / kRingTokens);
+    const bool in_pairs = ring_aligned && in_words<T>(a, 4 / sizeof(T));
+    if (a.aligned && ring_aligned) {
+      launch(stream, name, ring_kernel<uint4, in_pieces>, ring_blocks, kRingThreads, 0, a, n);
+    } else if (sizeof(T) == 4 || in_pairs) {
+      launch(stream, name, ring_kernel<std::uint32_t, in_pieces>, ring_blocks, kRingThreads, 0, a, 4 / sizeof(T));
+    } else {
+      launch(stream, name, ring_kernel<std::uint16_t, in_pieces>, ring_blocks, kRingThreads, 0, a, 1);
+    }
+  };
+  if (context) write_ring();
   bool attended = false;
   if constexpr (sizeof(T) == 2) {
-    if (vectors && hd <= kMaxFlashDim) {  // the singles are done
-      const std::size_t rows = kQueries + 2 * kKeys;
-      launch(stream, name, flash_kernel<T, in_pieces>, static_cast<unsigned>(a.batch.num_tiles) * num_heads,
-             kFlashThreads, rows * static_cast<std::size_t>(flash_stride(hd)) * sizeof(T), a);
+    if (ring_aligned && (a.aligned || context) && ring.head <= kMaxFlashDim) {  // the singles are done
+      const std::size_t rows = kFlashTiles<where> * kTileTokens + 2 * kKeys;
+      launch(stream, name, flash_kernel<T, where>, static_cast<unsigned>(a.batch.num_tiles) * num_heads, kFlashThreads,
+             rows * static_cast<std::size_t>(flash_stride(a.head_dim)) * sizeof(T), a);
       attended = true;
     }
   }
   if (!attended)
-    launch(stream, name, attend_any_kernel<T, in_pieces>, dim3(items * (kTileTokens / kAnyWarps), num_heads),
-           kAnyWarps * 32, kAnyWarps * 2 * static_cast<std::size_t>(hd) * sizeof(float), a);
-  const unsigned ring_blocks = items * (kTileTokens / kRingTokens);
-  if (vectors) {
-    launch(stream, name, ring_kernel<uint4, in_pieces>, ring_blocks, kRingThreads, 0, a, n);
-  } else if constexpr (sizeof(T) == 2) {
-    launch(stream, name, ring_kernel<std::uint16_t, in_pieces>, ring_blocks, kRingThreads, 0, a, 1);
-  } else {
-    launch(stream, name, ring_kernel<std::uint32_t, in_pieces>, ring_blocks, kRingThreads, 0, a, 1);
-  }
+    launch(stream, name, attend_any_kernel<T, where>, dim3(items * (kTileTokens / kAnyWarps), num_heads),
+           kAnyWarps * 32, kAnyWarps * 2 * static_cast<std::size_t>(a.head_dim) * sizeof(float), a);
+  if (!context) write_ring();
 }
 
 // `Config`: SlidingWindowConfig or FullAttentionConfig.
@@ -929,7 +1013,7 @@ void sliding_window(cudaStream_t stream, const SlidingWindowConfig& config, DTyp
 std::size_t full_attention_scratch(const FullAttentionConfig& config, const DeviceBatch& batch, std::int64_t max_keys) {
   const auto rows = static_cast<std::size_t>(batch.num_singles) * static_cast<std::size_t>(config.num_heads) *
                     static_cast<std::size_t>(num_chunks(max_keys));
-  return rows * static_cast<std::size_t>(config.head_dim + 2) * sizeof(float);
+  return rows * static_cast<std::size_t>(config.head_dim + kMostPadding + 2) * sizeof(float);
 }
 
 void full_attention(cudaStream_t stream, const FullAttentionConfig& config, DType dtype, const DeviceBatch& batch,
@@ -937,13 +1021,13 @@ void full_attention(cudaStream_t stream, const FullAttentionConfig& config, DTyp
                     std::int64_t max_keys) {
   const AttentionArguments a = arguments_of(config, batch, qkv, context, kAllKeys, out, out_token);
   ChunkSums chunks{static_cast<float*>(scratch), nullptr, num_chunks(max_keys)};
-  chunks.totals = chunks.values + std::int64_t{batch.num_singles} * config.num_heads * chunks.room * config.head_dim;
+  chunks.totals = chunks.values + std::int64_t{batch.num_singles} * config.num_heads * chunks.room * context.head;
   for_dtype(dtype, [&]<typename T>(T) { enqueue<T, Keys::context>(stream, "full_attention", a, chunks); });
 }
 
 KeyValueView contiguous_ring(const SlidingWindowConfig& config, StateView state) {
   const std::int64_t row = config.num_kv_heads * config.head_dim;
-  return {state, row, config.window * row};
+  return {state, config.head_dim, row, config.window * row};
 }
 
 }  // namespace based::cuda

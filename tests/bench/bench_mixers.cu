@@ -223,7 +223,8 @@ void check_attention(const Config& c, DType dtype, const std::vector<Sequence>& 
   const std::int64_t window = rows_of(c, sequences), n = (c.rotary_dim + 1) / 2;
   const bool in_pieces = piece_shift < 31;
   const std::int64_t piece_rows = in_pieces ? std::int64_t{1} << piece_shift : window;
-  const std::int64_t ring_row = in_pieces ? (kv * hd + 15) / 16 * 16 : kv * hd, ring = piece_rows * ring_row;
+  const std::int64_t key_size = in_pieces ? (hd + 7) / 8 * 8 : hd;
+  const std::int64_t ring_row = kv * key_size + (in_pieces ? 16 : 0), ring = piece_rows * ring_row;
   const std::int64_t piece = in_pieces ? 2 * ring + 32 : 0, num_pieces = (window + piece_rows - 1) / piece_rows;
   const auto key_at = [&](std::int64_t r) { return r / piece_rows * piece + r % piece_rows * ring_row; };
   const std::int64_t slot_elements = in_pieces ? num_pieces * piece : 2 * ring;
@@ -234,10 +235,10 @@ void check_attention(const Config& c, DType dtype, const std::vector<Sequence>& 
   for (std::size_t b = 0; b < size; ++b) {
     if (batch.slot(b) < 0) continue;
     for (std::int64_t p = std::max<std::int64_t>(0, sequences[b].position - window); p < sequences[b].position; ++p)
-      for (std::int64_t i = 0; i < kv * hd; ++i)
+      for (std::int64_t i = 0; i < kv * key_size; ++i)
         for (std::int64_t part : {std::int64_t{0}, ring})
           states[static_cast<std::size_t>(batch.slot(b) * slot_size + part + key_at(p % window) + i)] =
-              rounded(dtype, random_float());
+              i % key_size < hd ? rounded(dtype, random_float()) : 0.0f;
   }
   const DeviceMemory device_qkv(dtype, qkv), device_states(dtype, states);
   const std::int64_t out_row = c.num_heads * hd + (aligned ? 8 : 1);
@@ -246,7 +247,7 @@ void check_attention(const Config& c, DType dtype, const std::vector<Sequence>& 
     return device_qkv.as<char>() + static_cast<std::size_t>(element) * bytes_of(dtype);
   };
   const QkvView view{at(0), at(c.num_heads * hd), at((c.num_heads + kv) * hd), row, hd, row, hd, row, hd};
-  const KeyValueView keys{{device_states.as<std::byte>(), slot_stride}, ring_row, ring, piece, piece_shift};
+  const KeyValueView keys{{device_states.as<std::byte>(), slot_stride}, key_size, ring_row, ring, piece, piece_shift};
   attend(c, dtype, batch, view, keys, out.as<void>(), out_row, window);
   check(cudaDeviceSynchronize(), "attention");
 
@@ -285,7 +286,7 @@ void check_attention(const Config& c, DType dtype, const std::vector<Sequence>& 
       std::vector<std::vector<double>> keys, values;
       for (std::int64_t p = begin; p < end; ++p) {
         if (p < start) {
-          const float* from = state + key_at(p % window) + h * hd;
+          const float* from = state + key_at(p % window) + h * key_size;
           keys.emplace_back(from, from + hd);
           values.emplace_back(from + ring, from + ring + hd);
           continue;
@@ -295,9 +296,13 @@ void check_attention(const Config& c, DType dtype, const std::vector<Sequence>& 
         const float* from = qkv.data() + token * row + (c.num_heads + kv + h) * hd;
         values.emplace_back(from, from + hd);
         for (std::int64_t d = 0; d < hd; ++d) {
-          want_state[key_at(p % window) + h * hd + d] = static_cast<float>(keys.back()[static_cast<std::size_t>(d)]);
-          want_state[ring + key_at(p % window) + h * hd + d] = from[d];
+          want_state[key_at(p % window) + h * key_size + d] =
+              static_cast<float>(keys.back()[static_cast<std::size_t>(d)]);
+          want_state[ring + key_at(p % window) + h * key_size + d] = from[d];
         }
+        for (std::int64_t d = hd; d < key_size; ++d)
+          want_state[key_at(p % window) + h * key_size + d] = want_state[ring + key_at(p % window) + h * key_size + d] =
+              0;
       }
       const std::int64_t group = c.num_heads / kv;
       for (std::int64_t head = h * group; head < (h + 1) * group; ++head) {
@@ -656,39 +661,41 @@ void time_shape(int size, int length) {
   }
 }
 
-// Attention of 16 heads of 128 over contexts of so many keys, the call's included.
-void time_full_attention(int size, int length, int keys) {
-  constexpr std::int64_t kHeads = 16, kDim = 128, kRow = kHeads * kDim, kShift = 7, kPieceRows = 1 << kShift;
-  const auto config = attention_config<FullAttentionConfig>(kHeads, kHeads, kDim, kDim);
+// Attention over contexts of so many keys, the call's included.
+void time_full_attention(int heads, int head_dim, int size, int length, int keys) {
+  constexpr std::int64_t kShift = 7, kPieceRows = 1 << kShift;
+  const std::int64_t row = heads * head_dim, key_size = (head_dim + 7) / 8 * 8, key_row = heads * key_size;
+  const auto config = attention_config<FullAttentionConfig>(heads, heads, head_dim, head_dim);
   const double tokens = static_cast<double>(size) * length;
   const std::int64_t pieces = (keys + kPieceRows - 1) / kPieceRows;
-  const double context = static_cast<double>(pieces) * 2 * kRow * kPieceRows * 2;
-  const double nbytes = static_cast<double>(size) * keys * 2 * kRow * 2 + tokens * 4 * kRow * 2;
+  const double context = static_cast<double>(pieces * 2 * key_row * kPieceRows * 2), d = static_cast<double>(row);
+  const double nbytes = static_cast<double>(size) * keys * 2 * d * 2 + tokens * 4 * d * 2;
   const int inputs = inputs_for(nbytes);
-  const Inputs qkv(inputs, tokens * 3 * kRow * 2, kT), out(inputs, tokens * kRow * 2, kT);
+  const Inputs qkv(inputs, tokens * 3 * d * 2, kT), out(inputs, tokens * d * 2, kT);
   const Inputs contexts(inputs * size, context, kT);
   std::vector<Batch> batches;
   for (int i = 0; i < inputs; ++i)
     batches.emplace_back(std::vector<Sequence>(static_cast<std::size_t>(size), Sequence{length, keys - length}),
                          i * size);
   const DeviceMemory scratch(full_attention_scratch(config, batches[0].view, keys));
-  const std::string what = "full_attention " + std::to_string(size) + " x " + std::to_string(length) + " of " +
-                           std::to_string(keys) + " keys";
+  const std::string what = "full_attention " + std::to_string(heads) + " of " + std::to_string(head_dim) + ", " +
+                           std::to_string(size) + " x " + std::to_string(length) + " of " + std::to_string(keys) +
+                           " keys";
   report(what, nbytes, inputs, [&](int i, cudaStream_t stream) {
     const char* q = qkv[i];
     full_attention(stream, config, kT, batches[static_cast<std::size_t>(i)].view,
-                   {q, q + kRow * 2, q + 2 * kRow * 2, 3 * kRow, kDim, 3 * kRow, kDim, 3 * kRow, kDim},
+                   {q, q + row * 2, q + 2 * row * 2, 3 * row, head_dim, 3 * row, head_dim, 3 * row, head_dim},
                    {{contexts.memory.as<std::byte>(), contexts.each},
-                    kRow,
-                    kRow * kPieceRows,
-                    2 * kRow * kPieceRows,
+                    key_size,
+                    key_row,
+                    key_row * kPieceRows,
+                    2 * key_row * kPieceRows,
                     static_cast<int>(kShift)},
-                   out[i], kRow, scratch.as<void>(), keys);
+                   out[i], row, scratch.as<void>(), keys);
   });
   const double pairs = static_cast<double>(length) * (2.0 * keys - length + 1) / 2;
   if (length > 1)
-    std::printf("    %.0f GFLOP of products with keys and values\n",
-                static_cast<double>(size) * pairs * 4 * static_cast<double>(kRow) / 1e9);
+    std::printf("    %.0f GFLOP of products with keys and values\n", static_cast<double>(size) * pairs * 4 * d / 1e9);
 }
 
 }  // namespace
@@ -700,12 +707,13 @@ int main(int argc, char** argv) {
     for (int size : {1, 128, 1024}) time_shape(size, 1);
     time_shape(1, 8192);
     time_shape(32, 256);
-    time_full_attention(1, 1, 1024);
-    time_full_attention(1, 1, 65'536);
-    time_full_attention(128, 1, 1536);
-    time_full_attention(1, 8192, 8192);
-    time_full_attention(2, 4096, 4096);
-    time_full_attention(1, 8192, 65'536);
+    for (const auto& [heads, head_dim] : {std::pair(16, 128), {24, 70}, {16, 64}}) {
+      time_full_attention(heads, head_dim, 1, 1, 1024);
+      time_full_attention(heads, head_dim, 1, 1, 65'536);
+      time_full_attention(heads, head_dim, 128, 1, 1536);
+      time_full_attention(heads, head_dim, 1, 8192, 8192);
+      time_full_attention(heads, head_dim, 2, 4096, 4096);
+    }
   }
   if (failures > 0) std::printf("%d checks failed\n", failures);
   return failures > 0 ? 1 : 0;

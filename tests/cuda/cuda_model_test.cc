@@ -489,9 +489,18 @@ void use_memory(std::uint32_t seed) {
   }
 }
 
+using MakeConfig = ModelConfig (*)();
+
+class CudaGrowing : public CudaTest, public ::testing::WithParamInterface<std::pair<const char*, MakeConfig>> {};
+
+INSTANTIATE_TEST_SUITE_P(States, CudaGrowing,
+                         ::testing::Values(std::pair("LongWindows", MakeConfig{long_config}),
+                                           std::pair("Contexts", MakeConfig{context_config})),
+                         [](const auto& param) { return std::string(param.param.first); });
+
 // What is held is what state_nbytes() says, and a reset gives it back.
-TEST_F(CudaTest, LongWindowsTakeMemoryAsTheyFill) {
-  const auto model = Model::random(long_config(), 5, on(kCuda, DType::bfloat16));
+TEST_P(CudaGrowing, TakeMemoryAsTheyFill) {
+  const auto model = Model::random(GetParam().second(), 5, on(kCuda, DType::bfloat16));
   const auto states = [&] { return static_cast<std::size_t>(model->memory().states); };
   const std::size_t full = model->state_nbytes();
   Session session(model, 3);
@@ -529,13 +538,21 @@ TEST_F(CudaTest, LongWindowsTakeMemoryAsTheyFill) {
   }
 }
 
-TEST_F(CudaTest, ALongWindowThatDoesNotFitChangesNothing) {
-  ModelConfig config = long_config();
-  auto& window = std::get<SlidingWindowConfig>(config.layers[4]);
-  window.num_heads = window.num_kv_heads = 64;
-  window.head_dim = 256;
-  window.window = 1 << 23;  // 550 GB when full
-  const auto model = Model::random(config, 5, on(kCuda, DType::bfloat16));
+TEST_P(CudaGrowing, WhatDoesNotFitChangesNothing) {
+  ModelConfig config = GetParam().second();  // 550 GB for 2²³ tokens
+  LoadOptions options = on(kCuda, DType::bfloat16);
+  for (MixerConfig& mixer : config.layers) {
+    if (auto* window = std::get_if<SlidingWindowConfig>(&mixer); window != nullptr && window->window > 1000) {
+      window->num_heads = window->num_kv_heads = 64;
+      window->head_dim = 256;
+      window->window = 1 << 23;
+    } else if (auto* full = std::get_if<FullAttentionConfig>(&mixer)) {
+      full->num_heads = full->num_kv_heads = 24;
+      full->head_dim = 256;
+      options.max_context = 1 << 23;
+    }
+  }
+  const auto model = Model::random(config, 5, options);
   Session session(model, 2);
   session.prefill(Prompts{random_tokens(300, 1, 500), random_tokens(5, 2, 500)});
   const std::size_t held = model->memory().states;

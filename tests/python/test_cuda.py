@@ -114,7 +114,10 @@ def test_golden_layers(load, golden):
 @pytest.mark.parametrize("seed", range(200 if LONG else 40))
 def test_random_architectures(tmp_path, seed):
     """Any layer kinds and sizes, against float64: whole, cut into calls, and step by step."""
-    drawn = random_model(Seeded(seed), kinds=ON_A_GPU)
+    # A norm of one or two numbers that cancel is nothing but their rounding.
+    choose = Seeded(seed)
+    while (drawn := random_model(choose, kinds=ON_A_GPU)).config["hidden_size"] < 3:
+        pass
     drawn.write(tmp_path / "model")
     model = based.load(tmp_path / "model", device=CUDA, dtype="float32")
     tokens = tokens_of(model, 150, seed)
