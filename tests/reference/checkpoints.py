@@ -177,7 +177,7 @@ MIXERS = (
 )
 """The kinds that random models are made of."""
 
-ON_A_GPU = ("gated_conv", "linear_attention", "sliding_window")
+ON_A_GPU = ("gated_conv", "linear_attention", "sliding_window", "selective_scan")
 """Those that a GPU has kernels for."""
 
 
