@@ -272,6 +272,23 @@ void CudaBackend::full_attention(const FullAttentionConfig& config, const Ragged
                        scratch(full_attention_scratch(config, tokens, step_keys_)), step_keys_);
 }
 
+void CudaBackend::scan_conv(const SelectiveScanConfig& config, const float* taps, const float* bias,
+                            const RaggedBatch& batch, const Matrix& xz, backend::StatePool& states, int layer,
+                            const Matrix& x) {
+  const UseDevice use(device_);
+  cuda::scan_conv(stream(), config, xz.dtype, taps, bias, device_batch(batch), xz.data, pool_of(states).layer(layer),
+                  x.data);
+}
+
+void CudaBackend::selective_scan(const SelectiveScanConfig& config, const backend::ScanOperands& operands,
+                                 const RaggedBatch& batch, backend::StatePool& states, int layer, const Matrix& out) {
+  const UseDevice use(device_);
+  const ScanInputs inputs{operands.a,      operands.d,       operands.xz.data,
+                          operands.x.data, operands.bc.data, operands.dt.data};
+  cuda::selective_scan(stream(), config, operands.x.dtype, inputs, device_batch(batch), pool_of(states).layer(layer, 1),
+                       out.data);
+}
+
 void CudaBackend::token_log_probs(const Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
                                   std::span<float> out) {
   const UseDevice use(device_);

@@ -68,6 +68,12 @@ class CudaBackend final : public backend::DeviceBackend<CudaBackend>, private Sa
                       backend::StatePool& states, int layer, const backend::Matrix& out) override;
   void full_attention(const FullAttentionConfig& config, const backend::RaggedBatch& batch, const backend::Matrix& qkv,
                       backend::StatePool& states, int layer, const backend::Matrix& out) override;
+  void scan_conv(const SelectiveScanConfig& config, const float* taps, const float* bias,
+                 const backend::RaggedBatch& batch, const backend::Matrix& xz, backend::StatePool& states, int layer,
+                 const backend::Matrix& x) override;
+  void selective_scan(const SelectiveScanConfig& config, const backend::ScanOperands& operands,
+                      const backend::RaggedBatch& batch, backend::StatePool& states, int layer,
+                      const backend::Matrix& out) override;
   void token_log_probs(const backend::Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
                        std::span<float> out) override;
   std::unique_ptr<backend::Sampler> make_sampler(std::int64_t vocab_size, int num_rows) override;

@@ -110,6 +110,24 @@ void norm(cudaStream_t stream, NormKind kind, float eps, const float* weight, co
 void gated_conv(cudaStream_t stream, const GatedConvConfig& config, DType dtype, const float* taps,
                 const DeviceBatch& batch, const void* u, StateView state, void* out);
 
+/// backend::Backend::scan_conv. xz (N, 2e) T, taps (e, K) and bias (e; null for none) float32, x (N, e) T. State as of
+/// gated_conv.
+void scan_conv(cudaStream_t stream, const SelectiveScanConfig& config, DType dtype, const float* taps,
+               const float* bias, const DeviceBatch& batch, const void* xz, StateView state, void* x);
+
+// ---- selective_scan.cu ---------------------------------------------------------------------------------------------
+
+/// backend::ScanOperands on the device.
+struct ScanInputs {
+  const float *a = nullptr, *d = nullptr;                                // (N, e) ≤ 0, (e)
+  const void *xz = nullptr, *x = nullptr, *bc = nullptr, *dt = nullptr;  // (…, 2e), (…, e), (…, 2N), (…, e) T
+};
+
+/// backend::Backend::selective_scan. out (…, e) T. State of a slot: h (N, e) float32, zeros when fresh. However a
+/// sequence is cut into calls, and whatever else is in the batch, it gets the same bits (for N ≤ 128 and beyond).
+void selective_scan(cudaStream_t stream, const SelectiveScanConfig& config, DType dtype, const ScanInputs& in,
+                    const DeviceBatch& batch, StateView state, void* out);
+
 // ---- linear_attention.cu -------------------------------------------------------------------------------------------
 
 /// q, k (…, f) and v (…, head_dim) of token n and head h at q + n · q_token + h · q_head, and so on.

@@ -1,5 +1,3 @@
-#include <type_traits>
-
 #include "kernels/common.cuh"
 
 namespace based::cuda {
@@ -12,8 +10,10 @@ constexpr int kRunTokens = 16;  // of a thread, of a long sequence
 constexpr int kLoadTokens = 4;  // loaded before the first is used
 static_assert(kTileTokens % kRunTokens == 0 && kRunTokens % kLoadTokens == 0 && kRunTokens >= kMaxTaps);
 
+// The gated convolution is SiLU(conv(u₁)) ⊙ u₂, the one before a scan SiLU(conv(u₁) + bias): u₂ is not read (kGated).
 struct ConvArguments {
   const float* taps;  // (e, K)
+  const float* bias;  // (e) or null
   std::int64_t e;
   int num_taps;  // K
   DeviceBatch batch;
@@ -26,15 +26,6 @@ struct ConvArguments {
     return slot_data<T>(state, batch.slots[sequence]);
   }
 };
-
-template <typename T>
-__device__ __forceinline__ float silu(float x) {
-  if constexpr (std::is_same_v<T, float>) {
-    return x / (1.0f + expf(-x));
-  } else {
-    return __fdividef(x, 1.0f + __expf(-x));
-  }
-}
 
 using Floats = Packed<float, kChannels>;
 
@@ -58,11 +49,17 @@ __device__ __forceinline__ void store_floats(T* to, const Floats& x) {
 
 // Taps and the window of kChannels channels: K ≤ kMaxTaps taps are padded in front with zeros, so that row j of the
 // window always stands kMaxTaps − 1 − j tokens back.
+template <bool kGated>
 struct Window {
   float taps[kMaxTaps][kChannels];
+  Floats bias;
   Floats u[kMaxTaps];
 
-  __device__ void load_taps(const float* from, int num_taps) {
+  __device__ void load_taps(const ConvArguments& a, std::int64_t channel) {
+    const float* from = a.taps + channel * a.num_taps;
+    const int num_taps = a.num_taps;
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) bias.x[i] = kGated || a.bias == nullptr ? 0.0f : a.bias[channel + i];
 #pragma unroll
     for (int j = 0; j < kMaxTaps; ++j) {
       const int tap = j - (kMaxTaps - num_taps);
@@ -72,16 +69,16 @@ struct Window {
     }
   }
 
-  // out = SiLU(conv) ⊙ u₂ of the newest token; then makes room for the next.
+  // out of the newest token; then makes room for the next.
   template <typename T>
   __device__ void write(const Packed<T, kChannels>& u2, T* out) {
     Packed<T, kChannels> y;
 #pragma unroll
     for (int i = 0; i < kChannels; ++i) {
-      float sum = 0;
+      float sum = bias.x[i];
 #pragma unroll
       for (int j = 0; j < kMaxTaps; ++j) sum += taps[j][i] * u[j].x[i];
-      y.x[i] = from_float<T>(silu<T>(sum) * to_float(u2.x[i]));
+      y.x[i] = from_float<T>(kGated ? silu<T>(sum) * to_float(u2.x[i]) : silu<T>(sum));
     }
     *reinterpret_cast<Packed<T, kChannels>*>(out) = y;
 #pragma unroll
@@ -90,11 +87,11 @@ struct Window {
 };
 
 // Grid (singles, channels / (kThreads · kChannels)): one pass over state, u and out.
-template <typename T>
+template <typename T, bool kGated>
 __global__ void __launch_bounds__(kThreads) conv_single_kernel(const ConvArguments a) {
   const std::int64_t channel = (static_cast<std::int64_t>(blockIdx.y) * kThreads + threadIdx.x) * kChannels;
-  Window window;
-  if (channel < a.e) window.load_taps(a.taps + channel * a.num_taps, a.num_taps);
+  Window<kGated> window;
+  if (channel < a.e) window.load_taps(a, channel);
   wait_for_predecessors();
   release_successors();
   if (channel >= a.e) return;
@@ -103,7 +100,8 @@ __global__ void __launch_bounds__(kThreads) conv_single_kernel(const ConvArgumen
   const std::int64_t token = a.batch.offsets[sequence];
   const T* u = static_cast<const T*>(a.u) + token * 2 * a.e + channel;
   T* state = a.state_of<T>(sequence) + channel;
-  const auto u2 = *reinterpret_cast<const Packed<T, kChannels>*>(u + a.e);
+  Packed<T, kChannels> u2{};
+  if constexpr (kGated) u2 = *reinterpret_cast<const Packed<T, kChannels>*>(u + a.e);
   window.u[kMaxTaps - 1] = load_floats(u);
 #pragma unroll
   for (int j = 0; j + 1 < kMaxTaps; ++j) {
@@ -120,12 +118,12 @@ __global__ void __launch_bounds__(kThreads) conv_single_kernel(const ConvArgumen
 
 // Grid (tiles · runs of a tile, channels / (kThreads · kChannels)). u₁ stays in registers from token to token; only the
 // K − 1 tokens before a run are read again. Leaves the state alone: other blocks may still read it.
-template <typename T>
+template <typename T, bool kGated>
 __global__ void __launch_bounds__(kThreads) conv_tile_kernel(const ConvArguments a) {
   constexpr int kRuns = kTileTokens / kRunTokens;
   const std::int64_t channel = (static_cast<std::int64_t>(blockIdx.y) * kThreads + threadIdx.x) * kChannels;
-  Window window;
-  if (channel < a.e) window.load_taps(a.taps + channel * a.num_taps, a.num_taps);
+  Window<kGated> window;
+  if (channel < a.e) window.load_taps(a, channel);
   wait_for_predecessors();
   release_successors();
   if (channel >= a.e) return;
@@ -148,12 +146,12 @@ __global__ void __launch_bounds__(kThreads) conv_tile_kernel(const ConvArguments
     }
   }
   for (int t = 0; t < count; t += kLoadTokens) {
-    Packed<T, kChannels> u1[kLoadTokens], u2[kLoadTokens];
+    Packed<T, kChannels> u1[kLoadTokens], u2[kLoadTokens]{};
 #pragma unroll
     for (int i = 0; i < kLoadTokens; ++i) {
       if (t + i >= count) break;
       u1[i] = *reinterpret_cast<const Packed<T, kChannels>*>(u + (t + i) * 2 * a.e);
-      u2[i] = *reinterpret_cast<const Packed<T, kChannels>*>(u + (t + i) * 2 * a.e + a.e);
+      if constexpr (kGated) u2[i] = *reinterpret_cast<const Packed<T, kChannels>*>(u + (t + i) * 2 * a.e + a.e);
     }
 #pragma unroll
     for (int i = 0; i < kLoadTokens; ++i) {
@@ -173,7 +171,7 @@ __device__ __forceinline__ T past(const ConvArguments& a, const T* u, const T* s
 
 // Any K, e and alignment: a thread per channel of a run of tokens. Grid x: singles, then runs of tiles; a sequence's
 // last rows are left to conv_state_kernel.
-template <typename T>
+template <typename T, bool kGated>
 __global__ void __launch_bounds__(kThreads) conv_any_kernel(const ConvArguments a) {
   constexpr int kRuns = kTileTokens / kRunTokens;
   wait_for_predecessors();
@@ -198,11 +196,12 @@ __global__ void __launch_bounds__(kThreads) conv_any_kernel(const ConvArguments 
   const T* state = a.state_of<T>(run.sequence) + channel;
   const float* taps = a.taps + channel * a.num_taps;
   for (std::int64_t token = run.first; token < static_cast<std::int64_t>(run.first) + run.count; ++token) {
-    float sum = 0;
+    float sum = a.bias == nullptr ? 0.0f : a.bias[channel];
     for (int j = 0; j < a.num_taps; ++j)
       sum += taps[j] * to_float(past(a, u, state, token - offset - a.num_taps + 1 + j));
-    const float gate = to_float(u[(token - offset) * 2 * a.e + a.e]);
-    static_cast<T*>(a.out)[token * a.e + channel] = from_float<T>(silu<T>(sum) * gate);
+    float y = silu<T>(sum);
+    if constexpr (kGated) y *= to_float(u[(token - offset) * 2 * a.e + a.e]);
+    static_cast<T*>(a.out)[token * a.e + channel] = from_float<T>(y);
   }
 }
 
@@ -225,32 +224,42 @@ __global__ void __launch_bounds__(kThreads) conv_state_kernel(const ConvArgument
   for (int i = 0; i + 1 < a.num_taps; ++i) state[i * a.e] = past<T>(a, u, state, length - a.num_taps + 1 + i);
 }
 
+template <bool kGated>
+void convolve(cudaStream_t stream, const char* name, DType dtype, ConvArguments a) {
+  const std::int64_t e = a.e;
+  for_dtype(dtype, [&]<typename T>(T) {
+    constexpr unsigned kRuns = kTileTokens / kRunTokens;
+    const unsigned num_singles = static_cast<unsigned>(a.batch.num_singles);
+    const unsigned num_runs = static_cast<unsigned>(a.batch.num_tiles) * kRuns;
+    const unsigned num_longs = static_cast<unsigned>(a.batch.num_longs), by_channel = blocks_for(e, kThreads);
+    constexpr std::size_t kBytes = kChannels * sizeof(T);
+    if (a.num_taps <= kMaxTaps && e % kChannels == 0 && is_aligned(a.u, kBytes) && is_aligned(a.out, kBytes) &&
+        is_aligned(a.state.data, 16) && a.state.slot_stride % 16 == 0) {
+      const unsigned by_vector = blocks_for(e, kThreads * kChannels);
+      launch(stream, name, conv_single_kernel<T, kGated>, dim3(num_singles, by_vector), kThreads, 0, a);
+      launch(stream, name, conv_tile_kernel<T, kGated>, dim3(num_runs, by_vector), kThreads, 0, a);
+      a.batch.num_singles = 0;
+    } else {
+      launch(stream, name, conv_any_kernel<T, kGated>, dim3(num_singles + num_runs, by_channel), kThreads, 0, a);
+    }
+    if (a.num_taps > 1)
+      launch(stream, name, conv_state_kernel<T>,
+             dim3(static_cast<unsigned>(a.batch.num_singles) + num_longs, by_channel), kThreads, 0, a);
+  });
+}
+
 }  // namespace
 
 void gated_conv(cudaStream_t stream, const GatedConvConfig& config, DType dtype, const float* taps,
                 const DeviceBatch& batch, const void* u, StateView state, void* out) {
-  ConvArguments arguments{taps, config.inner_size, static_cast<int>(config.kernel_size), batch, state, u, out};
-  const std::int64_t e = config.inner_size;
-  for_dtype(dtype, [&]<typename T>(T) {
-    constexpr unsigned kRuns = kTileTokens / kRunTokens;
-    const unsigned num_singles = static_cast<unsigned>(batch.num_singles);
-    const unsigned num_runs = static_cast<unsigned>(batch.num_tiles) * kRuns;
-    const unsigned num_longs = static_cast<unsigned>(batch.num_longs), by_channel = blocks_for(e, kThreads);
-    constexpr std::size_t kBytes = kChannels * sizeof(T);
-    if (arguments.num_taps <= kMaxTaps && e % kChannels == 0 && is_aligned(u, kBytes) && is_aligned(out, kBytes) &&
-        is_aligned(state.data, 16) && state.slot_stride % 16 == 0) {
-      const unsigned by_vector = blocks_for(e, kThreads * kChannels);
-      launch(stream, "gated_conv", conv_single_kernel<T>, dim3(num_singles, by_vector), kThreads, 0, arguments);
-      launch(stream, "gated_conv", conv_tile_kernel<T>, dim3(num_runs, by_vector), kThreads, 0, arguments);
-      arguments.batch.num_singles = 0;
-    } else {
-      launch(stream, "gated_conv", conv_any_kernel<T>, dim3(num_singles + num_runs, by_channel), kThreads, 0,
-             arguments);
-    }
-    if (arguments.num_taps > 1)
-      launch(stream, "gated_conv state", conv_state_kernel<T>,
-             dim3(static_cast<unsigned>(arguments.batch.num_singles) + num_longs, by_channel), kThreads, 0, arguments);
-  });
+  convolve<true>(stream, "gated_conv", dtype,
+                 {taps, nullptr, config.inner_size, static_cast<int>(config.kernel_size), batch, state, u, out});
+}
+
+void scan_conv(cudaStream_t stream, const SelectiveScanConfig& config, DType dtype, const float* taps,
+               const float* bias, const DeviceBatch& batch, const void* xz, StateView state, void* x) {
+  convolve<false>(stream, "scan_conv", dtype,
+                  {taps, bias, config.inner_size, static_cast<int>(config.kernel_size), batch, state, xz, x});
 }
 
 }  // namespace based::cuda

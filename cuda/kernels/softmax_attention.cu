@@ -56,12 +56,6 @@ __device__ __forceinline__ Tile item_of(const DeviceBatch& batch, unsigned index
   return {sequence, batch.offsets[sequence], 1};
 }
 
-__device__ __forceinline__ float exp2_approximate(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // The maximum to subtract: of no key at all, anything finite.
 __device__ __forceinline__ float finite_maximum(float m) { return m == -kInfinity ? 0.0f : m; }
 
@@ -396,7 +390,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 3)
         if ((step * kLoads + j) * splits + split >= count) score[j] = -kInfinity;
         next = fmaxf(next, score[j]);
       }
-      const float reference = finite_maximum(next), factor = exp2_approximate(m - reference);
+      const float reference = finite_maximum(next), factor = fast_exp2(m - reference);
       m = next;
       l *= factor;
 #pragma unroll
@@ -405,7 +399,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 3)
       for (int j = 0; j < kLoads; ++j) {
         float value[n];
         unpack<T>(read(kLoads + j), value);
-        const float p = exp2_approximate(score[j] - reference);
+        const float p = fast_exp2(score[j] - reference);
         l += p;
 #pragma unroll
         for (int i = 0; i < n; ++i) sum[i] += p * value[i];
@@ -446,7 +440,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 3)
       for (int s = 0; s < splits; ++s) greatest = fmaxf(greatest, maxima[s * heads + h]);
 #pragma unroll 4
       for (int s = 0; s < splits; ++s) {
-        const float factor = exp2_approximate(maxima[s * heads + h] - greatest);
+        const float factor = fast_exp2(maxima[s * heads + h] - greatest);
         const float4 part = *reinterpret_cast<const float4*>(partial + s * heads * width + i);
         denominator += factor * totals[s * heads + h];
         numerator.x += factor * part.x;
@@ -501,7 +495,7 @@ __global__ void __launch_bounds__(kJoinThreads) join_kernel(const AttentionArgum
     for (int i = group; i < count; i += num_groups) {
       const float2 total = totals[i];
       const float4 part = *reinterpret_cast<const float4*>(values + std::int64_t{i} * width + 4 * vector);
-      const float factor = exp2_approximate(total.x - greatest);
+      const float factor = fast_exp2(total.x - greatest);
       denominator += factor * total.y;
       numerator.x += factor * part.x;
       numerator.y += factor * part.y;
@@ -761,7 +755,7 @@ __global__ void __launch_bounds__(kFlashThreads, kFlashTiles<where> == 1 ? 3 : 2
           for (int i = 0; i < kKeys / 8; ++i) next = fmaxf(next, fmaxf(s[u][i][2 * half], s[u][i][2 * half + 1]));
           next = fmaxf(next, __shfl_xor_sync(0xffffffffu, next, 1));
           next = fmaxf(next, __shfl_xor_sync(0xffffffffu, next, 2));
-          const float reference = finite_maximum(next), factor = exp2_approximate(m[u][half] - reference);
+          const float reference = finite_maximum(next), factor = fast_exp2(m[u][half] - reference);
           m[u][half] = next;
           l[u][half] *= factor;
 #pragma unroll
@@ -773,7 +767,7 @@ __global__ void __launch_bounds__(kFlashThreads, kFlashTiles<where> == 1 ? 3 : 2
           for (int i = 0; i < kKeys / 8; ++i) {
 #pragma unroll
             for (int j = 2 * half; j < 2 * half + 2; ++j) {
-              s[u][i][j] = exp2_approximate(s[u][i][j] - reference);
+              s[u][i][j] = fast_exp2(s[u][i][j] - reference);
               l[u][half] += s[u][i][j];
             }
           }

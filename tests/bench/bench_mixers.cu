@@ -1,5 +1,6 @@
-// Checks embed, norm, convert, gated_conv, sliding_window and full_attention against float64 on the host, and times
-// them at the shapes of the 1.3B model. Arguments: check, time, or none for both. Ends with 1 when a check fails.
+// Checks embed, norm, convert, gated_conv, scan_conv, selective_scan, sliding_window and full_attention against float64
+// on the host, and times them at the shapes of the 1.3B models. Arguments: check, time, or none for both. Ends with 1
+// when a check fails.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -395,9 +396,10 @@ void check_full_attention() {
   check_attention(config(16, 16, 64, 64, false), DType::bfloat16, many, true, 7);
 }
 
-// ---- gated convolution ---------------------------------------------------------------------------------------------
+// ---- convolutions --------------------------------------------------------------------------------------------------
 
-void check_gated_conv(std::int64_t e, std::int64_t num_taps, DType dtype, const std::vector<Sequence>& sequences) {
+// The gated one, or with `scan` that of a scan, whose biases are null when `num_taps` is odd.
+void check_conv(bool scan, std::int64_t e, std::int64_t num_taps, DType dtype, const std::vector<Sequence>& sequences) {
   const Batch batch(sequences, 1);
   const std::int64_t kept = num_taps - 1, tokens = batch.view.num_tokens;
   const std::size_t slot_stride = (static_cast<std::size_t>(kept * e) * bytes_of(dtype) + 31) / 16 * 16;
@@ -407,16 +409,28 @@ void check_gated_conv(std::int64_t e, std::int64_t num_taps, DType dtype, const 
   Floats states = random_floats(static_cast<std::size_t>(slot_size) * (sequences.size() + 1), dtype);
   const DeviceMemory device_u(dtype, u), device_taps(taps), device_states(dtype, states);
   const DeviceMemory out(static_cast<std::size_t>(tokens * e) * bytes_of(dtype));
-  GatedConvConfig config;
-  config.inner_size = e;
-  config.kernel_size = num_taps;
-  gated_conv(main_stream(), config, dtype, device_taps.as<float>(), batch.view, device_u.as<void>(),
-             {device_states.as<std::byte>(), slot_stride}, out.as<void>());
-  check(cudaDeviceSynchronize(), "gated_conv");
+  const bool with_bias = scan && num_taps % 2 == 0;
+  const Floats bias = with_bias ? random_floats(static_cast<std::size_t>(e)) : Floats(static_cast<std::size_t>(e));
+  const DeviceMemory device_bias(bias);
+  const StateView view{device_states.as<std::byte>(), slot_stride};
+  if (scan) {
+    SelectiveScanConfig config;
+    config.inner_size = e;
+    config.kernel_size = num_taps;
+    scan_conv(main_stream(), config, dtype, device_taps.as<float>(), with_bias ? device_bias.as<float>() : nullptr,
+              batch.view, device_u.as<void>(), view, out.as<void>());
+  } else {
+    GatedConvConfig config;
+    config.inner_size = e;
+    config.kernel_size = num_taps;
+    gated_conv(main_stream(), config, dtype, device_taps.as<float>(), batch.view, device_u.as<void>(), view,
+               out.as<void>());
+  }
+  check(cudaDeviceSynchronize(), "conv");
   const Floats got = out.download(dtype), got_states = device_states.download(dtype);
   char what[100];
-  std::snprintf(what, sizeof what, "gated_conv %s channels %d taps %d, %d sequences", name(dtype), static_cast<int>(e),
-                static_cast<int>(num_taps), static_cast<int>(sequences.size()));
+  std::snprintf(what, sizeof what, "%s %s channels %d taps %d, %d sequences", scan ? "scan_conv" : "gated_conv",
+                name(dtype), static_cast<int>(e), static_cast<int>(num_taps), static_cast<int>(sequences.size()));
   Comparison comparison(what);
   Floats want_states = states;
   for (std::size_t b = 0; b < sequences.size(); ++b) {
@@ -428,7 +442,7 @@ void check_gated_conv(std::int64_t e, std::int64_t num_taps, DType dtype, const 
                           : state[(kept + index) * e + channel];
       };
       for (std::int64_t t = 0; t < sequences[b].length; ++t) {
-        double sum = 0, magnitude = 0;
+        double sum = bias[static_cast<std::size_t>(channel)], magnitude = std::abs(sum);
         for (std::int64_t j = 0; j < num_taps; ++j) {
           const double term = static_cast<double>(taps[static_cast<std::size_t>(channel * num_taps + j)]) *
                               static_cast<double>(past(t - kept + j));
@@ -436,7 +450,7 @@ void check_gated_conv(std::int64_t e, std::int64_t num_taps, DType dtype, const 
           magnitude += std::abs(term);
         }
         const std::int64_t token = batch.offset(b) + t;
-        const double gate = u[static_cast<std::size_t>(token * 2 * e + e + channel)];
+        const double gate = scan ? 1.0 : static_cast<double>(u[static_cast<std::size_t>(token * 2 * e + e + channel)]);
         comparison.add(got[static_cast<std::size_t>(token * e + channel)], sum / (1 + std::exp(-sum)) * gate,
                        8 * unit(DType::float32) * magnitude * std::abs(gate) + 1e-7,
                        (dtype == DType::float32 ? 16 : 1.1) * unit(dtype));
@@ -447,6 +461,106 @@ void check_gated_conv(std::int64_t e, std::int64_t num_taps, DType dtype, const 
     }
   }
   for (std::size_t i = 0; i < want_states.size(); ++i) comparison.add(got_states[i], want_states[i], 0, 0);
+}
+
+// ---- selective scan ------------------------------------------------------------------------------------------------
+
+// `slow`: states that last for thousands of tokens. Some channels of many are compared, all of few.
+void check_selective_scan(std::int64_t n, std::int64_t e, DType dtype, const std::vector<Sequence>& sequences,
+                          bool slow = false, bool aligned = true) {
+  const Batch batch(sequences, 1);
+  const std::int64_t tokens = batch.view.num_tokens;
+  const std::size_t slot_stride = (static_cast<std::size_t>(n * e) * 4 + 31) / 16 * 16, skip = aligned ? 0 : 1;
+  const auto slot_size = static_cast<std::int64_t>(slot_stride / 4);
+  const auto random = [&](std::int64_t size) { return random_floats(static_cast<std::size_t>(size) + skip, dtype); };
+  const Floats xz = random(tokens * 2 * e), x = random(tokens * e), bc = random(tokens * 2 * n);
+  Floats dt = random(tokens * e), a = random_floats(static_cast<std::size_t>(n * e));
+  for (float& v : dt) v = rounded(dtype, slow ? v - 6 : 3 * v);
+  for (std::size_t i = skip; i < std::min<std::size_t>(dt.size(), 2); ++i) dt[i] = i == 0 ? 100.0f : -100.0f;
+  for (float& v : a) v = -std::exp(slow ? v - 2 : 2 * v);
+  const Floats d = random_floats(static_cast<std::size_t>(e));
+  const Floats states = random_floats(static_cast<std::size_t>(slot_size) * (sequences.size() + 1));
+  const DeviceMemory device_xz(dtype, xz), device_x(dtype, x), device_bc(dtype, bc), device_dt(dtype, dt);
+  const DeviceMemory device_a(a), device_d(d), device_states(states);
+  const std::size_t size = bytes_of(dtype);
+  const DeviceMemory out((static_cast<std::size_t>(tokens * e) + skip) * size);
+  SelectiveScanConfig config;
+  config.inner_size = e;
+  config.state_size = n;
+  const auto at = [&](const DeviceMemory& memory) { return memory.as<char>() + skip * size; };
+  selective_scan(
+      main_stream(), config, dtype,
+      {device_a.as<float>(), device_d.as<float>(), at(device_xz), at(device_x), at(device_bc), at(device_dt)},
+      batch.view, {device_states.as<std::byte>(), slot_stride}, at(out));
+  check(cudaDeviceSynchronize(), "selective_scan");
+  const Floats got = out.download(dtype), got_states = device_states.download(DType::float32);
+  char what[120];
+  std::snprintf(what, sizeof what, "selective_scan %s N %d channels %d%s%s, %d sequences, %d tokens", name(dtype),
+                static_cast<int>(n), static_cast<int>(e), slow ? " slow" : "", aligned ? "" : " unaligned",
+                static_cast<int>(sequences.size()), static_cast<int>(tokens));
+  Comparison comparison(what);
+  // Relative to the magnitude of what is summed: of all tokens that a state holds.
+  const double roundings = slow && dtype != DType::float32 ? 5e-4 : 2e-5;
+  const std::int64_t stride = std::max<std::int64_t>(1, tokens * e * n / 20'000'000);
+  double difference = 0, norm = 0;
+  for (std::size_t b = 0; b < sequences.size(); ++b) {
+    for (std::int64_t c = 0; c < e; c += stride) {
+      std::vector<double> h(static_cast<std::size_t>(n)), sizes(static_cast<std::size_t>(n));
+      const auto state_at = [&](std::int64_t i) {
+        return static_cast<std::size_t>(batch.slot(b) * slot_size + i * e + c);
+      };
+      for (std::int64_t t = 0; t < sequences[b].length; ++t) {
+        const std::int64_t token = batch.offset(b) + t;
+        const auto of = [&](const Floats& matrix, std::int64_t cols, std::int64_t col) {
+          return static_cast<double>(matrix[static_cast<std::size_t>(token * cols + col) + skip]);
+        };
+        const double found = got[static_cast<std::size_t>(token * e + c) + skip];
+        if (batch.slot(b) < 0) {
+          comparison.add(found, std::nan(""), 0, 0);
+          continue;
+        }
+        const double v = of(dt, e, c), delta = std::max(v, 0.0) + std::log1p(std::exp(-std::abs(v)));
+        const double in = of(x, e, c), z = of(xz, 2 * e, e + c), gate = z / (1 + std::exp(-z));
+        double y = d[static_cast<std::size_t>(c)] * in, magnitude = std::abs(y);
+        for (std::int64_t i = 0; i < n; ++i) {
+          const auto k = static_cast<std::size_t>(i);
+          if (t == 0) h[k] = states[state_at(i)], sizes[k] = std::abs(h[k]);
+          const double decay = std::exp(delta * a[static_cast<std::size_t>(i * e + c)]);
+          h[k] = decay * h[k] + delta * of(bc, 2 * n, i) * in;
+          sizes[k] = decay * sizes[k] + std::abs(delta * of(bc, 2 * n, i) * in);
+          y += of(bc, 2 * n, n + i) * h[k];
+          magnitude += std::abs(of(bc, 2 * n, n + i)) * sizes[k];
+        }
+        comparison.add(found, y * gate, roundings * magnitude * std::abs(gate) + 1e-7,
+                       (dtype == DType::float32 ? 16 : 1.1) * unit(dtype));
+        difference += std::pow(found - y * gate, 2);
+        norm += std::pow(y * gate, 2);
+      }
+      for (std::int64_t i = 0; batch.slot(b) >= 0 && i < n; ++i)
+        comparison.add(got_states[state_at(i)], h[static_cast<std::size_t>(i)],
+                       roundings * sizes[static_cast<std::size_t>(i)], 16 * unit(DType::float32));
+    }
+  }
+  for (std::int64_t i = 0; i < slot_size; ++i)  // the slot that belongs to nobody
+    comparison.add(got_states[static_cast<std::size_t>(i)], states[static_cast<std::size_t>(i)], 0, 0);
+  if (norm > 0) comparison.add(std::sqrt(difference / norm), 0, dtype == DType::float32 ? 2e-5 : unit(dtype), 0);
+}
+
+void check_selective_scans() {
+  for (DType dtype : kDTypes) {
+    for (const auto& mix : kMixes) {
+      for (std::int64_t n : {1, 8, 16, 24, 33, 100, 200}) {
+        for (std::int64_t e : {1, 33, 64, 1028}) {
+          if (n <= 24 || e <= 33) check_selective_scan(n, e, dtype, mix);
+        }
+      }
+      check_selective_scan(16, 64, dtype, mix, false, false);
+    }
+    for (int length : {1, 2, 63, 64, 65, 1000}) check_selective_scan(16, 4096, dtype, {{length, 0}});
+    check_selective_scan(16, 4096, dtype, {{8192, 0}}, false);
+    check_selective_scan(16, 4096, dtype, {{8192, 0}}, true);
+    check_selective_scan(16, 4096, dtype, {{500, 0}, {1, 4}, {700, 0}, {64, 9, true}, {65, 0}, {1, 1}, {900, 7}}, true);
+  }
 }
 
 // ---- norm, embed, convert ------------------------------------------------------------------------------------------
@@ -528,10 +642,14 @@ void check_all() {
     }
     for (const auto& mix : kMixes) {
       for (std::int64_t num_taps : {1, 2, 3, 4, 5, 70}) {
-        for (std::int64_t e : {33, 64, 1028}) check_gated_conv(e, num_taps, dtype, mix);
+        for (std::int64_t e : {33, 64, 1028}) {
+          check_conv(false, e, num_taps, dtype, mix);
+          check_conv(true, e, num_taps, dtype, mix);
+        }
       }
     }
   }
+  check_selective_scans();
   check_sliding_windows();
   check_full_attention();
 }
@@ -539,6 +657,7 @@ void check_all() {
 // ---- times ---------------------------------------------------------------------------------------------------------
 
 constexpr DType kT = DType::bfloat16;
+constexpr double kBandwidth = 4250;                            // GB/s that copies reach on an H200
 constexpr std::size_t kRotatedBytes = std::size_t{256} << 20;  // several times the L2
 
 // Median time of one call, from a graph of calls on different inputs: call(i, stream).
@@ -567,7 +686,8 @@ void report(const std::string& what, double nbytes, int inputs, const std::funct
   }
   std::nth_element(times.begin(), times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2), times.end());
   const double median = times[times.size() / 2];
-  std::printf("%-40s %9.2f us %8.0f GB/s\n", what.c_str(), median, nbytes / median / 1000);
+  std::printf("%-40s %9.2f us %8.0f GB/s; at %.0f GB/s %9.2f us\n", what.c_str(), median, nbytes / median / 1000,
+              kBandwidth, nbytes / kBandwidth / 1000);
   cudaEventDestroy(start);
   cudaEventDestroy(stop);
   cudaGraphExecDestroy(executable);
@@ -601,6 +721,55 @@ struct Inputs {
   }
 };
 
+// `inputs` times as many sequences, each with a slot of its own.
+std::vector<Batch> batches_of(int size, int length, int inputs) {
+  std::vector<Batch> all;
+  for (int i = 0; i < inputs; ++i) {
+    std::vector<Sequence> sequences;
+    for (int b = 0; b < size; ++b) sequences.push_back({length, 1000 + 7 * b});
+    all.emplace_back(sequences, i * size);
+  }
+  return all;
+}
+
+// Of a Mamba of 1.3B: e = 4,096, N = 16, K = 4.
+void time_scan(int size, int length) {
+  const std::string suffix = " " + std::to_string(size) + " x " + std::to_string(length);
+  const double tokens = static_cast<double>(size) * length, e = 4096, n = 16;
+  SelectiveScanConfig config;
+  config.inner_size = 4096;
+  config.state_size = 16;
+  config.kernel_size = 4;
+  {
+    const double state = 3 * e * 2, nbytes = tokens * 2 * e * 2 + 2 * state * size;
+    const int inputs = inputs_for(nbytes);
+    const Inputs xz(inputs, tokens * 2 * e * 2, kT), x(inputs, tokens * e * 2, kT), states(inputs * size, state, kT);
+    const DeviceMemory taps(random_floats(4096 * 4)), bias(random_floats(4096));
+    const std::vector<Batch> all = batches_of(size, length, inputs);
+    report("scan_conv" + suffix, nbytes, inputs, [&](int i, cudaStream_t stream) {
+      scan_conv(stream, config, kT, taps.as<float>(), bias.as<float>(), all[static_cast<std::size_t>(i)].view, xz[i],
+                {states.memory.as<std::byte>(), states.each}, x[i]);
+    });
+  }
+  {
+    const double state = n * e * 4, nbytes = tokens * (4 * e + 2 * n) * 2 + 2 * state * size + (n + 1) * e * 4;
+    const int inputs = inputs_for(nbytes);
+    const Inputs xz(inputs, tokens * 2 * e * 2, kT), x(inputs, tokens * e * 2, kT), dt(inputs, tokens * e * 2, kT),
+        bc(inputs, tokens * 2 * n * 2, kT), out(inputs, tokens * e * 2, kT),
+        states(inputs * size, state, DType::float32);
+    Floats rates = random_floats(4096 * 16);
+    for (float& a : rates) a = -std::exp(a);
+    const DeviceMemory a(rates), d(random_floats(4096));
+    const std::vector<Batch> all = batches_of(size, length, inputs);
+    report("selective_scan" + suffix, nbytes, inputs, [&](int i, cudaStream_t stream) {
+      selective_scan(stream, config, kT, {a.as<float>(), d.as<float>(), xz[i], x[i], bc[i], dt[i]},
+                     all[static_cast<std::size_t>(i)].view, {states.memory.as<std::byte>(), states.each}, out[i]);
+    });
+    std::printf("%-40s %9.2f us for its exponentials, 16 a clock and SM at 1.75 GHz\n", "",
+                tokens * e * (n + 4) / (16 * 1750.0 * device_info().num_sms));
+  }
+}
+
 void time_shape(int size, int length) {
   const std::string suffix = " " + std::to_string(size) + " x " + std::to_string(length);
   const double tokens = static_cast<double>(size) * length;
@@ -615,15 +784,7 @@ void time_shape(int size, int length) {
            nullptr, static_cast<std::int64_t>(tokens), kT, out[i]);
     });
   }
-  const auto batches = [&](int inputs) {
-    std::vector<Batch> all;
-    for (int i = 0; i < inputs; ++i) {
-      std::vector<Sequence> sequences;
-      for (int b = 0; b < size; ++b) sequences.push_back({length, 1000 + 7 * b});
-      all.emplace_back(sequences, i * size);
-    }
-    return all;
-  };
+  const auto batches = [&](int inputs) { return batches_of(size, length, inputs); };
   {
     GatedConvConfig config;
     config.inner_size = 3584;
@@ -714,6 +875,9 @@ int main(int argc, char** argv) {
       time_full_attention(heads, head_dim, 1, 8192, 8192);
       time_full_attention(heads, head_dim, 2, 4096, 4096);
     }
+    for (int size : {1, 128, 1024}) time_scan(size, 1);
+    for (int size : {1, 2, 4, 8}) time_scan(size, 2048);
+    time_scan(1, 8192);
   }
   if (failures > 0) std::printf("%d checks failed\n", failures);
   return failures > 0 ? 1 : 0;

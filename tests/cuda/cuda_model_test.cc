@@ -41,6 +41,7 @@ ModelConfig fast_config() {
   window.rotary_dim = 32;
   config.layers = {GatedConvConfig{256, 3, true}, LinearAttentionConfig{4, 16, 32, 1e-12}, window,
                    GatedConvConfig{256, 3, true}, LinearAttentionConfig{2, 24, 64, 1e-12}};
+  config.layers.push_back(SelectiveScanConfig{256, 16, 4, 8, true, false});
   config.eos_token_id.reset();
   return config;
 }

@@ -40,6 +40,24 @@ SlidingWindowConfig window_config() {
   return window;
 }
 
+// Taps, their biases, A and D of a scan.
+class ScanWeights {
+ public:
+  ScanWeights(backend::Backend& device, const SelectiveScanConfig& config) {
+    const std::int64_t e = config.inner_size;
+    for (const std::int64_t size : {e * config.kernel_size, e, e * config.state_size, e}) {
+      std::vector<float> values = random_floats(static_cast<std::size_t>(size), 3);
+      if (memory_.size() == 2)
+        for (float& a : values) a = -std::exp(2 * a);
+      memory_.push_back(upload(device, values, DType::float32));
+    }
+  }
+  const float* at(std::size_t i) const { return static_cast<const float*>(memory_[i].data.get()); }
+
+ private:
+  std::vector<backend::Buffer> memory_;
+};
+
 class CudaMixerNeighbours : public CudaTest, public ::testing::WithParamInterface<MixerCase> {
  protected:
   // Bytes of one sequence's output and of its state after: tokens that depend on `seed` alone, in slot 1 of a batch
@@ -47,19 +65,23 @@ class CudaMixerNeighbours : public CudaTest, public ::testing::WithParamInterfac
   std::vector<std::byte> run(backend::Backend& device, const std::vector<std::int64_t>& calls,
                              const std::vector<std::int64_t>& before, const std::vector<std::int64_t>& after) {
     const MixerCase& c = GetParam();
-    std::int64_t cols = 0, out_cols = 0;
+    std::vector<std::int64_t> cols;  // of each of the mixer's inputs
+    std::int64_t out_cols = 0;
     if (const auto* conv = std::get_if<GatedConvConfig>(&c.config)) {
-      cols = 2 * conv->inner_size;
+      cols = {2 * conv->inner_size};
       out_cols = conv->inner_size;
     } else if (const auto* linear = std::get_if<LinearAttentionConfig>(&c.config)) {
-      cols = linear->num_heads * (2 * linear->feature_dim + linear->head_dim);
+      cols = {linear->num_heads * (2 * linear->feature_dim + linear->head_dim)};
       out_cols = linear->num_heads * linear->head_dim;
+    } else if (const auto* scan = std::get_if<SelectiveScanConfig>(&c.config)) {
+      cols = {2 * scan->inner_size, 2 * scan->state_size, scan->inner_size, scan->inner_size};  // the last: for x
+      out_cols = scan->inner_size;
     } else if (const auto* window = std::get_if<SlidingWindowConfig>(&c.config)) {
-      cols = (window->num_heads + 2 * window->num_kv_heads) * window->head_dim;
+      cols = {(window->num_heads + 2 * window->num_kv_heads) * window->head_dim};
       out_cols = window->num_heads * window->head_dim;
     } else {
       const auto& full = std::get<FullAttentionConfig>(c.config);
-      cols = (full.num_heads + 2 * full.num_kv_heads) * full.head_dim;
+      cols = {(full.num_heads + 2 * full.num_kv_heads) * full.head_dim};
       out_cols = full.num_heads * full.head_dim;
     }
     ModelConfig model = test::gpu_config();
@@ -74,23 +96,27 @@ class CudaMixerNeighbours : public CudaTest, public ::testing::WithParamInterfac
       lengths.insert(lengths.end(), after.begin(), after.end());
       std::vector<std::int32_t> offsets{0}, slots;
       std::vector<std::int64_t> positions, after_call;
-      std::vector<float> values;
+      std::vector<std::vector<float>> values(cols.size());
       for (std::size_t b = 0; b < lengths.size(); ++b) {
         const bool own = b == before.size();
         offsets.push_back(offsets.back() + static_cast<std::int32_t>(lengths[b]));
         slots.push_back(own ? 0 : static_cast<std::int32_t>(b) + (b < before.size() ? 1 : 0));
         positions.push_back(own ? position : 0);
         after_call.push_back(positions.back() + lengths[b]);
-        const auto mine = random_floats(static_cast<std::size_t>(lengths[b] * cols),
-                                        own ? static_cast<std::uint32_t>(call) : 1000 + static_cast<std::uint32_t>(b));
-        values.insert(values.end(), mine.begin(), mine.end());
+        for (std::size_t i = 0; i < cols.size(); ++i) {
+          const auto mine = random_floats(static_cast<std::size_t>(lengths[b] * cols[i]),
+                                          static_cast<std::uint32_t>(10'000 * i + (own ? call : 1000 + b)));
+          values[i].insert(values[i].end(), mine.begin(), mine.end());
+        }
       }
       const std::int64_t n = offsets.back();
-      const backend::Buffer in = upload(device, values, c.dtype);
+      std::vector<backend::Buffer> in;
+      for (const auto& matrix : values) in.push_back(upload(device, matrix, c.dtype));
+      const auto input = [&](std::size_t i) { return backend::Matrix{in[i].data.get(), c.dtype, n, cols[i]}; };
       const backend::Buffer out = upload(device, std::vector<float>(static_cast<std::size_t>(n * out_cols)), c.dtype);
       const std::vector<std::int32_t> tokens(static_cast<std::size_t>(n));
       const backend::RaggedBatch batch{tokens, offsets, slots, positions};
-      const backend::Matrix x{in.data.get(), c.dtype, n, cols}, y{out.data.get(), c.dtype, n, out_cols};
+      const backend::Matrix x = input(0), y{out.data.get(), c.dtype, n, out_cols};
       device.reserve_states(*states, slots, after_call);
       device.begin(batch);
       if (const auto* conv = std::get_if<GatedConvConfig>(&c.config)) {
@@ -99,6 +125,11 @@ class CudaMixerNeighbours : public CudaTest, public ::testing::WithParamInterfac
         device.gated_conv(*conv, static_cast<const float*>(taps.data.get()), batch, x, *states, 0, y);
       } else if (const auto* linear = std::get_if<LinearAttentionConfig>(&c.config)) {
         device.linear_attention(*linear, batch, x, *states, 0, y);
+      } else if (const auto* scan = std::get_if<SelectiveScanConfig>(&c.config)) {
+        const ScanWeights weights(device, *scan);
+        device.scan_conv(*scan, weights.at(0), weights.at(1), batch, x, *states, 0, input(3));
+        device.selective_scan(*scan, {weights.at(2), weights.at(3), x, input(3), input(1), input(2)}, batch, *states, 0,
+                              y);
       } else if (const auto* window = std::get_if<SlidingWindowConfig>(&c.config)) {
         device.sliding_window(*window, batch, x, *states, 0, y);
       } else {
@@ -133,7 +164,11 @@ INSTANTIATE_TEST_SUITE_P(
         MixerCase{"FullFloat32", DType::float32, FullAttentionConfig{4, 2, 32, 0.177, false, false, 32}},
         MixerCase{"FullOddBfloat16", DType::bfloat16, FullAttentionConfig{2, 1, 35, 0.17, false, false, 9}},
         MixerCase{"ConvBfloat16", DType::bfloat16, GatedConvConfig{64, 3, true}},
-        MixerCase{"ConvFloat32", DType::float32, GatedConvConfig{30, 4, false}}),
+        MixerCase{"ConvFloat32", DType::float32, GatedConvConfig{30, 4, false}},
+        // A few blocks alone, many beside others: each has a kernel of its own.
+        MixerCase{"ScanBfloat16", DType::bfloat16, SelectiveScanConfig{512, 16, 4, 1, true, false}},
+        MixerCase{"ScanFloat16", DType::float16, SelectiveScanConfig{130, 30, 3, 1, false, false}},
+        MixerCase{"ScanFloat32", DType::float32, SelectiveScanConfig{37, 5, 7, 1, true, false}}),
     [](const auto& param) { return std::string(param.param.name); });
 
 TEST_P(CudaMixerNeighbours, DoNotChangeABit) {
@@ -148,6 +183,62 @@ TEST_P(CudaMixerNeighbours, DoNotChangeABit) {
     EXPECT_EQ(run(*device, calls, longs, many), alone);
     EXPECT_EQ(run(*device, calls, uneven, {}), alone);
     EXPECT_EQ(run(*device, calls, many, longs), alone);
+  }
+}
+
+// A scan walks from token to token: a step, and every cut of a prompt, gives the bits of the whole.
+TEST_F(CudaTest, CutsOfAScanChangeNoBit) {
+  const auto device = backend::make_backend(kCuda, 0);
+  for (const auto& [dtype, config] : {std::pair{DType::bfloat16, SelectiveScanConfig{512, 16, 4, 1, true, false}},
+                                      {DType::float32, SelectiveScanConfig{512, 16, 4, 1, true, false}},
+                                      {DType::float16, SelectiveScanConfig{33, 9, 2, 1, false, false}},
+                                      {DType::float32, SelectiveScanConfig{20, 200, 1, 1, true, false}}}) {
+    SCOPED_TRACE(config.summary());
+    const std::int64_t e = config.inner_size;
+    constexpr std::int64_t kTokens = 150;
+    const ScanWeights weights(*device, config);
+    const backend::Buffer xz = upload(*device, random_floats(static_cast<std::size_t>(kTokens * 2 * e), 1), dtype),
+                          x = upload(*device, random_floats(static_cast<std::size_t>(kTokens * e), 2), dtype),
+                          dt = upload(*device, random_floats(static_cast<std::size_t>(kTokens * e), 3), dtype),
+                          bc = upload(*device,
+                                      random_floats(static_cast<std::size_t>(kTokens * 2 * config.state_size), 4),
+                                      dtype),
+                          out = upload(*device, std::vector<float>(static_cast<std::size_t>(kTokens * e)), dtype);
+    const auto run = [&](const std::vector<std::int64_t>& cuts) {
+      ModelConfig model = test::gpu_config();
+      model.layers = {config};
+      const auto states = device->make_states(model, dtype, 1);
+      std::int64_t begin = 0;
+      for (const std::int64_t end : cuts) {
+        const auto n = end - begin;
+        const std::vector<std::int32_t> tokens(static_cast<std::size_t>(n)), slots{0};
+        const std::vector<std::int32_t> offsets{0, static_cast<std::int32_t>(n)};
+        const std::vector<std::int64_t> positions{begin};
+        const backend::RaggedBatch batch{tokens, offsets, slots, positions};
+        const auto rows = [&](const backend::Buffer& memory, std::int64_t cols) {
+          auto* data = static_cast<std::byte*>(memory.data.get());
+          return backend::Matrix{data + static_cast<std::size_t>(begin * cols) * size_of(dtype), dtype, n, cols};
+        };
+        device->begin(batch);
+        device->scan_conv(config, weights.at(0), weights.at(1), batch, rows(xz, 2 * e), *states, 0, rows(x, e));
+        device->selective_scan(
+            config,
+            {weights.at(2), weights.at(3), rows(xz, 2 * e), rows(x, e), rows(bc, 2 * config.state_size), rows(dt, e)},
+            batch, *states, 0, rows(out, e));
+        begin = end;
+      }
+      std::vector<std::byte> bytes(out.nbytes);
+      device->copy_to_host(bytes.data(), out.data.get(), out.nbytes);
+      const auto state = saved_bytes(*device, *states, 0, kTokens);
+      bytes.insert(bytes.end(), state.begin(), state.end());
+      return bytes;
+    };
+    const auto whole = run({kTokens});
+    std::vector<std::int64_t> singles(kTokens);
+    std::iota(singles.begin(), singles.end(), 1);
+    EXPECT_EQ(run({1, kTokens}), whole);
+    EXPECT_EQ(run({31, 32, 33, 97, kTokens}), whole);
+    EXPECT_EQ(run(singles), whole);
   }
 }
 

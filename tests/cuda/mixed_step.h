@@ -68,6 +68,13 @@ class MixedStep {
     linear_qkv_ = upload(device, random_floats(kRows * 4 * (16 + 16 + 32), 4), dtype);
     window_qkv_ = upload(device, random_floats(kRows * 4 * 3 * 32, 5), dtype);
     out_ = upload(device, std::vector<float>(kRows * 4 * 32), dtype);
+    for (float sign : {-1.0f, 1.0f}) {
+      std::vector<float> weights = random_floats(64 * 16, 7);
+      for (float& w : weights) w = sign * std::abs(w);
+      scan_weights_.push_back(upload(device, weights, DType::float32));
+    }
+    for (const std::int64_t cols : {2 * 64, 64, 2 * 16, 64})
+      scan_inputs_.push_back(upload(device, random_floats(static_cast<std::size_t>(kRows * cols), 8), dtype));
     logits_ = upload(device, random_floats(kRows * kVocab, 6), DType::float32);
   }
 
@@ -79,7 +86,8 @@ class MixedStep {
     window.window = 9;
     window.scale = 0.177;
     window.rotary_dim = 32;
-    config.layers = {GatedConvConfig{64, 3, true}, LinearAttentionConfig{4, 16, 32, 1e-12}, window};
+    config.layers = {GatedConvConfig{64, 3, true}, LinearAttentionConfig{4, 16, 32, 1e-12}, window,
+                     SelectiveScanConfig{64, 16, 4, 1, true, false}};
     return config;
   }
 
@@ -119,6 +127,14 @@ class MixedStep {
                                *states, 1, matrix(out_, 128));
       device_.sliding_window(std::get<SlidingWindowConfig>(model.layers[2]), view, matrix(window_qkv_, 384), *states, 2,
                              matrix(out_, 128));
+      const auto& scan = std::get<SelectiveScanConfig>(model.layers[3]);
+      const auto* weights = static_cast<const float*>(scan_weights_[1].data.get());  // taps, biases and D
+      const auto xz = matrix(scan_inputs_[0], 128), x = matrix(scan_inputs_[1], 64);
+      device_.scan_conv(scan, weights, weights, view, xz, *states, 3, x);
+      device_.selective_scan(scan,
+                             {static_cast<const float*>(scan_weights_[0].data.get()), weights, xz, x,
+                              matrix(scan_inputs_[2], 32), matrix(scan_inputs_[3], 64)},
+                             view, *states, 3, matrix(out_, 64));
       sampler->sample(logits(), view);
     });
   }
@@ -139,6 +155,8 @@ class MixedStep {
   const DType dtype_;
   std::shared_ptr<const backend::LinearWeight> table_;
   backend::Buffer r_, u_, taps_, linear_qkv_, window_qkv_, out_, logits_;
+  std::vector<backend::Buffer> scan_weights_;  // A, and what stands for all others
+  std::vector<backend::Buffer> scan_inputs_;   // [x|z], x, [B|C], Δ
 
  public:
   const std::unique_ptr<backend::StatePool> states;

@@ -28,7 +28,7 @@ from tests.reference.model import Model as Reference
 
 pytestmark = pytest.mark.gpu
 GOLDEN = Path(__file__).parent.parent / "golden"
-CASES = ["based-tiny", "based-tiny-bf16"]
+CASES = ["based-tiny", "based-tiny-bf16", "attn-tiny", "mamba-tiny"]
 CUDA = "cuda:0"
 FLOAT32 = 2e-5  # rel-L2, golden/README.md
 LONG = os.environ.get("BASED_LONG") == "1"
@@ -91,7 +91,7 @@ def test_golden_logits(load, golden, case, dtype):
 
 @pytest.mark.parametrize(
     ("case", "file", "suffix"),
-    [("based-tiny", "golden", ""), ("based-tiny-bf16", "golden", "")]
+    [(case, "golden", "") for case in CASES]
     + [("based-tiny", "short", f"_{n}") for n in (1, 2, 3)],
 )
 def test_golden_greedy_ids(load, golden, case, file, suffix):

@@ -177,7 +177,7 @@ MIXERS = (
 )
 """The kinds that random models are made of."""
 
-ON_A_GPU = ("gated_conv", "linear_attention", "sliding_window", "full_attention")
+ON_A_GPU = ("gated_conv", "linear_attention", "sliding_window", "full_attention", "selective_scan")
 """Those that a GPU has kernels for."""
 
 
