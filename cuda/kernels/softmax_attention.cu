@@ -640,11 +640,14 @@ __device__ __host__ __forceinline__ int flash_stride(int head_dim) { return (hea
 // that traffic, which is the limit where there are many keys. A window has few, and its blocks are better many.
 template <Keys where>
 constexpr int kFlashTiles = where == Keys::context ? 2 : 1;
+template <Keys where>
+constexpr int kFlashRows = kFlashTiles<where> * (kTileTokens + 2 * kKeys);  // in shared memory; buffers are as many
 
-// One block per head and kFlashTiles tiles, after rotate_kernel; its warps share the tiles' queries. Keys and values
-// have one buffer each: the next keys are copied behind softmax and PV, the next values behind QKᵀ. Dimensions above
-// head_dim are zeros and cost a branch, not an instance. The last tiles of a sequence, which may have the most keys,
-// begin first.
+// One block per head and kFlashTiles tiles, after rotate_kernel; its warps share the tiles' queries. Keys and values of
+// a context have two buffers each, and one barrier a step. Those of a window have one, so that three blocks fit: the
+// next keys are copied behind softmax and PV, the next values behind QKᵀ. Dimensions above head_dim are zeros and cost
+// a branch, not an instance. The last tiles of a sequence, which may have the most keys, begin first. Shared memory:
+// queries (kQueries, stride), then keys and values (kKeys, stride) by buffer.
 template <typename T, Keys where>
 __global__ void __launch_bounds__(kFlashThreads, kFlashTiles<where> == 1 ? 3 : 2)
     flash_kernel(const AttentionArguments a) {
@@ -672,7 +675,7 @@ __global__ void __launch_bounds__(kFlashThreads, kFlashTiles<where> == 1 ? 3 : 2
   constexpr int kRowThreads = kMaxFlashDim / 8, kPass = kFlashThreads / kRowThreads;  // a row's 16-byte pieces
   const int piece = tid % kRowThreads * 8, piece_row = tid / kRowThreads;
   const auto copy_rows = [&](T* to, bool of_values, int from) {
-    if (piece < padded) {
+    if (piece < padded && from <= last) {
 #pragma unroll
       for (int row = piece_row; row < kKeys; row += kPass) {
         const bool valid = from + row <= last && piece < width;
@@ -681,7 +684,6 @@ __global__ void __launch_bounds__(kFlashThreads, kFlashTiles<where> == 1 ? 3 : 2
         copy_async_16(to + row * stride + piece, x, valid);
       }
     }
-    commit_copies();
   };
   const T* q = static_cast<const T*>(a.qkv.q) + tile.first * a.qkv.q_token + head * a.qkv.q_head;
   if (!a.aligned) {
@@ -696,47 +698,43 @@ __global__ void __launch_bounds__(kFlashThreads, kFlashTiles<where> == 1 ? 3 : 2
       copy_async_16(queries + row * stride + piece, valid ? q + row * a.qkv.q_token + piece : q, valid);
     }
   }
-  copy_rows(keys, false, first);
-  copy_rows(values, true, first);
 
   // Of rows g and g + 8 of a tile's 16.
-  float o[kTiles][kMaxFlashDim / 8][4] = {}, m[kTiles][2], l[kTiles][2] = {};
+  float s[kTiles][kKeys / 8][4], o[kTiles][kMaxFlashDim / 8][4] = {}, m[kTiles][2], l[kTiles][2] = {};
 #pragma unroll
   for (int u = 0; u < kTiles; ++u) m[u][0] = m[u][1] = -kInfinity;
   const int warp_first = tile_index + warp * kWarpRows, warp_last = warp_first + kWarpRows - 1;
-  for (int base = first; base <= last; base += kKeys) {
-    float s[kTiles][kKeys / 8][4] = {};
-    const bool needed = base <= warp_last && base + kKeys > warp_first - a.window + 1;
-    wait_for_copies<1>();  // the values' group came after the keys'
-    __syncthreads();
-    if (needed) {
+  const auto is_needed = [&](int base) { return base <= warp_last && base + kKeys > warp_first - a.window + 1; };
+
+  // s = Q Kᵀ.
+  const auto score = [&](const T* from) {
 #pragma unroll
-      for (int d = 0; d < kMaxFlashDim; d += 16) {
-        if (d < padded) {
-          std::uint32_t x[kTiles][4], k[4];
+    for (int u = 0; u < kTiles; ++u) {
 #pragma unroll
-          for (int u = 0; u < kTiles; ++u)
-            load_matrices(x[u], queries + (warp * kWarpRows + u * 16 + lane % 16) * stride + d + lane / 16 * 8);
+      for (int i = 0; i < kKeys / 8; ++i) s[u][i][0] = s[u][i][1] = s[u][i][2] = s[u][i][3] = 0;
+    }
 #pragma unroll
-          for (int i = 0; i < kKeys; i += 16) {
-            load_matrices(k, keys + (i + lane / 16 * 8 + lane % 8) * stride + d + lane / 8 % 2 * 8);
+    for (int d = 0; d < kMaxFlashDim; d += 16) {
+      if (d < padded) {
+        std::uint32_t x[kTiles][4], k[4];
 #pragma unroll
-            for (int u = 0; u < kTiles; ++u) {
-              mma_16x8x16<T>(s[u][i / 8], x[u], k[0], k[1]);
-              mma_16x8x16<T>(s[u][i / 8 + 1], x[u], k[2], k[3]);
-            }
+        for (int u = 0; u < kTiles; ++u)
+          load_matrices(x[u], queries + (warp * kWarpRows + u * 16 + lane % 16) * stride + d + lane / 16 * 8);
+#pragma unroll
+        for (int i = 0; i < kKeys; i += 16) {
+          load_matrices(k, from + (i + lane / 16 * 8 + lane % 8) * stride + d + lane / 8 % 2 * 8);
+#pragma unroll
+          for (int u = 0; u < kTiles; ++u) {
+            mma_16x8x16<T>(s[u][i / 8], x[u], k[0], k[1]);
+            mma_16x8x16<T>(s[u][i / 8 + 1], x[u], k[2], k[3]);
           }
         }
       }
     }
-    __syncthreads();
-    if (base + kKeys <= last) {
-      copy_rows(keys, false, base + kKeys);
-    } else {
-      commit_copies();
-    }
-    if (needed) {
-      const bool masked = base + kKeys - 1 > warp_first || base <= warp_last - a.window;
+  };
+  // s becomes the weights of keys `base` …; o and l are scaled to the new maximum.
+  const auto weigh = [&](int base) {
+    if (base + kKeys - 1 > warp_first || base <= warp_last - a.window) {
 #pragma unroll
       for (int u = 0; u < kTiles; ++u) {
 #pragma unroll
@@ -744,66 +742,106 @@ __global__ void __launch_bounds__(kFlashThreads, kFlashTiles<where> == 1 ? 3 : 2
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             const int key = base + i * 8 + 2 * t + j % 2, query = warp_first + u * 16 + g + j / 2 * 8;
-            s[u][i][j] *= a.scale;
-            if (masked && (key > query || key <= query - a.window)) s[u][i][j] = -kInfinity;
+            if (key > query || key <= query - a.window) s[u][i][j] = -kInfinity;
           }
         }
+      }
+    }
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float next = m[u][half];
+    for (int u = 0; u < kTiles; ++u) {
 #pragma unroll
-          for (int i = 0; i < kKeys / 8; ++i) next = fmaxf(next, fmaxf(s[u][i][2 * half], s[u][i][2 * half + 1]));
-          next = fmaxf(next, __shfl_xor_sync(0xffffffffu, next, 1));
-          next = fmaxf(next, __shfl_xor_sync(0xffffffffu, next, 2));
-          const float reference = finite_maximum(next), factor = fast_exp2(m[u][half] - reference);
-          m[u][half] = next;
+      for (int half = 0; half < 2; ++half) {
+        float next = -kInfinity;
+#pragma unroll
+        for (int i = 0; i < kKeys / 8; ++i) next = fmaxf(next, fmaxf(s[u][i][2 * half], s[u][i][2 * half + 1]));
+        next = fmaxf(next, __shfl_xor_sync(0xffffffffu, next, 1));
+        next = fmaxf(next, __shfl_xor_sync(0xffffffffu, next, 2));
+        next = fmaxf(m[u][half], next * a.scale);
+        const float reference = finite_maximum(next);
+        if (__any_sync(0xffffffffu, next != m[u][half])) {  // seldom, once there are some keys
+          const float factor = fast_exp2(m[u][half] - reference);
           l[u][half] *= factor;
 #pragma unroll
           for (int i = 0; i < kMaxFlashDim / 8; ++i) {
             o[u][i][2 * half] *= factor;
             o[u][i][2 * half + 1] *= factor;
           }
+          m[u][half] = next;
+        }
 #pragma unroll
-          for (int i = 0; i < kKeys / 8; ++i) {
+        for (int i = 0; i < kKeys / 8; ++i) {
 #pragma unroll
-            for (int j = 2 * half; j < 2 * half + 2; ++j) {
-              s[u][i][j] = fast_exp2(s[u][i][j] - reference);
-              l[u][half] += s[u][i][j];
-            }
+          for (int j = 2 * half; j < 2 * half + 2; ++j) {
+            s[u][i][j] = fast_exp2(fmaf(s[u][i][j], a.scale, -reference));
+            l[u][half] += s[u][i][j];
           }
         }
       }
     }
-    wait_for_copies<1>();  // the values
-    __syncthreads();
-    if (needed) {
+  };
+  // o += P V.
+  const auto add_values = [&](const T* from) {
 #pragma unroll
-      for (int i = 0; i < kKeys; i += 16) {
-        std::uint32_t p[kTiles][4];
+    for (int i = 0; i < kKeys; i += 16) {
+      std::uint32_t p[kTiles][4];
 #pragma unroll
-        for (int u = 0; u < kTiles; ++u) {
+      for (int u = 0; u < kTiles; ++u) {
 #pragma unroll
-          for (int j = 0; j < 4; ++j)
-            p[u][j] = pack<T>(s[u][i / 8 + j / 2][j % 2 * 2], s[u][i / 8 + j / 2][j % 2 * 2 + 1]);
-        }
+        for (int j = 0; j < 4; ++j)
+          p[u][j] = pack<T>(s[u][i / 8 + j / 2][j % 2 * 2], s[u][i / 8 + j / 2][j % 2 * 2 + 1]);
+      }
 #pragma unroll
-        for (int d = 0; d < kMaxFlashDim; d += 16) {
-          if (d < padded) {
-            std::uint32_t v[4];
-            load_matrices_transposed(v, values + (i + lane % 16) * stride + d + lane / 16 * 8);
+      for (int d = 0; d < kMaxFlashDim; d += 16) {
+        if (d < padded) {
+          std::uint32_t v[4];
+          load_matrices_transposed(v, from + (i + lane % 16) * stride + d + lane / 16 * 8);
 #pragma unroll
-            for (int u = 0; u < kTiles; ++u) {
-              mma_16x8x16<T>(o[u][d / 8], p[u], v[0], v[1]);
-              mma_16x8x16<T>(o[u][d / 8 + 1], p[u], v[2], v[3]);
-            }
+          for (int u = 0; u < kTiles; ++u) {
+            mma_16x8x16<T>(o[u][d / 8], p[u], v[0], v[1]);
+            mma_16x8x16<T>(o[u][d / 8 + 1], p[u], v[2], v[3]);
           }
         }
       }
     }
-    __syncthreads();
-    if (base + kKeys <= last) {
+  };
+
+  if constexpr (where == Keys::context) {
+    copy_rows(keys, false, first);
+    copy_rows(values, true, first);
+    commit_copies();
+    int buffer = 0;
+    for (int base = first; base <= last; base += kKeys, buffer ^= 1) {
+      wait_for_copies<0>();
+      __syncthreads();  // and all are done with the other buffer
+      const int here = buffer * 2 * kKeys * stride, there = 2 * kKeys * stride - here;
+      copy_rows(keys + there, false, base + kKeys);
+      copy_rows(values + there, true, base + kKeys);
+      commit_copies();
+      if (is_needed(base)) {
+        score(keys + here);
+        weigh(base);
+        add_values(values + here);
+      }
+    }
+  } else {
+    copy_rows(keys, false, first);
+    commit_copies();
+    copy_rows(values, true, first);
+    commit_copies();
+    for (int base = first; base <= last; base += kKeys) {
+      const bool needed = is_needed(base);
+      wait_for_copies<1>();  // the values' group came after the keys'
+      __syncthreads();
+      if (needed) score(keys);
+      __syncthreads();
+      copy_rows(keys, false, base + kKeys);
+      commit_copies();
+      if (needed) weigh(base);
+      wait_for_copies<1>();  // the values
+      __syncthreads();
+      if (needed) add_values(values);
+      __syncthreads();
       copy_rows(values, true, base + kKeys);
-    } else {
       commit_copies();
     }
   }
@@ -939,8 +977,16 @@ void enqueue(cudaStream_t stream, const char* name, AttentionArguments a, const 
   if (a.num_pairs > 0) {
     const std::size_t shared_bytes =
         std::size_t{2} * kRotateTokens * static_cast<std::size_t>(a.num_pairs) * sizeof(float);
-    launch(stream, name, a.aligned && a.num_pairs % n == 0 ? rotate_kernel<T, n> : rotate_kernel<T, 1>,
-           items * (kTileTokens / kRotateTokens), kRotateThreads, shared_bytes, a);
+    const auto rotate = [&](auto kernel) {
+      launch(stream, name, kernel, items * (kTileTokens / kRotateTokens), kRotateThreads, shared_bytes, a);
+    };
+    if (a.aligned && a.num_pairs % n == 0) {
+      rotate(rotate_kernel<T, n>);
+    } else if (in_words<T>(a, 2) && a.num_pairs % 2 == 0) {
+      rotate(rotate_kernel<T, 2>);
+    } else {
+      rotate(rotate_kernel<T, 1>);
+    }
   }
   const auto write_ring = [&] {
     const unsigned ring_blocks = items * (kTileTokens / kRingTokens);
@@ -957,9 +1003,8 @@ void enqueue(cudaStream_t stream, const char* name, AttentionArguments a, const 
   bool attended = false;
   if constexpr (sizeof(T) == 2) {
     if (ring_aligned && (a.aligned || context) && ring.head <= kMaxFlashDim) {  // the singles are done
-      const std::size_t rows = kFlashTiles<where> * kTileTokens + 2 * kKeys;
       launch(stream, name, flash_kernel<T, where>, static_cast<unsigned>(a.batch.num_tiles) * num_heads, kFlashThreads,
-             rows * static_cast<std::size_t>(flash_stride(a.head_dim)) * sizeof(T), a);
+             static_cast<std::size_t>(kFlashRows<where> * flash_stride(a.head_dim)) * sizeof(T), a);
       attended = true;
     }
   }

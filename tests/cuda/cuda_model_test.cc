@@ -95,8 +95,8 @@ class CudaSmall : public CudaTest, public ::testing::WithParamInterface<Case> {
     return Model::random(GetParam().config(), 11, on(kCuda, GetParam().dtype));
   }
   std::int64_t vocab() const { return GetParam().config().vocab_size; }
-  void expect_close(const Tensor& a, const Tensor& b) const {
-    EXPECT_LE(relative_error(host_floats(a), host_floats(b)), tolerance(GetParam().dtype));
+  void expect_close(const Tensor& a, const Tensor& b, double inherent = 0) const {
+    EXPECT_LE(relative_error(host_floats(a), host_floats(b)), std::max(tolerance(GetParam().dtype), 2 * inherent));
   }
 };
 
@@ -119,11 +119,16 @@ INSTANTIATE_TEST_SUITE_P(Models, CudaSmall,
 TEST_P(CudaSmall, EveryLayerMatchesTheCpu) {
   const auto tokens = random_tokens(200, 1, vocab());
   const LayerTrace a = cuda()->trace(tokens), b = cpu()->trace(tokens);
+  // A mixer of few numbers may make much of a rounding: the CPU's bfloat16 shows how much.
+  const DType rounded = GetParam().dtype == DType::bfloat16 ? DType::bfloat16 : DType::float32;
+  const LayerTrace c = Model::random(GetParam().config(), 11, on({}, rounded))->trace(tokens);
   expect_close(a.embed, b.embed);
   for (std::size_t i = 0; i < b.mixer_out.size(); ++i) {
     SCOPED_TRACE("layer " + std::to_string(i) + ", " + std::string(mixer_name(GetParam().config().layers[i])));
-    expect_close(a.mixer_out[i], b.mixer_out[i]);
-    expect_close(a.block_out[i], b.block_out[i]);
+    expect_close(a.mixer_out[i], b.mixer_out[i],
+                 relative_error(host_floats(c.mixer_out[i]), host_floats(b.mixer_out[i])));
+    expect_close(a.block_out[i], b.block_out[i],
+                 relative_error(host_floats(c.block_out[i]), host_floats(b.block_out[i])));
   }
   expect_close(a.final_norm, b.final_norm);
   expect_close(a.logits, b.logits);
