@@ -124,7 +124,7 @@ struct ScanInputs {
 };
 
 /// backend::Backend::selective_scan. out (…, e) T. State of a slot: h (N, e) float32, zeros when fresh. However a
-/// sequence is cut into calls, and whatever else is in the batch, it gets the same bits (for N ≤ 128 and beyond).
+/// sequence is cut into calls, and whatever else is in the batch, it gets the same bits.
 void selective_scan(cudaStream_t stream, const SelectiveScanConfig& config, DType dtype, const ScanInputs& in,
                     const DeviceBatch& batch, StateView state, void* out);
 

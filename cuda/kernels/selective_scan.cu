@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kEighths = 8;     // chains of a channel
-constexpr int kMostPart = 16;   // numbers of state in a chain; scan_any_kernel takes more
+constexpr int kMostPart = 8;    // numbers of state in a chain; scan_any_kernel takes more
 constexpr int kVectorPart = 4;  // up to here a step's lane holds its states of 4 channels
 
 struct ScanArguments {
@@ -388,7 +388,7 @@ __global__ void __launch_bounds__(kThreads, kPart > 2   ? 2
     __syncthreads();
     next = load(count - kTokens);
     const int in_tile = min(count, kTokens);
-    if constexpr (kWide > 1) {  // other warps work while one waits
+    if constexpr (kWide > 1 || kPart > 4) {  // other warps, or states, fill the wait
 #pragma unroll 1
       for (int t = 0; t < in_tile; t += kLanes) {
         float sums[kWide][kLanes];
@@ -518,7 +518,6 @@ void selective_scan(cudaStream_t stream, const SelectiveScanConfig& config, DTyp
     if (a.n <= kEighths) return run(std::integral_constant<int, 1>{});
     if (a.n <= 2 * kEighths) return run(std::integral_constant<int, 2>{});
     if (a.n <= 4 * kEighths) return run(std::integral_constant<int, 4>{});
-    if (a.n <= 8 * kEighths) return run(std::integral_constant<int, 8>{});
     if (a.n <= kMostPart * kEighths) return run(std::integral_constant<int, kMostPart>{});
     launch_blocks(stream, scan_any_kernel<T>, a, batch.num_singles + batch.num_longs, kThreads);
   });

@@ -17,6 +17,8 @@
 
 namespace based::test {
 
+inline const SelectiveScanConfig kSelectiveScan{37, 5, 4, 3, true, true};
+
 /// Mixers whose state has a fixed size and that a GPU has kernels for, grouped heads, partial rotary; small and
 /// odd-sized.
 inline ModelConfig gpu_config() {
@@ -36,7 +38,7 @@ inline ModelConfig gpu_config() {
   window.rotary_dim = 4;
   config.layers = {GatedConvConfig{48, 3, true}, LinearAttentionConfig{3, 4, 8, 1e-12}, window,
                    GatedConvConfig{30, 4, false}, LinearAttentionConfig{2, 5, 7, 1e-12}};
-  config.layers.push_back(SelectiveScanConfig{37, 5, 4, 3, true, true});
+  config.layers.push_back(kSelectiveScan);
   config.eos_token_id = 60;
   return config;
 }
@@ -46,7 +48,10 @@ inline const FullAttentionConfig kFullAttention{4, 2, 6, 0.4, true, false, 3};
 /// All mixers. A prefix of one token lets prompts be cut anywhere.
 inline ModelConfig tiny_config() {
   ModelConfig config = gpu_config();
-  config.layers.insert(config.layers.begin() + 5, {PrefixLinearAttentionConfig{2, 3, 5, 1, 1e-12}, kFullAttention});
+  config.layers.pop_back();  // its place is behind the next ones
+  config.layers.push_back(PrefixLinearAttentionConfig{2, 3, 5, 1, 1e-12});
+  config.layers.push_back(kFullAttention);
+  config.layers.push_back(kSelectiveScan);
   config.layers.push_back(GatedDeltaNetConfig{2, 5, 7, 3, 1e-5, true, true});
   return config;
 }
