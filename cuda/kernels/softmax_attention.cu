@@ -28,7 +28,8 @@ struct AttentionArguments {
   int num_heads, num_kv_heads, head_dim, window;
   int num_pairs;
   bool interleaved;
-  bool aligned;      // q, k, v and out can be moved in 16 bytes
+  bool aligned;      // q, k, v and out can be moved in 16 bytes,
+  bool in_pairs;     // two elements at a time
   float scale;       // of q·k, times log₂ e
   double log2_step;  // log₂ of the ratio of successive pairs' frequencies
 
@@ -631,6 +632,8 @@ __global__ void __launch_bounds__(kAnyWarps * 32) attend_any_kernel(const Attent
 constexpr int kFlashThreads = 128;
 constexpr int kKeys = 64;  // of a step
 constexpr int kMaxFlashDim = 128;
+constexpr int kLeastPieceShift = 6;  // of a context: its steps begin at multiples of kKeys rows
+static_assert(kKeys == 1 << kLeastPieceShift);
 
 // Elements from a row in shared memory to the next: head_dim rounded up to the tensor cores' 16, and an odd number of
 // 16-byte pieces so that eight rows lie in different banks.
@@ -675,27 +678,44 @@ __global__ void __launch_bounds__(kFlashThreads, kFlashTiles<where> == 1 ? 3 : 2
   constexpr int kRowThreads = kMaxFlashDim / 8, kPass = kFlashThreads / kRowThreads;  // a row's 16-byte pieces
   const int piece = tid % kRowThreads * 8, piece_row = tid / kRowThreads;
   const auto copy_rows = [&](T* to, bool of_values, int from) {
-    if (piece < padded && from <= last) {
+    if (piece >= padded || from > last) return;
+    const auto pointer = [&](int index) { return (of_values ? source.value(index) : source.key(index)) + piece; };
+    const T* x = where == Keys::context ? pointer(from) + piece_row * a.ring.row : nullptr;
+    T* y = to + piece_row * stride + piece;
 #pragma unroll
-      for (int row = piece_row; row < kKeys; row += kPass) {
-        const bool valid = from + row <= last && piece < width;
-        const T* x =
-            !valid ? source.ring_keys : (of_values ? source.value(from + row) : source.key(from + row)) + piece;
-        copy_async_16(to + row * stride + piece, x, valid);
+    for (int j = 0; j < kKeys / kPass; ++j, y += kPass * stride) {
+      const int row = piece_row + j * kPass;
+      const bool valid = from + row <= last && piece < width;
+      if constexpr (where == Keys::context) {  // all of a step are in one piece: kLeastPieceShift
+        copy_async_16(y, valid ? x : source.ring_keys, valid);
+        x += kPass * a.ring.row;
+      } else {
+        copy_async_16(y, valid ? pointer(from + row) : source.ring_keys, valid);
       }
     }
   };
   const T* q = static_cast<const T*>(a.qkv.q) + tile.first * a.qkv.q_token + head * a.qkv.q_head;
-  if (!a.aligned) {
-    for (int i = tid; i < kQueries * padded; i += kFlashThreads) {
-      const int row = i / padded, d = i % padded;
-      queries[row * stride + d] = row < num_queries && d < hd ? q[row * a.qkv.q_token + d] : from_float<T>(0);
-    }
-  } else if (piece < padded) {
+  if (a.aligned) {
+    if (piece < padded) {
 #pragma unroll
-    for (int row = piece_row; row < kQueries; row += kPass) {
-      const bool valid = row < num_queries && piece < hd;
-      copy_async_16(queries + row * stride + piece, valid ? q + row * a.qkv.q_token + piece : q, valid);
+      for (int j = 0; j < kQueries / kPass; ++j) {
+        const int row = piece_row + j * kPass;
+        const bool valid = row < num_queries && piece < hd;
+        copy_async_16(queries + row * stride + piece, valid ? q + row * a.qkv.q_token + piece : q, valid);
+      }
+    }
+  } else {
+    for (int row = warp; row < kQueries; row += kFlashThreads / 32) {
+      const T* x = q + row * a.qkv.q_token;
+      T* const to = queries + row * stride;
+      if (a.in_pairs) {
+        for (int d = 2 * lane; d < padded; d += 64) {
+          const bool valid = row < num_queries && d < hd;
+          copy_async_4(to + d, valid ? x + d : q, valid);
+        }
+      } else {
+        for (int d = lane; d < padded; d += 32) to[d] = row < num_queries && d < hd ? x[d] : from_float<T>(0);
+      }
     }
   }
 
@@ -878,9 +898,16 @@ __global__ void __launch_bounds__(kFlashThreads, kFlashTiles<where> == 1 ? 3 : 2
       }
     }
   } else {
+#pragma unroll 4
     for (int i = 0; i < warp_rows; ++i) {
       const int row = warp * kWarpRows + i;
-      for (int d = lane; d < hd; d += 32) out[row * a.out_token + d] = queries[row * stride + d];
+      if (a.in_pairs) {
+        for (int d = 2 * lane; d < hd; d += 64)
+          *reinterpret_cast<std::uint32_t*>(out + row * a.out_token + d) =
+              *reinterpret_cast<const std::uint32_t*>(queries + row * stride + d);
+      } else {
+        for (int d = lane; d < hd; d += 32) out[row * a.out_token + d] = queries[row * stride + d];
+      }
     }
   }
 }
@@ -956,6 +983,7 @@ void enqueue(cudaStream_t stream, const char* name, AttentionArguments a, const 
   constexpr bool in_pieces = where != Keys::ring, context = where == Keys::context;
   const unsigned num_heads = static_cast<unsigned>(a.num_heads), singles = static_cast<unsigned>(a.batch.num_singles);
   a.aligned = in_words<T>(a, n);
+  a.in_pairs = in_words<T>(a, 2);
   const KeyValueView& ring = a.ring;
   const bool ring_aligned = is_aligned(ring.keys.data, 16) && ring.keys.slot_stride % 16 == 0 && ring.head % n == 0 &&
                             ring.row % n == 0 && ring.values % n == 0 && ring.piece % n == 0;
@@ -982,7 +1010,7 @@ void enqueue(cudaStream_t stream, const char* name, AttentionArguments a, const 
     };
     if (a.aligned && a.num_pairs % n == 0) {
       rotate(rotate_kernel<T, n>);
-    } else if (in_words<T>(a, 2) && a.num_pairs % 2 == 0) {
+    } else if (a.in_pairs && a.num_pairs % 2 == 0) {
       rotate(rotate_kernel<T, 2>);
     } else {
       rotate(rotate_kernel<T, 1>);
@@ -990,10 +1018,10 @@ void enqueue(cudaStream_t stream, const char* name, AttentionArguments a, const 
   }
   const auto write_ring = [&] {
     const unsigned ring_blocks = items * (kTileTokens / kRingTokens);
-    const bool in_pairs = ring_aligned && in_words<T>(a, 4 / sizeof(T));
+    const bool in_words_of_4 = sizeof(T) == 4 || (ring_aligned && a.in_pairs);
     if (a.aligned && ring_aligned) {
       launch(stream, name, ring_kernel<uint4, in_pieces>, ring_blocks, kRingThreads, 0, a, n);
-    } else if (sizeof(T) == 4 || in_pairs) {
+    } else if (in_words_of_4) {
       launch(stream, name, ring_kernel<std::uint32_t, in_pieces>, ring_blocks, kRingThreads, 0, a, 4 / sizeof(T));
     } else {
       launch(stream, name, ring_kernel<std::uint16_t, in_pieces>, ring_blocks, kRingThreads, 0, a, 1);
@@ -1002,7 +1030,8 @@ void enqueue(cudaStream_t stream, const char* name, AttentionArguments a, const 
   if (context) write_ring();
   bool attended = false;
   if constexpr (sizeof(T) == 2) {
-    if (ring_aligned && (a.aligned || context) && ring.head <= kMaxFlashDim) {  // the singles are done
+    if (ring_aligned && (context ? ring.piece_shift >= kLeastPieceShift : a.aligned) &&
+        ring.head <= kMaxFlashDim) {  // the singles are done
       launch(stream, name, flash_kernel<T, where>, static_cast<unsigned>(a.batch.num_tiles) * num_heads, kFlashThreads,
              static_cast<std::size_t>(kFlashRows<where> * flash_stride(a.head_dim)) * sizeof(T), a);
       attended = true;
