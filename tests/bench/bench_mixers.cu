@@ -732,19 +732,21 @@ std::vector<Batch> batches_of(int size, int length, int inputs) {
   return all;
 }
 
-// Of a Mamba of 1.3B: e = 4,096, N = 16, K = 4.
-void time_scan(int size, int length) {
-  const std::string suffix = " " + std::to_string(size) + " x " + std::to_string(length);
-  const double tokens = static_cast<double>(size) * length, e = 4096, n = 16;
+// Of a Mamba: 1.3B has e = 4,096, 360M 2,048; N = 16, K = 4.
+void time_scan(int channels, int size, int length) {
+  const std::string suffix =
+      " " + std::to_string(size) + " x " + std::to_string(length) + " e " + std::to_string(channels);
+  const double tokens = static_cast<double>(size) * length, e = channels, n = 16;
+  const auto floats = [&](int per_channel) { return random_floats(static_cast<std::size_t>(channels * per_channel)); };
   SelectiveScanConfig config;
-  config.inner_size = 4096;
+  config.inner_size = channels;
   config.state_size = 16;
   config.kernel_size = 4;
   {
     const double state = 3 * e * 2, nbytes = tokens * 2 * e * 2 + 2 * state * size;
     const int inputs = inputs_for(nbytes);
     const Inputs xz(inputs, tokens * 2 * e * 2, kT), x(inputs, tokens * e * 2, kT), states(inputs * size, state, kT);
-    const DeviceMemory taps(random_floats(4096 * 4)), bias(random_floats(4096));
+    const DeviceMemory taps(floats(4)), bias(floats(1));
     const std::vector<Batch> all = batches_of(size, length, inputs);
     report("scan_conv" + suffix, nbytes, inputs, [&](int i, cudaStream_t stream) {
       scan_conv(stream, config, kT, taps.as<float>(), bias.as<float>(), all[static_cast<std::size_t>(i)].view, xz[i],
@@ -757,9 +759,9 @@ void time_scan(int size, int length) {
     const Inputs xz(inputs, tokens * 2 * e * 2, kT), x(inputs, tokens * e * 2, kT), dt(inputs, tokens * e * 2, kT),
         bc(inputs, tokens * 2 * n * 2, kT), out(inputs, tokens * e * 2, kT),
         states(inputs * size, state, DType::float32);
-    Floats rates = random_floats(4096 * 16);
+    Floats rates = floats(16);
     for (float& a : rates) a = -std::exp(a);
-    const DeviceMemory a(rates), d(random_floats(4096));
+    const DeviceMemory a(rates), d(floats(1));
     const std::vector<Batch> all = batches_of(size, length, inputs);
     report("selective_scan" + suffix, nbytes, inputs, [&](int i, cudaStream_t stream) {
       selective_scan(stream, config, kT, {a.as<float>(), d.as<float>(), xz[i], x[i], bc[i], dt[i]},
@@ -875,9 +877,9 @@ int main(int argc, char** argv) {
       time_full_attention(heads, head_dim, 1, 8192, 8192);
       time_full_attention(heads, head_dim, 2, 4096, 4096);
     }
-    for (int size : {1, 128, 1024}) time_scan(size, 1);
-    for (int size : {1, 2, 4, 8}) time_scan(size, 2048);
-    time_scan(1, 8192);
+    for (int size : {1, 128, 1024}) time_scan(4096, size, 1);
+    for (int size : {1, 2, 4, 8}) time_scan(4096, size, 2048);
+    for (int channels : {1536, 2048, 4096}) time_scan(channels, 1, 8192);
   }
   if (failures > 0) std::printf("%d checks failed\n", failures);
   return failures > 0 ? 1 : 0;

@@ -96,7 +96,7 @@ class CudaSmall : public CudaTest, public ::testing::WithParamInterface<Case> {
   }
   std::int64_t vocab() const { return GetParam().config().vocab_size; }
   void expect_close(const Tensor& a, const Tensor& b, double inherent = 0) const {
-    EXPECT_LE(relative_error(host_floats(a), host_floats(b)), std::max(tolerance(GetParam().dtype), 2 * inherent));
+    EXPECT_LE(relative_error(host_floats(a), host_floats(b)), std::max(tolerance(GetParam().dtype), 4 * inherent));
   }
 };
 
@@ -119,7 +119,8 @@ INSTANTIATE_TEST_SUITE_P(Models, CudaSmall,
 TEST_P(CudaSmall, EveryLayerMatchesTheCpu) {
   const auto tokens = random_tokens(200, 1, vocab());
   const LayerTrace a = cuda()->trace(tokens), b = cpu()->trace(tokens);
-  // A mixer of few numbers may make much of a rounding: the CPU's bfloat16 shows how much.
+  // A mixer of few numbers may make much of a rounding: the CPU's bfloat16 shows how much. A GPU rounds what a mixer
+  // reads of its projections, too: four matrices of a selective scan.
   const DType rounded = GetParam().dtype == DType::bfloat16 ? DType::bfloat16 : DType::float32;
   const LayerTrace c = Model::random(GetParam().config(), 11, on({}, rounded))->trace(tokens);
   expect_close(a.embed, b.embed);

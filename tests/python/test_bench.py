@@ -342,4 +342,9 @@ def test_the_rival_is_a_transformer() -> None:
         transformer._next(tokens[:, :6], torch.arange(6), attend)
         assert torch.equal(transformer._next(tokens[:, 6:], torch.tensor([6]), attend), expected)
         assert transformer.step(3, 5)().shape == transformer.prefill(3, 5)().shape == (3, 1)
-    assert transformer.cache_nbytes(3, 5) == 2 * 2 * 3 * 5 * 20 * 2
+        q, k, v = torch.randn(3, 2, 5, 2, 10, dtype=torch.float64)
+        y = transformer._attention(q, transformer._padded(k), transformer._padded(v), True)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        whole = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.testing.assert_close(y, whole)
+    assert transformer.cache_nbytes(3, 5) == 2 * 2 * 3 * 5 * (2 * 16) * 2  # heads of 10 numbers, kept as 16

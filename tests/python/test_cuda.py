@@ -91,8 +91,7 @@ def test_golden_logits(load, golden, case, dtype):
 
 @pytest.mark.parametrize(
     ("case", "file", "suffix"),
-    [(case, "golden", "") for case in CASES]
-    + [("based-tiny", "short", f"_{n}") for n in (1, 2, 3)],
+    [(case, "golden", "") for case in CASES] + [("based-tiny", "short", f"_{n}") for n in (1, 2, 3)],
 )
 def test_golden_greedy_ids(load, golden, case, file, suffix):
     expected = golden(case, file)

@@ -69,9 +69,19 @@ class Shape:
     inner: int = 4480
     vocabulary: int = 50264
 
+    @property
+    def head_dim(self) -> int:
+        """Size of q, k and v per head."""
+        return self.width // self.heads
+
+    @property
+    def cached_dim(self) -> int:
+        """Of a head in the cache: a multiple of 8. Of any other size PyTorch would copy the cache in every step."""
+        return -(-self.head_dim // 8) * 8
+
     def cache_nbytes(self, num_tokens: int) -> int:
         """Of a sequence's keys and values in 16 bits."""
-        return 2 * self.layers * num_tokens * self.width * 2
+        return 2 * self.layers * num_tokens * self.heads * self.cached_dim * 2
 
 
 class Transformer:
@@ -80,7 +90,6 @@ class Transformer:
     def __init__(self, new: Weights, shape: Shape | None = None) -> None:
         self.new, self.shape = new, shape or Shape()
         d = self.shape.width
-        self.head_dim = d // self.shape.heads
         self.embedding, self.final_norm = new.matrix(self.shape.vocabulary, d), new.normal(d)
         self.layers = [
             (new.normal(d), new.matrix(3 * d, d), new.matrix(d, d), Swiglu(new, d, self.shape.inner))
@@ -93,16 +102,15 @@ class Transformer:
 
     def step(self, batch: int, context: int) -> Callable[[], Tensor]:
         """A function that makes the token number `context` of each sequence, and attends to all of them."""
-        shape = (batch, context, self.shape.heads, self.head_dim)
-        caches = [(self.new.normal(*shape), self.new.normal(*shape)) for _ in self.layers]
+        caches = self._caches(batch, context)
         tokens = torch.zeros(batch, 1, dtype=torch.long, device=self.new.options["device"])
         position = torch.full((1,), context - 1, dtype=torch.long, device=self.new.options["device"])
 
         def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = caches[i]
-            keys.index_copy_(1, position, k)
-            values.index_copy_(1, position, v)
-            return F.scaled_dot_product_attention(q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
+            keys.index_copy_(1, position, self._padded(k))
+            values.index_copy_(1, position, self._padded(v))
+            return self._attention(q, keys, values, False)
 
         def once() -> Tensor:
             tokens.copy_(self._next(tokens, position, attend))
@@ -115,23 +123,34 @@ class Transformer:
         device = self.new.options["device"]
         tokens = torch.randint(self.shape.vocabulary, (batch, length), device=device)
         positions = torch.arange(length, device=device)
-        shape = (batch, length, self.shape.heads, self.head_dim)
-        caches = [(self.new.normal(*shape), self.new.normal(*shape)) for _ in self.layers]
+        caches = self._caches(batch, length)
 
         def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            caches[i][0].copy_(k)
-            caches[i][1].copy_(v)
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            keys, values = caches[i]
+            keys.copy_(self._padded(k))
+            values.copy_(self._padded(v))
+            return self._attention(q, keys, values, True)
 
         return lambda: self._next(tokens, positions, attend)
 
+    def _caches(self, batch: int, context: int) -> list[tuple[Tensor, Tensor]]:
+        shape = (batch, context, self.shape.heads, self.shape.head_dim)
+        return [(self._padded(self.new.normal(*shape)), self._padded(self.new.normal(*shape))) for _ in self.layers]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        return F.pad(x, (0, self.shape.cached_dim - self.shape.head_dim))
+
+    def _attention(self, q: Tensor, keys: Tensor, values: Tensor, is_causal: bool) -> Tensor:
+        q, keys, values = (x.transpose(1, 2) for x in (self._padded(q), keys, values))
+        y = F.scaled_dot_product_attention(q, keys, values, is_causal=is_causal, scale=self.shape.head_dim**-0.5)
+        return y[..., : self.shape.head_dim]
+
     def _next(self, tokens: Tensor, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         r = F.embedding(tokens, self.embedding)
-        turn = angles(positions, self.head_dim, r.dtype)
+        turn = angles(positions, self.shape.head_dim, r.dtype)
         for i, (norm, qkv_weight, out_weight, mlp) in enumerate(self.layers):
             qkv = F.linear(F.rms_norm(r, r.shape[-1:], norm, EPS), qkv_weight)
-            q, k, v = qkv.view(*qkv.shape[:2], 3, self.shape.heads, self.head_dim).unbind(2)
+            q, k, v = qkv.view(*qkv.shape[:2], 3, self.shape.heads, self.shape.head_dim).unbind(2)
             y = attend(i, rotate(q, *turn), rotate(k, *turn), v)
             r = mlp(r + F.linear(y.transpose(1, 2).flatten(2), out_weight))
         return F.linear(F.rms_norm(r[:, -1:], r.shape[-1:], self.final_norm, EPS), self.embedding).argmax(-1)
