@@ -190,7 +190,11 @@ _CONV_FIRST = (
     _NO_IDENTITY,
 )
 """Of every family with a convolution before the mixer."""
-_MAMBA = ("the last norm is an RMSNorm; the authors' is a LayerNorm",)
+_MAMBA = (
+    "the last norm is an RMSNorm; the authors' is a LayerNorm",
+    "the first weights are mamba_ssm's; a version of the authors' code (0cd64f8) draws all linear layers with 0.02 and "
+    "sets the bias of W_dt to zero",
+)
 
 FAMILIES: dict[str, Family] = {
     "based": Family(

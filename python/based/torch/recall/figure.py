@@ -93,7 +93,7 @@ def make_figure(rows: Sequence[Outcome], count: Literal["authors", "decoder"], *
     _legend(panels[names[0]], points, reference="BASED" if reference and others else None)
     figure.draw_without_rendering()
     for name, panel in panels.items():
-        _sizes(figure, panel, ours.get(name, []))
+        _sizes(figure, panel, ours.get(name, []), [p for p in points if p.family == name])
     return figure
 
 
@@ -164,19 +164,20 @@ def _legend(panel: Any, points: Sequence[Point], *, reference: str | None) -> No
     panel.legend(handles=entries, loc="lower right", fontsize=_SMALL, borderpad=0.3, labelspacing=0.25)
 
 
-def _sizes(figure: Any, panel: Any, marks: Sequence[Mark]) -> None:
-    """Writes each mark's size beside it where that covers no other mark and no other size; elsewhere not."""
+def _sizes(figure: Any, panel: Any, marks: Sequence[Mark], theirs: Sequence[Point]) -> None:
+    """Writes each mark's size beside it where that covers no mark and no other size; elsewhere not."""
     if len({size for *_, size in marks}) < 2:
         return
     transforms: Any = importlib.import_module("matplotlib.transforms")
     scale = figure.dpi / 72
     frame = panel.get_window_extent()
     spots = [panel.transData.transform((x, accuracy)) for x, accuracy, *_ in marks]
-    taken = [transforms.Bbox.from_bounds(x - 3 * scale, y - 3 * scale, 6 * scale, 6 * scale) for x, y in spots]
+    every = [*spots, *(panel.transData.transform((p.nbytes, p.accuracy)) for p in theirs)]
+    taken = [transforms.Bbox.from_bounds(x - 2.5 * scale, y - 2.5 * scale, 5 * scale, 5 * scale) for x, y in every]
     for (x, accuracy, _, size), spot in zip(marks, spots, strict=True):
         for offset in ((4, -8), (4, 2), (-4, 3), (-4, -8)):
             right = offset[0] < 0
-            width, height = 0.6 * _SMALL * len(str(size)) * scale, 0.8 * _SMALL * scale
+            width, height = (0.65 * len(str(size)) + 0.2) * _SMALL * scale, 0.8 * _SMALL * scale
             left = spot[0] + offset[0] * scale - (width if right else 0)
             box = transforms.Bbox.from_bounds(left, spot[1] + offset[1] * scale, width, height)
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
