@@ -22,6 +22,7 @@ import pytest
 from based import cli, sizes
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import numpy as safetensors_numpy
 
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)  # tensors are small here, and a thread that waits for its turn stops all
@@ -47,6 +48,15 @@ from based.torch.recall.training import Corpus, Texts, Trainer, count_right, que
 
 CPU = torch.device("cpu")
 THREE = "based,attention,window"
+TINY: dict[str, Any] = {
+    "settings": "authors",
+    "quick": True,
+    "epochs": 1,
+    "train": ((Setting(16, 2), 64),),
+    "test": (Setting(16, 2),),
+    "test_examples": 20,
+    "validation_examples": 20,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -465,12 +475,11 @@ def every(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recall")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        changes: Any = {"epochs": 1, "train": ((Setting(16, 2), 64),), "settings": "authors", "quick": True}
         recurrent = tuple(name for name in FAMILIES if name not in THREE)
-        measure_frontier(Sweep.of(**changes, families=recurrent), folder / "a", device="cpu")
-        (row,) = measure_frontier(Sweep.of(**changes, points=("window-*",)), folder / "b", device="cpu")
+        measure_frontier(Sweep.of(**TINY, families=recurrent), folder / "a", device="cpu")
+        (row,) = measure_frontier(Sweep.of(**TINY, points=("window-*",)), folder / "b", device="cpu")
         assert row.family == "window"
-        sweep = Sweep.of(**changes)
+        sweep = Sweep.of(**TINY)
         assert len(merge(sweep, folder / "all", [folder / "a", folder / "b"])) == len(recurrent) + 1
         measure_frontier(sweep, folder / "all", device="cpu")
     return folder
@@ -527,38 +536,38 @@ def test_every_family_in_pieces_that_are_merged(every):
     assert not list((every / "all" / "runs").glob(".*"))
 
 
-def test_the_bytes_are_those_that_the_runtime_keeps(every):
+def test_the_bytes_are_those_that_the_runtime_keeps(every, tmp_path):
     for row in json.loads((every / "all" / "results.json").read_text()):
         model = based.load(every / "all" / row["directory"], device="cpu", dtype="float32")
-        assert row["state_nbytes"] == sizes.state_nbytes(model.config, "float32", 64)
+        assert row["state_nbytes"] == sizes.state_nbytes(model.config, "float32", 16)
         session = model.session(1)
-        session.prefill([list(range(64))])
-        kept = sum(np.asarray(tensor).nbytes for tensor in session.state(0).tensors().values())
+        session.prefill([list(range(16))])
+        session.save_state(tmp_path / "state")
+        tensors = safetensors_numpy.load_file(tmp_path / "state")
+        kept = sum(array.nbytes for name, array in tensors.items() if ".layers." in name)
         assert row["state_nbytes"] == kept, row["model"]
 
 
 def test_folders_that_do_not_fit_are_not_merged(every, tmp_path):
-    changes: Any = {"epochs": 1, "train": ((Setting(16, 2), 64),), "settings": "authors", "quick": True}
     with pytest.raises(based.FormatError, match="holds another sweep: seed was 0, is 1"):
-        merge(Sweep.of(**changes, seed=1), tmp_path / "out", [every / "b"])
+        merge(Sweep.of(**TINY, seed=1), tmp_path / "out", [every / "b"])
     with pytest.raises(based.FormatError, match=r"nothing has no sweep\.json, expected the folder of a sweep"):
-        merge(Sweep.of(**changes), tmp_path / "out", [tmp_path / "nothing"])
+        merge(Sweep.of(**TINY), tmp_path / "out", [tmp_path / "nothing"])
     shutil.copytree(every / "b", tmp_path / "b")
     rows = json.loads((tmp_path / "b" / "results.json").read_text())
     rows[0]["accuracy"] = 0.5
     (tmp_path / "b" / "results.json").write_text(json.dumps(rows))
     with pytest.raises(based.FormatError, match=r"window-d32-w4 has other numbers in two folders: accuracy 0\.\d+ in "):
-        merge(Sweep.of(**changes), tmp_path / "both", [every / "b", tmp_path / "b"])
+        merge(Sweep.of(**TINY), tmp_path / "both", [every / "b", tmp_path / "b"])
     (tmp_path / "b" / "results.json").unlink()
     path = next((tmp_path / "b" / "runs").glob("*/result.json"))
     path.write_text(json.dumps(json.loads(path.read_text()) | {"accuracy": 0.5}))
     with pytest.raises(based.FormatError, match="are one run with two results"):
-        merge(Sweep.of(**changes), tmp_path / "both", [tmp_path / "b"])
+        merge(Sweep.of(**TINY), tmp_path / "both", [tmp_path / "b"])
 
 
 def test_a_merge_that_was_killed_goes_on(every, tmp_path, monkeypatch):
-    changes: Any = {"epochs": 1, "train": ((Setting(16, 2), 64),), "settings": "authors", "quick": True}
-    sweep, calls = Sweep.of(**changes), itertools.count()
+    sweep, calls = Sweep.of(**TINY), itertools.count()
 
     def copy(source: Path, destination: Path) -> None:
         if next(calls) == 4:

@@ -154,12 +154,14 @@ def merge(sweep: Sweep, output: Path, sources: Sequence[Path]) -> list[Outcome]:
         FormatError: A folder holds another sweep, none, or a damaged file; a model has other numbers in two of them.
         OSError: A file.
     """
+    for source in sources:
+        if not (source / "sweep.json").exists():
+            raise FormatError(f"{source} has no sweep.json, expected the folder of a sweep")
+    others = [_Frontier(sweep, source, restart=False, note=lambda _: None) for source in sources]
     with only_process(output):
         frontier = _Frontier(sweep, output, restart=False, note=lambda _: None)
-        for source in sources:
-            if not (source / "sweep.json").exists():
-                raise FormatError(f"{source} has no sweep.json, expected the folder of a sweep")
-            frontier.take_in(_Frontier(sweep, source, restart=False, note=lambda _: None))
+        for other in others:
+            frontier.take_in(other)
         return frontier.write()
 
 
