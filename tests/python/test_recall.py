@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,18 +22,41 @@ import pytest
 from based import cli, sizes
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import numpy as safetensors_numpy
 
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)  # tensors are small here, and a thread that waits for its turn stops all
 
 from based.torch import BasedForCausalLM
-from based.torch.recall import Paused, Sweep, data, figure, frontier, measure_frontier, measuring, training, workers
+from based.torch.recall import (
+    Paused,
+    Sweep,
+    data,
+    figure,
+    frontier,
+    measure_frontier,
+    measuring,
+    merge,
+    training,
+    workers,
+)
 from based.torch.recall.data import Examples, Setting, make_examples
 from based.torch.recall.families import FAMILIES
+from based.torch.recall.published import read_published
 from based.torch.recall.sweep import Run
 from based.torch.recall.training import Corpus, Texts, Trainer, count_right, query_logits
 
 CPU = torch.device("cpu")
+THREE = "based,attention,window"
+TINY: dict[str, Any] = {
+    "settings": "authors",
+    "quick": True,
+    "epochs": 1,
+    "train": ((Setting(16, 2), 64),),
+    "test": (Setting(16, 2),),
+    "test_examples": 20,
+    "validation_examples": 20,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -130,26 +154,90 @@ def test_training_validation_and_test_texts_differ():
 def test_the_default_is_the_authors_sweep():
     sweep = Sweep()
     names = [candidate.name for candidate in sweep.candidates()]
-    assert len(set(names)) == len(names) == 9 + 3 + 7
-    assert names[:3] == ["based-d128-f8", "based-d128-f16", "based-d128-f24"]
-    assert {"attention-d48-w1024", "window-d128-w8", "window-d128-w512"} < set(names)
+    per_family = {family: sum(name.startswith(f"{family}-") for name in names) for family in FAMILIES}
+    expected = {"based": 9, "attention": 3, "window": 7, "mamba": 9, "delta_net": 3, "gated_delta_net": 3}
+    assert len(set(names)) == len(names) and expected.items() <= per_family.items()
+    assert names[:2] == ["mamba-d256-s8", "mamba-d256-s16"]  # the widest first
+    assert {"based-d48-f8", "attention-d48-w1024", "window-d128-w8", "window-d128-w512"} < set(names)
     assert sweep.steps_per_epoch == 390 + 4 * 78
-    assert len(list(sweep.runs())) == 19 * len(sweep.learning_rates)
+    assert len(list(sweep.runs())) == len(names) * len(sweep.learning_rates)
     for candidate in sweep.candidates():
         config = candidate.config
         assert config.mlp is None and config.vocab_size == 8192
-        assert config.layers[0].mixer == "gated_conv" and len(config.layers) == 2
-        assert candidate.state_nbytes == sizes.state_nbytes(config, "float32")
+        assert len(config.layers) == 2 and {layer.mixer for layer in config.layers[:1]} <= {
+            "gated_conv",
+            config.layers[1].mixer,
+        }
+        assert candidate.state_nbytes == sizes.state_nbytes(config, "float32", 1024)
+        assert 0 < candidate.authors_nbytes < candidate.state_nbytes
     by_name = {candidate.name: candidate for candidate in sweep.candidates()}
     # 2 inputs of 128 channels; 1 + 16 + 136 features of 128 values and the denominator; 64 keys and values of 128
     assert by_name["based-d128-f16"].state_nbytes == 4 * (2 * 128 + 153 * 129)
     assert by_name["window-d128-w64"].state_nbytes == 4 * (2 * 128 + 2 * 64 * 128)
+    # 1,024 keys and values of 128; two scans of 256 channels, of 16 numbers and 3 inputs each; two heads' sums of
+    # 64 × 64 or 64 × 128, and 3 inputs of q, k and v
+    assert by_name["attention-d128-w1024"].state_nbytes == 4 * (2 * 128 + 2 * 1024 * 128)
+    assert by_name["mamba-d128-s16"].state_nbytes == 4 * 2 * 256 * (16 + 3)
+    assert by_name["delta_net-d128-n2"].state_nbytes == 4 * (2 * 128 + 2 * 64 * 64 + 3 * 3 * 128)
+    assert by_name["gated_delta_net-d128-n2"].state_nbytes == 4 * (2 * 128 + 2 * 64 * 128 + 3 * 4 * 128)
+    counted = {
+        "based-d128-f16": 153 * 129,
+        "window-d128-w64": 2 * 64 * 128,
+        "attention-d128-w1024": 2 * 1024 * 128,
+        "mamba-d128-s16": 2 * 2 * 128 * 16,
+        "delta_net-d128-n2": 128 * 128 / 2,
+        "gated_delta_net-d128-n2": 128 * 128,
+    }
+    assert {name: by_name[name].authors_nbytes for name in counted} == {n: 4 * count for n, count in counted.items()}
+
+
+def test_published_numbers_are_of_models_of_the_bytes_that_we_count():
+    """To the bytes that a figure tells; the later one counts 3 inputs of the first layer's convolution, too."""
+    points, labels = read_published()
+    assert {p.source for p in points} == {"the paper, 2024", "Zoology, 2025"}
+    assert {p.family for p in points} <= FAMILIES.keys() | labels.keys()
+    known = [p for p in points if p.family in FAMILIES and p.width is not None]
+    assert len(known) > 30
+    for p in known:
+        convolution = 3 * p.width if p.source.endswith("2025") else 0
+        expected = 4 * (FAMILIES[p.family].counted(p.width, p.size) + convolution)
+        assert p.nbytes == pytest.approx(expected, rel=0.035), p
+
+
+def test_settings_say_what_differs_from_the_authors():
+    theirs, ours = Sweep.authors(), Sweep()
+    assert (theirs.settings, ours.settings, Sweep.authors(epochs=3).settings) == ("authors", "ours", "other")
+    assert (theirs.learning_rates, theirs.epochs, theirs.weight_decay) == ((1e-3, 3.2e-3, 1e-2, 3.2e-2), 32, 0.1)
+    candidates = {candidate.family: candidate for candidate in ours.candidates()}
+    for candidate in candidates.values():
+        common = theirs.differences(candidate)
+        assert any("the authors use the test texts" in text for text in common)
+        assert ours.differences(candidate)[: len(common)] == common
+        assert "weight_decay is 0.01; the authors' is 0.1" in ours.differences(candidate)[len(common) :]
+        has_conv = candidate.config.layers[0].mixer == "gated_conv"
+        assert has_conv == any("BaseConv" in text for text in common)
+    assert "patience is 6; the authors' is none" in ours.differences(candidates["mamba"])
+    assert Sweep.of("authors", quick=True).epochs == 2 and Sweep.of("authors", quick=True).weight_decay == 0.1
+    assert ours.has_authors_texts and not Sweep.quick().has_authors_texts
+
+
+def test_points_are_names_or_patterns():
+    sweep = Sweep(points=("based-d128-*", "window-d128-w8"))
+    names = [candidate.name for candidate in sweep.candidates()]
+    assert names == ["based-d128-f8", "based-d128-f16", "based-d128-f24", "window-d128-w8"]
+    assert sweep.to_json() == Sweep().to_json() != Sweep(epochs=3).to_json()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"families": ("mamba",)}, "families has 'mamba', expected some of based, attention, window"),
+        ({"families": ("rnn",)}, "families has 'rnn', expected some of based, attention, window"),
+        ({"families": ("window",), "points": ("window-d9-*",)}, "points has 'window-d9-*', expected names"),
+        ({"rival_widths": (33,)}, "a width is 33, expected a multiple of 2 for the family delta_net"),
+        ({"state_sizes": ()}, "state_sizes is"),
+        ({"schedule": "never"}, "schedule is 'never', expected step or epoch"),
+        ({"first_weights": "ones"}, "first_weights is 'ones', expected published or authors"),
+        ({"patience": 0}, "patience is 0, expected ≥ 1"),
         ({"families": ()}, "families is"),
         ({"widths": (8, 8)}, "widths is"),
         ({"feature_dims": (0,)}, "feature_dims has 0, expected integers ≥ 1"),
@@ -256,6 +344,39 @@ def test_the_rate_falls_along_half_a_cosine(tmp_path, monkeypatch):
     np.testing.assert_allclose(rates, 1e-2 * (1 + np.cos(np.pi * np.arange(60) / 60)) / 2)
 
 
+def test_the_authors_rate_falls_after_each_epoch(tmp_path):
+    t = trainer(tmp_path, Sweep.quick(schedule="epoch", epochs=4))
+    expected = 1e-2 * (1 + np.cos(np.pi * np.arange(4) / 4)) / 2
+    np.testing.assert_allclose([t._rate_of(step) for step in range(120)], np.repeat(expected, 30))
+
+
+def test_the_authors_first_weights(tmp_path):
+    """0.02; 0.02 / √(2 · 2 layers) where the output projection has the name that their rule knows."""
+    sweep = Sweep.quick(first_weights="authors", widths=(128,), rival_widths=(128,))
+    for name, expected in [("based-d128-f8", 0.02), ("window-d128-w4", 0.01), ("delta_net-d128-n2", 0.02)]:
+        model = trainer(tmp_path / name, sweep, name).model
+        assert float(model.embedding.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+        assert float(model.get_parameter("layers.1.mixer.out_proj.weight").detach().std()) == pytest.approx(
+            expected, rel=0.05
+        )
+    ours = trainer(tmp_path / "ours", Sweep.quick(widths=(128,)), "based-d128-f8").model
+    assert float(ours.embedding.weight.detach().std()) == pytest.approx((2 / (5 * 128)) ** 0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_learns(tmp_path, family):
+    """Which value follows a key, the same in all texts."""
+    sweep = Sweep.quick(families=(family,), train=((Setting(16, 2), 640),), dropout=0.0, epochs=1)
+    (candidate,) = sweep.candidates()
+    t = Trainer(Run(candidate, 1e-2), sweep, Corpus(sweep, CPU), CPU, tmp_path)
+    losses = []
+    for _ in range(12):
+        t._cursors[0].zero_()  # the first batch again and again
+        t._update(0)
+        losses.append(float(t._loss))
+    assert losses[-1] < losses[0] - 0.5, losses
+
+
 def test_dropout_is_of_training_alone(tmp_path, monkeypatch):
     """A step drops other numbers than the one before, and the same ones when it is taken again."""
     seen: dict[bool, list[Any]] = {True: [], False: []}
@@ -302,6 +423,11 @@ def test_patience(tmp_path):
         t.history = history
         assert t.finished == ends, history
 
+    t.sweep = dataclasses.replace(sweep, patience=None)
+    for history, ends in [([], False), ([0.6, 0.5, 0.5, 0.5], False), ([0.5, 0.9991], True)]:
+        t.history = history
+        assert t.finished == ends, history
+
 
 def test_hidden_states_at_some_positions():
     model = BasedForCausalLM(Sweep.quick().candidates()[0].config)
@@ -339,8 +465,24 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sweep, Path]:
         patch.setenv("OMP_NUM_THREADS", "1")
         rates = "0.01,0.001"
         arguments = ["recall", "--quick", "-o", output, "--learning-rates", rates, "--plot", plot, "--device", "cpu"]
-        assert cli.main([*map(str, arguments), "--debug"]) == 0
-    return Sweep.quick(learning_rates=(0.01, 0.001)), output
+        assert cli.main([*map(str, arguments), "--families", THREE, "--debug"]) == 0
+    return Sweep.quick(learning_rates=(0.01, 0.001), families=tuple(THREE.split(","))), output
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of each family, in two pieces that then are one folder."""
+    folder = tmp_path_factory.mktemp("recall")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        recurrent = tuple(name for name in FAMILIES if name not in THREE)
+        measure_frontier(Sweep.of(**TINY, families=recurrent), folder / "a", device="cpu")
+        (row,) = measure_frontier(Sweep.of(**TINY, points=("window-*",)), folder / "b", device="cpu")
+        assert row.family == "window"
+        sweep = Sweep.of(**TINY)
+        assert len(merge(sweep, folder / "all", [folder / "a", folder / "b"])) == len(recurrent) + 1
+        measure_frontier(sweep, folder / "all", device="cpu")
+    return folder
 
 
 def test_results(done):
@@ -356,6 +498,8 @@ def test_results(done):
         assert row["learning_rate"] == float(max(row["validation"], key=row["validation"].get))
         assert row["accuracy"] == pytest.approx(sum(row["accuracies"].values()) / 3)
         assert row["state_nbytes"] == candidate.state_nbytes == int(line["state_nbytes"])
+        assert row["authors_nbytes"] == candidate.authors_nbytes == int(line["authors_nbytes"])
+        assert row["settings"] == line["settings"] == "other" and row["differences"] == sweep.differences(candidate)
         assert float(line["accuracy"]) == pytest.approx(row["accuracy"], abs=1e-6)
         assert [line["feature_dim"], line["window"]] == (
             [str(row["size"]), ""] if row["family"] == "based" else ["", str(row["size"])]
@@ -379,6 +523,75 @@ def test_the_runtime_answers_as_torch_does(done):
             count_right(model, Texts.of(part, CPU)) / part.answers.size for part in sweep.validation_examples_of()
         ]
         assert row["validation"][f"{row['learning_rate']:g}"] == pytest.approx(float(sum(validated)) / 3)
+
+
+def test_every_family_in_pieces_that_are_merged(every):
+    rows = {row["family"]: row for row in json.loads((every / "all" / "results.json").read_text())}
+    assert list(rows) == list(FAMILIES)
+    for piece in ("a", "b"):
+        for row in json.loads((every / piece / "results.json").read_text()):
+            assert rows[row["family"]] == row
+    with (every / "all" / "results.csv").open() as file:
+        assert [line["family"] for line in csv.DictReader(file)] == list(FAMILIES)
+    assert not list((every / "all" / "runs").glob(".*"))
+
+
+def test_the_bytes_are_those_that_the_runtime_keeps(every, tmp_path):
+    for row in json.loads((every / "all" / "results.json").read_text()):
+        model = based.load(every / "all" / row["directory"], device="cpu", dtype="float32")
+        assert row["state_nbytes"] == sizes.state_nbytes(model.config, "float32", 16)
+        session = model.session(1)
+        session.prefill([list(range(16))])
+        session.save_state(tmp_path / "state")
+        tensors = safetensors_numpy.load_file(tmp_path / "state")
+        kept = sum(array.nbytes for name, array in tensors.items() if ".layers." in name)
+        assert row["state_nbytes"] == kept, row["model"]
+
+
+def test_folders_that_do_not_fit_are_not_merged(every, tmp_path):
+    with pytest.raises(based.FormatError, match="holds another sweep: seed was 0, is 1"):
+        merge(Sweep.of(**TINY, seed=1), tmp_path / "out", [every / "b"])
+    with pytest.raises(based.FormatError, match=r"nothing has no sweep\.json, expected the folder of a sweep"):
+        merge(Sweep.of(**TINY), tmp_path / "out", [tmp_path / "nothing"])
+    shutil.copytree(every / "b", tmp_path / "b")
+    rows = json.loads((tmp_path / "b" / "results.json").read_text())
+    rows[0]["accuracy"] = 0.5
+    (tmp_path / "b" / "results.json").write_text(json.dumps(rows))
+    with pytest.raises(based.FormatError, match=r"window-d32-w4 has other numbers in two folders: accuracy 0\.\d+ in "):
+        merge(Sweep.of(**TINY), tmp_path / "both", [every / "b", tmp_path / "b"])
+    (tmp_path / "b" / "results.json").unlink()
+    path = next((tmp_path / "b" / "runs").glob("*/result.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"accuracy": 0.5}))
+    with pytest.raises(based.FormatError, match="are one run with two results"):
+        merge(Sweep.of(**TINY), tmp_path / "both", [tmp_path / "b"])
+
+
+def test_a_merge_that_was_killed_goes_on(every, tmp_path, monkeypatch):
+    sweep, calls = Sweep.of(**TINY), itertools.count()
+
+    def copy(source: Path, destination: Path) -> None:
+        if next(calls) == 4:
+            raise OSError("killed")
+        Path(destination).write_bytes(Path(source).read_bytes())
+
+    monkeypatch.setattr(frontier.shutil, "copyfile", copy)
+    with pytest.raises(OSError, match="killed"):
+        merge(sweep, tmp_path, [every / "all"])
+    assert merge(sweep, tmp_path, [every / "all"]) == merge(sweep, every / "all", [])
+    for name in ("results.csv", "results.json"):
+        assert (tmp_path / name).read_bytes() == (every / "all" / name).read_bytes()
+    for row in json.loads((tmp_path / "results.json").read_text()):
+        assert BasedForCausalLM.load(tmp_path / row["directory"])
+
+
+def test_merging_by_the_command_line(done, tmp_path, capsys):
+    _, output = done
+    arguments = ["recall", "--quick", "--learning-rates", "0.01,0.001", "-o", str(tmp_path / "x")]
+    assert cli.main([*arguments, "--merge", str(output), "--plot", str(tmp_path / "x.svg")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'x' / 'results.csv'}\n"
+    assert (tmp_path / "x" / "results.csv").read_bytes() == (output / "results.csv").read_bytes()
+    assert (tmp_path / "x.svg").exists()
+    assert cli.main([*arguments, "--merge", str(output), "--restart"]) == 2
 
 
 def test_what_is_measured_is_the_answer_at_each_query(tmp_path):
@@ -411,6 +624,7 @@ def test_a_finished_sweep_is_not_run_again(done, monkeypatch, capsys):
     monkeypatch.setattr(frontier, "Workers", None)
     monkeypatch.setattr(frontier, "accuracies", None)
     arguments = ["recall", "--quick", "-o", str(output), "--learning-rates", "0.01,0.001", "--device", "cpu"]
+    arguments += ["--families", THREE]
     assert cli.main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((output / "results.json").read_text())
     assert cli.main(arguments) == 0
@@ -422,19 +636,74 @@ def test_the_figure(done):
     _, output = done
     text = (output.parent / "recall.svg").read_text()
     assert text.startswith("<?xml") and "</svg>" in text
-    for family in FAMILIES.values():
-        assert f"{family.label}, width 32" in text
+    for name, family in FAMILIES.items():
+        assert (f"<!-- {family.label} -->" in text) == (name in THREE)
+    assert "the paper, 2024" not in text  # these are other texts
+
+
+def outcomes_of(sweep: Sweep) -> list[frontier.Outcome]:
+    """As many as a sweep has; accuracies grow with the state."""
+    facts: Any = {"parameters": 1, "learning_rate": 0.1, "epochs": 1, "validation": {}, "accuracies": {"64/4": 0.5}}
+    return [
+        frontier.Outcome(
+            model=c.name,
+            family=c.family,
+            width=c.width,
+            size=c.size,
+            state_nbytes=c.state_nbytes,
+            authors_nbytes=c.authors_nbytes,
+            settings="ours",
+            differences=[],
+            accuracy=1 - 2000 / (2000 + c.state_nbytes),
+            directory="",
+            **facts,
+        )
+        for c in sweep.candidates()
+    ]
+
+
+@pytest.mark.parametrize(("count", "published"), [("authors", True), ("decoder", False)])
+def test_the_figure_is_readable_on_a_telephone_and_in_black_and_white(count, published):
+    """380 pixels wide: no letter is smaller than 9 pixels, no text covers another, no family needs its colour."""
+    pytest.importorskip("matplotlib")
+    drawn = figure.make_figure(outcomes_of(Sweep()), count, published=published)
+    drawn.draw_without_rendering()
+    pixels = 380 / drawn.get_window_extent().width * drawn.dpi / 72
+    boxes, outside = [], set()  # the labels of ticks beyond an axis, which are not drawn
+    for axis in itertools.chain.from_iterable((axes.xaxis, axes.yaxis) for axes in drawn.axes):
+        low, high = sorted(axis.get_view_interval())
+        outside |= {tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
+    for text in drawn.findobj(lambda artist: hasattr(artist, "get_fontsize")):
+        if text.get_visible() and text.get_text() and text not in outside:
+            box = text.get_window_extent()
+            if box.width and box.height:
+                assert text.get_fontsize() * pixels >= 9, text
+                assert drawn.bbox.x0 <= box.x0 and box.x1 <= drawn.bbox.x1, text
+                boxes.append((text.get_text(), box))
+    assert len(boxes) > 40
+    for (one, a), (other, b) in itertools.combinations(boxes, 2):
+        assert not a.overlaps(b), (one, other)
+    titles = {axes.get_title(loc="left") for axes in drawn.axes}
+    assert len(titles) == len(drawn.axes) and {family.label for family in FAMILIES.values()} <= titles
+    assert ({"H3", "Hyena", "RWKV-7"} <= titles) == published
+    assert len({family.marker for family in FAMILIES.values()}) == len(FAMILIES)
+
+
+def test_published_numbers_have_the_authors_bytes():
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="expected count='authors'"):
+        figure.make_figure(outcomes_of(Sweep()), "decoder", published=True)
 
 
 def test_the_figure_draws_steps_and_sizes(tmp_path: Path) -> None:
     """No line says anything between two models: it goes right, and up where a model lies."""
     path = tmp_path / "figure.svg"
-    facts = {"parameters": 1, "learning_rate": 0.1, "epochs": 1, "validation": {}, "accuracies": {"64/4": 0.5}}
     models = [(8, 10_000, 0.3), (16, 20_000, 0.2), (24, 40_000, 0.9)]
+    (plain, *_) = outcomes_of(Sweep.quick(families=("based",)))
     figure.draw(
         path,
         [
-            frontier.Outcome(f"m{f}", "based", 48, f, state_nbytes=nbytes, accuracy=accuracy, directory="", **facts)
+            dataclasses.replace(plain, model=f"m{f}", width=48, size=f, authors_nbytes=nbytes, accuracy=accuracy)
             for f, nbytes, accuracy in models
         ],
     )
@@ -643,6 +912,9 @@ def test_damaged_files_are_named(tmp_path, name):
         (["--device", "cuda:77"], 1, "device is cuda:77: PyTorch finds"),
         (["--device", "tpu"], 1, "device is tpu: PyTorch finds"),
         (["--plot", "x.txt"], 2, "x.txt is none of"),
+        (["--plot-bytes", "decoder"], 2, "--plot-bytes is of the figure that --plot draws"),
+        (["--settings", "theirs"], 2, "'theirs'"),
+        (["--points", "based-d9-f8"], 2, "points has 'based-d9-f8', expected names"),
     ],
 )
 def test_wrong_arguments(tmp_path, capsys, arguments: Sequence[str], status, message):

@@ -2,7 +2,8 @@
 
 Trains small models of every kind on multi-query associative recall, on all GPUs, measures with the runtime what they
 recall, and writes results.csv, whose path goes to stdout, and results.json to the folder of the sweep. A sweep that was
-stopped or killed goes on when the same command is given again. See docs/recall.md.
+stopped or killed goes on when the same command is given again. Machines may share it: each trains some --families or
+--points, and --merge joins their folders. See docs/recall.md.
 """
 
 import argparse
@@ -17,18 +18,45 @@ from typing import Any
 from based.cli import UsageError, _common
 
 _TIME_IS_UP = 75
-_SWEEP = ("families", "widths", "feature_dims", "windows", "learning_rates", "epochs", "seed")
+_SWEEP = (
+    "families",
+    "points",
+    "widths",
+    "rival_widths",
+    "feature_dims",
+    "windows",
+    "state_sizes",
+    "learning_rates",
+    "epochs",
+    "seed",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the folder of the sweep")
     parser.add_argument("--quick", action="store_true", help="a small sweep, half a minute on a CPU")
+    parser.add_argument(
+        "--settings",
+        choices=("ours", "authors"),
+        default="ours",
+        help="how models are trained: ours, or as in the authors' experiments, 4 rates and 32 epochs (default: ours)",
+    )
     group = parser.add_argument_group("the sweep", "Lists are separated by commas; the defaults are docs/recall.md's.")
-    group.add_argument("--families", type=_list(str), metavar="LIST", help="based, attention, window")
-    group.add_argument("--widths", type=_list(int), metavar="LIST", help="hidden sizes; windows have the largest alone")
+    group.add_argument("--families", type=_list(str), metavar="LIST", help="kinds of models, such as based,mamba")
+    group.add_argument(
+        "--points",
+        type=_list(str),
+        metavar="LIST",
+        help="models by name or pattern: based-d64-f16,mamba-d128-*",
+    )
+    group.add_argument(
+        "--widths", type=_list(int), metavar="LIST", help="of BASED and attention; windows have the largest alone"
+    )
+    group.add_argument("--rival-widths", type=_list(int), metavar="LIST", help="hidden sizes of the other families")
     group.add_argument("--feature-dims", type=_list(int), metavar="LIST", help="of BASED")
     group.add_argument("--windows", type=_list(int), metavar="LIST", help="keys of sliding windows")
+    group.add_argument("--state-sizes", type=_list(int), metavar="LIST", help="of Mamba: numbers of each channel")
     group.add_argument("--learning-rates", type=_list(float), metavar="LIST", help="the best one counts")
     group.add_argument("--epochs", type=_common.positive, metavar="N", help="of the training texts, at most")
     group.add_argument("--seed", type=int, metavar="N", help="of texts, weights and order")
@@ -49,8 +77,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how much of a run's training a kill may lose (default: 60)",
     )
+    parser.add_argument(
+        "--merge",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="take in what other folders of this sweep hold, and train nothing",
+    )
     parser.add_argument("--restart", action="store_true", help="remove the sweep that the folder holds, and begin anew")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the frontier: .svg, .png or .pdf")
+    parser.add_argument(
+        "--plot-bytes",
+        choices=("authors", "decoder"),
+        default="authors",
+        help="of the figure: as the authors count, with their points, or what a decoder keeps (default: authors)",
+    )
     parser.add_argument("--json", action="store_true", help="the rows of results.json on stdout")
     _common.add_statistics_argument(parser)
 
@@ -61,24 +102,31 @@ def run(args: argparse.Namespace) -> None:
 
     if args.plot is not None:
         _plot.check(args.plot)
+    elif args.plot_bytes != "authors":
+        raise UsageError("--plot-bytes is of the figure that --plot draws: expected both")
+    if args.merge is not None and args.restart:
+        raise UsageError("--merge with --restart: expected one of them")
     recall: Any = importlib.import_module("based.torch.recall")
     given = {key: getattr(args, key) for key in _SWEEP if getattr(args, key) is not None}
     try:
-        sweep = recall.Sweep.quick(**given) if args.quick else recall.Sweep(**given)
+        sweep = recall.Sweep.of(args.settings, quick=args.quick, **given)
     except ValueError as error:
         raise UsageError(str(error)) from error
     wanted = _common.wants_statistics(args)
     try:
-        rows = recall.measure_frontier(
-            sweep,
-            args.output,
-            device=args.device,
-            parallel=args.parallel,
-            time_limit=args.time_limit,
-            save_every=args.save_every,
-            restart=args.restart,
-            note=(lambda text: print(text, file=sys.stderr, flush=True)) if wanted else (lambda text: None),
-        )
+        if args.merge is not None:
+            rows = recall.merge(sweep, args.output, args.merge)
+        else:
+            rows = recall.measure_frontier(
+                sweep,
+                args.output,
+                device=args.device,
+                parallel=args.parallel,
+                time_limit=args.time_limit,
+                save_every=args.save_every,
+                restart=args.restart,
+                note=(lambda text: print(text, file=sys.stderr, flush=True)) if wanted else (lambda text: None),
+            )
     except recall.Paused as pause:
         print(f"based: {pause}", file=sys.stderr)
         raise SystemExit(_TIME_IS_UP if pause.signal is None else 128 + pause.signal) from None
@@ -88,7 +136,8 @@ def run(args: argparse.Namespace) -> None:
             "Lower --learning-rates, with another --output or --restart"
         )
     if args.plot is not None:
-        recall.draw(args.plot, rows)
+        published = sweep.has_authors_texts and args.plot_bytes == "authors"
+        recall.draw(args.plot, rows, args.plot_bytes, published=published)
     print(json.dumps([asdict(row) for row in rows]) if args.json else args.output / "results.csv")
 
 

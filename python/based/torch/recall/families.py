@@ -1,10 +1,11 @@
 """The kinds of models whose recall is compared. A new kind is one more entry of FAMILIES.
 
-For a mixer that the runtime has (Mamba, H3 and RWKV once it does), an entry with its layer is all: its state counts by
-`based.sizes.state_nbytes`, and the runtime measures its recall, as they do for the others.
+For a mixer that the runtime and `based.torch` have, an entry with its layers is all: its bytes follow from the config,
+the runtime measures its recall, and tables, columns and the figure have it.
 
 Every model has two layers and no MLP: a gated convolution, which brings a key and its value together, and the mixer
-that is to recall. As in the authors' experiments there is one head, no positional encoding, and LayerNorm.
+that is to recall; or two such mixers, where the authors have it so. As in their experiments there is no positional
+encoding, and LayerNorm but for Mamba.
 """
 
 import json
@@ -29,7 +30,11 @@ class Grid(Protocol):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Hidden sizes."""
+        """Hidden sizes of BASED, attention and windows."""
+
+    @property
+    def rival_widths(self) -> tuple[int, ...]:
+        """Hidden sizes of all other families."""
 
     @property
     def feature_dims(self) -> tuple[int, ...]:
@@ -38,6 +43,10 @@ class Grid(Protocol):
     @property
     def windows(self) -> tuple[int, ...]:
         """Keys."""
+
+    @property
+    def state_sizes(self) -> tuple[int, ...]:
+        """Numbers of state of each channel of a scan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +58,8 @@ class Candidate:
     size: int
     """What makes the state of a width larger or smaller: see Family.size."""
     config: ModelConfig
+    num_tokens: int
+    """Of the longest text: what a state that grows is counted at."""
 
     @property
     def name(self) -> str:
@@ -57,8 +68,13 @@ class Candidate:
 
     @property
     def state_nbytes(self) -> int:
-        """Bytes of a sequence's state that fills every window, in float32: `based.sizes.state_nbytes`."""
-        return sizes.state_nbytes(self.config, "float32")
+        """Bytes that a decoder keeps of the longest text, in float32: `based.sizes.state_nbytes`."""
+        return sizes.state_nbytes(self.config, "float32", self.num_tokens)
+
+    @property
+    def authors_nbytes(self) -> int:
+        """Bytes as the authors count them in their Figure 2: Family.counted, in float32."""
+        return 4 * FAMILIES[self.family].counted(self.width, self.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,33 +83,54 @@ class Family:
 
     label: str
     """In the figure."""
+    marker: str
+    """In the figure, matplotlib's name."""
+    line: str | tuple[int, tuple[int, ...]]
+    """Likewise."""
     size: str
-    """What Candidate.size is: a column of the results."""
+    """What Candidate.size is: a column of the results, whose first letter stands in a model's name."""
     shapes: Callable[[Grid], Iterable[tuple[int, int]]]
     """Widths and sizes of its models in a sweep."""
-    mixer: Callable[[int, int], dict[str, Any]]
-    """The second layer, as config.json says it, from width and size."""
+    layers: Callable[[int, int], list[dict[str, Any]]]
+    """As config.json says them, from width and size."""
+    counted: Callable[[int, int], int]
+    """How many numbers of state the authors count, from width and size: those of the mixers, without the first layer's
+    convolution and without the inputs of a mixer's own one."""
+    differences: tuple[str, ...]
+    """From the model that the authors train under this name, besides the training."""
+    norm: str = "layer_norm"
+    scaled_output: bool = False
+    """Whether the authors draw the mixer's output projection smaller than other matrices: a rule of theirs asks for its
+    name."""
+    multiple: int = 1
+    """Of which its widths are multiples."""
 
     def candidates(self, sweep: Grid) -> list[Candidate]:
-        """Its models in a sweep."""
+        """Its models in a sweep. Raises ValueError for a width that it cannot have."""
         name = next(name for name, family in FAMILIES.items() if family is self)
-        return [
-            Candidate(name, width, size, _model(sweep.vocab_size, width, self.mixer(width, size)))
-            for width, size in self.shapes(sweep)
-        ]
+        found = []
+        for width, size in self.shapes(sweep):
+            if width % self.multiple:
+                raise ValueError(f"a width is {width}, expected a multiple of {self.multiple} for the family {name}")
+            config = _model(sweep.vocab_size, width, self.layers(width, size), self.norm)
+            found.append(Candidate(name, width, size, config, sweep.max_length))
+        return found
+
+
+def _conv(width: int) -> dict[str, Any]:
+    return {"mixer": "gated_conv", "inner_size": width, "kernel_size": 3, "bias": True}
 
 
 def _taylor(width: int, feature_dim: int) -> dict[str, Any]:
     return {"mixer": "linear_attention", "num_heads": 1, "feature_dim": feature_dim, "head_dim": width, "eps": 1e-12}
 
 
-def _window(width: int, window: int) -> dict[str, Any]:
+def _attention(width: int) -> dict[str, Any]:
     return {
-        "mixer": "sliding_window",
+        "mixer": "full_attention",
         "num_heads": 1,
         "num_kv_heads": 1,
         "head_dim": width,
-        "window": window,
         "scale": width**-0.5,
         "qkv_bias": True,
         "out_bias": True,
@@ -103,40 +140,130 @@ def _window(width: int, window: int) -> dict[str, Any]:
     }
 
 
-def _model(vocab_size: int, width: int, mixer: dict[str, Any]) -> ModelConfig:
+def _scan(width: int, state_size: int) -> dict[str, Any]:
+    return {
+        "mixer": "selective_scan",
+        "inner_size": 2 * width,
+        "state_size": state_size,
+        "kernel_size": 4,
+        "dt_rank": -(-width // 16),
+        "conv_bias": True,
+        "bias": False,
+    }
+
+
+def _delta(width: int, heads: int, expand: int, *, decay: bool) -> dict[str, Any]:
+    return {
+        "mixer": "gated_delta_net",
+        "num_heads": heads,
+        "key_dim": width // heads,
+        "head_dim": expand * width // heads,
+        "kernel_size": 4,
+        "eps": 1e-5,
+        "decay": decay,
+        "output_gate": False,
+    }
+
+
+def _model(vocab_size: int, width: int, layers: list[dict[str, Any]], norm: str) -> ModelConfig:
     document = {
         "format": "based",
         "format_version": 1,
         "vocab_size": vocab_size,
         "padded_vocab_size": vocab_size,
         "hidden_size": width,
-        "norm": {"type": "layer_norm", "eps": 1e-5},
+        "norm": {"type": norm, "eps": 1e-5},
         "mlp": None,
         "tie_embeddings": True,
         "bos_token_id": None,
         "eos_token_id": None,
-        "layers": [{"mixer": "gated_conv", "inner_size": width, "kernel_size": 3, "bias": True}, mixer],
+        "layers": layers,
     }
     return ModelConfig.from_json(json.dumps(document), "recall")
 
 
+_NO_IDENTITY = "nothing is added behind a mixer; the authors' blocks, whose MLP is the identity, add norm2(r) to r"
+"""Of every family but those whose blocks the authors take from elsewhere."""
+_CONV_FIRST = (
+    "layer 0 is W_out(SiLU(conv(u1)) * u2) + b with [u1|u2] = W_in u + b, 3 taps and no bias of the convolution; the "
+    "authors' BaseConv is conv(u) * (W u + b) + u, with a bias of the convolution, without SiLU",
+    _NO_IDENTITY,
+)
+"""Of every family with a convolution before the mixer."""
+_MAMBA = (
+    "the last norm is an RMSNorm; the authors' is a LayerNorm",
+    "the first weights are mamba_ssm's; a version of the authors' code (0cd64f8) draws all linear layers with 0.02 and "
+    "sets the bias of W_dt to zero",
+)
+
 FAMILIES: dict[str, Family] = {
     "based": Family(
         label="BASED",
+        marker="o",
+        line="-",
         size="feature_dim",
         shapes=lambda sweep: [(width, f) for width in sweep.widths for f in sweep.feature_dims],
-        mixer=_taylor,
+        layers=lambda width, f: [_conv(width), _taylor(width, f)],
+        counted=lambda width, f: (1 + f + f * (f + 1) // 2) * (width + 1),
+        differences=_CONV_FIRST,
     ),
     "attention": Family(
         label="full attention",
+        marker="s",
+        line="--",
         size="window",
         shapes=lambda sweep: [(width, sweep.max_length) for width in sweep.widths],
-        mixer=_window,
+        layers=lambda width, _: [_conv(width), _attention(width)],
+        counted=lambda width, tokens: 2 * tokens * width,
+        differences=(*_CONV_FIRST, "attention has no dropout; the authors' drops a tenth of its probabilities"),
+        scaled_output=True,
     ),
     "window": Family(
         label="sliding window",
+        marker="D",
+        line=":",
         size="window",
         shapes=lambda sweep: [(max(sweep.widths), window) for window in sweep.windows],
-        mixer=_window,
+        layers=lambda width, window: [
+            _conv(width),
+            _attention(width) | {"mixer": "sliding_window", "window": window},
+        ],
+        counted=lambda width, window: 2 * window * width,
+        differences=(*_CONV_FIRST, "a window of w is w keys; the authors' mask leaves w + 1, which they count as w"),
+        scaled_output=True,
+    ),
+    "mamba": Family(
+        label="Mamba",
+        marker="^",
+        line="-.",
+        size="state_size",
+        shapes=lambda sweep: [(width, n) for width in sweep.rival_widths for n in sweep.state_sizes],
+        layers=lambda width, n: [_scan(width, n), _scan(width, n)],
+        counted=lambda width, n: 2 * 2 * width * n,
+        differences=_MAMBA,
+        norm="rms_norm",
+        scaled_output=True,
+    ),
+    "delta_net": Family(
+        label="DeltaNet",
+        marker="v",
+        line=(0, (6, 2)),
+        size="num_heads",
+        shapes=lambda sweep: [(width, 2) for width in sweep.rival_widths],
+        layers=lambda width, heads: [_conv(width), _delta(width, heads, 1, decay=False)],
+        counted=lambda width, heads: width * width // heads,
+        differences=(*_CONV_FIRST, "q, k and v are float32; the authors round them to bfloat16"),
+        multiple=2,
+    ),
+    "gated_delta_net": Family(
+        label="Gated DeltaNet",
+        marker="P",
+        line=(0, (4, 1, 1, 1, 1, 1)),
+        size="num_heads",
+        shapes=lambda sweep: [(width, 2) for width in sweep.rival_widths],
+        layers=lambda width, heads: [_conv(width), _delta(width, heads, 2, decay=True)],
+        counted=lambda width, heads: 2 * width * width // heads,
+        differences=(*_CONV_FIRST, "q, k, v and the gates are float32; the authors round them to bfloat16"),
+        multiple=2,
     ),
 }

@@ -1,18 +1,20 @@
 """From a sweep to the frontier: trains what is not yet trained, measures what is not yet measured."""
 
 import csv
+import functools
 import json
 import shutil
 import signal
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from based._core import FormatError
 from based.torch._running import Signals, only_process, replaced_file
+from based.torch.recall.data import Examples
 from based.torch.recall.families import FAMILIES, Candidate
 from based.torch.recall.measuring import accuracies
 from based.torch.recall.sweep import Run, Sweep
@@ -21,13 +23,15 @@ from based.torch.recall.workers import Workers, devices
 
 _PARALLEL = {"cuda": 8, "cpu": 1}
 _WAIT_SECONDS = 0.2
+_SIZES = list(dict.fromkeys(family.size for family in FAMILIES.values()))
 _COLUMNS = (
     "family",
     "width",
-    "feature_dim",
-    "window",
+    *_SIZES,
     "parameters",
     "state_nbytes",
+    "authors_nbytes",
+    "settings",
     "learning_rate",
     "epochs",
     "accuracy",
@@ -51,10 +55,16 @@ class Outcome:
     family: str
     width: int
     size: int
-    """Feature size or window."""
+    """What makes the state of a width larger or smaller: a feature size, a window, …"""
     parameters: int
     state_nbytes: int
-    """Of a sequence that fills every window, in float32."""
+    """What a decoder keeps of the longest text, in float32."""
+    authors_nbytes: int
+    """The same as the authors count it in their Figure 2."""
+    settings: str
+    """How it was trained: as the "authors" train theirs, as "ours", or "other"."""
+    differences: list[str]
+    """From the authors' experiment."""
     learning_rate: float | None
     """The one with the best accuracy on the validation texts; None where no run's loss stayed finite."""
     epochs: int
@@ -82,7 +92,8 @@ def measure_frontier(
     """Trains a sweep's models and measures their recall, from where an earlier call in this folder was stopped.
 
     Writes, in `output`: results.csv and results.json, a row per model as soon as it has been measured; runs/, a folder
-    per model and learning rate, with a model directory where the row comes from.
+    per model and learning rate, with a model directory where the row comes from. Rows of models that are none of this
+    sweep's stay, if all else of the sweep is the same.
 
     Args:
         sweep: Which models, and what they learn.
@@ -125,6 +136,35 @@ def measure_frontier(
         return frontier.write()
 
 
+def merge(sweep: Sweep, output: Path, sources: Sequence[Path]) -> list[Outcome]:
+    """Takes into a folder what other folders of the same sweep hold: pieces that other machines trained.
+
+    Runs that have ended and the rows of models, none of which may be there with other numbers. Trains nothing;
+    measure_frontier goes on from there. A merge that was killed goes on when it is called again.
+
+    Args:
+        sweep: As measure_frontier; which models are trained does not matter.
+        output: The folder.
+        sources: The others, which stay as they are.
+
+    Returns:
+        All rows.
+
+    Raises:
+        FormatError: A folder holds another sweep, none, or a damaged file; a model has other numbers in two of them.
+        OSError: A file.
+    """
+    for source in sources:
+        if not (source / "sweep.json").exists():
+            raise FormatError(f"{source} has no sweep.json, expected the folder of a sweep")
+    others = [_Frontier(sweep, source, restart=False, note=lambda _: None) for source in sources]
+    with only_process(output):
+        frontier = _Frontier(sweep, output, restart=False, note=lambda _: None)
+        for other in others:
+            frontier.take_in(other)
+        return frontier.write()
+
+
 class _Frontier:
     def __init__(self, sweep: Sweep, output: Path, *, restart: bool, note: Callable[[str], None]) -> None:
         self.sweep, self.output, self.note = sweep, output, note
@@ -139,7 +179,11 @@ class _Frontier:
             if (result := read_result(output / "runs" / run.name)) is not None:
                 self.results[run.name] = result
         self.outcomes = self._read_outcomes()
-        self.tests = sweep.test_examples_of()
+
+    @functools.cached_property
+    def tests(self) -> list[Examples]:
+        """The texts that models are asked."""
+        return self.sweep.test_examples_of()
 
     def _check_same(self) -> None:
         path, now = self.output / "sweep.json", self.sweep.to_json()
@@ -158,11 +202,41 @@ class _Frontier:
     def _read_outcomes(self) -> dict[str, Outcome]:
         path = self.output / "results.json"
         try:
-            return {row["model"]: Outcome(**row) for row in json.loads(path.read_bytes())}
+            rows = [Outcome(**row) for row in json.loads(path.read_bytes())]
+            if unknown := {row.family for row in rows} - FAMILIES.keys():
+                raise ValueError(f"families {unknown}, expected some of {', '.join(FAMILIES)}")
+            return {row.model: row for row in rows}
         except FileNotFoundError:
             return {}
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise FormatError(f"{path}: {error!r}") from None
+
+    def take_in(self, other: "_Frontier") -> None:
+        """Copies the ended runs of another folder, then their rows."""
+        for name, row in other.outcomes.items():
+            if (mine := self.outcomes.get(name)) is not None and mine != row:
+                found = f"accuracy {mine.accuracy} in {self.output}, {row.accuracy} in {other.output}"
+                raise FormatError(f"{name} has other numbers in two folders: {found}. Remove one of them")
+        staging = self.output / "runs" / ".merging"
+        for folder in sorted((other.output / "runs").glob("[!.]*")):
+            destination = self.output / "runs" / folder.name
+            there, here = read_result(folder), read_result(destination)
+            if there is None:
+                continue
+            if here is not None:
+                if replace(here, seconds=0.0) != replace(there, seconds=0.0):
+                    raise FormatError(f"{destination} and {folder} are one run with two results. Remove one of them")
+                continue
+            shutil.rmtree(staging, ignore_errors=True)
+            for file in folder.rglob("*"):
+                if file.is_file():
+                    copy = staging / file.relative_to(folder)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, copy)  # without its mode: what is copied may be read-only
+            shutil.rmtree(destination, ignore_errors=True)  # a run that has not ended here
+            staging.rename(destination)
+        self.outcomes |= other.outcomes
+        self.write()
 
     def describe(self, on: list[Any], parallel: int) -> None:
         """Tells what is to be done."""
@@ -210,6 +284,9 @@ class _Frontier:
             size=candidate.size,
             parameters=candidate.config.num_parameters,
             state_nbytes=candidate.state_nbytes,
+            authors_nbytes=candidate.authors_nbytes,
+            settings=self.sweep.settings,
+            differences=self.sweep.differences(candidate),
             learning_rate=None if best is None else best.learning_rate,
             epochs=max(result.epochs for result in results.values())
             if best is None

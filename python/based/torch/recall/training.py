@@ -21,6 +21,7 @@ from based._core import FormatError
 from based.torch._running import replaced_file
 from based.torch.model import BasedForCausalLM
 from based.torch.recall.data import Examples
+from based.torch.recall.families import FAMILIES
 from based.torch.recall.sweep import Run, Sweep
 
 _EVALUATED_QUERIES = 1 << 14  # whose logits memory holds at a time: 0.5 GB of 8,192 columns
@@ -109,6 +110,18 @@ def write_json(path: Path, document: Any) -> None:
         file.write(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
+def _first_weights(run: Run, sweep: Sweep) -> BasedForCausalLM:
+    """A model with random weights, as large as the sweep has them.
+
+    The authors' are 0.02, and 0.02/√(2L) for output projections, which they know by a name that not all of them have.
+    """
+    candidate = run.candidate
+    model = BasedForCausalLM(candidate.config, special_initializer=sweep.first_weights == "published", device="cpu")
+    if sweep.first_weights == "authors" and not FAMILIES[candidate.family].scaled_output:
+        torch.nn.init.normal_(model.get_parameter(f"layers.{len(model.layers) - 1}.mixer.out_proj.weight"), std=0.02)
+    return model
+
+
 class Trainer:
     """One run on one device, taken up where its folder left it.
 
@@ -130,9 +143,8 @@ class Trainer:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(sweep.seed)
-            # On the CPU: the same weights whatever the device. As large as the language models': from 0.02 recall takes
-            # many times as long to learn.
-            self.model = BasedForCausalLM(run.candidate.config, special_initializer=True, device="cpu")
+            # On the CPU: the same weights whatever the device.
+            self.model = _first_weights(run, sweep)
         self.model.to(device)
         self._random = torch.Generator(device)
         if sweep.dropout > 0:
@@ -181,7 +193,8 @@ class Trainer:
         if self._right:
             return False
         reached = bool(self.history) and self.history[-1] >= self.sweep.stop_at
-        before, lately = self.history[: -self.sweep.patience], self.history[-self.sweep.patience :]
+        patience = len(self.history) if self.sweep.patience is None else self.sweep.patience
+        before, lately = self.history[:-patience], self.history[-patience:]
         stuck = bool(before) and max(lately) < max(before) + _PROGRESS
         return reached or stuck or not self.finite or self.step == self.steps
 
@@ -200,7 +213,7 @@ class Trainer:
             per_epoch = self.sweep.steps_per_epoch
             stop = min(self.step + self.steps_at_a_time, (self.step // per_epoch + 1) * per_epoch)
             for step in range(self.step, stop):
-                rate = self.run.learning_rate * (1 + math.cos(math.pi * step / self.steps)) / 2
+                rate = self._rate_of(step)
                 if isinstance(self._rate, torch.Tensor):
                     self._rate.fill_(rate)
                 else:
@@ -216,6 +229,12 @@ class Trainer:
             if self._stream is not None:
                 self._events.append(self._stream.record_event())
         return True
+
+    def _rate_of(self, step: int) -> float:
+        """Along half a cosine, with each step or after each epoch."""
+        if self.sweep.schedule == "epoch":
+            step -= step % self.sweep.steps_per_epoch
+        return self.run.learning_rate * (1 + math.cos(math.pi * step / self.steps)) / 2
 
     def _begin_epoch(self) -> None:
         """Draws the order of the texts of each setting, and of the batches."""

@@ -134,7 +134,8 @@ def _train(
 ) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # products of numbers with 10 bits of mantissa, float32 sums
+        if sweep.tf32:
+            torch.set_float32_matmul_precision("high")  # products of numbers with 10 bits of mantissa, float32 sums
     corpus = Corpus(sweep, device)
     runs = list(sweep.runs())
     parent = multiprocessing.parent_process()
