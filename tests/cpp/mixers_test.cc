@@ -131,6 +131,15 @@ struct Mixer {
         cpu.gated_delta_net(c, {find("conv.weight"), find("norm.weight"), find("A_log"), find("dt_bias")}, batch, in,
                             states, 0, out);
       }
+      // [x|v|r]: what the shift makes of x takes the place of the three projections.
+      void operator()(const Rwkv4Config& c) const {
+        Columns x(in, 0, c.inner_size), k(x), v(x), r(x);
+        std::vector<float> decay = parameters.at("time_decay");
+        for (float& log : decay) log = -std::exp(log);
+        cpu.rwkv4_shift(c, {find("time_mix_k"), find("time_mix_v"), find("time_mix_r")}, batch, x.matrix(), states, 0,
+                        {k.matrix(), v.matrix(), r.matrix()});
+        cpu.rwkv4(c, {decay.data(), find("time_first"), k.matrix(), v.matrix(), r.matrix()}, batch, states, 0, out);
+      }
     };
     std::visit(Run{cpu, parameters, batch, in, states, out}, config);
   }
@@ -410,6 +419,31 @@ std::vector<double> reference(const GatedDeltaNetConfig& c, const Parameters& pa
   return out;
 }
 
+// The sums over all tokens before.
+std::vector<double> reference(const Rwkv4Config& c, const Parameters& parameters, const std::vector<float>& in,
+                              std::int64_t) {
+  const std::int64_t e = c.inner_size, width = 3 * e, tokens = static_cast<std::int64_t>(in.size()) / width;
+  const auto mixed = [&](const char* name, std::int64_t t, std::int64_t i) {
+    const double mu = Mixer::find(parameters, name)[i];
+    return mu * in[t * width + i] + (1 - mu) * (t > 0 ? in[(t - 1) * width + i] : 0);
+  };
+  std::vector<double> out;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    for (std::int64_t i = 0; i < e; ++i) {
+      const double w = -std::exp(double{Mixer::find(parameters, "time_decay")[i]});
+      double numerator = 0, denominator = 0;
+      for (std::int64_t j = 0; j <= t; ++j) {
+        const double first = Mixer::find(parameters, "time_first")[i], k = mixed("time_mix_k", j, i);
+        const double weight = std::exp(k + (j == t ? first : static_cast<double>(t - 1 - j) * w));
+        numerator += weight * mixed("time_mix_v", j, i);
+        denominator += weight;
+      }
+      out.push_back(numerator / denominator / (1 + std::exp(-mixed("time_mix_r", t, i))));
+    }
+  }
+  return out;
+}
+
 std::vector<double> reference(const Mixer& mixer, const std::vector<float>& in, std::int64_t start = 0) {
   return std::visit([&](const auto& config) { return reference(config, mixer.parameters, in, start); }, mixer.config);
 }
@@ -476,9 +510,14 @@ std::vector<Mixer> deltas() {
           Mixer(GatedDeltaNetConfig{3, 17, 7, 2, 1e-5, false, true})};
 }
 
+std::vector<Mixer> rwkv4s() {
+  return {Mixer(Rwkv4Config{128, 128}), Mixer(Rwkv4Config{1, 1}), Mixer(Rwkv4Config{37, 37}),
+          Mixer(Rwkv4Config{150, 150})};
+}
+
 std::vector<Mixer> all_mixers() {
   std::vector<Mixer> all = convs();
-  for (auto& mixers : {linears(), windows(), prefixes(), fulls(), scans(), deltas()})
+  for (auto& mixers : {linears(), windows(), prefixes(), fulls(), scans(), deltas(), rwkv4s()})
     all.insert(all.end(), mixers.begin(), mixers.end());
   return all;
 }
@@ -571,7 +610,7 @@ TEST_P(Mixers, MatchReferenceInRaggedBatches) {
 TEST_P(Mixers, CutsChangeNoBitOfWhatGoesTokenByToken) {
   CpuBackend cpu = make_cpu(GetParam());
   std::vector<Mixer> mixers = convs();
-  for (const auto& more : {windows(), fulls(), scans(), deltas()})
+  for (const auto& more : {windows(), fulls(), scans(), deltas(), rwkv4s()})
     mixers.insert(mixers.end(), more.begin(), more.end());
   std::mt19937 random(6);
   for (const Mixer& mixer : mixers) {
@@ -761,6 +800,38 @@ TEST_P(Mixers, SmallStepsOfTheScanHaveAllTheirDigits) {
     const auto out = feed_cut(mixer, cpu, in, {1});
     const auto expected = reference(mixer, in);
     for (std::size_t i = 0; i < out.size(); ++i) EXPECT_NEAR(out[i] / expected[i], 1, 1e-6) << dt;
+  }
+}
+
+// e^k would overflow, or be 0, as float: only differences of exponents may be taken. What all k have in common changes
+// nothing.
+TEST_P(Mixers, Rwkv4IsExactForExponentsOfAllSizes) {
+  CpuBackend cpu = make_cpu(GetParam());
+  Mixer mixer(Rwkv4Config{35, 35});
+  std::ranges::fill(mixer.parameters["time_mix_k"], 1.0f);  // k is x; v and r are the token before
+  for (const char* name : {"time_mix_v", "time_mix_r"}) std::ranges::fill(mixer.parameters[name], 0.0f);
+  std::vector<float> decay = mixer.parameters["time_decay"];
+  for (float& log : decay) log = -std::exp(log);
+  const std::int64_t rows = 300, e = 35;
+  auto in = mixer.input(rows, 20);
+  for (float& x : in) x = std::round(x * 32) / 8;  // k + offset is exact
+  const auto expected = reference(mixer, in);
+  for (const float offset : {-3000.0f, -90.0f, 0.0f, 90.0f, 3000.0f}) {
+    std::vector<float> k, v, out(static_cast<std::size_t>(rows * e));
+    for (std::int64_t t = 0; t < rows; ++t)
+      for (std::int64_t i = 0; i < e; ++i) {
+        k.push_back(in[t * 3 * e + i] + offset);
+        v.push_back(t > 0 ? in[(t - 1) * 3 * e + i] : 0);
+      }
+    const std::vector<std::int32_t> tokens(300), offsets{0, 300}, slots{0};
+    const std::vector<std::int64_t> positions{0};
+    const auto matrix = [&](std::vector<float>& x) { return Matrix{x.data(), DType::float32, rows, e}; };
+    const auto states = mixer.states(cpu, DType::float32, 1);
+    cpu.rwkv4(std::get<Rwkv4Config>(mixer.config),
+              {decay.data(), mixer.parameters["time_first"].data(), matrix(k), matrix(v), matrix(v)},
+              {tokens, offsets, slots, positions}, *states, 0, matrix(out));
+    // Exponents are rounded to 2⁻¹³ at 3,000, to 2⁻¹⁸ at 90.
+    EXPECT_LT(relative_error(out, expected), 3e-6 + 6e-8 * std::abs(offset)) << offset;
   }
 }
 

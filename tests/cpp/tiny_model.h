@@ -48,6 +48,7 @@ inline ModelConfig tiny_config() {
   config.layers.push_back(kFullAttention);
   config.layers.push_back(SelectiveScanConfig{37, 5, 4, 3, true, true});
   config.layers.push_back(GatedDeltaNetConfig{2, 5, 7, 3, 1e-5, true, true});
+  config.layers.push_back(Rwkv4Config{24, 37});
   return config;
 }
 
