@@ -27,11 +27,11 @@ KINDS = pytest.mark.parametrize("kind", MIXERS, ids=lambda kind: kind.mixer)
 
 
 def example(kind: Any, **values: Any) -> dict[str, Any]:
-    """A layer of config.json: every integer 2, every real 0.5, every flag true, but for `values`."""
+    """A layer of config.json: integers 2 (the model's size where that is asked), reals 0.5, flags true, but for `values`."""
     layer = {"mixer": kind.mixer} | {
         field.key: {"int": 2, "float": 0.5, "bool": True}[field.type] for field in kind.fields()
     }
-    return layer | values
+    return layer | {field.key: HIDDEN_SIZE for field in kind.fields() if field.domain == "hidden_size"} | values
 
 
 def config_of(*layers: dict[str, Any]) -> based.ModelConfig:
@@ -185,6 +185,8 @@ def with_letters(kind: Any) -> tuple[Any, dict[str, int]]:
     for field in kind.fields():
         if field.domain.startswith("a divisor of "):
             layer[field.domain.removeprefix("a divisor of ")] *= layer[field.key]
+        elif field.domain == "hidden_size":
+            layer[field.key] = HIDDEN_SIZE
         elif field.type == "int" and field.high is None:
             layer[field.key] = field.low
     values = {key: value for key, value in layer.items() if type(value) is int} | {"d": HIDDEN_SIZE}

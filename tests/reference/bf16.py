@@ -157,6 +157,31 @@ class _Forward:
             y = y * ACTIVATIONS["silu"](self._linear(x, f"{name}.g_proj")).reshape(y.shape)
         return bf16(y).reshape(t, -1)
 
+    def _rwkv4(self, x: Array, layer: Config, i: int) -> Array:
+        """As the authors' kernel: bfloat16 inputs and result, float32 inside, and of all that is no matrix."""
+        name, zeros = f"layers.{i}.mixer", np.zeros((1, x.shape[1]), np.float32)
+        shifted = np.concatenate([zeros, x])[:-1]
+
+        def project(part: str) -> Array:
+            mix = self.wide[f"{name}.time_mix_{part}"]
+            return self._linear(bf16(mix * x + (1 - mix) * shifted), f"{name}.{part}_proj")
+
+        k, v, r = (project(part).astype(np.float64) for part in "kvr")
+        p, q, o = np.zeros_like(k[0]), np.zeros_like(k[0]), np.full_like(k[0], -np.inf)
+        y = np.zeros_like(k)
+        for t in range(len(x)):
+            own = self.wide[f"{name}.time_first"] + k[t]
+            most = np.maximum(o, own)
+            past, present = np.exp(o - most), np.exp(own - most)
+            y[t] = (past * p + present * v[t]) / (past * q + present)
+            o = o - np.exp(self.wide[f"{name}.time_decay"])
+            most = np.maximum(o, k[t])
+            kept, added = np.exp(o - most), np.exp(k[t] - most)
+            p, q, o = kept * p + added * v[t], kept * q + added, most
+        self.state.tensors[f"layers.{i}.shift"] = x[-1].astype(np.float64)
+        self.state.tensors[f"layers.{i}.wkv"] = np.stack([p, q, o])
+        return bf16(bf16(ACTIVATIONS["sigmoid"](r)) * bf16(y))
+
     def _sliding_window(self, x: Array, layer: Config, i: int) -> Array:
         t, h, h_kv, window = len(x), layer["num_heads"], layer["num_kv_heads"], layer.get("window", len(x))
         qkv = self._linear(x, f"layers.{i}.mixer.qkv_proj").reshape(t, h + 2 * h_kv, layer["head_dim"])

@@ -134,6 +134,13 @@ def model_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes[f"{name}.conv.weight"] = (h * (2 * dk + head_dim), layer["kernel_size"])
             shapes[f"{name}.norm.weight"] = (head_dim,)
             linear(f"{name}.out_proj", d, h * head_dim, False)
+        elif layer["mixer"] == "rwkv4":
+            e = layer["inner_size"]
+            for part in "kvr":
+                linear(f"{name}.{part}_proj", e, d, False)
+                shapes[f"{name}.time_mix_{part}"] = (d,)
+            shapes[f"{name}.time_decay"] = shapes[f"{name}.time_first"] = (e,)
+            linear(f"{name}.out_proj", d, e, False)
         else:
             h, h_kv, head_dim = layer["num_heads"], layer["num_kv_heads"], layer["head_dim"]
             linear(f"{name}.qkv_proj", (h + 2 * h_kv) * head_dim, d, layer["qkv_bias"])
@@ -174,6 +181,7 @@ MIXERS = (
     "full_attention",
     "selective_scan",
     "gated_delta_net",
+    "rwkv4",
 )
 """The kinds that random models are made of."""
 
@@ -181,7 +189,7 @@ ON_A_GPU = ("gated_conv", "linear_attention", "sliding_window")
 """Those that a GPU has kernels for."""
 
 
-def _random_mixer(choose: Choose, kinds: Sequence[str]) -> Config:
+def _random_mixer(choose: Choose, kinds: Sequence[str], hidden_size: int) -> Config:
     kind = choose.one_of(list(kinds))
     if kind == "gated_conv":
         inner_size, kernel_size = choose.integer(1, 40), choose.integer(1, 6)
@@ -230,6 +238,8 @@ def _random_mixer(choose: Choose, kinds: Sequence[str]) -> Config:
             "decay": choose.one_of([True, False]),
             "output_gate": choose.one_of([True, False]),
         }
+    if kind == "rwkv4":
+        return {"mixer": kind, "hidden_size": hidden_size, "inner_size": choose.integer(1, 40)}
     assert kind in ("sliding_window", "full_attention"), f"{kind} has no random shapes"
     num_kv_heads, head_dim = choose.integer(1, 3), choose.one_of([16, 1, 2, 3, 7, 8, 24, 33])
     return {
@@ -249,13 +259,13 @@ def _random_mixer(choose: Choose, kinds: Sequence[str]) -> Config:
 
 def random_model_config(choose: Choose, max_layers: int = 4, kinds: Sequence[str] = MIXERS) -> Config:
     """Any config that our format allows, small."""
-    vocab_size = choose.integer(2, 70)
+    vocab_size, hidden_size = choose.integer(2, 70), choose.integer(1, 48)
     config = {
         "format": "based",
         "format_version": 1,
         "vocab_size": vocab_size,
         "padded_vocab_size": vocab_size + choose.integer(0, 9),
-        "hidden_size": choose.integer(1, 48),
+        "hidden_size": hidden_size,
         "norm": {"type": choose.one_of(["rms_norm", "layer_norm"]), "eps": choose.one_of([1e-5, 1e-3])},
         "mlp": {
             "gated": choose.one_of([True, False]),
@@ -267,7 +277,7 @@ def random_model_config(choose: Choose, max_layers: int = 4, kinds: Sequence[str
         "tie_embeddings": choose.one_of([True, False]),
         "bos_token_id": choose.one_of([None, 0]),
         "eos_token_id": choose.one_of([None, vocab_size - 1]),
-        "layers": [_random_mixer(choose, kinds) for _ in range(choose.integer(1, max_layers))],
+        "layers": [_random_mixer(choose, kinds, hidden_size) for _ in range(choose.integer(1, max_layers))],
     }
     return config if choose.integer(0, 4) else config | {"mlp": None}
 

@@ -86,7 +86,7 @@ class State:
 
     layers.{i}.conv (K-1, e) · layers.{i}.taylor (H, features, head_dim + 1) · layers.{i}.keys and .values
     (min(num_tokens, window), H_kv, head_dim), (num_tokens, H_kv, head_dim) with full attention · layers.{i}.scan
-    (N, e) · layers.{i}.delta (H, key_dim, head_dim).
+    (N, e) · layers.{i}.delta (H, key_dim, head_dim) · layers.{i}.shift (d), layers.{i}.wkv (3, e).
     """
 
     num_tokens: int = 0
@@ -281,6 +281,26 @@ class Model:
         y = np.einsum("hts,hsd->thd", np.einsum("thd,shd->hts", q, k) * decay, u)
         return self._delta_output(y, gate, layer)
 
+    def _rwkv4_inputs(self, x: Array, layer: int, before: Array) -> tuple[Array, Array, Array]:
+        """k, v and r (T, e) of tokens x (T, d) after the token before (1, d)."""
+        name, shifted = f"layers.{layer}.mixer", np.concatenate([before, x])[:-1]
+
+        def project(part: str) -> Array:
+            mix = self.tensors[f"{name}.time_mix_{part}"]
+            return self._linear(mix * x + (1 - mix) * shifted, f"{name}.{part}_proj")
+
+        return project("k"), project("v"), project("r")
+
+    def _rwkv4(self, x: Array, layer: int) -> Array:
+        """All weights of a channel, (T, T): e^((t−1−j) w + k_j) for j < t, and e^(time_first + k_t)."""
+        name, t = f"layers.{layer}.mixer", len(x)
+        k, v, r = self._rwkv4_inputs(x, layer, np.zeros((1, x.shape[1])))
+        age = (np.arange(t)[:, None] - np.arange(t) - 1)[..., None]
+        past = -np.exp(self.tensors[f"{name}.time_decay"]) * age
+        exponents = k + np.where(age >= 0, past, np.where(age == -1, self.tensors[f"{name}.time_first"], -np.inf))
+        weights = np.exp(exponents - exponents.max(1, keepdims=True))
+        return sigmoid(r) * np.einsum("tje,je->te", weights, v) / weights.sum(1)
+
     # ---- token by token ----------------------------------------------------------------------------------------
 
     def fresh_state(self) -> State:
@@ -300,6 +320,9 @@ class Model:
                 h, dk, dv = mixer["num_heads"], mixer["key_dim"], mixer["head_dim"]
                 state.tensors[f"layers.{i}.conv"] = np.zeros((mixer["kernel_size"] - 1, h * (2 * dk + dv)))
                 state.tensors[f"layers.{i}.delta"] = np.zeros((h, dk, dv))
+            elif mixer["mixer"] == "rwkv4":
+                state.tensors[f"layers.{i}.shift"] = np.zeros(mixer["hidden_size"])
+                state.tensors[f"layers.{i}.wkv"] = np.zeros((3, mixer["inner_size"]))
             else:
                 assert mixer["mixer"] in ("sliding_window", "full_attention"), f"{mixer['mixer']} has no state here"
                 for name in ("keys", "values"):
@@ -381,3 +404,19 @@ class Model:
         s = s + k[:, :, None] * change[:, None, :]
         state.tensors[f"layers.{layer}.conv"], state.tensors[f"layers.{layer}.delta"] = inputs[6][1:], s
         return self._delta_output(np.einsum("hkd,hk->hd", s, q)[None], gate[None], layer)
+
+    def _rwkv4_step(self, x: Array, layer: int, state: State) -> Array:
+        """The sums p and q are those of the recurrence over e^o."""
+        name = f"layers.{layer}"
+        k, v, r = (part[0] for part in self._rwkv4_inputs(x, layer, state.tensors[f"{name}.shift"][None]))
+        p, q, o = state.tensors[f"{name}.wkv"]
+        o = np.where(q == 0, -np.inf, o)  # nothing seen yet
+        own = self.tensors[f"{name}.mixer.time_first"] + k
+        most = np.maximum(o, own)
+        y = (np.exp(o - most) * p + np.exp(own - most) * v) / (np.exp(o - most) * q + np.exp(own - most))
+        o = o - np.exp(self.tensors[f"{name}.mixer.time_decay"])
+        most = np.maximum(o, k)
+        kept, added = np.exp(o - most), np.exp(k - most)
+        state.tensors[f"{name}.shift"] = x[0]
+        state.tensors[f"{name}.wkv"] = np.stack([kept * p + added * v, kept * q + added, most])
+        return (sigmoid(r) * y)[None]

@@ -99,6 +99,22 @@ def delta_reference(
     return torch.stack(y, 1), s
 
 
+def rwkv4_reference(k: Any, v: Any, decay: Any, first: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """Token by token: y (B, T, e) of k and v (B, T, e), decay ≤ 0 and first (e)."""
+    k, v, decay, first = (part.to(dtype) for part in (k, v, decay, first))
+    p, q, o = torch.zeros_like(k[:, 0]), torch.zeros_like(k[:, 0]), torch.full_like(k[:, 0], -1e30)
+    y = []
+    for t in range(k.shape[1]):
+        own = first + k[:, t]
+        most = torch.maximum(o, own)
+        past, present = (o - most).exp(), (own - most).exp()
+        y.append((past * p + present * v[:, t]) / (past * q + present))
+        most = torch.maximum(o + decay, k[:, t])
+        kept, added = (o + decay - most).exp(), (k[:, t] - most).exp()
+        p, q, o = kept * p + added * v[:, t], kept * q + added, most
+    return torch.stack(y, 1)
+
+
 def rotary_reference(x: Any, layer: Mapping[str, Any]) -> Any:
     n = -(-layer["rotary_dim"] // 2)
     if n == 0:
@@ -175,6 +191,19 @@ def forward(
             y = y * functional.silu(linear(x, f"{name}.g_proj").to(wide)).unflatten(-1, (h, -1))
         return y.to(dtype).flatten(2)
 
+    def kept(name: str) -> torch.Tensor:
+        """What a 16-bit model keeps in float32."""
+        return torch.from_numpy(np.asarray(tensors[name], np.float32)).to(wide)
+
+    def rwkv4(x: torch.Tensor, name: str) -> torch.Tensor:
+        before = functional.pad(x, (0, 0, 1, -1)).to(wide)
+        k, v, r = (
+            linear((mu * x.to(wide) + (1 - mu) * before).to(dtype), f"{name}.{part}_proj")
+            for part, mu in ((part, kept(f"{name}.time_mix_{part}")) for part in "kvr")
+        )
+        y = rwkv4_reference(k, v, -kept(f"{name}.time_decay").exp(), kept(f"{name}.time_first"), dtype=wide)
+        return torch.sigmoid(r) * y.to(dtype)
+
     def mix(x: torch.Tensor, layer: Mapping[str, Any], name: str) -> torch.Tensor:
         if layer["mixer"] == "gated_conv":
             return conv_reference(linear(x, f"{name}.in_proj"), w[f"{name}.conv.weight"], dtype=dtype)[0]
@@ -185,6 +214,8 @@ def forward(
             return scan(x, layer, name)
         if layer["mixer"] == "gated_delta_net":
             return delta(x, layer, name)
+        if layer["mixer"] == "rwkv4":
+            return rwkv4(x, name)
         if layer["mixer"] == "prefix_linear_attention":  # the prefix's keys and values stand before all others
             prefix = x[:, : layer["enc_length"]]
             parts = [(part, x) for part in ("q", "k", "v")] + [("k_enc", prefix), ("v_enc", prefix)]

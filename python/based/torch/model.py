@@ -24,6 +24,7 @@ from based._core import (
     ModelConfig,
     NormKind,
     PrefixLinearAttentionConfig,
+    Rwkv4Config,
     SelectiveScanConfig,
     SlidingWindowConfig,
     UnsupportedError,
@@ -35,6 +36,7 @@ from based.torch import ops
 from based.torch._autograd import is_transformed
 from based.torch._delta import gated_delta_rule
 from based.torch._documents import by_documents
+from based.torch._wkv import wkv
 from based.torch.loss import IGNORED, linear_cross_entropy
 
 _FILE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,7 +66,10 @@ _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     Activation.relu_squared: _relu_squared,
 }
 _ONTO_RESIDUAL = ("mixer.out_proj.weight", "mlp.fc2.weight")
-_WIDE = ("mixer.A_log", "mixer.D", "mixer.dt_proj.bias", "mixer.dt_bias")
+_WIDE = (
+    *("mixer.A_log", "mixer.D", "mixer.dt_proj.bias", "mixer.dt_bias"),
+    *("mixer.time_decay", "mixer.time_first", "mixer.time_mix_k", "mixer.time_mix_v", "mixer.time_mix_r"),
+)
 """Float32 in 16-bit models and their files: where they are rounded, a scan forgets at other times."""
 
 
@@ -143,6 +148,9 @@ class BasedForCausalLM(nn.Module):
             else:
                 onto_residual = name.endswith(_ONTO_RESIDUAL)
                 nn.init.normal_(parameter, std=std / math.sqrt(2 * len(self.layers)) if onto_residual else std)
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer.mixer, _Rwkv4):
+                layer.mixer.place = (i, len(self.layers))
         for mixer in drawing:
             mixer.reset_parameters(len(self.layers) * (1 if self.config.mlp is None else 2))
 
@@ -678,6 +686,60 @@ class _HeadNorm(nn.Module):
         return functional.rms_norm(y.to(wide), y.shape[-1:], self.weight.to(wide), self.eps).to(y.dtype)
 
 
+class _Rwkv4(nn.Module):
+    place = (0, 1)  # the layer's number and how many there are: its first decays follow from them
+
+    def __init__(self, config: Rwkv4Config, d: int, factory: dict[str, Any]) -> None:
+        super().__init__()
+        wide = factory | {"dtype": torch.promote_types(factory["dtype"], torch.float32)}
+        self.time_decay = nn.Parameter(torch.empty(config.inner_size, **wide))
+        self.time_first = nn.Parameter(torch.empty(config.inner_size, **wide))
+        self.time_mix_k = nn.Parameter(torch.empty(d, **wide))
+        self.time_mix_v = nn.Parameter(torch.empty(d, **wide))
+        self.time_mix_r = nn.Parameter(torch.empty(d, **wide))
+        self.k_proj = _projection(config, "k_proj", d, factory)
+        self.v_proj = _projection(config, "v_proj", d, factory)
+        self.r_proj = _projection(config, "r_proj", d, factory)
+        self.out_proj = _projection(config, "out_proj", d, factory)
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Those that reset_parameters() draws, and not the model."""
+        return [self.time_decay, self.time_first, self.time_mix_k, self.time_mix_v, self.time_mix_r]
+
+    def reset_parameters(self, _: int) -> None:
+        """As BlinkDL/RWKV-LM, RWKV-v4neo/src/model.py, for layer i of L with ρ = i / (L − 1).
+
+        time_decay = 8 (c / (e − 1))^(0.7 + 1.3 ρ) − 5 for channel c; time_first = log 0.3 + ((c + 1) mod 3 − 1) / 2;
+        μ_k = (c / d)^(1 − i / L), μ_v = μ_k + 0.3 ρ, μ_r = √μ_k. Matrices as the model's, where the authors begin with
+        zeros.
+        """
+        i, layers = self.place
+        later = i / max(1, layers - 1)
+        for parameter in self.own_parameters():  # 0, 1, …
+            nn.init.ones_(parameter).cumsum_(0).sub_(1)
+        e, d = len(self.time_decay), len(self.time_mix_k)
+        self.time_decay.div_(max(1, e - 1)).pow_(0.7 + 1.3 * later).mul_(8).sub_(5)
+        self.time_first.add_(1).remainder_(3).sub_(1).mul_(0.5).add_(math.log(0.3))
+        self.time_mix_k.div_(d).pow_(1 - i / layers)
+        self.time_mix_v.div_(d).pow_(1 - i / layers).add_(0.3 * later)
+        self.time_mix_r.div_(d).pow_(0.5 * (1 - i / layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        before = functional.pad(wide, (0, 0, 1, -1))
+
+        def mixed(mu: torch.Tensor) -> torch.Tensor:
+            return torch.lerp(before, wide, mu.to(wide.dtype)).to(x.dtype)
+
+        k, v, r = (
+            self.k_proj(mixed(self.time_mix_k)),
+            self.v_proj(mixed(self.time_mix_v)),
+            self.r_proj(mixed(self.time_mix_r)),
+        )
+        y = wkv(k, v, -self.time_decay.exp(), self.time_first)
+        return self.out_proj(torch.sigmoid(r) * y)
+
+
 _MIXERS: dict[type[sizes.Mixer], Callable[[Any, int, dict[str, Any]], nn.Module]] = {
     GatedConvConfig: _GatedConv,
     GatedDeltaNetConfig: _GatedDeltaNet,
@@ -686,6 +748,7 @@ _MIXERS: dict[type[sizes.Mixer], Callable[[Any, int, dict[str, Any]], nn.Module]
     FullAttentionConfig: _SoftmaxAttention,
     SelectiveScanConfig: _SelectiveScan,
     PrefixLinearAttentionConfig: _PrefixLinearAttention,
+    Rwkv4Config: _Rwkv4,
 }
 
 
