@@ -241,6 +241,19 @@ std::int64_t ModelConfig::prefix_tokens() const {
   return most;
 }
 
+std::optional<std::int64_t> ModelConfig::max_tokens() const {
+  std::optional<std::int64_t> least;
+  for (const MixerConfig& layer : layers) {
+    std::visit(
+        [&](const auto& mixer) {
+          if constexpr (requires { mixer.max_tokens(); })
+            least = std::min(least.value_or(mixer.max_tokens()), mixer.max_tokens());
+        },
+        layer);
+  }
+  return least;
+}
+
 std::vector<StateTensor> state_tensors(const std::vector<StatePart>& parts) {
   std::vector<StateTensor> all;
   for (const StatePart& part : parts) {

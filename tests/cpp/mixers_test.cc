@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <complex>
 #include <cstdint>
 #include <limits>
 #include <map>
@@ -75,6 +76,15 @@ struct Mixer {
     std::uint64_t seed = 77;
     for (const Parameter& p : mixer_parameters(config))
       parameters[p.name] = random_floats(static_cast<std::size_t>(num_elements(p.shape)), seed++, 0.5);
+    if (const auto* h3 = std::get_if<H3Config>(&config)) {
+      const std::int64_t numbers = 2 * h3->num_heads * h3->num_modes;
+      parameters["taps"] = random_floats(static_cast<std::size_t>(h3->channels() * h3->kernel_size), seed++, 0.5);
+      parameters["weight"] = random_floats(static_cast<std::size_t>(numbers), seed++, 0.5);
+      parameters["decay"] = random_floats(static_cast<std::size_t>(numbers), seed++, 0.3);
+      for (float& a : parameters["decay"]) a = std::clamp(a, -0.7f, 0.7f);  // |a| < 1
+    }
+    if (const auto* hyena = std::get_if<HyenaConfig>(&config))
+      parameters["table"] = random_floats(static_cast<std::size_t>(hyena->max_length * hyena->inner_size), seed++, 0.5);
   }
 
   // Null where the mixer has none of this name.
@@ -139,6 +149,14 @@ struct Mixer {
         cpu.rwkv4_shift(c, {find("time_mix_k"), find("time_mix_v"), find("time_mix_r")}, batch, x.matrix(), states, 0,
                         {k.matrix(), v.matrix(), r.matrix()});
         cpu.rwkv4(c, {decay.data(), find("time_first"), k.matrix(), v.matrix(), r.matrix()}, batch, states, 0, out);
+      }
+      // Their weights are what the model makes of the parameters: here the parameters are called and shaped like them.
+      void operator()(const H3Config& c) const {
+        cpu.h3(c, {find("taps"), find("decay"), find("weight"), find("D")}, batch, in, states, 0, out);
+      }
+      void operator()(const HyenaConfig& c) const {
+        cpu.hyena(c, {find("conv.weight"), find("conv.bias"), find("table"), find("filter.D")}, batch, in, states, 0,
+                  out);
       }
     };
     std::visit(Run{cpu, parameters, batch, in, states, out}, config);
@@ -444,6 +462,69 @@ std::vector<double> reference(const Rwkv4Config& c, const Parameters& parameters
   return out;
 }
 
+// Sums over all tokens before: S = Σ_j G_{t−j} k_j v_jᵀ, G_n = Σ_m Re(w a^n) with the complex numbers w and a of a
+// mode.
+std::vector<double> reference(const H3Config& c, const Parameters& parameters, const std::vector<float>& in,
+                              std::int64_t) {
+  const std::int64_t H = c.num_heads, d = c.head_dim, K = c.kernel_size, M = c.num_modes, width = 3 * H * d;
+  const std::int64_t tokens = static_cast<std::int64_t>(in.size()) / width;
+  const float *taps = Mixer::find(parameters, "taps"), *decay = Mixer::find(parameters, "decay");
+  const float *weight = Mixer::find(parameters, "weight"), *skip = Mixer::find(parameters, "D");
+  std::vector<double> out(static_cast<std::size_t>(tokens * H * d));
+  for (std::int64_t h = 0; h < H; ++h) {
+    std::vector<double> kernel(static_cast<std::size_t>(tokens));
+    for (std::int64_t m = 0; m < M; ++m) {
+      const std::complex<double> a(decay[h * 2 * M + m], decay[(h * 2 + 1) * M + m]);
+      std::complex<double> power(weight[h * 2 * M + m], -weight[(h * 2 + 1) * M + m]);
+      for (double& k : kernel) {
+        k += power.real();
+        power *= a;
+      }
+    }
+    kernel[0] += skip[h];
+    const auto k = [&](std::int64_t t, std::int64_t i) {
+      double sum = 0;
+      for (std::int64_t j = 0; j < K; ++j)
+        if (t - K + 1 + j >= 0)
+          sum += double{taps[(h * d + i) * K + j]} * in[(t - K + 1 + j) * width + (H + h) * d + i];
+      return sum;
+    };
+    for (std::int64_t i = 0; i < d; ++i) {
+      for (std::int64_t s = 0; s < tokens; ++s) {
+        const double ks = k(s, i);
+        for (std::int64_t t = s; t < tokens; ++t)
+          for (std::int64_t j = 0; j < d; ++j)
+            out[(t * H + h) * d + j] +=
+                in[t * width + h * d + i] * kernel[t - s] * ks * in[s * width + (2 * H + h) * d + j];
+      }
+    }
+  }
+  return out;
+}
+
+std::vector<double> reference(const HyenaConfig& c, const Parameters& parameters, const std::vector<float>& in,
+                              std::int64_t) {
+  const std::int64_t e = c.inner_size, K = c.kernel_size, width = 3 * e;
+  const std::int64_t tokens = static_cast<std::int64_t>(in.size()) / width;
+  const float *taps = Mixer::find(parameters, "conv.weight"), *bias = Mixer::find(parameters, "conv.bias");
+  const auto conv = [&](std::int64_t t, std::int64_t i) {
+    double sum = bias[i];
+    for (std::int64_t j = 0; j < K; ++j)
+      if (t - K + 1 + j >= 0) sum += double{taps[i * K + j]} * in[(t - K + 1 + j) * width + i];
+    return sum;
+  };
+  std::vector<double> out(static_cast<std::size_t>(tokens * e));
+  for (std::int64_t i = 0; i < e; ++i) {
+    for (std::int64_t s = 0; s < tokens; ++s) {
+      const double g = conv(s, i) * conv(s, 2 * e + i);
+      out[s * e + i] += Mixer::find(parameters, "filter.D")[i] * g;
+      for (std::int64_t t = s; t < tokens; ++t) out[t * e + i] += Mixer::find(parameters, "table")[(t - s) * e + i] * g;
+    }
+    for (std::int64_t t = 0; t < tokens; ++t) out[t * e + i] *= conv(t, e + i);
+  }
+  return out;
+}
+
 std::vector<double> reference(const Mixer& mixer, const std::vector<float>& in, std::int64_t start = 0) {
   return std::visit([&](const auto& config) { return reference(config, mixer.parameters, in, start); }, mixer.config);
 }
@@ -515,9 +596,19 @@ std::vector<Mixer> rwkv4s() {
           Mixer(Rwkv4Config{150, 150})};
 }
 
+std::vector<Mixer> h3s() {
+  return {Mixer(H3Config{32, 2, 16, 8}), Mixer(H3Config{1, 1, 1, 1}), Mixer(H3Config{2, 19, 3, 5}),
+          Mixer(H3Config{3, 4, 40, 33})};
+}
+
+// Not one of the tests with all mixers has more tokens than 200.
+std::vector<Mixer> hyenas() {
+  return {Mixer(HyenaConfig{128, 3, 200, 64}), Mixer(HyenaConfig{1, 1, 200, 1}), Mixer(HyenaConfig{37, 4, 256, 3})};
+}
+
 std::vector<Mixer> all_mixers() {
   std::vector<Mixer> all = convs();
-  for (auto& mixers : {linears(), windows(), prefixes(), fulls(), scans(), deltas(), rwkv4s()})
+  for (auto& mixers : {linears(), windows(), prefixes(), fulls(), scans(), deltas(), rwkv4s(), h3s(), hyenas()})
     all.insert(all.end(), mixers.begin(), mixers.end());
   return all;
 }
@@ -610,7 +701,7 @@ TEST_P(Mixers, MatchReferenceInRaggedBatches) {
 TEST_P(Mixers, CutsChangeNoBitOfWhatGoesTokenByToken) {
   CpuBackend cpu = make_cpu(GetParam());
   std::vector<Mixer> mixers = convs();
-  for (const auto& more : {windows(), fulls(), scans(), deltas(), rwkv4s()})
+  for (const auto& more : {windows(), fulls(), scans(), deltas(), rwkv4s(), h3s(), hyenas()})
     mixers.insert(mixers.end(), more.begin(), more.end());
   std::mt19937 random(6);
   for (const Mixer& mixer : mixers) {

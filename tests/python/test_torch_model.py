@@ -149,6 +149,8 @@ def test_results_have_single_precision_at_least(tmp_path):
         model = BasedForCausalLM.load(tmp_path, dtype=dtype)
         wide = (".A_log", ".D", ".dt_proj.bias", ".dt_bias", ".time_decay", ".time_first")
         wide += (".time_mix_k", ".time_mix_v", ".time_mix_r")
+        wide += (".shift_B", ".shift_C", ".shift_D", ".log_dt", ".A_imag", ".B", ".C")
+        wide += tuple(f".filter.{name}" for name in ("w1", "b1", "w2", "b2", "w3", "b3", "w4", "freq"))
         assert {p.dtype for name, p in model.named_parameters() if not name.endswith(wide)} == {dtype}
         assert all(p.dtype.itemsize >= 4 for name, p in model.named_parameters() if name.endswith(wide))
         expected = torch.promote_types(dtype, torch.float32)

@@ -141,6 +141,27 @@ def model_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
                 shapes[f"{name}.time_mix_{part}"] = (d,)
             shapes[f"{name}.time_decay"] = shapes[f"{name}.time_first"] = (e,)
             linear(f"{name}.out_proj", d, e, False)
+        elif layer["mixer"] == "h3":
+            h, modes = layer["num_heads"], layer["num_modes"]
+            e = h * layer["head_dim"]
+            linear(f"{name}.qkv_proj", 3 * e, d, True)
+            shapes[f"{name}.shift_B"] = shapes[f"{name}.shift_C"] = (e, layer["kernel_size"])
+            shapes[f"{name}.shift_D"] = (e,)
+            shapes[f"{name}.log_dt"] = shapes[f"{name}.D"] = (h,)
+            shapes[f"{name}.A_log"] = shapes[f"{name}.A_imag"] = (h, modes)
+            shapes[f"{name}.B"] = shapes[f"{name}.C"] = (h, modes, 2)
+            linear(f"{name}.out_proj", d, e, True)
+        elif layer["mixer"] == "hyena":
+            e, f = layer["inner_size"], layer["filter_size"]
+            linear(f"{name}.in_proj", 3 * e, d, True)
+            shapes[f"{name}.conv.weight"] = (3 * e, layer["kernel_size"])
+            shapes[f"{name}.conv.bias"] = (3 * e,)
+            for number, shape in enumerate(((f, 3), (f, f), (f, f), (e, f)), 1):
+                shapes[f"{name}.filter.w{number}"] = shape
+            for part in ("b1", "b2", "b3", "freq"):
+                shapes[f"{name}.filter.{part}"] = (f,)
+            shapes[f"{name}.filter.D"] = (e,)
+            linear(f"{name}.out_proj", d, e, True)
         else:
             h, h_kv, head_dim = layer["num_heads"], layer["num_kv_heads"], layer["head_dim"]
             linear(f"{name}.qkv_proj", (h + 2 * h_kv) * head_dim, d, layer["qkv_bias"])
@@ -182,6 +203,8 @@ MIXERS = (
     "selective_scan",
     "gated_delta_net",
     "rwkv4",
+    "h3",
+    "hyena",
 )
 """The kinds that random models are made of."""
 
@@ -240,6 +263,22 @@ def _random_mixer(choose: Choose, kinds: Sequence[str], hidden_size: int) -> Con
         }
     if kind == "rwkv4":
         return {"mixer": kind, "hidden_size": hidden_size, "inner_size": choose.integer(1, 40)}
+    if kind == "h3":
+        return {
+            "mixer": kind,
+            "num_heads": choose.integer(1, 6),
+            "head_dim": choose.one_of([2, 1, 3, 5]),
+            "kernel_size": choose.integer(1, 20),
+            "num_modes": choose.one_of([8, 1, 3, 17]),
+        }
+    if kind == "hyena":
+        return {
+            "mixer": kind,
+            "inner_size": choose.integer(1, 40),
+            "kernel_size": choose.integer(1, 4),
+            "max_length": choose.one_of([1024, 2000]),  # more tokens than any test feeds a random model
+            "filter_size": choose.integer(1, 16),
+        }
     assert kind in ("sliding_window", "full_attention"), f"{kind} has no random shapes"
     num_kv_heads, head_dim = choose.integer(1, 3), choose.one_of([16, 1, 2, 3, 7, 8, 24, 33])
     return {

@@ -204,6 +204,46 @@ def forward(
         y = rwkv4_reference(k, v, -kept(f"{name}.time_decay").exp(), kept(f"{name}.time_first"), dtype=wide)
         return torch.sigmoid(r) * y.to(dtype)
 
+    def h3(x: torch.Tensor, layer: Mapping[str, Any], name: str) -> torch.Tensor:
+        """As the authors' code, which makes 16-bit numbers float32 between the projections."""
+        heads, t = layer["num_heads"], x.shape[1]
+        q, k, v = linear(x, f"{name}.qkv_proj").to(wide).chunk(3, -1)
+        b, c, taps = kept(f"{name}.shift_B"), kept(f"{name}.shift_C"), layer["kernel_size"]
+        padded, k = functional.pad(k, (0, 0, taps - 1, 0)), kept(f"{name}.shift_D") * k
+        for i in range(taps):
+            k = k + (b[:, : taps - i] * c[:, i:]).sum(1) * padded[:, taps - 1 - i :][:, :t]
+        q, k, v = (part.unflatten(-1, (heads, -1)) for part in (q, k, v))
+        step = kept(f"{name}.log_dt").exp()[:, None]
+        z = step / 2 * torch.complex(-kept(f"{name}.A_log").exp(), kept(f"{name}.A_imag"))
+        b, c = (torch.view_as_complex(kept(f"{name}.{part}")) for part in "BC")
+        decay, weight = ((1 + z) / (1 - z))[:, None, None], (b * c * step / (1 - z))[:, None, None]
+        modes, y = torch.zeros(1, dtype=z.dtype), []
+        for n in range(t):
+            kv = k[:, n, :, :, None] * v[:, n, :, None]
+            modes = decay * modes + kv[..., None]
+            s = 2 * (weight * modes).real.sum(-1) + kept(f"{name}.D")[:, None, None] * kv
+            y.append((q[:, n, :, :, None] * s).sum(2))
+        return torch.stack(y, 1).to(dtype).flatten(2)
+
+    def hyena(x: torch.Tensor, layer: Mapping[str, Any], name: str) -> torch.Tensor:
+        """Likewise."""
+        t, length, taps = x.shape[1], layer["max_length"], w[f"{name}.conv.weight"].to(wide)
+        u = functional.pad(linear(x, f"{name}.in_proj").to(wide).mT, (taps.shape[1] - 1, 0))
+        conv = functional.conv1d(u, taps[:, None], w[f"{name}.conv.bias"].to(wide), groups=len(taps)).mT
+        x1, x2, v = conv.chunk(3, -1)
+        time = torch.arange(t, dtype=wide) / max(1, length - 1)
+        angle = torch.arange(t, dtype=wide) * (2e-4 * math.pi / length)
+        h = torch.stack([time, angle.cos(), -angle.sin()], -1)
+        for i in (1, 2, 3):
+            h = h @ kept(f"{name}.filter.w{i}").T + kept(f"{name}.filter.b{i}")
+            h = (kept(f"{name}.filter.freq") * h).sin()
+        decay = torch.linspace(-math.log(0.01) / 1.5, -math.log(0.01) / 0.3, layer["inner_size"], dtype=wide)
+        h = h @ kept(f"{name}.filter.w4").T * (-time[:, None] * decay).exp()
+        g = v * x1
+        y = kept(f"{name}.filter.D") * g
+        y = y + torch.stack([(h[: n + 1].flip(0) * g[:, : n + 1]).sum(1) for n in range(t)], 1)
+        return (y * x2).to(dtype)
+
     def mix(x: torch.Tensor, layer: Mapping[str, Any], name: str) -> torch.Tensor:
         if layer["mixer"] == "gated_conv":
             return conv_reference(linear(x, f"{name}.in_proj"), w[f"{name}.conv.weight"], dtype=dtype)[0]
@@ -216,6 +256,8 @@ def forward(
             return delta(x, layer, name)
         if layer["mixer"] == "rwkv4":
             return rwkv4(x, name)
+        if layer["mixer"] in ("h3", "hyena"):
+            return (h3 if layer["mixer"] == "h3" else hyena)(x, layer, name)
         if layer["mixer"] == "prefix_linear_attention":  # the prefix's keys and values stand before all others
             prefix = x[:, : layer["enc_length"]]
             parts = [(part, x) for part in ("q", "k", "v")] + [("k_enc", prefix), ("v_enc", prefix)]

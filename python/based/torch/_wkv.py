@@ -14,8 +14,8 @@ def wkv(
     """y_t = (Σ_{j<t} e^{(t−1−j) decay + k_j} v_j + e^{first + k_t} v_t) / (the same without v): RWKV-4.
 
     Chunk after chunk; inside one by pairwise doubling. Each sum is kept as a number times e^o, with o the largest
-    exponent in it, so that none overflows. Arithmetic is float32 (float64 of float64 inputs), also under autocast. Saves
-    its inputs and the sums before each chunk; the backward pass makes the rest again, a chunk at a time.
+    exponent in it, so that none overflows. Arithmetic is float32 (float64 of float64 inputs), also under autocast.
+    Saves its inputs and the sums before each chunk; the backward pass makes the rest again, a chunk at a time.
 
     Args:
         k: (B, T, e).
@@ -64,7 +64,7 @@ def _chunk(
     q: torch.Tensor,
     o: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The results of a chunk (B, C, e) after the sums p e^o and q e^o (B, e) of the tokens before, and these after the chunk.
+    """The results of a chunk (B, C, e) behind tokens with the sums p e^o and q e^o (B, e), and the sums after it.
 
     Exponents o only scale: what they are changes no result, so no gradient goes through them. Nothing is changed in
     place, so that autograd and torch.func can differentiate and batch it.

@@ -12,6 +12,7 @@
 //   parameters()     the other tensors of its weights; they are kept in float32
 //   state()          what it keeps of a sequence
 //   prefix_tokens()  only where it reads the first tokens of a sequence as a whole: how many
+//   max_tokens()     only where a sequence cannot have any number of tokens: how many
 //   summary()        its shape in words, for `based inspect`
 //   make(weights)    the layer with its weights, defined in cpp/model
 // clang-format on
