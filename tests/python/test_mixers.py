@@ -124,6 +124,7 @@ def test_a_model_runs_and_its_sizes_are_those_told(kind: Any, tmp_path: Path, ca
         assert sizes.state_nbytes(config, "float32", 5) <= model.state_nbytes_at(5) <= model.state_nbytes
     else:
         assert facts["max_context"] == model.max_context == config.max_tokens
+        assert ("longest sequence" in text) == (config.max_tokens is not None)
         assert 0 < full <= model.state_nbytes
 
     other = model.session()

@@ -253,3 +253,48 @@ def test_the_limit_of_a_model_is_its_shortest_layers():
         based.Model.random(config, device="cpu", max_context=31)
     shape["layers"].append(sizes.recipe("A", 6, 1, 9, vocab_size=20, end_token_id=None)["layers"][0])
     assert based.Model.random(based.ModelConfig.from_json(json.dumps(shape)), device="cpu").max_context == 30
+
+
+def test_a_run_trains_all_three_and_refuses_longer_windows(tmp_path):
+    from based.torch.train import read_config, train
+
+    shape = sizes.recipe("c", 16, 1, 20, vocab_size=257, end_token_id=256)
+    shape["layers"] = [{"mixer": "rwkv4", "hidden_size": 16, "inner_size": 12}, H3, HYENA]
+    BasedForCausalLM(based.ModelConfig.from_json(json.dumps(shape))).save(tmp_path / "start")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"some words and {name} few more " * 40)
+    values = {
+        "output": "run",
+        "model": {"from": "start"},
+        "data": {"tokenizer": "bytes", "sequence_length": 48, "train": [{"text": "a.txt"}]},
+        "training": {"steps": 3, "batch_size": 2, "precision": "float32", "device": "cpu"},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1, "weight_decay": 0.1},
+    }
+    values["data"]["validation"] = [{"text": "b.txt"}]
+    (tmp_path / "config.yaml").write_text(json.dumps(values))
+    result = train(read_config(tmp_path / "config.yaml"))
+    assert np.isfinite(result.validation_loss)
+    tokens = [256, *(tmp_path / "b.txt").read_bytes()][:48]
+    model, runtime = BasedForCausalLM.load(tmp_path / "run" / "model"), based.load(tmp_path / "run" / "model")
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens]))[0, :, :257].numpy()
+    assert np.linalg.norm(runtime.forward(tokens) - expected) <= 2e-5 * np.linalg.norm(expected)
+    with pytest.raises(based.FormatError, match=r"data\.sequence_length: found 49, expected at most the 48 tokens"):
+        train(read_config(tmp_path / "config.yaml", ["data.sequence_length=49"], tmp_path / "other"))
+
+
+def test_only_matrices_are_shrunk():
+    """Weight decay leaves taps, modes and the filter alone."""
+    from based.torch.train import loop
+
+    shape = sizes.recipe("c", 6, 1, 9, vocab_size=20, end_token_id=None)
+    shape["layers"] = [{"mixer": "rwkv4", "hidden_size": 6, "inner_size": 8}, H3, HYENA]
+    model = BasedForCausalLM(based.ModelConfig.from_json(json.dumps(shape)))
+    config = loop.Optimizer(learning_rate=1e-3, weight_decay=0.1)
+    groups = loop._make_optimizer(model, config, torch.device("cpu")).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
+    assert {name for name in decayed if "mixer" in name} == {
+        name for name in names.values() if "mixer" in name and name.endswith("_proj.weight")
+    }
+    assert sum(len(group["params"]) for group in groups) == len(names)
