@@ -46,6 +46,10 @@ MixerField describe_field(std::string_view key, const domain::Divisor& divisor, 
   return {key, "int", "a divisor of " + std::string(divisor.limit), 1, std::nullopt, meaning};
 }
 
+MixerField describe_field(std::string_view key, domain::HiddenSize, std::string_view meaning) {
+  return {key, "int", "hidden_size", 1, std::nullopt, meaning};
+}
+
 MixerField describe_field(std::string_view key, domain::Positive, std::string_view meaning) {
   return {key, "float", "> 0", std::nullopt, std::nullopt, meaning};
 }
@@ -241,6 +245,8 @@ void bind_config(py::module_& m) {
       .def_property_readonly("num_parameters", &ModelConfig::num_parameters)
       .def_property_readonly("prefix_tokens", &ModelConfig::prefix_tokens,
                              "Tokens at the beginning of a sequence that are read as a whole; 0 for a causal model.")
+      .def_property_readonly("max_tokens", &ModelConfig::max_tokens,
+                             "Tokens that a sequence may have, where a layer has such a limit; None for any number.")
       .def(py::self == py::self)
       .def("__hash__", [](const ModelConfig& c) { return py::hash(py::str(c.to_json())); })
       .def(py::pickle([](const ModelConfig& c) { return c.to_json(); },

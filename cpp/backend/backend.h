@@ -56,6 +56,29 @@ struct DeltaOperands {
   const float* dt_bias = nullptr;   // (H); null without a decay
 };
 
+/// What Backend::rwkv4 reads. e: channels.
+struct Rwkv4Operands {
+  const float* decay = nullptr;  // (e) float32, ≤ 0
+  const float* first = nullptr;  // (e) float32
+  Matrix k, v, r;                // (tokens, e) projection
+};
+
+/// The weights that Backend::h3 reads, float32.
+struct H3Operands {
+  const float* taps = nullptr;    // (H · head_dim, K)
+  const float* decay = nullptr;   // (H, 2, M): real and imaginary parts
+  const float* weight = nullptr;  // (H, 2, M): of the real and of the imaginary parts of the modes
+  const float* skip = nullptr;    // (H)
+};
+
+/// The weights that Backend::hyena reads, float32.
+struct HyenaOperands {
+  const float* taps = nullptr;    // (3e, K)
+  const float* bias = nullptr;    // (3e)
+  const float* filter = nullptr;  // (L, e)
+  const float* skip = nullptr;    // (e)
+};
+
 /// What an allocation is for: Model::memory reports the three apart.
 enum class MemoryKind : std::uint8_t { weights, states, workspace };
 
@@ -355,6 +378,33 @@ class Backend {
     unsupported(config, operands, batch, u, states, layer, out);
   }
 
+  /// mixed[i] = μ_i ⊙ x + (1 − μ_i) ⊙ x' for the three μ (d) float32, of k, v and r; x' is the token before, at first
+  /// the first part of the state, which becomes the last token. x and mixed[i] (N, d) activation.
+  virtual void rwkv4_shift(const Rwkv4Config& config, const std::array<const float*, 3>& mix, const RaggedBatch& batch,
+                           const Matrix& x, StatePool& states, int layer, const std::array<Matrix, 3>& mixed) {
+    unsupported(config, mix, batch, x, states, layer, mixed);
+  }
+
+  /// Rwkv4Config's y after the second part of the state, which it advances, times σ(r). out (N, e) activation.
+  virtual void rwkv4(const Rwkv4Config& config, const Rwkv4Operands& operands, const RaggedBatch& batch,
+                     StatePool& states, int layer, const Matrix& out) {
+    unsupported(config, operands, batch, states, layer, out);
+  }
+
+  /// k ← conv(k);  x ← a x + k vᵀ, the second part of the state;  out = (Σ_m weight · x + skip k vᵀ)ᵀ q, per head:
+  /// H3Config's equation between the projections. qkv (N, 3 · H·head_dim) projection; out (N, H·head_dim) activation.
+  virtual void h3(const H3Config& config, const H3Operands& operands, const RaggedBatch& batch, const Matrix& qkv,
+                  StatePool& states, int layer, const Matrix& out) {
+    unsupported(config, operands, batch, qkv, states, layer, out);
+  }
+
+  /// HyenaConfig's equation between the projections, with the filter as a table. u (N, 3e) projection; out (N, e)
+  /// activation. No sequence has more than L tokens.
+  virtual void hyena(const HyenaConfig& config, const HyenaOperands& operands, const RaggedBatch& batch,
+                     const Matrix& u, StatePool& states, int layer, const Matrix& out) {
+    unsupported(config, operands, batch, u, states, layer, out);
+  }
+
   // ---- states ------------------------------------------------------------------------------------------------
 
   /// Bytes that a slot of such a pool takes when its sequence has seen num_tokens tokens: a long part takes memory when
@@ -412,6 +462,9 @@ struct Implements {
   }
   bool operator()(const PrefixLinearAttentionConfig&) const { return declares(&Device::prefix_linear_attention); }
   bool operator()(const GatedDeltaNetConfig&) const { return declares(&Device::gated_delta_net); }
+  bool operator()(const Rwkv4Config&) const { return declares(&Device::rwkv4_shift) && declares(&Device::rwkv4); }
+  bool operator()(const H3Config&) const { return declares(&Device::h3); }
+  bool operator()(const HyenaConfig&) const { return declares(&Device::hyena); }
 
  private:
   template <class Class, class... Arguments>

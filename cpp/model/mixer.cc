@@ -72,6 +72,23 @@ backend::Buffer MixerWeights::parameter(std::string_view name, const Change& cha
   return buffer;
 }
 
+std::vector<float> MixerWeights::numbers(std::string_view name) {
+  const backend::Buffer buffer = parameter(name);
+  std::vector<float> values(buffer.nbytes / sizeof(float));
+  loader_.backend.copy_to_host(values.data(), buffer.data.get(), buffer.nbytes);
+  loader_.nbytes -= buffer.nbytes;
+  return values;
+}
+
+backend::Buffer MixerWeights::upload(const std::vector<float>& values) {
+  const std::size_t nbytes = values.size() * sizeof(float);
+  backend::Buffer buffer = loader_.backend.allocate(nbytes, backend::MemoryKind::weights);
+  loader_.backend.copy_from_host(buffer.data.get(), values.data(), nbytes);
+  loader_.backend.synchronize();
+  loader_.nbytes += nbytes;
+  return buffer;
+}
+
 void MixerWeights::check_all_loaded() const {
   const auto check = [this](const auto& entry) {
     if (!loaded_.contains(entry.name))

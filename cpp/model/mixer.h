@@ -68,6 +68,10 @@ class MixerWeights {
   using Change = std::function<std::vector<float>(const std::vector<float>&)>;
   backend::Buffer parameter(std::string_view name, const Change& change);
 
+  /// The numbers of a parameter, of which something else is computed for the device; and that, on the device.
+  std::vector<float> numbers(std::string_view name);
+  backend::Buffer upload(const std::vector<float>& values);
+
   DType activation_dtype() const { return loader_.backend.activation_dtype(loader_.dtype); }
   DType projection_dtype() const { return loader_.backend.projection_dtype(loader_.dtype); }
 

@@ -91,12 +91,12 @@ bool has_nothing_else(const ModelConfig& config) {
 // Before weights are loaded, which takes long.
 void check_max_context(const ModelConfig& config, std::optional<std::int64_t> max_context) {
   if (!max_context) return;
-  if (!has_context(config))
+  if (!has_context(config) && !config.max_tokens())
     throw InvalidArgument("max_context is " + std::to_string(*max_context) +
                           ", but this model has no full_attention layer: its sequences may have any number of tokens");
-  if (*max_context < 1 || *max_context > limits::kSize)
-    throw InvalidArgument("max_context is " + std::to_string(*max_context) + ", expected 1 to " +
-                          std::to_string(limits::kSize));
+  const std::int64_t most = config.max_tokens().value_or(limits::kSize);
+  if (*max_context < 1 || *max_context > most)
+    throw InvalidArgument("max_context is " + std::to_string(*max_context) + ", expected 1 to " + std::to_string(most));
 }
 
 }  // namespace
@@ -131,16 +131,23 @@ std::shared_ptr<Model> Model::Impl::make(const ModelConfig& config, std::unique_
     const std::size_t fits = impl->executors.device().available_nbytes() / impl->context_nbytes;
     impl->max_context =
         max_context.value_or(static_cast<std::int64_t>(std::clamp<std::size_t>(fits, 1, limits::kSize)));
+  } else {
+    impl->max_context = max_context;
   }
+  if (const auto most = config.max_tokens()) impl->max_context = std::min(impl->max_context.value_or(*most), *most);
   return std::shared_ptr<Model>(new Model(std::move(impl)));
+}
+
+std::string Model::Impl::context_advice() const {
+  return max_context == transformer.config().max_tokens() ? "a layer's max_length allows no more"
+                                                          : "load it with a greater one";
 }
 
 void Model::Impl::check_context(std::int64_t seen, std::int64_t more, const std::string& what) const {
   if (!max_context || more <= *max_context - seen) return;
-  throw InvalidArgument(what + ": " + std::to_string(more) + " tokens" +
-                        (seen > 0 ? " behind " + std::to_string(seen) : "") +
-                        " are more than the model's max_context, " + std::to_string(*max_context) +
-                        " tokens: load it with a greater one");
+  throw InvalidArgument(
+      what + ": " + std::to_string(more) + " tokens" + (seen > 0 ? " behind " + std::to_string(seen) : "") +
+      " are more than the model's max_context, " + std::to_string(*max_context) + " tokens: " + context_advice());
 }
 
 Model::Model(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}

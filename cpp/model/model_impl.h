@@ -29,13 +29,16 @@ class Model::Impl {
   /// Throws InvalidArgument unless a sequence of `seen` tokens has room for `more`. `what` opens the message.
   void check_context(std::int64_t seen, std::int64_t more, const std::string& what) const;
 
+  /// What to do about max_context.
+  std::string context_advice() const;
+
   mutable Executors executors;
   DType dtype;
   Transformer transformer;
   Fingerprints fingerprints;
   std::size_t context_nbytes = 0;           // of the state, for each token; 0: its size is fixed
   bool only_appends = false;                // a call writes behind what the state holds, and nothing else of it
-  std::optional<std::int64_t> max_context;  // set where context_nbytes > 0
+  std::optional<std::int64_t> max_context;  // set where context_nbytes > 0 or ModelConfig::max_tokens says so
 };
 
 /// Throws InvalidArgument unless `tokens` is non-empty and every id is in [0, vocab_size). `what` opens the message.

@@ -255,7 +255,7 @@ std::int64_t Generator::Impl::room_behind(std::int32_t slot) const {
 
 std::string Generator::Impl::out_of_room() const {
   return "the sequence has reached the model's max_context, " + std::to_string(*session_.model->impl().max_context) +
-         " tokens: load it with a greater one";
+         " tokens: " + session_.model->impl().context_advice();
 }
 
 // Samples the first tokens of the sequences that were just admitted, the last ones of active_.

@@ -64,9 +64,10 @@ class PromptReader:
     def check_context(self, num_tokens: int, what: str) -> None:
         """Raises ValueError, which begins with `what`, when a sequence cannot have so many tokens."""
         if self.max_context is not None and num_tokens > self.max_context:
+            is_longest = self.max_context == self.config.max_tokens
             raise ValueError(
                 f"{what}: {num_tokens} tokens are more than the model's max_context, {self.max_context} tokens: "
-                "load it with a greater one"
+                + ("a layer's max_length allows no more" if is_longest else "load it with a greater one")
             )
 
     def new_sequence(self, index: int, prompt: Any, params: _core.SamplingParams, *, may_fail: bool) -> Request:

@@ -60,8 +60,8 @@ def load(
             matrix product then runs by one algorithm for any number of rows, which is slower (docs/performance.md). On
             the CPU it is always so, and this changes nothing.
         max_context: Tokens that a sequence may have in a model with full attention, up to 2^24; None for as many as
-            there is memory for now, for one sequence. Memory is taken as a sequence grows. Other models have no such
-            limit, and take none.
+            there is memory for now, for one sequence. Memory is taken as a sequence grows. A model with hyena layers
+            has at most their max_length. Other models have no such limit, and take none.
         revision: Branch, tag or commit at the hub.
         tokenizer: A tokenizer.json, or a directory that holds one, or vocab.json and merges.txt (GPT-2's form). By
             default the model's own; the published models have none and use GPT-2's, which is fetched from the hub when

@@ -213,6 +213,27 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
     faults_->tick("gated_delta_net");
     inner_->gated_delta_net(config, operands, batch, u, states, layer, out);
   }
+  void rwkv4_shift(const Rwkv4Config& config, const std::array<const float*, 3>& mix, const backend::RaggedBatch& batch,
+                   const backend::Matrix& x, backend::StatePool& states, int layer,
+                   const std::array<backend::Matrix, 3>& mixed) override {
+    faults_->tick("rwkv4_shift");
+    inner_->rwkv4_shift(config, mix, batch, x, states, layer, mixed);
+  }
+  void rwkv4(const Rwkv4Config& config, const backend::Rwkv4Operands& operands, const backend::RaggedBatch& batch,
+             backend::StatePool& states, int layer, const backend::Matrix& out) override {
+    faults_->tick("rwkv4");
+    inner_->rwkv4(config, operands, batch, states, layer, out);
+  }
+  void h3(const H3Config& config, const backend::H3Operands& operands, const backend::RaggedBatch& batch,
+          const backend::Matrix& qkv, backend::StatePool& states, int layer, const backend::Matrix& out) override {
+    faults_->tick("h3");
+    inner_->h3(config, operands, batch, qkv, states, layer, out);
+  }
+  void hyena(const HyenaConfig& config, const backend::HyenaOperands& operands, const backend::RaggedBatch& batch,
+             const backend::Matrix& u, backend::StatePool& states, int layer, const backend::Matrix& out) override {
+    faults_->tick("hyena");
+    inner_->hyena(config, operands, batch, u, states, layer, out);
+  }
   void token_log_probs(const backend::Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
                        std::span<float> out) override {
     faults_->tick("token_log_probs");

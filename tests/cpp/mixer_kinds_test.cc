@@ -31,6 +31,7 @@ void set(std::int64_t& value, const domain::Integer& range) {
   value = std::clamp<std::int64_t>(2, range.low, range.high);
 }
 void set(std::int64_t& value, const domain::Divisor& divisor) { value = divisor.of; }
+void set(std::int64_t& value, domain::HiddenSize) { value = test::tiny_config().hidden_size; }
 void set(double& value, domain::Positive) { value = 0.5; }
 void set(double& value, domain::NonNegative) { value = 0.5; }
 
@@ -44,6 +45,7 @@ Config example(bool flags) {
     else
       set(config.*member, domain);
   });
+  if constexpr (requires { config.max_length; }) config.max_length = 16;  // the tests feed 6 tokens
   return config;
 }
 
@@ -121,6 +123,12 @@ TYPED_TEST(MixerKind, RefusesEveryFieldOutsideItsDomain) {
         mixer.*member = bad;
         refuse(mixer, key);
       }
+    } else if constexpr (std::is_same_v<std::decay_t<decltype(domain)>, domain::HiddenSize>) {
+      for (const std::int64_t difference : {-1, 1}) {
+        mixer.*member += difference;
+        refuse(mixer, key);
+        mixer.*member -= difference;
+      }
     } else if constexpr (std::is_same_v<decltype(mixer.*member), double&>) {
       mixer.*member = -1;
       refuse(mixer, key);
@@ -169,7 +177,8 @@ TYPED_TEST(MixerKind, RunsAndItsStateIsAsDescribed) {
     const auto model = Model::random(config, 7, options);
     const auto backend = backend::make_backend({}, 2);
     const std::size_t slot = backend->make_states(config, dtype, 1)->nbytes_per_slot();
-    if (model->max_context()) {
+    EXPECT_EQ(model->max_context().has_value(), config.max_tokens() || model->state_nbytes(1) > slot);
+    if (model->state_nbytes(1) > slot) {
       EXPECT_EQ(model->state_nbytes(0), slot);
       EXPECT_GT(model->state_nbytes(1), slot);
       EXPECT_GE(model->state_nbytes(), model->state_nbytes(1));
@@ -296,6 +305,23 @@ class WithoutWindows final : public backend::DeviceBackend<WithoutWindows> {
                        const backend::RaggedBatch& batch, const backend::Matrix& u, backend::StatePool& states,
                        int layer, const backend::Matrix& out) override {
     cpu_.gated_delta_net(config, operands, batch, u, states, layer, out);
+  }
+  void rwkv4_shift(const Rwkv4Config& config, const std::array<const float*, 3>& mix, const backend::RaggedBatch& batch,
+                   const backend::Matrix& x, backend::StatePool& states, int layer,
+                   const std::array<backend::Matrix, 3>& mixed) override {
+    cpu_.rwkv4_shift(config, mix, batch, x, states, layer, mixed);
+  }
+  void rwkv4(const Rwkv4Config& config, const backend::Rwkv4Operands& operands, const backend::RaggedBatch& batch,
+             backend::StatePool& states, int layer, const backend::Matrix& out) override {
+    cpu_.rwkv4(config, operands, batch, states, layer, out);
+  }
+  void h3(const H3Config& config, const backend::H3Operands& operands, const backend::RaggedBatch& batch,
+          const backend::Matrix& qkv, backend::StatePool& states, int layer, const backend::Matrix& out) override {
+    cpu_.h3(config, operands, batch, qkv, states, layer, out);
+  }
+  void hyena(const HyenaConfig& config, const backend::HyenaOperands& operands, const backend::RaggedBatch& batch,
+             const backend::Matrix& u, backend::StatePool& states, int layer, const backend::Matrix& out) override {
+    cpu_.hyena(config, operands, batch, u, states, layer, out);
   }
   void token_log_probs(const backend::Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
                        std::span<float> out) override {

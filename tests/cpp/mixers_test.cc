@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <complex>
 #include <cstdint>
 #include <limits>
 #include <map>
@@ -75,6 +76,15 @@ struct Mixer {
     std::uint64_t seed = 77;
     for (const Parameter& p : mixer_parameters(config))
       parameters[p.name] = random_floats(static_cast<std::size_t>(num_elements(p.shape)), seed++, 0.5);
+    if (const auto* h3 = std::get_if<H3Config>(&config)) {
+      const std::int64_t numbers = 2 * h3->num_heads * h3->num_modes;
+      parameters["taps"] = random_floats(static_cast<std::size_t>(h3->channels() * h3->kernel_size), seed++, 0.5);
+      parameters["weight"] = random_floats(static_cast<std::size_t>(numbers), seed++, 0.5);
+      parameters["decay"] = random_floats(static_cast<std::size_t>(numbers), seed++, 0.3);
+      for (float& a : parameters["decay"]) a = std::clamp(a, -0.7f, 0.7f);  // |a| < 1
+    }
+    if (const auto* hyena = std::get_if<HyenaConfig>(&config))
+      parameters["table"] = random_floats(static_cast<std::size_t>(hyena->max_length * hyena->inner_size), seed++, 0.5);
   }
 
   // Null where the mixer has none of this name.
@@ -130,6 +140,23 @@ struct Mixer {
       void operator()(const GatedDeltaNetConfig& c) const {
         cpu.gated_delta_net(c, {find("conv.weight"), find("norm.weight"), find("A_log"), find("dt_bias")}, batch, in,
                             states, 0, out);
+      }
+      // [x|v|r]: what the shift makes of x takes the place of the three projections.
+      void operator()(const Rwkv4Config& c) const {
+        Columns x(in, 0, c.inner_size), k(x), v(x), r(x);
+        std::vector<float> decay = parameters.at("time_decay");
+        for (float& log : decay) log = -std::exp(log);
+        cpu.rwkv4_shift(c, {find("time_mix_k"), find("time_mix_v"), find("time_mix_r")}, batch, x.matrix(), states, 0,
+                        {k.matrix(), v.matrix(), r.matrix()});
+        cpu.rwkv4(c, {decay.data(), find("time_first"), k.matrix(), v.matrix(), r.matrix()}, batch, states, 0, out);
+      }
+      // Their weights are what the model makes of the parameters: here the parameters are called and shaped like them.
+      void operator()(const H3Config& c) const {
+        cpu.h3(c, {find("taps"), find("decay"), find("weight"), find("D")}, batch, in, states, 0, out);
+      }
+      void operator()(const HyenaConfig& c) const {
+        cpu.hyena(c, {find("conv.weight"), find("conv.bias"), find("table"), find("filter.D")}, batch, in, states, 0,
+                  out);
       }
     };
     std::visit(Run{cpu, parameters, batch, in, states, out}, config);
@@ -410,6 +437,94 @@ std::vector<double> reference(const GatedDeltaNetConfig& c, const Parameters& pa
   return out;
 }
 
+// The sums over all tokens before.
+std::vector<double> reference(const Rwkv4Config& c, const Parameters& parameters, const std::vector<float>& in,
+                              std::int64_t) {
+  const std::int64_t e = c.inner_size, width = 3 * e, tokens = static_cast<std::int64_t>(in.size()) / width;
+  const auto mixed = [&](const char* name, std::int64_t t, std::int64_t i) {
+    const double mu = Mixer::find(parameters, name)[i];
+    return mu * in[t * width + i] + (1 - mu) * (t > 0 ? in[(t - 1) * width + i] : 0);
+  };
+  std::vector<double> out;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    for (std::int64_t i = 0; i < e; ++i) {
+      const double w = -std::exp(double{Mixer::find(parameters, "time_decay")[i]});
+      double numerator = 0, denominator = 0;
+      for (std::int64_t j = 0; j <= t; ++j) {
+        const double first = Mixer::find(parameters, "time_first")[i], k = mixed("time_mix_k", j, i);
+        const double weight = std::exp(k + (j == t ? first : static_cast<double>(t - 1 - j) * w));
+        numerator += weight * mixed("time_mix_v", j, i);
+        denominator += weight;
+      }
+      out.push_back(numerator / denominator / (1 + std::exp(-mixed("time_mix_r", t, i))));
+    }
+  }
+  return out;
+}
+
+// Sums over all tokens before: S = Σ_j G_{t−j} k_j v_jᵀ, G_n = Σ_m Re(w a^n) with the complex numbers w and a of a
+// mode.
+std::vector<double> reference(const H3Config& c, const Parameters& parameters, const std::vector<float>& in,
+                              std::int64_t) {
+  const std::int64_t H = c.num_heads, d = c.head_dim, K = c.kernel_size, M = c.num_modes, width = 3 * H * d;
+  const std::int64_t tokens = static_cast<std::int64_t>(in.size()) / width;
+  const float *taps = Mixer::find(parameters, "taps"), *decay = Mixer::find(parameters, "decay");
+  const float *weight = Mixer::find(parameters, "weight"), *skip = Mixer::find(parameters, "D");
+  std::vector<double> out(static_cast<std::size_t>(tokens * H * d));
+  for (std::int64_t h = 0; h < H; ++h) {
+    std::vector<double> kernel(static_cast<std::size_t>(tokens));
+    for (std::int64_t m = 0; m < M; ++m) {
+      const std::complex<double> a(decay[h * 2 * M + m], decay[(h * 2 + 1) * M + m]);
+      std::complex<double> power(weight[h * 2 * M + m], -weight[(h * 2 + 1) * M + m]);
+      for (double& k : kernel) {
+        k += power.real();
+        power *= a;
+      }
+    }
+    kernel[0] += skip[h];
+    const auto k = [&](std::int64_t t, std::int64_t i) {
+      double sum = 0;
+      for (std::int64_t j = 0; j < K; ++j)
+        if (t - K + 1 + j >= 0)
+          sum += double{taps[(h * d + i) * K + j]} * in[(t - K + 1 + j) * width + (H + h) * d + i];
+      return sum;
+    };
+    for (std::int64_t i = 0; i < d; ++i) {
+      for (std::int64_t s = 0; s < tokens; ++s) {
+        const double ks = k(s, i);
+        for (std::int64_t t = s; t < tokens; ++t)
+          for (std::int64_t j = 0; j < d; ++j)
+            out[(t * H + h) * d + j] +=
+                in[t * width + h * d + i] * kernel[t - s] * ks * in[s * width + (2 * H + h) * d + j];
+      }
+    }
+  }
+  return out;
+}
+
+std::vector<double> reference(const HyenaConfig& c, const Parameters& parameters, const std::vector<float>& in,
+                              std::int64_t) {
+  const std::int64_t e = c.inner_size, K = c.kernel_size, width = 3 * e;
+  const std::int64_t tokens = static_cast<std::int64_t>(in.size()) / width;
+  const float *taps = Mixer::find(parameters, "conv.weight"), *bias = Mixer::find(parameters, "conv.bias");
+  const auto conv = [&](std::int64_t t, std::int64_t i) {
+    double sum = bias[i];
+    for (std::int64_t j = 0; j < K; ++j)
+      if (t - K + 1 + j >= 0) sum += double{taps[i * K + j]} * in[(t - K + 1 + j) * width + i];
+    return sum;
+  };
+  std::vector<double> out(static_cast<std::size_t>(tokens * e));
+  for (std::int64_t i = 0; i < e; ++i) {
+    for (std::int64_t s = 0; s < tokens; ++s) {
+      const double g = conv(s, i) * conv(s, 2 * e + i);
+      out[s * e + i] += Mixer::find(parameters, "filter.D")[i] * g;
+      for (std::int64_t t = s; t < tokens; ++t) out[t * e + i] += Mixer::find(parameters, "table")[(t - s) * e + i] * g;
+    }
+    for (std::int64_t t = 0; t < tokens; ++t) out[t * e + i] *= conv(t, e + i);
+  }
+  return out;
+}
+
 std::vector<double> reference(const Mixer& mixer, const std::vector<float>& in, std::int64_t start = 0) {
   return std::visit([&](const auto& config) { return reference(config, mixer.parameters, in, start); }, mixer.config);
 }
@@ -476,9 +591,24 @@ std::vector<Mixer> deltas() {
           Mixer(GatedDeltaNetConfig{3, 17, 7, 2, 1e-5, false, true})};
 }
 
+std::vector<Mixer> rwkv4s() {
+  return {Mixer(Rwkv4Config{128, 128}), Mixer(Rwkv4Config{1, 1}), Mixer(Rwkv4Config{37, 37}),
+          Mixer(Rwkv4Config{150, 150})};
+}
+
+std::vector<Mixer> h3s() {
+  return {Mixer(H3Config{32, 2, 16, 8}), Mixer(H3Config{1, 1, 1, 1}), Mixer(H3Config{2, 19, 3, 5}),
+          Mixer(H3Config{3, 4, 40, 33})};
+}
+
+// Not one of the tests with all mixers has more tokens than 200.
+std::vector<Mixer> hyenas() {
+  return {Mixer(HyenaConfig{128, 3, 200, 64}), Mixer(HyenaConfig{1, 1, 200, 1}), Mixer(HyenaConfig{37, 4, 256, 3})};
+}
+
 std::vector<Mixer> all_mixers() {
   std::vector<Mixer> all = convs();
-  for (auto& mixers : {linears(), windows(), prefixes(), fulls(), scans(), deltas()})
+  for (auto& mixers : {linears(), windows(), prefixes(), fulls(), scans(), deltas(), rwkv4s(), h3s(), hyenas()})
     all.insert(all.end(), mixers.begin(), mixers.end());
   return all;
 }
@@ -571,7 +701,7 @@ TEST_P(Mixers, MatchReferenceInRaggedBatches) {
 TEST_P(Mixers, CutsChangeNoBitOfWhatGoesTokenByToken) {
   CpuBackend cpu = make_cpu(GetParam());
   std::vector<Mixer> mixers = convs();
-  for (const auto& more : {windows(), fulls(), scans(), deltas()})
+  for (const auto& more : {windows(), fulls(), scans(), deltas(), rwkv4s(), h3s(), hyenas()})
     mixers.insert(mixers.end(), more.begin(), more.end());
   std::mt19937 random(6);
   for (const Mixer& mixer : mixers) {
@@ -761,6 +891,38 @@ TEST_P(Mixers, SmallStepsOfTheScanHaveAllTheirDigits) {
     const auto out = feed_cut(mixer, cpu, in, {1});
     const auto expected = reference(mixer, in);
     for (std::size_t i = 0; i < out.size(); ++i) EXPECT_NEAR(out[i] / expected[i], 1, 1e-6) << dt;
+  }
+}
+
+// e^k would overflow, or be 0, as float: only differences of exponents may be taken. What all k have in common changes
+// nothing.
+TEST_P(Mixers, Rwkv4IsExactForExponentsOfAllSizes) {
+  CpuBackend cpu = make_cpu(GetParam());
+  Mixer mixer(Rwkv4Config{35, 35});
+  std::ranges::fill(mixer.parameters["time_mix_k"], 1.0f);  // k is x; v and r are the token before
+  for (const char* name : {"time_mix_v", "time_mix_r"}) std::ranges::fill(mixer.parameters[name], 0.0f);
+  std::vector<float> decay = mixer.parameters["time_decay"];
+  for (float& log : decay) log = -std::exp(log);
+  const std::int64_t rows = 300, e = 35;
+  auto in = mixer.input(rows, 20);
+  for (float& x : in) x = std::round(x * 32) / 8;  // k + offset is exact
+  const auto expected = reference(mixer, in);
+  for (const float offset : {-3000.0f, -90.0f, 0.0f, 90.0f, 3000.0f}) {
+    std::vector<float> k, v, out(static_cast<std::size_t>(rows * e));
+    for (std::int64_t t = 0; t < rows; ++t)
+      for (std::int64_t i = 0; i < e; ++i) {
+        k.push_back(in[t * 3 * e + i] + offset);
+        v.push_back(t > 0 ? in[(t - 1) * 3 * e + i] : 0);
+      }
+    const std::vector<std::int32_t> tokens(300), offsets{0, 300}, slots{0};
+    const std::vector<std::int64_t> positions{0};
+    const auto matrix = [&](std::vector<float>& x) { return Matrix{x.data(), DType::float32, rows, e}; };
+    const auto states = mixer.states(cpu, DType::float32, 1);
+    cpu.rwkv4(std::get<Rwkv4Config>(mixer.config),
+              {decay.data(), mixer.parameters["time_first"].data(), matrix(k), matrix(v), matrix(v)},
+              {tokens, offsets, slots, positions}, *states, 0, matrix(out));
+    // Exponents are rounded to 2⁻¹³ at 3,000, to 2⁻¹⁸ at 90.
+    EXPECT_LT(relative_error(out, expected), 3e-6 + 6e-8 * std::abs(offset)) << offset;
   }
 }
 

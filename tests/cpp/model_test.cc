@@ -5,6 +5,8 @@
 #include <cmath>
 #include <map>
 #include <string>
+#include <utility>
+#include <variant>
 
 #include "based/error.h"
 #include "tiny_model.h"
@@ -112,18 +114,26 @@ TEST(Model, TraceEndsInForward) {
 }
 
 TEST(Model, ScoreIsLogSoftmaxOfForward) {
-  const auto model = Model::random(tiny_config(), 7);
-  const auto tokens = random_tokens(600, 2);
-  const auto logits = floats(model->forward(tokens));
-  const auto score = model->score(tokens);
-  ASSERT_EQ(score.size(), tokens.size() - 1);
-  for (std::size_t t = 0; t < score.size(); ++t) {
-    double sum = 0;
-    for (int v = 0; v < 61; ++v) sum += std::exp(static_cast<double>(logits[t * 64 + static_cast<std::size_t>(v)]));
-    const double want = logits[t * 64 + static_cast<std::size_t>(tokens[t + 1])] - std::log(sum);
-    ASSERT_NEAR(score[t], want, 1e-5) << t;
+  const PrefixLinearAttentionConfig prefix{2, 3, 5, 1, 1e-12};
+  ModelConfig causal = tiny_config(), with_prefix = test::gpu_config();
+  std::erase_if(causal.layers,
+                [](const auto& layer) { return std::holds_alternative<PrefixLinearAttentionConfig>(layer); });
+  with_prefix.layers.push_back(prefix);
+  // score() and forward() cut a prompt with a prefix in other places.
+  for (const auto& [config, tolerance] : {std::pair(causal, 1e-6), {with_prefix, 1e-5}}) {
+    const auto model = Model::random(config, 7);
+    const auto tokens = random_tokens(600, 2);
+    const auto logits = floats(model->forward(tokens));
+    const auto score = model->score(tokens);
+    ASSERT_EQ(score.size(), tokens.size() - 1);
+    for (std::size_t t = 0; t < score.size(); ++t) {
+      double sum = 0;
+      for (int v = 0; v < 61; ++v) sum += std::exp(static_cast<double>(logits[t * 64 + static_cast<std::size_t>(v)]));
+      const double want = logits[t * 64 + static_cast<std::size_t>(tokens[t + 1])] - std::log(sum);
+      ASSERT_NEAR(score[t], want, tolerance) << t;
+    }
+    EXPECT_TRUE(model->score(random_tokens(1, 1)).empty());
   }
-  EXPECT_TRUE(model->score(random_tokens(1, 1)).empty());
 }
 
 TEST(Model, RefusesTokensOutsideTheVocabulary) {

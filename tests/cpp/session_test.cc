@@ -201,14 +201,14 @@ class MaxContext : public ::testing::Test {
   static std::shared_ptr<const Model> load(std::int64_t max_context) {
     LoadOptions options;
     options.max_context = max_context;
-    return Model::random(test::tiny_config(), 11, options);
+    return Model::random(test::unlimited_config(), 11, options);
   }
   std::shared_ptr<const Model> model_ = load(10);
 };
 
 TEST_F(MaxContext, IsOfTheLoadedModel) {
   EXPECT_EQ(model_->max_context(), 10);
-  const auto other = Model::random(test::tiny_config(), 11);
+  const auto other = Model::random(test::unlimited_config(), 11);
   EXPECT_GT(other->max_context(), 10'000);
   EXPECT_EQ(other->fingerprint(), model_->fingerprint());
   EXPECT_GT(other->state_nbytes(), model_->state_nbytes());

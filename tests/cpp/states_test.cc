@@ -579,7 +579,7 @@ TEST(States, ForksAndCheckpointsOfLongWindowsTakeWhatTheyHold) {
   GTEST_SKIP() << "the sanitizer keeps memory of its own beside every page";
 #endif
   constexpr std::size_t kMegabyte = std::size_t{1} << 20;
-  ModelConfig config = test::tiny_config();
+  ModelConfig config = test::unlimited_config();
   SlidingWindowConfig window = std::get<SlidingWindowConfig>(config.layers[2]);
   window.num_heads = window.num_kv_heads = 4;
   window.head_dim = 64;

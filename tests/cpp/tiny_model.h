@@ -6,6 +6,7 @@
 #include <fstream>
 #include <memory>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "based/model.h"
@@ -53,6 +54,16 @@ inline ModelConfig tiny_config() {
   config.layers.push_back(kFullAttention);
   config.layers.push_back(kSelectiveScan);
   config.layers.push_back(GatedDeltaNetConfig{2, 5, 7, 3, 1e-5, true, true});
+  config.layers.push_back(Rwkv4Config{24, 37});
+  config.layers.push_back(H3Config{3, 2, 4, 5});
+  config.layers.push_back(HyenaConfig{7, 3, 4096, 6});
+  return config;
+}
+
+/// The same without the layers that limit how many tokens a sequence may have.
+inline ModelConfig unlimited_config() {
+  ModelConfig config = tiny_config();
+  std::erase_if(config.layers, [](const MixerConfig& layer) { return std::holds_alternative<HyenaConfig>(layer); });
   return config;
 }
 

@@ -27,11 +27,13 @@ KINDS = pytest.mark.parametrize("kind", MIXERS, ids=lambda kind: kind.mixer)
 
 
 def example(kind: Any, **values: Any) -> dict[str, Any]:
-    """A layer of config.json: every integer 2, every real 0.5, every flag true, but for `values`."""
+    """A layer of config.json: integers 2 (or what the model asks), reals 0.5, flags true, but for `values`."""
     layer = {"mixer": kind.mixer} | {
         field.key: {"int": 2, "float": 0.5, "bool": True}[field.type] for field in kind.fields()
     }
-    return layer | values
+    if "max_length" in layer:
+        layer["max_length"] = 16  # the tests feed 6 tokens
+    return layer | {field.key: HIDDEN_SIZE for field in kind.fields() if field.domain == "hidden_size"} | values
 
 
 def config_of(*layers: dict[str, Any]) -> based.ModelConfig:
@@ -121,7 +123,8 @@ def test_a_model_runs_and_its_sizes_are_those_told(kind: Any, tmp_path: Path, ca
         assert full == 0 and facts["max_context"] > 5 and model.max_context > 5
         assert sizes.state_nbytes(config, "float32", 5) <= model.state_nbytes_at(5) <= model.state_nbytes
     else:
-        assert facts["max_context"] is model.max_context is None
+        assert facts["max_context"] == model.max_context == config.max_tokens
+        assert ("longest sequence" in text) == (config.max_tokens is not None)
         assert 0 < full <= model.state_nbytes
 
     other = model.session()
@@ -185,6 +188,8 @@ def with_letters(kind: Any) -> tuple[Any, dict[str, int]]:
     for field in kind.fields():
         if field.domain.startswith("a divisor of "):
             layer[field.domain.removeprefix("a divisor of ")] *= layer[field.key]
+        elif field.domain == "hidden_size":
+            layer[field.key] = HIDDEN_SIZE
         elif field.type == "int" and field.high is None:
             layer[field.key] = field.low
     values = {key: value for key, value in layer.items() if type(value) is int} | {"d": HIDDEN_SIZE}

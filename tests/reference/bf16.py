@@ -124,9 +124,9 @@ class _Forward:
             s = bf16(bf16(q @ keys.transpose(0, 2, 1)) / np.float32(math.sqrt(layer["feature_dim"])))
             return bf16(bf16(1 + s) + bf16(bf16(s * s) / 2))
 
-        p, p_enc = np.tril(weights(k)), weights(k_enc)
-        total = bf16(bf16(p.sum(-1, keepdims=True)) + bf16(p_enc.sum(-1, keepdims=True)))
-        y = bf16(bf16(bf16(p @ v) + bf16(p_enc @ v_enc)) / bf16(total + np.float32(layer["eps"])))
+        # The prefix's keys and values stand before all others: one sum of both.
+        p, v = np.concatenate([weights(k_enc), np.tril(weights(k))], -1), np.concatenate([v_enc, v], 1)
+        y = bf16(bf16(p @ v) / bf16(bf16(p.sum(-1, keepdims=True)) + np.float32(layer["eps"])))
         return y.transpose(1, 0, 2).reshape(len(x), -1)
 
     def _gated_delta_net(self, x: Array, layer: Config, i: int) -> Array:
@@ -156,6 +156,77 @@ class _Forward:
         if layer["output_gate"]:
             y = y * ACTIVATIONS["silu"](self._linear(x, f"{name}.g_proj")).reshape(y.shape)
         return bf16(y).reshape(t, -1)
+
+    def _rwkv4(self, x: Array, layer: Config, i: int) -> Array:
+        """As the authors' kernel: bfloat16 inputs and result, float32 inside, and of all that is no matrix."""
+        name, zeros = f"layers.{i}.mixer", np.zeros((1, x.shape[1]), np.float32)
+        shifted = np.concatenate([zeros, x])[:-1]
+
+        def project(part: str) -> Array:
+            mix = self.wide[f"{name}.time_mix_{part}"]
+            return self._linear(bf16(mix * x + (1 - mix) * shifted), f"{name}.{part}_proj")
+
+        k, v, r = (project(part).astype(np.float64) for part in "kvr")
+        p, q, o = np.zeros_like(k[0]), np.zeros_like(k[0]), np.full_like(k[0], -np.inf)
+        y = np.zeros_like(k)
+        for t in range(len(x)):
+            own = self.wide[f"{name}.time_first"] + k[t]
+            most = np.maximum(o, own)
+            past, present = np.exp(o - most), np.exp(own - most)
+            y[t] = (past * p + present * v[t]) / (past * q + present)
+            o = o - np.exp(self.wide[f"{name}.time_decay"])
+            most = np.maximum(o, k[t])
+            kept, added = np.exp(o - most), np.exp(k[t] - most)
+            p, q, o = kept * p + added * v[t], kept * q + added, most
+        self.state.tensors[f"layers.{i}.shift"] = x[-1].astype(np.float64)
+        self.state.tensors[f"layers.{i}.wkv"] = np.stack([p, q, o])
+        return bf16(bf16(ACTIVATIONS["sigmoid"](r)) * bf16(y))
+
+    def _h3(self, x: Array, layer: Config, i: int) -> Array:
+        """As the authors' code, which makes 16-bit numbers float32 between the projections."""
+        name, t, h = f"layers.{i}.mixer", len(x), layer["num_heads"]
+        q, k, v = np.split(self._linear(x, f"{name}.qkv_proj").astype(np.float64), 3, axis=-1)
+        b, c, taps = self.wide[f"{name}.shift_B"], self.wide[f"{name}.shift_C"], layer["kernel_size"]
+        padded = np.concatenate([np.zeros((taps - 1, k.shape[1])), k])
+        self.state.tensors[f"layers.{i}.conv"] = padded[t:]
+        k = self.wide[f"{name}.shift_D"] * k
+        for j in range(taps):
+            k = k + (b[:, : taps - j] * c[:, j:]).sum(1) * padded[taps - 1 - j :][:t]
+        q, k, v = (part.reshape(t, h, -1) for part in (q, k, v))
+        step = np.exp(self.wide[f"{name}.log_dt"])[:, None]
+        z = step / 2 * (-np.exp(self.wide[f"{name}.A_log"]) + 1j * self.wide[f"{name}.A_imag"])
+        weight = (self.wide[f"{name}.B"] @ [1, 1j]) * (self.wide[f"{name}.C"] @ [1, 1j]) * step / (1 - z)
+        decay, modes = ((1 + z) / (1 - z))[:, None, None], np.zeros((h, k.shape[2], k.shape[2], z.shape[1]), complex)
+        y = np.zeros((t, h, k.shape[2]))
+        for n in range(t):
+            kv = k[n][:, :, None] * v[n][:, None]
+            modes = decay * modes + kv[..., None]
+            s = 2 * (weight[:, None, None] * modes).real.sum(-1) + self.wide[f"{name}.D"][:, None, None] * kv
+            y[n] = np.einsum("hi,hij->hj", q[n], s)
+        self.state.tensors[f"layers.{i}.modes"] = np.stack([modes.real, modes.imag], -2)
+        return bf16(y).reshape(t, -1)
+
+    def _hyena(self, x: Array, layer: Config, i: int) -> Array:
+        """Likewise."""
+        name, t, length = f"layers.{i}.mixer", len(x), layer["max_length"]
+        w = {part: self.wide[f"{name}.filter.{part}"].astype(np.float64) for part in ("w1", "w2", "w3", "w4", "freq")}
+        u, taps = self._linear(x, f"{name}.in_proj").astype(np.float64), self.w[f"{name}.conv.weight"]
+        padded = np.concatenate([np.zeros((layer["kernel_size"] - 1, u.shape[1])), u])
+        self.state.tensors[f"layers.{i}.conv"] = padded[t:]
+        conv = sum(taps[:, j] * padded[j : j + t] for j in range(taps.shape[1])) + self.w[f"{name}.conv.bias"]
+        x1, x2, v = np.split(conv, 3, axis=-1)
+        time, angle = np.arange(t) / max(1, length - 1), 2e-4 * np.pi * np.arange(t) / length
+        h = np.stack([time, np.cos(angle), -np.sin(angle)], -1)
+        for n in (1, 2, 3):
+            h = np.sin(w["freq"] * (h @ w[f"w{n}"].T + self.wide[f"{name}.filter.b{n}"]))
+        decay = np.linspace(-np.log(0.01) / 1.5, -np.log(0.01) / 0.3, layer["inner_size"])
+        h = (h @ w["w4"].T) * np.exp(-time[:, None] * decay)
+        g = v * x1
+        y = self.wide[f"{name}.filter.D"] * g
+        for n in range(t):
+            y[n:] += h[n] * g[: t - n]
+        self.state.tensors[f"layers.{i}.products"] = np.concatenate([g, np.zeros((length - t, g.shape[1]))])
+        return bf16(y * x2)
 
     def _sliding_window(self, x: Array, layer: Config, i: int) -> Array:
         t, h, h_kv, window = len(x), layer["num_heads"], layer["num_kv_heads"], layer.get("window", len(x))

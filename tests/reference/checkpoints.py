@@ -134,6 +134,34 @@ def model_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes[f"{name}.conv.weight"] = (h * (2 * dk + head_dim), layer["kernel_size"])
             shapes[f"{name}.norm.weight"] = (head_dim,)
             linear(f"{name}.out_proj", d, h * head_dim, False)
+        elif layer["mixer"] == "rwkv4":
+            e = layer["inner_size"]
+            for part in "kvr":
+                linear(f"{name}.{part}_proj", e, d, False)
+                shapes[f"{name}.time_mix_{part}"] = (d,)
+            shapes[f"{name}.time_decay"] = shapes[f"{name}.time_first"] = (e,)
+            linear(f"{name}.out_proj", d, e, False)
+        elif layer["mixer"] == "h3":
+            h, modes = layer["num_heads"], layer["num_modes"]
+            e = h * layer["head_dim"]
+            linear(f"{name}.qkv_proj", 3 * e, d, True)
+            shapes[f"{name}.shift_B"] = shapes[f"{name}.shift_C"] = (e, layer["kernel_size"])
+            shapes[f"{name}.shift_D"] = (e,)
+            shapes[f"{name}.log_dt"] = shapes[f"{name}.D"] = (h,)
+            shapes[f"{name}.A_log"] = shapes[f"{name}.A_imag"] = (h, modes)
+            shapes[f"{name}.B"] = shapes[f"{name}.C"] = (h, modes, 2)
+            linear(f"{name}.out_proj", d, e, True)
+        elif layer["mixer"] == "hyena":
+            e, f = layer["inner_size"], layer["filter_size"]
+            linear(f"{name}.in_proj", 3 * e, d, True)
+            shapes[f"{name}.conv.weight"] = (3 * e, layer["kernel_size"])
+            shapes[f"{name}.conv.bias"] = (3 * e,)
+            for number, shape in enumerate(((f, 3), (f, f), (f, f), (e, f)), 1):
+                shapes[f"{name}.filter.w{number}"] = shape
+            for part in ("b1", "b2", "b3", "freq"):
+                shapes[f"{name}.filter.{part}"] = (f,)
+            shapes[f"{name}.filter.D"] = (e,)
+            linear(f"{name}.out_proj", d, e, True)
         else:
             h, h_kv, head_dim = layer["num_heads"], layer["num_kv_heads"], layer["head_dim"]
             linear(f"{name}.qkv_proj", (h + 2 * h_kv) * head_dim, d, layer["qkv_bias"])
@@ -174,6 +202,9 @@ MIXERS = (
     "full_attention",
     "selective_scan",
     "gated_delta_net",
+    "rwkv4",
+    "h3",
+    "hyena",
 )
 """The kinds that random models are made of."""
 
@@ -181,7 +212,7 @@ ON_A_GPU = ("gated_conv", "linear_attention", "sliding_window", "full_attention"
 """Those that a GPU has kernels for."""
 
 
-def _random_mixer(choose: Choose, kinds: Sequence[str]) -> Config:
+def _random_mixer(choose: Choose, kinds: Sequence[str], hidden_size: int) -> Config:
     kind = choose.one_of(list(kinds))
     if kind == "gated_conv":
         inner_size, kernel_size = choose.integer(1, 40), choose.integer(1, 6)
@@ -230,6 +261,24 @@ def _random_mixer(choose: Choose, kinds: Sequence[str]) -> Config:
             "decay": choose.one_of([True, False]),
             "output_gate": choose.one_of([True, False]),
         }
+    if kind == "rwkv4":
+        return {"mixer": kind, "hidden_size": hidden_size, "inner_size": choose.integer(1, 40)}
+    if kind == "h3":
+        return {
+            "mixer": kind,
+            "num_heads": choose.integer(1, 6),
+            "head_dim": choose.one_of([2, 1, 3, 5]),
+            "kernel_size": choose.integer(1, 20),
+            "num_modes": choose.one_of([8, 1, 3, 17]),
+        }
+    if kind == "hyena":
+        return {
+            "mixer": kind,
+            "inner_size": choose.integer(1, 40),
+            "kernel_size": choose.integer(1, 4),
+            "max_length": choose.one_of([1024, 2000]),  # more tokens than any test feeds a random model
+            "filter_size": choose.integer(1, 16),
+        }
     assert kind in ("sliding_window", "full_attention"), f"{kind} has no random shapes"
     num_kv_heads, head_dim = choose.integer(1, 3), choose.one_of([16, 1, 2, 3, 7, 8, 24, 33])
     return {
@@ -249,13 +298,13 @@ def _random_mixer(choose: Choose, kinds: Sequence[str]) -> Config:
 
 def random_model_config(choose: Choose, max_layers: int = 4, kinds: Sequence[str] = MIXERS) -> Config:
     """Any config that our format allows, small."""
-    vocab_size = choose.integer(2, 70)
+    vocab_size, hidden_size = choose.integer(2, 70), choose.integer(1, 48)
     config = {
         "format": "based",
         "format_version": 1,
         "vocab_size": vocab_size,
         "padded_vocab_size": vocab_size + choose.integer(0, 9),
-        "hidden_size": choose.integer(1, 48),
+        "hidden_size": hidden_size,
         "norm": {"type": choose.one_of(["rms_norm", "layer_norm"]), "eps": choose.one_of([1e-5, 1e-3])},
         "mlp": {
             "gated": choose.one_of([True, False]),
@@ -267,7 +316,7 @@ def random_model_config(choose: Choose, max_layers: int = 4, kinds: Sequence[str
         "tie_embeddings": choose.one_of([True, False]),
         "bos_token_id": choose.one_of([None, 0]),
         "eos_token_id": choose.one_of([None, vocab_size - 1]),
-        "layers": [_random_mixer(choose, kinds) for _ in range(choose.integer(1, max_layers))],
+        "layers": [_random_mixer(choose, kinds, hidden_size) for _ in range(choose.integer(1, max_layers))],
     }
     return config if choose.integer(0, 4) else config | {"mlp": None}
 

@@ -86,7 +86,8 @@ class State:
 
     layers.{i}.conv (K-1, e) · layers.{i}.taylor (H, features, head_dim + 1) · layers.{i}.keys and .values
     (min(num_tokens, window), H_kv, head_dim), (num_tokens, H_kv, head_dim) with full attention · layers.{i}.scan
-    (N, e) · layers.{i}.delta (H, key_dim, head_dim).
+    (N, e) · layers.{i}.delta (H, key_dim, head_dim) · layers.{i}.shift (d), layers.{i}.wkv (3, e) · layers.{i}.modes
+    (H, head_dim, head_dim, 2, M) · layers.{i}.products (max_length, e).
     """
 
     num_tokens: int = 0
@@ -281,6 +282,86 @@ class Model:
         y = np.einsum("hts,hsd->thd", np.einsum("thd,shd->hts", q, k) * decay, u)
         return self._delta_output(y, gate, layer)
 
+    def _rwkv4_inputs(self, x: Array, layer: int, before: Array) -> tuple[Array, Array, Array]:
+        """k, v and r (T, e) of tokens x (T, d) after the token before (1, d)."""
+        name, shifted = f"layers.{layer}.mixer", np.concatenate([before, x])[:-1]
+
+        def project(part: str) -> Array:
+            mix = self.tensors[f"{name}.time_mix_{part}"]
+            return self._linear(mix * x + (1 - mix) * shifted, f"{name}.{part}_proj")
+
+        return project("k"), project("v"), project("r")
+
+    def _rwkv4(self, x: Array, layer: int) -> Array:
+        """All weights of a channel, (T, T): e^((t−1−j) w + k_j) for j < t, and e^(time_first + k_t)."""
+        name, t = f"layers.{layer}.mixer", len(x)
+        k, v, r = self._rwkv4_inputs(x, layer, np.zeros((1, x.shape[1])))
+        age = (np.arange(t)[:, None] - np.arange(t) - 1)[..., None]
+        past = -np.exp(self.tensors[f"{name}.time_decay"]) * age
+        exponents = k + np.where(age >= 0, past, np.where(age == -1, self.tensors[f"{name}.time_first"], -np.inf))
+        weights = np.exp(exponents - exponents.max(1, keepdims=True))
+        return sigmoid(r) * np.einsum("tje,je->te", weights, v) / weights.sum(1)
+
+    def _h3_inputs(self, x: Array, layer: int, before: Array) -> tuple[Array, Array, Array, Array]:
+        """q, k, v (T, H, head_dim) of tokens x (T, d), k after its convolution, and k before it with the last K − 1
+        values of the tokens before."""
+        name, h = f"layers.{layer}.mixer", self.layers[layer]["num_heads"]
+        q, k, v = np.split(self._linear(x, f"{name}.qkv_proj"), 3, axis=-1)
+        b, c = self.tensors[f"{name}.shift_B"], self.tensors[f"{name}.shift_C"]
+        padded, taps = np.concatenate([before, k]), b.shape[1]
+        k = self.tensors[f"{name}.shift_D"] * k
+        for i in range(taps):  # tokens before
+            k = k + (b[:, : taps - i] * c[:, i:]).sum(1) * padded[taps - 1 - i :][: len(x)]
+        q, k, v = (part.reshape(len(x), h, -1) for part in (q, k, v))
+        return q, k, v, padded
+
+    def _h3_modes(self, layer: int) -> tuple[Array, Array]:
+        """What the modes (H, M) decay by, and what they count, complex."""
+        name = f"layers.{layer}.mixer"
+        step = np.exp(self.tensors[f"{name}.log_dt"])[:, None]
+        z = step / 2 * (-np.exp(self.tensors[f"{name}.A_log"]) + 1j * self.tensors[f"{name}.A_imag"])
+        b, c = (self.tensors[f"{name}.{part}"] @ [1, 1j] for part in "BC")
+        return (1 + z) / (1 - z), c * b * step / (1 - z)
+
+    def _h3(self, x: Array, layer: int) -> Array:
+        """S_t = Σ_{j≤t} 2 Re Σ_m w a^(t−j) k_j v_jᵀ + D k_t v_tᵀ."""
+        mixer, t = self.layers[layer], len(x)
+        before = np.zeros((mixer["kernel_size"] - 1, mixer["num_heads"] * mixer["head_dim"]))
+        q, k, v, _ = self._h3_inputs(x, layer, before)
+        a, w = self._h3_modes(layer)
+        kernel = 2 * (w * a ** np.arange(t)[:, None, None]).real.sum(-1)  # (T, H)
+        kernel[0] += self.tensors[f"layers.{layer}.mixer.D"]
+        age = np.arange(t)[:, None] - np.arange(t)
+        weights = np.where(age[..., None] >= 0, kernel[np.maximum(age, 0)], 0)  # (T, T, H)
+        return np.einsum("thi,tsh,shi,shj->thj", q, weights, k, v, optimize=True).reshape(t, -1)
+
+    def _hyena_inputs(self, x: Array, layer: int, before: Array) -> tuple[Array, Array, Array]:
+        """v ⊙ x₁ and x₂ (T, e) of tokens x (T, d), and W_in x + b with the last K − 1 rows of the tokens before."""
+        name = f"layers.{layer}.mixer"
+        padded, taps = np.concatenate([before, self._linear(x, f"{name}.in_proj")]), self.tensors[f"{name}.conv.weight"]
+        conv = sum(taps[:, j] * padded[j : j + len(x)] for j in range(taps.shape[1]))
+        x1, x2, v = np.split(conv + self.tensors[f"{name}.conv.bias"], 3, axis=-1)
+        return v * x1, x2, padded
+
+    def _hyena_filter(self, layer: int, num_taps: int) -> Array:
+        """(num_taps, e)."""
+        w = {part: self.tensors[f"layers.{layer}.mixer.filter.{part}"] for part in ("w1", "w2", "w3", "w4", "freq")}
+        n, length = np.arange(num_taps), self.layers[layer]["max_length"]
+        time, angle = n / max(1, length - 1), 1e-4 * 2 * np.pi * n / length
+        x = np.stack([time, np.cos(angle), -np.sin(angle)], -1)
+        for i in (1, 2, 3):
+            x = np.sin(w["freq"] * (x @ w[f"w{i}"].T + self.tensors[f"layers.{layer}.mixer.filter.b{i}"]))
+        decay = np.abs(np.linspace(np.log(0.01) / 1.5, np.log(0.01) / 0.3, self.layers[layer]["inner_size"]))
+        return (x @ w["w4"].T) * np.exp(-time[:, None] * decay)
+
+    def _hyena(self, x: Array, layer: int) -> Array:
+        mixer, t = self.layers[layer], len(x)
+        g, x2, _ = self._hyena_inputs(x, layer, np.zeros((mixer["kernel_size"] - 1, 3 * mixer["inner_size"])))
+        h, y = self._hyena_filter(layer, t), self.tensors[f"layers.{layer}.mixer.filter.D"] * g
+        for i in range(t):
+            y[i:] += h[i] * g[: t - i]
+        return y * x2
+
     # ---- token by token ----------------------------------------------------------------------------------------
 
     def fresh_state(self) -> State:
@@ -300,6 +381,17 @@ class Model:
                 h, dk, dv = mixer["num_heads"], mixer["key_dim"], mixer["head_dim"]
                 state.tensors[f"layers.{i}.conv"] = np.zeros((mixer["kernel_size"] - 1, h * (2 * dk + dv)))
                 state.tensors[f"layers.{i}.delta"] = np.zeros((h, dk, dv))
+            elif mixer["mixer"] == "rwkv4":
+                state.tensors[f"layers.{i}.shift"] = np.zeros(mixer["hidden_size"])
+                state.tensors[f"layers.{i}.wkv"] = np.zeros((3, mixer["inner_size"]))
+            elif mixer["mixer"] == "h3":
+                h, size, modes = mixer["num_heads"], mixer["head_dim"], mixer["num_modes"]
+                state.tensors[f"layers.{i}.conv"] = np.zeros((mixer["kernel_size"] - 1, h * size))
+                state.tensors[f"layers.{i}.modes"] = np.zeros((h, size, size, 2, modes))
+            elif mixer["mixer"] == "hyena":
+                e = mixer["inner_size"]
+                state.tensors[f"layers.{i}.conv"] = np.zeros((mixer["kernel_size"] - 1, 3 * e))
+                state.tensors[f"layers.{i}.products"] = np.zeros((mixer["max_length"], e))
             else:
                 assert mixer["mixer"] in ("sliding_window", "full_attention"), f"{mixer['mixer']} has no state here"
                 for name in ("keys", "values"):
@@ -381,3 +473,43 @@ class Model:
         s = s + k[:, :, None] * change[:, None, :]
         state.tensors[f"layers.{layer}.conv"], state.tensors[f"layers.{layer}.delta"] = inputs[6][1:], s
         return self._delta_output(np.einsum("hkd,hk->hd", s, q)[None], gate[None], layer)
+
+    def _rwkv4_step(self, x: Array, layer: int, state: State) -> Array:
+        """The sums p and q are those of the recurrence over e^o."""
+        name = f"layers.{layer}"
+        k, v, r = (part[0] for part in self._rwkv4_inputs(x, layer, state.tensors[f"{name}.shift"][None]))
+        p, q, o = state.tensors[f"{name}.wkv"]
+        o = np.where(q == 0, -np.inf, o)  # nothing seen yet
+        own = self.tensors[f"{name}.mixer.time_first"] + k
+        most = np.maximum(o, own)
+        y = (np.exp(o - most) * p + np.exp(own - most) * v) / (np.exp(o - most) * q + np.exp(own - most))
+        o = o - np.exp(self.tensors[f"{name}.mixer.time_decay"])
+        most = np.maximum(o, k)
+        kept, added = np.exp(o - most), np.exp(k - most)
+        state.tensors[f"{name}.shift"] = x[0]
+        state.tensors[f"{name}.wkv"] = np.stack([kept * p + added * v, kept * q + added, most])
+        return (sigmoid(r) * y)[None]
+
+    def _h3_step(self, x: Array, layer: int, state: State) -> Array:
+        name = f"layers.{layer}"
+        q, k, v, padded = self._h3_inputs(x, layer, state.tensors[f"{name}.conv"])
+        a, w = (part[:, None, None] for part in self._h3_modes(layer))
+        kv = k[0][:, :, None] * v[0][:, None]  # (H, size of k, size of v)
+        before = state.tensors[f"{name}.modes"]
+        modes = a * (before[..., 0, :] + 1j * before[..., 1, :]) + kv[..., None]
+        s = 2 * (w * modes).real.sum(-1) + self.tensors[f"{name}.mixer.D"][:, None, None] * kv
+        state.tensors[f"{name}.conv"], state.tensors[f"{name}.modes"] = (
+            padded[1:],
+            np.stack([modes.real, modes.imag], -2),
+        )
+        return np.einsum("hi,hij->hj", q[0], s).reshape(1, -1)
+
+    def _hyena_step(self, x: Array, layer: int, state: State) -> Array:
+        name, seen = f"layers.{layer}", state.num_tokens
+        g, x2, padded = self._hyena_inputs(x, layer, state.tensors[f"{name}.conv"])
+        state.tensors[f"{name}.conv"] = padded[1:]
+        products = state.tensors[f"{name}.products"] = state.tensors[f"{name}.products"].copy()
+        products[seen] = g[0]
+        h = self._hyena_filter(layer, seen + 1)
+        y = (h[::-1] * products[: seen + 1]).sum(0) + self.tensors[f"{name}.mixer.filter.D"] * g
+        return y * x2

@@ -99,6 +99,22 @@ def delta_reference(
     return torch.stack(y, 1), s
 
 
+def rwkv4_reference(k: Any, v: Any, decay: Any, first: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """Token by token: y (B, T, e) of k and v (B, T, e), decay ≤ 0 and first (e)."""
+    k, v, decay, first = (part.to(dtype) for part in (k, v, decay, first))
+    p, q, o = torch.zeros_like(k[:, 0]), torch.zeros_like(k[:, 0]), torch.full_like(k[:, 0], -1e30)
+    y = []
+    for t in range(k.shape[1]):
+        own = first + k[:, t]
+        most = torch.maximum(o, own)
+        past, present = (o - most).exp(), (own - most).exp()
+        y.append((past * p + present * v[:, t]) / (past * q + present))
+        most = torch.maximum(o + decay, k[:, t])
+        kept, added = (o + decay - most).exp(), (k[:, t] - most).exp()
+        p, q, o = kept * p + added * v[:, t], kept * q + added, most
+    return torch.stack(y, 1)
+
+
 def rotary_reference(x: Any, layer: Mapping[str, Any]) -> Any:
     n = -(-layer["rotary_dim"] // 2)
     if n == 0:
@@ -175,6 +191,59 @@ def forward(
             y = y * functional.silu(linear(x, f"{name}.g_proj").to(wide)).unflatten(-1, (h, -1))
         return y.to(dtype).flatten(2)
 
+    def kept(name: str) -> torch.Tensor:
+        """What a 16-bit model keeps in float32."""
+        return torch.from_numpy(np.asarray(tensors[name], np.float32)).to(wide)
+
+    def rwkv4(x: torch.Tensor, name: str) -> torch.Tensor:
+        before = functional.pad(x, (0, 0, 1, -1)).to(wide)
+        k, v, r = (
+            linear((mu * x.to(wide) + (1 - mu) * before).to(dtype), f"{name}.{part}_proj")
+            for part, mu in ((part, kept(f"{name}.time_mix_{part}")) for part in "kvr")
+        )
+        y = rwkv4_reference(k, v, -kept(f"{name}.time_decay").exp(), kept(f"{name}.time_first"), dtype=wide)
+        return torch.sigmoid(r) * y.to(dtype)
+
+    def h3(x: torch.Tensor, layer: Mapping[str, Any], name: str) -> torch.Tensor:
+        """As the authors' code, which makes 16-bit numbers float32 between the projections."""
+        heads, t = layer["num_heads"], x.shape[1]
+        q, k, v = linear(x, f"{name}.qkv_proj").to(wide).chunk(3, -1)
+        b, c, taps = kept(f"{name}.shift_B"), kept(f"{name}.shift_C"), layer["kernel_size"]
+        padded, k = functional.pad(k, (0, 0, taps - 1, 0)), kept(f"{name}.shift_D") * k
+        for i in range(taps):
+            k = k + (b[:, : taps - i] * c[:, i:]).sum(1) * padded[:, taps - 1 - i :][:, :t]
+        q, k, v = (part.unflatten(-1, (heads, -1)) for part in (q, k, v))
+        step = kept(f"{name}.log_dt").exp()[:, None]
+        z = step / 2 * torch.complex(-kept(f"{name}.A_log").exp(), kept(f"{name}.A_imag"))
+        b, c = (torch.view_as_complex(kept(f"{name}.{part}")) for part in "BC")
+        decay, weight = ((1 + z) / (1 - z))[:, None, None], (b * c * step / (1 - z))[:, None, None]
+        modes, y = torch.zeros(1, dtype=z.dtype), []
+        for n in range(t):
+            kv = k[:, n, :, :, None] * v[:, n, :, None]
+            modes = decay * modes + kv[..., None]
+            s = 2 * (weight * modes).real.sum(-1) + kept(f"{name}.D")[:, None, None] * kv
+            y.append((q[:, n, :, :, None] * s).sum(2))
+        return torch.stack(y, 1).to(dtype).flatten(2)
+
+    def hyena(x: torch.Tensor, layer: Mapping[str, Any], name: str) -> torch.Tensor:
+        """Likewise."""
+        t, length, taps = x.shape[1], layer["max_length"], w[f"{name}.conv.weight"].to(wide)
+        u = functional.pad(linear(x, f"{name}.in_proj").to(wide).mT, (taps.shape[1] - 1, 0))
+        conv = functional.conv1d(u, taps[:, None], w[f"{name}.conv.bias"].to(wide), groups=len(taps)).mT
+        x1, x2, v = conv.chunk(3, -1)
+        time = torch.arange(t, dtype=wide) / max(1, length - 1)
+        angle = torch.arange(t, dtype=wide) * (2e-4 * math.pi / length)
+        h = torch.stack([time, angle.cos(), -angle.sin()], -1)
+        for i in (1, 2, 3):
+            h = h @ kept(f"{name}.filter.w{i}").T + kept(f"{name}.filter.b{i}")
+            h = (kept(f"{name}.filter.freq") * h).sin()
+        decay = torch.linspace(-math.log(0.01) / 1.5, -math.log(0.01) / 0.3, layer["inner_size"], dtype=wide)
+        h = h @ kept(f"{name}.filter.w4").T * (-time[:, None] * decay).exp()
+        g = v * x1
+        y = kept(f"{name}.filter.D") * g
+        y = y + torch.stack([(h[: n + 1].flip(0) * g[:, : n + 1]).sum(1) for n in range(t)], 1)
+        return (y * x2).to(dtype)
+
     def mix(x: torch.Tensor, layer: Mapping[str, Any], name: str) -> torch.Tensor:
         if layer["mixer"] == "gated_conv":
             return conv_reference(linear(x, f"{name}.in_proj"), w[f"{name}.conv.weight"], dtype=dtype)[0]
@@ -185,6 +254,10 @@ def forward(
             return scan(x, layer, name)
         if layer["mixer"] == "gated_delta_net":
             return delta(x, layer, name)
+        if layer["mixer"] == "rwkv4":
+            return rwkv4(x, name)
+        if layer["mixer"] in ("h3", "hyena"):
+            return (h3 if layer["mixer"] == "h3" else hyena)(x, layer, name)
         if layer["mixer"] == "prefix_linear_attention":  # the prefix's keys and values stand before all others
             prefix = x[:, : layer["enc_length"]]
             parts = [(part, x) for part in ("q", "k", "v")] + [("k_enc", prefix), ("v_enc", prefix)]

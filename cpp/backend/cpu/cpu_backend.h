@@ -19,6 +19,9 @@ std::size_t scratch_nbytes(const FullAttentionConfig& config, const Lengths& len
 std::size_t scratch_nbytes(const SelectiveScanConfig& config, const Lengths& lengths, Isa isa, int num_threads);
 std::size_t scratch_nbytes(const PrefixLinearAttentionConfig& config, const Lengths& lengths, Isa isa, int num_threads);
 std::size_t scratch_nbytes(const GatedDeltaNetConfig& config, const Lengths& lengths, Isa isa, int num_threads);
+std::size_t scratch_nbytes(const Rwkv4Config& config, const Lengths& lengths, Isa isa, int num_threads);
+std::size_t scratch_nbytes(const H3Config& config, const Lengths& lengths, Isa isa, int num_threads);
+std::size_t scratch_nbytes(const HyenaConfig& config, const Lengths& lengths, Isa isa, int num_threads);
 
 /// Of CpuBackend::convolve.
 std::size_t conv_scratch_nbytes(std::int64_t kernel_size, const Lengths& lengths, int num_threads);
@@ -98,6 +101,21 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
   void gated_delta_net(const GatedDeltaNetConfig& config, const backend::DeltaOperands& operands,
                        const backend::RaggedBatch& batch, const backend::Matrix& u, backend::StatePool& states,
                        int layer, const backend::Matrix& out) override;
+
+  // cpu_rwkv4.cc
+  void rwkv4_shift(const Rwkv4Config& config, const std::array<const float*, 3>& mix, const backend::RaggedBatch& batch,
+                   const backend::Matrix& x, backend::StatePool& states, int layer,
+                   const std::array<backend::Matrix, 3>& mixed) override;
+  void rwkv4(const Rwkv4Config& config, const backend::Rwkv4Operands& operands, const backend::RaggedBatch& batch,
+             backend::StatePool& states, int layer, const backend::Matrix& out) override;
+
+  // cpu_h3.cc
+  void h3(const H3Config& config, const backend::H3Operands& operands, const backend::RaggedBatch& batch,
+          const backend::Matrix& qkv, backend::StatePool& states, int layer, const backend::Matrix& out) override;
+
+  // cpu_hyena.cc
+  void hyena(const HyenaConfig& config, const backend::HyenaOperands& operands, const backend::RaggedBatch& batch,
+             const backend::Matrix& u, backend::StatePool& states, int layer, const backend::Matrix& out) override;
 
   // cpu_sampler.cc
   void token_log_probs(const backend::Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,

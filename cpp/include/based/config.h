@@ -12,8 +12,11 @@
 #include "based/mixers/full_attention.h"
 #include "based/mixers/gated_conv.h"
 #include "based/mixers/gated_delta_net.h"
+#include "based/mixers/h3.h"
+#include "based/mixers/hyena.h"
 #include "based/mixers/linear_attention.h"
 #include "based/mixers/prefix_linear_attention.h"
+#include "based/mixers/rwkv4.h"
 #include "based/mixers/selective_scan.h"
 #include "based/mixers/sliding_window.h"
 #include "based/tensor.h"
@@ -28,7 +31,7 @@ enum class Activation : std::uint8_t { identity, silu, gelu, gelu_tanh, sigmoid,
 /// A layer's mixer. To add one, see CONTRIBUTING.md.
 using MixerConfig =
     std::variant<GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig, PrefixLinearAttentionConfig,
-                 FullAttentionConfig, SelectiveScanConfig, GatedDeltaNetConfig>;
+                 FullAttentionConfig, SelectiveScanConfig, GatedDeltaNetConfig, Rwkv4Config, H3Config, HyenaConfig>;
 
 /// Calls f(std::type_identity<Config>{}) for every kind of mixer.
 template <class F>
@@ -91,6 +94,9 @@ struct ModelConfig {
   /// How many tokens at the beginning of a sequence are read as a whole, in one call: the most of any layer, 0 for a
   /// causal model. A sequence's first prompt is its prefix, or begins with it.
   std::int64_t prefix_tokens() const;
+
+  /// How many tokens a sequence may have: the fewest of any layer that says so; none: any number.
+  std::optional<std::int64_t> max_tokens() const;
 
   friend bool operator==(const ModelConfig&, const ModelConfig&) = default;
 };

@@ -29,7 +29,8 @@ struct LoadOptions {
   bool deterministic = false;
 
   /// Tokens that a sequence of a model with full attention may have, 1 to limits::kSize; none: as many as the device
-  /// has memory for when the model is loaded. A model without full attention has no such limit, and takes none.
+  /// has memory for when the model is loaded. At most ModelConfig::max_tokens. A model with neither has no such limit,
+  /// and takes none.
   std::optional<std::int64_t> max_context;
 };
 
@@ -75,7 +76,8 @@ class Model {
   /// The same of a sequence of num_tokens tokens.
   std::size_t state_nbytes(std::int64_t num_tokens) const;
 
-  /// The most tokens that a sequence may have; none: any number, as of every model without full attention.
+  /// The most tokens that a sequence may have; none: any number, as of every model without full
+  /// attention and without ModelConfig::max_tokens.
   std::optional<std::int64_t> max_context() const;
   MemoryUse memory() const;
 

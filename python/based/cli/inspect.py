@@ -77,6 +77,9 @@ def _describe(config: "ModelConfig", dtype: str) -> dict[str, Any]:
         by_kind[mixer.mixer] += sizes.mixer_nbytes(mixer, ring_dtype)
     state = sizes.state_nbytes(config, ring_dtype)
     token = sizes.token_nbytes(config, ring_dtype)
+    longest = config.max_tokens
+    if token > 0:
+        longest = max(1, min(available_memory() // token, MAX_CONTEXT if longest is None else longest))
     document = json.loads(config.to_json())
     return {
         "num_parameters": config.num_parameters,
@@ -85,7 +88,7 @@ def _describe(config: "ModelConfig", dtype: str) -> dict[str, Any]:
         "config": document,
         "state_nbytes": {"total": state, **by_kind},
         "token_nbytes": token,
-        "max_context": None if token == 0 else max(1, min(available_memory() // token, MAX_CONTEXT)),
+        "max_context": longest,
         "transformer_kv_cache_nbytes": {str(t): sizes.kv_cache_nbytes(config, ring_dtype, t) for t in _CONTEXTS},
     }
 
@@ -121,6 +124,8 @@ def _format(facts: dict[str, Any], model: "ModelConfig") -> str:
     if token:
         lines.append(f"    and for each token{'':19}{_common.nbytes(token):>10}")
         lines.append(f"    longest sequence that fits in memory now{facts['max_context']:>14,} tokens")
+    elif facts["max_context"] is not None:
+        lines.append(f"    longest sequence{facts['max_context']:>38,} tokens")
     lines.append("KV cache of a transformer of the same width and depth")
     for tokens, nbytes in facts["transformer_kv_cache_nbytes"].items():
         ratio = nbytes / (state["total"] + int(tokens) * token)

@@ -19,11 +19,14 @@ from based._core import (
     FullAttentionConfig,
     GatedConvConfig,
     GatedDeltaNetConfig,
+    H3Config,
+    HyenaConfig,
     LinearAttentionConfig,
     MlpConfig,
     ModelConfig,
     NormKind,
     PrefixLinearAttentionConfig,
+    Rwkv4Config,
     SelectiveScanConfig,
     SlidingWindowConfig,
     UnsupportedError,
@@ -35,6 +38,8 @@ from based.torch import ops
 from based.torch._autograd import is_transformed
 from based.torch._delta import gated_delta_rule
 from based.torch._documents import by_documents
+from based.torch._long_conv import hyena_filter, long_conv, s4d_taps, shift_taps
+from based.torch._wkv import wkv
 from based.torch.loss import IGNORED, linear_cross_entropy
 
 _FILE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,7 +69,12 @@ _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     Activation.relu_squared: _relu_squared,
 }
 _ONTO_RESIDUAL = ("mixer.out_proj.weight", "mlp.fc2.weight")
-_WIDE = ("mixer.A_log", "mixer.D", "mixer.dt_proj.bias", "mixer.dt_bias")
+_WIDE = (
+    *("mixer.A_log", "mixer.D", "mixer.dt_proj.bias", "mixer.dt_bias"),
+    *("mixer.time_decay", "mixer.time_first", "mixer.time_mix_k", "mixer.time_mix_v", "mixer.time_mix_r"),
+    *("mixer.shift_B", "mixer.shift_C", "mixer.shift_D", "mixer.log_dt", "mixer.A_imag", "mixer.B", "mixer.C"),
+    *(f"mixer.filter.{name}" for name in ("w1", "b1", "w2", "b2", "w3", "b3", "w4", "freq", "D")),
+)
 """Float32 in 16-bit models and their files: where they are rounded, a scan forgets at other times."""
 
 
@@ -143,6 +153,9 @@ class BasedForCausalLM(nn.Module):
             else:
                 onto_residual = name.endswith(_ONTO_RESIDUAL)
                 nn.init.normal_(parameter, std=std / math.sqrt(2 * len(self.layers)) if onto_residual else std)
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer.mixer, _Rwkv4):
+                layer.mixer.place = (i, len(self.layers))
         for mixer in drawing:
             mixer.reset_parameters(len(self.layers) * (1 if self.config.mlp is None else 2))
 
@@ -678,6 +691,197 @@ class _HeadNorm(nn.Module):
         return functional.rms_norm(y.to(wide), y.shape[-1:], self.weight.to(wide), self.eps).to(y.dtype)
 
 
+class _Rwkv4(nn.Module):
+    place = (0, 1)  # the layer's number and how many there are: its first decays follow from them
+
+    def __init__(self, config: Rwkv4Config, d: int, factory: dict[str, Any]) -> None:
+        super().__init__()
+        wide = factory | {"dtype": torch.promote_types(factory["dtype"], torch.float32)}
+        self.time_decay = nn.Parameter(torch.empty(config.inner_size, **wide))
+        self.time_first = nn.Parameter(torch.empty(config.inner_size, **wide))
+        self.time_mix_k = nn.Parameter(torch.empty(d, **wide))
+        self.time_mix_v = nn.Parameter(torch.empty(d, **wide))
+        self.time_mix_r = nn.Parameter(torch.empty(d, **wide))
+        self.k_proj = _projection(config, "k_proj", d, factory)
+        self.v_proj = _projection(config, "v_proj", d, factory)
+        self.r_proj = _projection(config, "r_proj", d, factory)
+        self.out_proj = _projection(config, "out_proj", d, factory)
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Those that reset_parameters() draws, and not the model."""
+        return [self.time_decay, self.time_first, self.time_mix_k, self.time_mix_v, self.time_mix_r]
+
+    def reset_parameters(self, _: int) -> None:
+        """As BlinkDL/RWKV-LM, RWKV-v4neo/src/model.py, for layer i of L with ρ = i / (L − 1).
+
+        time_decay = 8 (c / (e − 1))^(0.7 + 1.3 ρ) − 5 for channel c; time_first = log 0.3 + ((c + 1) mod 3 − 1) / 2;
+        μ_k = (c / d)^(1 − i / L), μ_v = μ_k + 0.3 ρ, μ_r = √μ_k. Matrices as the model's, where the authors begin with
+        zeros.
+        """
+        i, layers = self.place
+        later = i / max(1, layers - 1)
+        for parameter in self.own_parameters():  # 0, 1, …
+            nn.init.ones_(parameter).cumsum_(0).sub_(1)
+        e, d = len(self.time_decay), len(self.time_mix_k)
+        self.time_decay.div_(max(1, e - 1)).pow_(0.7 + 1.3 * later).mul_(8).sub_(5)
+        self.time_first.add_(1).remainder_(3).sub_(1).mul_(0.5).add_(math.log(0.3))
+        self.time_mix_k.div_(d).pow_(1 - i / layers)
+        self.time_mix_v.div_(d).pow_(1 - i / layers).add_(0.3 * later)
+        self.time_mix_r.div_(d).pow_(0.5 * (1 - i / layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        before = functional.pad(wide, (0, 0, 1, -1))
+
+        def mixed(mu: torch.Tensor) -> torch.Tensor:
+            return torch.lerp(before, wide, mu.to(wide.dtype)).to(x.dtype)
+
+        k, v, r = (
+            self.k_proj(mixed(self.time_mix_k)),
+            self.v_proj(mixed(self.time_mix_v)),
+            self.r_proj(mixed(self.time_mix_r)),
+        )
+        y = wkv(k, v, -self.time_decay.exp(), self.time_first)
+        return self.out_proj(torch.sigmoid(r) * y)
+
+
+class _H3(nn.Module):
+    def __init__(self, config: H3Config, d: int, factory: dict[str, Any]) -> None:
+        super().__init__()
+        h, taps, modes = config.num_heads, config.kernel_size, config.num_modes
+        e = h * config.head_dim
+        wide = factory | {"dtype": torch.promote_types(factory["dtype"], torch.float32)}
+        self.num_heads = h
+        self.qkv_proj = _projection(config, "qkv_proj", d, factory)
+        self.shift_B = nn.Parameter(torch.empty(e, taps, **wide))
+        self.shift_C = nn.Parameter(torch.empty(e, taps, **wide))
+        self.shift_D = nn.Parameter(torch.empty(e, **wide))
+        self.log_dt = nn.Parameter(torch.empty(h, **wide))
+        self.A_log = nn.Parameter(torch.empty(h, modes, **wide))
+        self.A_imag = nn.Parameter(torch.empty(h, modes, **wide))
+        self.B = nn.Parameter(torch.empty(h, modes, 2, **wide))
+        self.C = nn.Parameter(torch.empty(h, modes, 2, **wide))
+        self.D = nn.Parameter(torch.empty(h, **wide))
+        self.out_proj = _projection(config, "out_proj", d, factory)
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Those that reset_parameters() draws, and not the model."""
+        shift = [self.shift_B, self.shift_C, self.shift_D]
+        return [*shift, self.log_dt, self.A_log, self.A_imag, self.B, self.C, self.D]
+
+    def reset_parameters(self, _: int) -> None:
+        """As HazyResearch/zoology, zoology/mixers/h3.
+
+        The shift's B is e₁ and its C as of torch.nn.Conv1d; steps log-uniform in 0.001 … 0.1; A = −½ + iπn for mode n
+        (S4D-Lin), B = 1, C normal with a variance of ½ of both parts; both D normal.
+        """
+        nn.init.zeros_(self.shift_B)[:, 0] = 1
+        bound = self.shift_C.shape[1] ** -0.5
+        nn.init.uniform_(self.shift_C, -bound, bound)
+        nn.init.uniform_(self.log_dt, math.log(0.001), math.log(0.1))
+        nn.init.constant_(self.A_log, math.log(0.5))
+        nn.init.ones_(self.A_imag).cumsum_(1).sub_(1).mul_(math.pi)
+        nn.init.zeros_(self.B)[..., 0] = 1
+        nn.init.normal_(self.C, std=math.sqrt(0.5))
+        nn.init.normal_(self.shift_D)
+        nn.init.normal_(self.D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv_proj(x)
+        q, k, v = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).chunk(3, -1)
+        k = long_conv(k, shift_taps(self.shift_B, self.shift_C)) + self.shift_D * k
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in (q, k, v))
+        kv = k[..., None] * v[..., None, :]  # (B, T, H, size of k, size of v)
+        taps = s4d_taps(self.log_dt, self.A_log, self.A_imag, self.B, self.C, x.shape[1])
+        s = long_conv(kv, taps[..., None, None]) + self.D[:, None, None] * kv
+        y = (q[..., None] * s).sum(-2).flatten(2)
+        return self.out_proj(y.to(qkv.dtype))
+
+
+class _Hyena(nn.Module):
+    def __init__(self, config: HyenaConfig, d: int, factory: dict[str, Any]) -> None:
+        super().__init__()
+        self.max_length = config.max_length
+        self.in_proj = _projection(config, "in_proj", d, factory)
+        self.conv = _ShortConv(3 * config.inner_size, config.kernel_size, factory)
+        self.filter = _HyenaFilter(config, factory)
+        self.out_proj = _projection(config, "out_proj", d, factory)
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Those that reset_parameters() draws, and not the model."""
+        return [*self.conv.parameters(), *self.filter.own_parameters()]
+
+    def reset_parameters(self, _: int) -> None:
+        """As HazyResearch/zoology, zoology/mixers/hyena.py.
+
+        The short convolution as torch.nn.Conv1d, freq = 1, D normal. The filter's matrices are as the model's, its
+        biases zeros.
+        """
+        bound = self.conv.weight.shape[1] ** -0.5
+        for parameter in self.conv.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+        self.filter.reset_parameters()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] > self.max_length:
+            raise ValueError(
+                f"a sequence of {x.shape[1]} tokens, and this model's hyena layers have filters of {self.max_length}: "
+                "expected no more tokens, or a config with a greater max_length"
+            )
+        u = self.in_proj(x)
+        x1, x2, v = self.conv(u).chunk(3, -1)
+        product = v * x1
+        y = long_conv(product, self.filter(x.shape[1])) + self.filter.D * product
+        return self.out_proj((y * x2).to(u.dtype))
+
+
+class _ShortConv(nn.Module):
+    def __init__(self, channels: int, kernel_size: int, factory: dict[str, Any]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, kernel_size, **factory))
+        self.bias = nn.Parameter(torch.empty(channels, **factory))
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        """(B, T, channels), in float32 at least."""
+        u = u.to(torch.promote_types(u.dtype, torch.float32))
+        taps = self.weight.to(u.dtype)
+        padded = functional.pad(u, (0, 0, taps.shape[1] - 1, 0))
+        y = self.bias.to(u.dtype).expand_as(u)
+        for j in range(taps.shape[1]):
+            y = torch.addcmul(y, taps[:, j], padded[:, j : j + u.shape[1]])
+        return y
+
+
+class _HyenaFilter(nn.Module):
+    def __init__(self, config: HyenaConfig, factory: dict[str, Any]) -> None:
+        super().__init__()
+        self.max_length = config.max_length
+        f, e = config.filter_size, config.inner_size
+        wide = factory | {"dtype": torch.promote_types(factory["dtype"], torch.float32)}
+        self.w1 = nn.Parameter(torch.empty(f, 3, **wide))
+        self.b1 = nn.Parameter(torch.empty(f, **wide))
+        self.w2 = nn.Parameter(torch.empty(f, f, **wide))
+        self.b2 = nn.Parameter(torch.empty(f, **wide))
+        self.w3 = nn.Parameter(torch.empty(f, f, **wide))
+        self.b3 = nn.Parameter(torch.empty(f, **wide))
+        self.w4 = nn.Parameter(torch.empty(e, f, **wide))
+        self.freq = nn.Parameter(torch.empty(f, **wide))
+        self.D = nn.Parameter(torch.empty(e, **wide))
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        return [self.b1, self.b2, self.b3, self.freq, self.D]
+
+    def reset_parameters(self) -> None:
+        for bias in (self.b1, self.b2, self.b3):
+            nn.init.zeros_(bias)
+        nn.init.ones_(self.freq)
+        nn.init.normal_(self.D)
+
+    def forward(self, num_taps: int) -> torch.Tensor:
+        parts = (self.w1, self.b1, self.w2, self.b2, self.w3, self.b3, self.w4, self.freq)
+        return hyena_filter(*parts, self.max_length, num_taps)
+
+
 _MIXERS: dict[type[sizes.Mixer], Callable[[Any, int, dict[str, Any]], nn.Module]] = {
     GatedConvConfig: _GatedConv,
     GatedDeltaNetConfig: _GatedDeltaNet,
@@ -686,6 +890,9 @@ _MIXERS: dict[type[sizes.Mixer], Callable[[Any, int, dict[str, Any]], nn.Module]
     FullAttentionConfig: _SoftmaxAttention,
     SelectiveScanConfig: _SelectiveScan,
     PrefixLinearAttentionConfig: _PrefixLinearAttention,
+    Rwkv4Config: _Rwkv4,
+    H3Config: _H3,
+    HyenaConfig: _Hyena,
 }
 
 

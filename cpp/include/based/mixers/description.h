@@ -12,6 +12,7 @@
 //   parameters()     the other tensors of its weights; they are kept in float32
 //   state()          what it keeps of a sequence
 //   prefix_tokens()  only where it reads the first tokens of a sequence as a whole: how many
+//   max_tokens()     only where a sequence cannot have any number of tokens: how many
 //   summary()        its shape in words, for `based inspect`
 //   make(weights)    the layer with its weights, defined in cpp/model
 // clang-format on
@@ -58,6 +59,8 @@ struct Divisor {
   std::int64_t of;
   std::string_view limit;
 };
+/// The model's hidden_size: of a mixer whose parameters or state are as wide as the residual stream.
+struct HiddenSize {};
 struct Positive {};     // a finite real > 0
 struct NonNegative {};  // a finite real ≥ 0
 struct Flag {};         // true or false

@@ -174,6 +174,11 @@ class _Run:
                 f"data.sequence_length: found {config.data.sequence_length}, expected more than the "
                 f"{shape.prefix_tokens} tokens that this model reads as a whole: only what follows them can be learnt"
             )
+        if shape.max_tokens is not None and config.data.sequence_length > shape.max_tokens:
+            raise FormatError(
+                f"data.sequence_length: found {config.data.sequence_length}, expected at most the {shape.max_tokens} "
+                "tokens that a layer's max_length allows"
+            )
         assert shape.eos_token_id is not None
         end = shape.eos_token_id
         self.dataset: Dataset = world.from_first(
@@ -662,10 +667,12 @@ def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:
 
 
 def _make_optimizer(model: BasedForCausalLM, config: Optimizer, device: torch.device) -> torch.optim.AdamW:
-    """AdamW, which shrinks matrices and the embedding only: a convolution's weight is no matrix."""
+    """AdamW, which shrinks matrices and the embedding only: the taps of a convolution are no matrix."""
     named = list(model.named_parameters())
-    decays = [p for name, p in named if p.ndim == 2 and not name.endswith(("conv.weight", "A_log"))]
-    others = [p for name, p in named if p.ndim != 2 or name.endswith(("conv.weight", "A_log"))]
+    no_matrices = ("conv.weight", "A_log", "A_imag", "shift_B", "shift_C")
+    decays = [p for name, p in named if p.ndim == 2 and not name.endswith(no_matrices) and ".filter." not in name]
+    chosen = {id(p) for p in decays}
+    others = [p for _, p in named if id(p) not in chosen]
     groups = [{"params": decays, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, config.learning_rate, betas, config.eps, fused=device.type == "cuda")
