@@ -56,6 +56,18 @@ struct DeltaOperands {
   const float* dt_bias = nullptr;   // (H); null without a decay
 };
 
+/// What Backend::mamba2 reads and overwrites. e: channels of x and of z.
+struct Mamba2Operands {
+  const float* taps = nullptr;       // (channels, K) float32
+  const float* conv_bias = nullptr;  // (channels) float32; null for none
+  const float* norm = nullptr;       // (e) float32
+  const float* log_rate = nullptr;   // (H) float32
+  const float* d = nullptr;          // (H) float32
+  const float* dt_bias = nullptr;    // (H) float32
+  Matrix u;                          // (tokens, channels | e for z | H for dt) projection
+  Matrix xbc;                        // (tokens, channels) projection: memory for what the convolution makes
+};
+
 /// What an allocation is for: Model::memory reports the three apart.
 enum class MemoryKind : std::uint8_t { weights, states, workspace };
 
@@ -355,6 +367,21 @@ class Backend {
     unsupported(config, operands, batch, u, states, layer, out);
   }
 
+  /// Mamba2Config's equation up to W_out, after the state, which it advances. out (N, H·head_dim) activation.
+  virtual void mamba2(const Mamba2Config& config, const Mamba2Operands& operands, const RaggedBatch& batch,
+                      StatePool& states, int layer, const Matrix& out) {
+    unsupported(config, operands, batch, states, layer, out);
+  }
+
+  /// GatedLinearAttentionConfig's equation up to W_out, after the state, which it advances. u (N, H·key_dim for q |
+  /// H·key_dim for k | H·head_dim for v | H·head_dim for g) and a (N, H·key_dim) = W₂ W₁ u + b projection, norm
+  /// (head_dim) float32; out (N, H·head_dim) activation.
+  virtual void gated_linear_attention(const GatedLinearAttentionConfig& config, const float* norm,
+                                      const RaggedBatch& batch, const Matrix& u, const Matrix& a, StatePool& states,
+                                      int layer, const Matrix& out) {
+    unsupported(config, norm, batch, u, a, states, layer, out);
+  }
+
   // ---- states ------------------------------------------------------------------------------------------------
 
   /// Bytes that a slot of such a pool takes when its sequence has seen num_tokens tokens: a long part takes memory when
@@ -412,6 +439,8 @@ struct Implements {
   }
   bool operator()(const PrefixLinearAttentionConfig&) const { return declares(&Device::prefix_linear_attention); }
   bool operator()(const GatedDeltaNetConfig&) const { return declares(&Device::gated_delta_net); }
+  bool operator()(const Mamba2Config&) const { return declares(&Device::mamba2); }
+  bool operator()(const GatedLinearAttentionConfig&) const { return declares(&Device::gated_linear_attention); }
 
  private:
   template <class Class, class... Arguments>

@@ -213,6 +213,17 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
     faults_->tick("gated_delta_net");
     inner_->gated_delta_net(config, operands, batch, u, states, layer, out);
   }
+  void mamba2(const Mamba2Config& config, const backend::Mamba2Operands& operands, const backend::RaggedBatch& batch,
+              backend::StatePool& states, int layer, const backend::Matrix& out) override {
+    faults_->tick("mamba2");
+    inner_->mamba2(config, operands, batch, states, layer, out);
+  }
+  void gated_linear_attention(const GatedLinearAttentionConfig& config, const float* norm,
+                              const backend::RaggedBatch& batch, const backend::Matrix& u, const backend::Matrix& a,
+                              backend::StatePool& states, int layer, const backend::Matrix& out) override {
+    faults_->tick("gated_linear_attention");
+    inner_->gated_linear_attention(config, norm, batch, u, a, states, layer, out);
+  }
   void token_log_probs(const backend::Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
                        std::span<float> out) override {
     faults_->tick("token_log_probs");

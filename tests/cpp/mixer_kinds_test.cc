@@ -297,6 +297,15 @@ class WithoutWindows final : public backend::DeviceBackend<WithoutWindows> {
                        int layer, const backend::Matrix& out) override {
     cpu_.gated_delta_net(config, operands, batch, u, states, layer, out);
   }
+  void mamba2(const Mamba2Config& config, const backend::Mamba2Operands& operands, const backend::RaggedBatch& batch,
+              backend::StatePool& states, int layer, const backend::Matrix& out) override {
+    cpu_.mamba2(config, operands, batch, states, layer, out);
+  }
+  void gated_linear_attention(const GatedLinearAttentionConfig& config, const float* norm,
+                              const backend::RaggedBatch& batch, const backend::Matrix& u, const backend::Matrix& a,
+                              backend::StatePool& states, int layer, const backend::Matrix& out) override {
+    cpu_.gated_linear_attention(config, norm, batch, u, a, states, layer, out);
+  }
   void token_log_probs(const backend::Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
                        std::span<float> out) override {
     cpu_.token_log_probs(logits, vocab_size, targets, out);

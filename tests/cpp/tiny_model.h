@@ -48,6 +48,8 @@ inline ModelConfig tiny_config() {
   config.layers.push_back(kFullAttention);
   config.layers.push_back(SelectiveScanConfig{37, 5, 4, 3, true, true});
   config.layers.push_back(GatedDeltaNetConfig{2, 5, 7, 3, 1e-5, true, true});
+  config.layers.push_back(Mamba2Config{4, 5, 3, 2, 4, 1e-5, true});
+  config.layers.push_back(GatedLinearAttentionConfig{2, 5, 7, 3, 16, 1e-5});
   return config;
 }
 

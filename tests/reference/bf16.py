@@ -157,6 +157,45 @@ class _Forward:
             y = y * ACTIVATIONS["silu"](self._linear(x, f"{name}.g_proj")).reshape(y.shape)
         return bf16(y).reshape(t, -1)
 
+    def _mamba2(self, u: Array, layer: Config, i: int) -> Array:
+        """As the authors' kernels: bfloat16 inputs and results, float32 inside, and of A_log, D, dt_bias, the norm."""
+        name, t, h, n = f"layers.{i}.mixer", len(u), layer["num_heads"], layer["state_size"]
+        e, groups, taps = h * layer["head_dim"], layer["num_groups"], self.w[f"layers.{i}.mixer.conv.weight"]
+        padded = np.concatenate(
+            [np.zeros((layer["kernel_size"] - 1, len(taps)), np.float32), self._linear(u, f"{name}.xbc_proj")]
+        )
+        self.state.tensors[f"layers.{i}.conv"] = padded[t:].astype(np.float64)
+        conv = sum(taps[:, j] * padded[j : j + t] for j in range(taps.shape[1]))
+        xbc = bf16(ACTIVATIONS["silu"](bf16(conv + self.w.get(f"{name}.conv.bias", np.float32(0)))))
+        x, z = xbc[:, :e].reshape(t, h, -1), self._linear(u, f"{name}.z_proj")
+        b, c = (part.reshape(t, groups, n).repeat(h // groups, axis=1) for part in np.split(xbc[:, e:], 2, axis=-1))
+        delta = np.logaddexp(0, self._linear(u, f"{name}.dt_proj") + self.wide[f"{name}.dt_bias"])
+        alpha = np.exp(-np.exp(self.wide[f"{name}.A_log"]) * delta)
+        s, y = np.zeros((h, n, layer["head_dim"])), np.zeros((t, h, layer["head_dim"]))
+        for m in range(t):
+            s = alpha[m, :, None, None] * s + b[m, :, :, None] * (delta[m, :, None] * x[m])[:, None]
+            y[m] = np.einsum("hnd,hn->hd", s, c[m]) + self.wide[f"{name}.D"][:, None] * x[m]
+        self.state.tensors[f"layers.{i}.matrix"] = s
+        gated = (bf16(y).reshape(t, e) * ACTIVATIONS["silu"](z)).reshape(t, groups, -1)
+        gated = gated / np.sqrt((gated**2).mean(-1, keepdims=True) + np.float32(layer["eps"]))
+        return bf16(gated.reshape(t, e) * self.wide[f"{name}.norm.weight"])
+
+    def _gated_linear_attention(self, x: Array, layer: Config, i: int) -> Array:
+        """As the authors' kernels: bfloat16 inputs and results, float32 inside, and of the norm."""
+        name, t, h, dk = f"layers.{i}.mixer", len(x), layer["num_heads"], layer["key_dim"]
+        qkv = np.split(self._linear(x, f"{name}.qkv_proj"), [h * dk, 2 * h * dk], axis=-1)
+        q, k, v = (part.reshape(t, h, -1) for part in qkv)
+        a = self._linear(bf16(x @ self.w[f"{name}.a_down_proj.weight"].T), f"{name}.a_up_proj").reshape(t, h, dk)
+        alpha = np.exp(-np.logaddexp(0, -a) / layer["gate_normalizer"])
+        s, y = np.zeros((h, dk, v.shape[-1])), np.zeros(v.shape)
+        for m in range(t):
+            s = alpha[m, :, :, None] * s + k[m, :, :, None] * v[m, :, None]
+            y[m] = np.einsum("hkd,hk->hd", s, q[m]) / math.sqrt(dk)
+        self.state.tensors[f"layers.{i}.matrix"] = s
+        y = bf16(y)
+        y = y / np.sqrt((y**2).mean(-1, keepdims=True) + np.float32(layer["eps"])) * self.wide[f"{name}.norm.weight"]
+        return bf16(y.reshape(t, -1) * ACTIVATIONS["silu"](self._linear(x, f"{name}.g_proj")))
+
     def _sliding_window(self, x: Array, layer: Config, i: int) -> Array:
         t, h, h_kv, window = len(x), layer["num_heads"], layer["num_kv_heads"], layer.get("window", len(x))
         qkv = self._linear(x, f"layers.{i}.mixer.qkv_proj").reshape(t, h + 2 * h_kv, layer["head_dim"])

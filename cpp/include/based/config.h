@@ -12,7 +12,9 @@
 #include "based/mixers/full_attention.h"
 #include "based/mixers/gated_conv.h"
 #include "based/mixers/gated_delta_net.h"
+#include "based/mixers/gated_linear_attention.h"
 #include "based/mixers/linear_attention.h"
+#include "based/mixers/mamba2.h"
 #include "based/mixers/prefix_linear_attention.h"
 #include "based/mixers/selective_scan.h"
 #include "based/mixers/sliding_window.h"
@@ -26,9 +28,9 @@ enum class NormKind : std::uint8_t { rms_norm, layer_norm };
 enum class Activation : std::uint8_t { identity, silu, gelu, gelu_tanh, sigmoid, relu, relu_squared };
 
 /// A layer's mixer. To add one, see CONTRIBUTING.md.
-using MixerConfig =
-    std::variant<GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig, PrefixLinearAttentionConfig,
-                 FullAttentionConfig, SelectiveScanConfig, GatedDeltaNetConfig>;
+using MixerConfig = std::variant<GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig,
+                                 PrefixLinearAttentionConfig, FullAttentionConfig, SelectiveScanConfig,
+                                 GatedDeltaNetConfig, Mamba2Config, GatedLinearAttentionConfig>;
 
 /// Calls f(std::type_identity<Config>{}) for every kind of mixer.
 template <class F>

@@ -19,7 +19,9 @@ from based._core import (
     FullAttentionConfig,
     GatedConvConfig,
     GatedDeltaNetConfig,
+    GatedLinearAttentionConfig,
     LinearAttentionConfig,
+    Mamba2Config,
     MlpConfig,
     ModelConfig,
     NormKind,
@@ -33,6 +35,7 @@ from based._tokenizer_files import find_tokenizer, read_tokenizer_json
 from based.convert import StrPath, atomic_directory, open_weights, sync
 from based.torch import ops
 from based.torch._autograd import is_transformed
+from based.torch._decay import decayed_linear_attention
 from based.torch._delta import gated_delta_rule
 from based.torch._documents import by_documents
 from based.torch.loss import IGNORED, linear_cross_entropy
@@ -665,17 +668,88 @@ class _GatedDeltaNet(nn.Module):
         return self.out_proj(y if self.g_proj is None else y * functional.silu(self.g_proj(x)))
 
 
-class _HeadNorm(nn.Module):
-    """RMSNorm of each head's result."""
-
-    def __init__(self, head_dim: int, eps: float, factory: dict[str, Any]) -> None:
+class _Mamba2(nn.Module):
+    def __init__(self, config: Mamba2Config, d: int, factory: dict[str, Any]) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(head_dim, **factory))
+        self.config = config
+        wide = factory | {"dtype": torch.promote_types(factory["dtype"], torch.float32)}
+        self.xbc_proj = _projection(config, "xbc_proj", d, factory)
+        self.z_proj = _projection(config, "z_proj", d, factory)
+        self.dt_proj = _projection(config, "dt_proj", d, factory)
+        self.conv = _SiluShortConv(self.xbc_proj.out_features, config.kernel_size, config.conv_bias, factory)
+        self.A_log, self.D, self.dt_bias = (nn.Parameter(torch.empty(config.num_heads, **wide)) for _ in range(3))
+        self.norm = _HeadNorm(self.z_proj.out_features, config.eps, factory, config.num_groups)
+        self.out_proj = _projection(config, "out_proj", d, factory)
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Those that reset_parameters() draws, and not the model."""
+        return [parameter for name, parameter in self.named_parameters() if name != "norm.weight"]
+
+    def reset_parameters(self, num_residuals: int) -> None:
+        """As mamba_ssm: PyTorch's own, but W_out over √num_residuals, exp(A_log) uniform in 1 … 16, and D = 1.
+
+        The steps that dt_bias makes by itself are log-uniform in 0.001 … 0.1.
+        """
+        for projection in (self.xbc_proj, self.z_proj, self.dt_proj, self.out_proj):
+            bound = projection.in_features**-0.5
+            nn.init.uniform_(projection.weight, -bound, bound)
+        self.out_proj.weight.div_(math.sqrt(num_residuals))
+        bound = self.config.kernel_size**-0.5
+        for parameter in self.conv.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+        nn.init.uniform_(self.A_log, 1, 16).log_()
+        nn.init.ones_(self.D)
+        _draw_steps(self.dt_bias)
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        h, groups, e = self.config.num_heads, self.config.num_groups, self.z_proj.out_features
+        xbc = self.conv(self.xbc_proj(u))
+        wide = torch.promote_types(xbc.dtype, torch.float32)
+        x, b, c = xbc.split([e, (xbc.shape[-1] - e) // 2, (xbc.shape[-1] - e) // 2], -1)
+        x = x.unflatten(-1, (h, -1)).to(wide)
+        b, c = (part.unflatten(-1, (groups, -1)).repeat_interleave(h // groups, 2) for part in (b, c))
+        delta = functional.softplus(self.dt_proj(u).to(wide) + self.dt_bias.to(wide))
+        log_alpha = -self.A_log.to(wide).exp() * delta
+        y, _ = decayed_linear_attention(c, b, delta[..., None] * x, log_alpha)
+        y = (y + self.D.to(wide)[:, None] * x).flatten(2) * functional.silu(self.z_proj(u).to(wide))
+        return self.out_proj(self.norm(y).to(xbc.dtype))
+
+
+class _GatedLinearAttention(nn.Module):
+    def __init__(self, config: GatedLinearAttentionConfig, d: int, factory: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = config
+        self.qkv_proj = _projection(config, "qkv_proj", d, factory)
+        self.g_proj = _projection(config, "g_proj", d, factory)
+        self.a_down_proj = _projection(config, "a_down_proj", d, factory)
+        self.a_up_proj = _projection(config, "a_up_proj", d, factory)
+        self.norm = _HeadNorm(config.head_dim, config.eps, factory)
+        self.out_proj = _projection(config, "out_proj", d, factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, d_k = self.config.num_heads, self.config.key_dim
+        u = self.qkv_proj(x)
+        q, k, v = (part.unflatten(-1, (h, -1)) for part in u.split([h * d_k, h * d_k, u.shape[-1] - 2 * h * d_k], -1))
+        a = self.a_up_proj(self.a_down_proj(x)).unflatten(-1, (h, -1))
+        a = a.to(torch.promote_types(a.dtype, torch.float32))
+        log_alpha = functional.logsigmoid(a) / self.config.gate_normalizer
+        y, _ = decayed_linear_attention(q * d_k**-0.5, k, v, log_alpha)
+        return self.out_proj(self.norm(y).flatten(2) * functional.silu(self.g_proj(x)))
+
+
+class _HeadNorm(nn.Module):
+    """RMSNorm of each head's result, or of each of `num_groups` parts of it, which have weights of their own."""
+
+    def __init__(self, size: int, eps: float, factory: dict[str, Any], num_groups: int = 1) -> None:
+        super().__init__()
+        self.eps, self.num_groups = eps, num_groups
+        self.weight = nn.Parameter(torch.empty(size, **factory))
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
         wide = torch.promote_types(y.dtype, torch.float32)
-        return functional.rms_norm(y.to(wide), y.shape[-1:], self.weight.to(wide), self.eps).to(y.dtype)
+        parts = y.to(wide).unflatten(-1, (self.num_groups, -1))
+        normed = functional.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2)
+        return (normed * self.weight.to(wide)).to(y.dtype)
 
 
 _MIXERS: dict[type[sizes.Mixer], Callable[[Any, int, dict[str, Any]], nn.Module]] = {
@@ -686,6 +760,8 @@ _MIXERS: dict[type[sizes.Mixer], Callable[[Any, int, dict[str, Any]], nn.Module]
     FullAttentionConfig: _SoftmaxAttention,
     SelectiveScanConfig: _SelectiveScan,
     PrefixLinearAttentionConfig: _PrefixLinearAttention,
+    Mamba2Config: _Mamba2,
+    GatedLinearAttentionConfig: _GatedLinearAttention,
 }
 
 
