@@ -46,6 +46,10 @@ MixerField describe_field(std::string_view key, const domain::Divisor& divisor, 
   return {key, "int", "a divisor of " + std::string(divisor.limit), 1, std::nullopt, meaning};
 }
 
+MixerField describe_field(std::string_view key, domain::HiddenSize, std::string_view meaning) {
+  return {key, "int", "hidden_size", 1, std::nullopt, meaning};
+}
+
 MixerField describe_field(std::string_view key, domain::Positive, std::string_view meaning) {
   return {key, "float", "> 0", std::nullopt, std::nullopt, meaning};
 }

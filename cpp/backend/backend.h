@@ -68,6 +68,14 @@ struct Mamba2Operands {
   Matrix xbc;                        // (tokens, channels) projection: memory for what the convolution makes
 };
 
+/// What Backend::rwkv7 reads. e: channels of all heads.
+struct Rwkv7Operands {
+  const float *k_k = nullptr, *k_a = nullptr, *r_k = nullptr;  // (e) float32
+  const float *norm = nullptr, *norm_bias = nullptr;           // (e) float32
+  Matrix r, k, v;                                              // (tokens, e) projection
+  Matrix w, a, g;                                              // (tokens, e) projection: w and a before σ
+};
+
 /// What an allocation is for: Model::memory reports the three apart.
 enum class MemoryKind : std::uint8_t { weights, states, workspace };
 
@@ -382,6 +390,25 @@ class Backend {
     unsupported(config, norm, batch, u, a, states, layer, out);
   }
 
+  /// mixed[i] = x + (x' − x) ⊙ mix[i] for the μ (d) float32 of r, w, k, v, a and g; x' is the token before, at first
+  /// the first part of the state, which becomes the last token. x and mixed[i] (N, d) activation.
+  virtual void rwkv7_shift(const Rwkv7Config& config, const std::array<const float*, 6>& mix, const RaggedBatch& batch,
+                           const Matrix& x, StatePool& states, int layer, const std::array<Matrix, 6>& mixed) {
+    unsupported(config, mix, batch, x, states, layer, mixed);
+  }
+
+  /// w ← tanh(w), g ← σ(g); w (N, decay_rank), g (N, gate_rank) projection.
+  virtual void rwkv7_low_rank(const Rwkv7Config& config, const Matrix& w, const Matrix& g) {
+    unsupported(config, w, g);
+  }
+
+  /// The rest of Rwkv7Config's equation up to W_out, after the second part of the state, which it advances. out (N, e)
+  /// activation.
+  virtual void rwkv7(const Rwkv7Config& config, const Rwkv7Operands& operands, const RaggedBatch& batch,
+                     StatePool& states, int layer, const Matrix& out) {
+    unsupported(config, operands, batch, states, layer, out);
+  }
+
   // ---- states ------------------------------------------------------------------------------------------------
 
   /// Bytes that a slot of such a pool takes when its sequence has seen num_tokens tokens: a long part takes memory when
@@ -441,6 +468,9 @@ struct Implements {
   bool operator()(const GatedDeltaNetConfig&) const { return declares(&Device::gated_delta_net); }
   bool operator()(const Mamba2Config&) const { return declares(&Device::mamba2); }
   bool operator()(const GatedLinearAttentionConfig&) const { return declares(&Device::gated_linear_attention); }
+  bool operator()(const Rwkv7Config&) const {
+    return declares(&Device::rwkv7_shift) && declares(&Device::rwkv7_low_rank) && declares(&Device::rwkv7);
+  }
 
  private:
   template <class Class, class... Arguments>

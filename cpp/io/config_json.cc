@@ -90,6 +90,9 @@ class Checker {
       fail(field, std::to_string(value), concat("an integer from ", low, " to ", high));
     }
   }
+  void same(std::string_view field, std::int64_t value, std::string_view other, std::int64_t expected) const {
+    if (value != expected) fail(field, std::to_string(value), concat(other, " = ", expected));
+  }
   void positive(std::string_view field, double value) const {
     if (!(value > 0 && std::isfinite(value))) fail(field, io::json_number(value), "a finite number > 0");
   }
@@ -133,7 +136,10 @@ void check_mixer(const MixerConfig& mixer, std::int64_t hidden_size, const Check
   std::visit(
       [&](const auto& config) {
         config.fields([&](std::string_view field, auto member, const auto& domain, std::string_view) {
-          check_field(check, field, config.*member, domain);
+          if constexpr (std::is_same_v<std::decay_t<decltype(domain)>, domain::HiddenSize>)
+            check.same(field, config.*member, "hidden_size", hidden_size);
+          else
+            check_field(check, field, config.*member, domain);
         });
       },
       mixer);

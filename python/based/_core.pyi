@@ -8,7 +8,7 @@ import numpy
 import numpy.typing
 import os
 import typing
-__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Error', 'FinishReason', 'FormatError', 'FullAttentionConfig', 'GatedConvConfig', 'GatedDeltaNetConfig', 'GatedLinearAttentionConfig', 'Generator', 'LinearAttentionConfig', 'MAX_CONTEXT', 'MAX_TOKEN_IDS', 'MIXERS', 'Mamba2Config', 'MixerField', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'Parameter', 'PrefixLinearAttentionConfig', 'Projection', 'SafetensorsFile', 'SamplingParams', 'SelectiveScanConfig', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'State', 'StateError', 'StateTensor', 'Tensor', 'TokenEvent', 'Turn', 'Turns', 'UnsupportedError', 'add_cublas_path', 'available_memory', 'build_info', 'check_batch_size', 'check_config', 'check_json', 'check_prompt', 'convert_dtype', 'cuda_problem', 'devices', 'exchange_paths', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'parse_limit', 'synchronize', 'write_safetensors']
+__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Error', 'FinishReason', 'FormatError', 'FullAttentionConfig', 'GatedConvConfig', 'GatedDeltaNetConfig', 'GatedLinearAttentionConfig', 'Generator', 'LinearAttentionConfig', 'MAX_CONTEXT', 'MAX_TOKEN_IDS', 'MIXERS', 'Mamba2Config', 'MixerField', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'Parameter', 'PrefixLinearAttentionConfig', 'Projection', 'Rwkv7Config', 'SafetensorsFile', 'SamplingParams', 'SelectiveScanConfig', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'State', 'StateError', 'StateTensor', 'Tensor', 'TokenEvent', 'Turn', 'Turns', 'UnsupportedError', 'add_cublas_path', 'available_memory', 'build_info', 'check_batch_size', 'check_config', 'check_json', 'check_prompt', 'convert_dtype', 'cuda_problem', 'devices', 'exchange_paths', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'parse_limit', 'synchronize', 'write_safetensors']
 class Error(Exception):
     """
     Base of the failures that are particular to this library.
@@ -818,6 +818,79 @@ class GatedLinearAttentionConfig:
         """
         The shape, in words.
         """
+class Rwkv7Config:
+    """
+    The time mix of RWKV-7.
+    """
+    letter: typing.ClassVar[str] = 'R'
+    mixer: typing.ClassVar[str] = 'rwkv7'
+    @staticmethod
+    def fields() -> list[MixerField]:
+        """
+        The keys of config.json beside "mixer", in order.
+        """
+    def __eq__(self, arg0: Rwkv7Config) -> bool:
+        ...
+    def __getstate__(self) -> dict:
+        ...
+    def __hash__(self) -> int:
+        ...
+    def __setstate__(self, arg0: dict) -> None:
+        ...
+    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+        """
+        The matrices that each token is multiplied by, in order.
+        """
+    @property
+    def decay_rank(self) -> int:
+        """
+        R_w, rows of W_w1
+        """
+    @property
+    def eps(self) -> float:
+        """
+        of the norm of each head's result
+        """
+    @property
+    def gate_rank(self) -> int:
+        """
+        R_g, rows of W_g1
+        """
+    @property
+    def head_dim(self) -> int:
+        """
+        size of r, k, v, w, a and g per head
+        """
+    @property
+    def hidden_size(self) -> int:
+        """
+        d, the model's own
+        """
+    @property
+    def num_heads(self) -> int:
+        """
+        H
+        """
+    @property
+    def parameters(self) -> list[Parameter]:
+        """
+        The other tensors of its weights.
+        """
+    @property
+    def rate_rank(self) -> int:
+        """
+        R_a, rows of W_a1
+        """
+    @property
+    def state(self) -> list[StateTensor]:
+        """
+        The tensors of a layer in a state file.
+        """
+    @property
+    def summary(self) -> str:
+        """
+        The shape, in words.
+        """
 class MlpConfig:
     def __eq__(self, arg0: MlpConfig) -> bool:
         ...
@@ -875,7 +948,7 @@ class ModelConfig:
     def hidden_size(self) -> int:
         ...
     @property
-    def layers(self) -> list[GatedConvConfig | LinearAttentionConfig | SlidingWindowConfig | PrefixLinearAttentionConfig | FullAttentionConfig | SelectiveScanConfig | GatedDeltaNetConfig | Mamba2Config | GatedLinearAttentionConfig]:
+    def layers(self) -> list[GatedConvConfig | LinearAttentionConfig | SlidingWindowConfig | PrefixLinearAttentionConfig | FullAttentionConfig | SelectiveScanConfig | GatedDeltaNetConfig | Mamba2Config | GatedLinearAttentionConfig | Rwkv7Config]:
         ...
     @property
     def mlp(self) -> MlpConfig | None:
@@ -1426,4 +1499,4 @@ def write_safetensors(path: os.PathLike | str | bytes, tensors: collections.abc.
     """
 MAX_CONTEXT: int = 16777216
 MAX_TOKEN_IDS: int = 268435456
-MIXERS: tuple = (GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig, PrefixLinearAttentionConfig, FullAttentionConfig, SelectiveScanConfig, GatedDeltaNetConfig, Mamba2Config, GatedLinearAttentionConfig)
+MIXERS: tuple = (GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig, PrefixLinearAttentionConfig, FullAttentionConfig, SelectiveScanConfig, GatedDeltaNetConfig, Mamba2Config, GatedLinearAttentionConfig, Rwkv7Config)

@@ -31,6 +31,7 @@ void set(std::int64_t& value, const domain::Integer& range) {
   value = std::clamp<std::int64_t>(2, range.low, range.high);
 }
 void set(std::int64_t& value, const domain::Divisor& divisor) { value = divisor.of; }
+void set(std::int64_t& value, domain::HiddenSize) { value = test::tiny_config().hidden_size; }
 void set(double& value, domain::Positive) { value = 0.5; }
 void set(double& value, domain::NonNegative) { value = 0.5; }
 
@@ -120,6 +121,12 @@ TYPED_TEST(MixerKind, RefusesEveryFieldOutsideItsDomain) {
       for (const std::int64_t bad : {std::int64_t{0}, domain.of + 1}) {
         mixer.*member = bad;
         refuse(mixer, key);
+      }
+    } else if constexpr (std::is_same_v<std::decay_t<decltype(domain)>, domain::HiddenSize>) {
+      for (const std::int64_t difference : {-1, 1}) {
+        mixer.*member += difference;
+        refuse(mixer, key);
+        mixer.*member -= difference;
       }
     } else if constexpr (std::is_same_v<decltype(mixer.*member), double&>) {
       mixer.*member = -1;
@@ -305,6 +312,18 @@ class WithoutWindows final : public backend::DeviceBackend<WithoutWindows> {
                               const backend::RaggedBatch& batch, const backend::Matrix& u, const backend::Matrix& a,
                               backend::StatePool& states, int layer, const backend::Matrix& out) override {
     cpu_.gated_linear_attention(config, norm, batch, u, a, states, layer, out);
+  }
+  void rwkv7_shift(const Rwkv7Config& config, const std::array<const float*, 6>& mix, const backend::RaggedBatch& batch,
+                   const backend::Matrix& x, backend::StatePool& states, int layer,
+                   const std::array<backend::Matrix, 6>& mixed) override {
+    cpu_.rwkv7_shift(config, mix, batch, x, states, layer, mixed);
+  }
+  void rwkv7_low_rank(const Rwkv7Config& config, const backend::Matrix& w, const backend::Matrix& g) override {
+    cpu_.rwkv7_low_rank(config, w, g);
+  }
+  void rwkv7(const Rwkv7Config& config, const backend::Rwkv7Operands& operands, const backend::RaggedBatch& batch,
+             backend::StatePool& states, int layer, const backend::Matrix& out) override {
+    cpu_.rwkv7(config, operands, batch, states, layer, out);
   }
   void token_log_probs(const backend::Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
                        std::span<float> out) override {

@@ -150,6 +150,18 @@ struct Mixer {
         Columns u(in, 0, cols), decays(in, cols + c.gate_rank, a);
         cpu.gated_linear_attention(c, find("norm.weight"), batch, u.matrix(), decays.matrix(), states, 0, out);
       }
+      // [x|…]: what the shift makes of x takes the place of the projections, and of those to and from low ranks.
+      void operator()(const Rwkv7Config& c) const {
+        Columns x(in, 0, c.hidden_size), r(x), w(x), k(x), v(x), a(x), g(x);
+        cpu.rwkv7_shift(c, {find("mix_r"), find("mix_w"), find("mix_k"), find("mix_v"), find("mix_a"), find("mix_g")},
+                        batch, x.matrix(), states, 0,
+                        {r.matrix(), w.matrix(), k.matrix(), v.matrix(), a.matrix(), g.matrix()});
+        cpu.rwkv7_low_rank(c, w.matrix(), g.matrix());
+        cpu.rwkv7(c,
+                  {find("k_k"), find("k_a"), find("r_k"), find("norm.weight"), find("norm.bias"), r.matrix(),
+                   k.matrix(), v.matrix(), w.matrix(), a.matrix(), g.matrix()},
+                  batch, states, 0, out);
+      }
     };
     std::visit(Run{cpu, parameters, batch, in, states, out}, config);
   }
@@ -508,6 +520,53 @@ std::vector<double> reference(const GatedLinearAttentionConfig& c, const Paramet
   return out;
 }
 
+// By the recurrence, on Sᵀ as the paper has it: a row for each number of v.
+std::vector<double> reference(const Rwkv7Config& c, const Parameters& parameters, const std::vector<float>& in,
+                              std::int64_t) {
+  const std::int64_t D = c.head_dim, e = c.inner_size();
+  const Mixer shape{c};
+  const std::int64_t width = shape.input_width(), tokens = static_cast<std::int64_t>(in.size()) / width;
+  const auto sigmoid = [](double x) { return 1 / (1 + std::exp(-x)); };
+  const auto mixed = [&](const char* name, std::int64_t t, std::int64_t i) {
+    const double x = in[t * width + i], before = t > 0 ? in[(t - 1) * width + i] : 0;
+    return x + (before - x) * Mixer::find(parameters, name)[i];
+  };
+  std::vector<double> out(static_cast<std::size_t>(tokens * e));
+  for (std::int64_t begin = 0; begin < e; begin += D) {
+    std::vector<std::vector<double>> s(static_cast<std::size_t>(D), std::vector<double>(static_cast<std::size_t>(D)));
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      std::vector<double> r, w, k, v, a, kappa, y;
+      double length = 0, bonus = 0, mean = 0, square = 0;
+      for (std::int64_t i = begin; i < begin + D; ++i) {
+        r.push_back(mixed("mix_r", t, i));
+        w.push_back(std::exp(-std::exp(-0.5) * sigmoid(std::tanh(mixed("mix_w", t, i)))));
+        a.push_back(sigmoid(mixed("mix_a", t, i)));
+        v.push_back(mixed("mix_v", t, i));
+        const double key = mixed("mix_k", t, i);
+        kappa.push_back(key * Mixer::find(parameters, "k_k")[i]);
+        length += kappa.back() * kappa.back();
+        k.push_back(key * (1 + (a.back() - 1) * Mixer::find(parameters, "k_a")[i]));
+        bonus += r.back() * k.back() * Mixer::find(parameters, "r_k")[i];
+      }
+      for (double& x : kappa) x /= std::max(std::sqrt(length), 1e-12);
+      for (std::int64_t j = 0; j < D; ++j) {
+        const double seen = std::inner_product(kappa.begin(), kappa.end(), s[j].begin(), 0.0);
+        for (std::int64_t i = 0; i < D; ++i) s[j][i] = s[j][i] * w[i] - seen * kappa[i] * a[i] + v[j] * k[i];
+        y.push_back(std::inner_product(r.begin(), r.end(), s[j].begin(), 0.0));
+        mean += y.back() / static_cast<double>(D);
+      }
+      for (const double x : y) square += (x - mean) * (x - mean) / static_cast<double>(D);
+      for (std::int64_t j = 0; j < D; ++j) {
+        const double normed =
+            (y[j] - mean) / std::sqrt(square + c.eps) * Mixer::find(parameters, "norm.weight")[begin + j] +
+            Mixer::find(parameters, "norm.bias")[begin + j];
+        out[t * e + begin + j] = (normed + bonus * v[j]) * sigmoid(mixed("mix_g", t, begin + j));
+      }
+    }
+  }
+  return out;
+}
+
 std::vector<double> reference(const Mixer& mixer, const std::vector<float>& in, std::int64_t start = 0) {
   return std::visit([&](const auto& config) { return reference(config, mixer.parameters, in, start); }, mixer.config);
 }
@@ -587,9 +646,19 @@ std::vector<Mixer> gated_linears() {
           Mixer(GatedLinearAttentionConfig{2, 5, 19, 3, 16, 1e-5})};
 }
 
+// As wide as the residual stream, and as their low ranks.
+std::vector<Mixer> rwkv7s() {
+  const auto rwkv7 = [](std::int64_t heads, std::int64_t dim, double eps) {
+    const std::int64_t e = heads * dim;
+    return Mixer(Rwkv7Config{e, heads, dim, e, e, e, eps});
+  };
+  return {rwkv7(2, 64, 64e-5), rwkv7(1, 2, 1e-2), rwkv7(3, 7, 1e-5), rwkv7(2, 19, 1e-5)};
+}
+
 std::vector<Mixer> all_mixers() {
   std::vector<Mixer> all = convs();
-  for (auto& mixers : {linears(), windows(), prefixes(), fulls(), scans(), deltas(), mambas(), gated_linears()})
+  for (auto& mixers :
+       {linears(), windows(), prefixes(), fulls(), scans(), deltas(), mambas(), gated_linears(), rwkv7s()})
     all.insert(all.end(), mixers.begin(), mixers.end());
   return all;
 }
@@ -682,7 +751,7 @@ TEST_P(Mixers, MatchReferenceInRaggedBatches) {
 TEST_P(Mixers, CutsChangeNoBitOfWhatGoesTokenByToken) {
   CpuBackend cpu = make_cpu(GetParam());
   std::vector<Mixer> mixers = convs();
-  for (const auto& more : {windows(), fulls(), scans(), deltas(), mambas(), gated_linears()})
+  for (const auto& more : {windows(), fulls(), scans(), deltas(), mambas(), gated_linears(), rwkv7s()})
     mixers.insert(mixers.end(), more.begin(), more.end());
   std::mt19937 random(6);
   for (const Mixer& mixer : mixers) {

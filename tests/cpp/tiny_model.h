@@ -50,6 +50,7 @@ inline ModelConfig tiny_config() {
   config.layers.push_back(GatedDeltaNetConfig{2, 5, 7, 3, 1e-5, true, true});
   config.layers.push_back(Mamba2Config{4, 5, 3, 2, 4, 1e-5, true});
   config.layers.push_back(GatedLinearAttentionConfig{2, 5, 7, 3, 16, 1e-5});
+  config.layers.push_back(Rwkv7Config{24, 2, 7, 3, 2, 5, 1e-5});
   return config;
 }
 

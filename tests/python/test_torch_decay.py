@@ -20,78 +20,82 @@ from tests.reference.files import read_safetensors
 from tests.reference.model import Model
 from tests.reference.torch_model import decayed_reference
 
-BY_ROWS = pytest.mark.parametrize("by_rows", [False, True])
+FORMS = pytest.mark.parametrize(("by_rows", "reads"), [(False, False), (True, False), (True, True), (False, True)])
 
 
-def inputs(t, by_rows, d_k=5, d_v=7, dtype=torch.float64, strength=1.0):
+def inputs(t, by_rows, reads=False, d_k=5, d_v=7, dtype=torch.float64, strength=1.0, heads=3, sequences=2):
+    """q, k, v and log α; with `reads` also p of length 1, and b, which takes a part of it away; and a state."""
     generator = torch.Generator().manual_seed(t)
 
     def draw(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(sequences, *shape, generator=generator, dtype=torch.float64)
 
-    q, k, v, state = draw(2, t, 3, d_k), draw(2, t, 3, d_k), draw(2, t, 3, d_v), draw(2, 3, d_k, d_v)
-    log_alpha = -draw(2, t, 3, *[d_k] * by_rows).exp() * strength
-    return [x.to(dtype).requires_grad_() for x in (q, k, v, log_alpha, state)]
+    parts = {"q": draw(t, heads, d_k), "k": draw(t, heads, d_k), "v": draw(t, heads, d_v)}
+    parts["log_alpha"] = -draw(t, heads, *[d_k] * by_rows).exp() * strength
+    parts["initial_state"] = draw(heads, d_k, d_v)
+    if reads:
+        parts["p"] = torch.nn.functional.normalize(draw(t, heads, d_k), dim=-1)
+        parts["b"] = -parts["p"] * draw(t, heads, d_k).sigmoid()
+    return {name: x.to(dtype).requires_grad_() for name, x in parts.items()}
 
 
-def run(parts, **options):
-    *operands, state = parts
-    return decayed_linear_attention(*operands, initial_state=state, **options)
+def reference(parts):
+    return decayed_reference(**{"before" if name == "initial_state" else name: x for name, x in parts.items()})
 
 
-@BY_ROWS
+@FORMS
 @pytest.mark.parametrize(("t", "chunk_size"), [(1, None), (2, 1), (37, 8), (64, 16), (130, None)])
-def test_it_is_the_recurrence_and_so_are_its_gradients(t, chunk_size, by_rows):
-    parts = inputs(t, by_rows)
+def test_it_is_the_recurrence_and_so_are_its_gradients(t, chunk_size, by_rows, reads):
+    parts = inputs(t, by_rows, reads)
     results = []
-    for y, s in (run(parts, chunk_size=chunk_size), decayed_reference(*parts)):
+    for y, s in (decayed_linear_attention(**parts, chunk_size=chunk_size), reference(parts)):
         torch.manual_seed(0)
         loss = (y * torch.randn(y.shape, dtype=y.dtype)).sum() + (s * torch.randn(s.shape, dtype=s.dtype)).sum()
-        results.append((y, s, *torch.autograd.grad(loss, parts)))
+        results.append((y, s, *torch.autograd.grad(loss, list(parts.values()))))
     for found, expected in zip(*results, strict=True):
         assert (found - expected).norm() <= 1e-12 * expected.norm()
 
 
-@BY_ROWS
-def test_it_goes_on_from_a_state(by_rows):
-    *operands, state = inputs(50, by_rows)
-    whole, last = run([*operands, state])
-    first, between = run([*(x[:, :21] for x in operands), state])
-    rest, end = run([*(x[:, 21:] for x in operands), between])
+@FORMS
+def test_it_goes_on_from_a_state(by_rows, reads):
+    parts = inputs(50, by_rows, reads)
+    state = parts.pop("initial_state")
+    whole, last = decayed_linear_attention(**parts, initial_state=state)
+    first, between = decayed_linear_attention(**{name: x[:, :21] for name, x in parts.items()}, initial_state=state)
+    rest, end = decayed_linear_attention(**{name: x[:, 21:] for name, x in parts.items()}, initial_state=between)
     assert (torch.cat([first, rest], 1) - whole).abs().max() <= 1e-12
     assert (end - last).abs().max() <= 1e-12
 
 
-@BY_ROWS
+@FORMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_its_sums_are_float32_at_least(dtype, by_rows):
-    parts = inputs(100, by_rows, dtype=dtype)
-    y, s = run(parts)
+def test_its_sums_are_float32_at_least(dtype, by_rows, reads):
+    parts = inputs(100, by_rows, reads, dtype=dtype)
+    y, s = decayed_linear_attention(**parts)
     assert y.dtype == dtype and s.dtype == torch.float32
-    expected, _ = decayed_reference(*parts)
+    expected, _ = reference(parts)
     assert (y.double() - expected).norm() <= (1e-5 if dtype == torch.float32 else 4e-3) * expected.norm()
 
 
-@BY_ROWS
+@FORMS
 @pytest.mark.parametrize("strength", [1e-4, 1e3])
-def test_strong_and_weak_decays(strength, by_rows):
+def test_strong_and_weak_decays(strength, by_rows, reads):
     """e^1000 has no float32: a product of γ_t and 1/γ_j would be no number."""
-    parts = inputs(300, by_rows, dtype=torch.float32, strength=strength)
-    y, s = run(parts)
-    for found, expected in zip((y, s), decayed_reference(*parts), strict=True):
+    parts = inputs(300, by_rows, reads, dtype=torch.float32, strength=strength)
+    y, s = decayed_linear_attention(**parts)
+    for found, expected in zip((y, s), reference(parts), strict=True):
         assert (found - expected).norm() <= 1e-5 * expected.norm()
-    assert all(x.isfinite().all() for x in torch.autograd.grad(y.sum() + s.sum(), parts))
+    gradients = torch.autograd.grad(y.sum() + s.sum(), list(parts.values()))
+    assert all(x.isfinite().all() for x in gradients)
 
 
-@BY_ROWS
-def test_gradcheck(by_rows):
-    one = [x[:1, :, :1, :2].detach().requires_grad_() for x in inputs(5, by_rows)[: 4 if by_rows else 3]]
-    if not by_rows:
-        one.append(inputs(5, by_rows)[3][:1, :, :1].detach().requires_grad_())
-    start = inputs(5, by_rows)[4][:1, :1, :2, :2].detach().requires_grad_()
-    function = lambda *parts: run(parts, chunk_size=3)  # noqa: E731
-    assert torch.autograd.gradcheck(function, (*one, start))
-    assert torch.autograd.gradgradcheck(function, (*one, start))
+@FORMS
+def test_gradcheck(by_rows, reads):
+    parts = inputs(5, by_rows, reads, d_k=2, d_v=2, heads=1, sequences=1)
+    names = list(parts)
+    function = lambda *x: decayed_linear_attention(**dict(zip(names, x, strict=True)), chunk_size=3)  # noqa: E731
+    assert torch.autograd.gradcheck(function, tuple(parts.values()))
+    assert torch.autograd.gradgradcheck(function, tuple(parts.values()))
 
 
 @pytest.mark.parametrize(
@@ -102,6 +106,9 @@ def test_gradcheck(by_rows):
         ({"log_alpha": torch.zeros(2, 4, 1)}, "log_alpha has shape (2, 4, 1), expected (2, 4, 3)"),
         ({"log_alpha": torch.zeros(2, 4, 3, 7)}, "log_alpha has shape (2, 4, 3, 7), expected (2, 4, 3, 5)"),
         ({"initial_state": torch.zeros(2, 3, 7, 5)}, "initial_state has shape (2, 3, 7, 5), expected (2, 3, 5, 7)"),
+        ({"p": torch.zeros(2, 4, 3, 7)}, "p has shape (2, 4, 3, 7), expected (2, 4, 3, 5)"),
+        ({"p": torch.zeros(2, 4, 3, 5)}, "b is None, expected p and b, or none of them"),
+        ({"b": torch.zeros(2, 4, 3, 5)}, "p is None, expected p and b, or none of them"),
         ({"chunk_size": 0}, "chunk_size is 0, expected ≥ 1"),
     ],
 )
@@ -137,6 +144,16 @@ LAYERS = {
         "gate_rank": 16,
         "gate_normalizer": 16.0,
         "eps": 1e-5,
+    },
+    "rwkv7": {
+        "mixer": "rwkv7",
+        "hidden_size": 16,
+        "num_heads": 2,
+        "head_dim": 8,
+        "decay_rank": 4,
+        "rate_rank": 4,
+        "gate_rank": 4,
+        "eps": 64e-5,
     },
 }
 
@@ -203,3 +220,22 @@ def test_initialisation_of_mamba2():
         (mixer.out_proj.weight, (400 * 3) ** -0.5),
     ):
         assert 0.95 * bound < weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_initialisation_of_rwkv7(dtype):
+    """As the authors' first layer: decays from near 1 to e^−0.6, low ranks that bring nothing yet, a result of 0."""
+    torch.manual_seed(0)
+    layer = LAYERS["rwkv7"] | {"hidden_size": 64, "head_dim": 32, "gate_rank": 80}
+    config = model_of(layer, hidden_size=64).config
+    mixer = BasedForCausalLM(config, dtype=dtype).layers[0].mixer
+    decays = (-np.exp(-0.5) * torch.sigmoid(mixer.w_up_proj.bias.float())).exp()
+    assert decays[0] > 0.999 and decays[-1] < 0.57 and (decays > 0.99).sum() > 10
+    for part in "wag":
+        assert not getattr(mixer, f"{part}_down_proj").weight.any()
+    for up, gain in ((mixer.w_up_proj, 0.1), (mixer.g_up_proj, 0.1 * (80 / 64) ** 0.5)):
+        singular = torch.linalg.svdvals(up.weight.detach().float())
+        assert torch.allclose(singular, torch.full_like(singular, gain), rtol=2e-2)
+    assert mixer.mix_r[0] == 1 and mixer.mix_w[-1] < 0.02 and not mixer.out_proj.weight.any()
+    assert torch.equal(mixer.norm.weight.float(), torch.ones(64)) and not mixer.norm.bias.any()
+    assert 0.9 * 0.05 / 8 < mixer.k_proj.weight.abs().max() <= 0.051 / 8

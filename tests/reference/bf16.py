@@ -196,6 +196,33 @@ class _Forward:
         y = y / np.sqrt((y**2).mean(-1, keepdims=True) + np.float32(layer["eps"])) * self.wide[f"{name}.norm.weight"]
         return bf16(y.reshape(t, -1) * ACTIVATIONS["silu"](self._linear(x, f"{name}.g_proj")))
 
+    def _rwkv7(self, x: Array, layer: Config, i: int) -> Array:
+        """As torch_model: bfloat16 inputs and results, float32 inside, and of what is no matrix."""
+        name, t, h = f"layers.{i}.mixer", len(x), layer["num_heads"]
+        self.state.tensors[f"layers.{i}.shift"] = x[-1].astype(np.float64)
+        change = np.concatenate([np.zeros_like(x[:1]), x[:-1]]) - x
+        m = {part: bf16(x + change * self.wide[f"{name}.mix_{part}"]) for part in "rwkvag"}
+        r, k, v = (self._linear(m[part], f"{name}.{part}_proj").reshape(t, h, -1) for part in "rkv")
+        low = {part: self._linear(m[part], f"{name}.{part}_down_proj") for part in "wag"}
+        low["w"], low["g"] = bf16(np.tanh(low["w"])), bf16(ACTIVATIONS["sigmoid"](low["g"]))
+        w, a, g = (self._linear(low[part], f"{name}.{part}_up_proj") for part in "wag")
+        w, a = (ACTIVATIONS["sigmoid"](part).reshape(r.shape) for part in (w, a))
+        k_k, k_a, r_k = (self.wide[f"{name}.{part}"].reshape(h, -1) for part in ("k_k", "k_a", "r_k"))
+        kappa = k * k_k
+        kappa = bf16(kappa / np.maximum(np.sqrt((kappa**2).sum(-1, keepdims=True)), 1e-12))
+        k, removed, w = bf16(k * (1 + (a - 1) * k_a)), bf16(kappa * a), np.exp(-np.exp(-0.5) * w)
+        s, y = np.zeros((h, v.shape[-1], v.shape[-1])), np.zeros(v.shape)
+        for n in range(t):
+            seen = np.einsum("hkd,hk->hd", s, kappa[n])
+            s = w[n][..., None] * s - removed[n][..., None] * seen[:, None] + k[n][..., None] * v[n][:, None]
+            y[n] = np.einsum("hkd,hk->hd", s, r[n])
+        self.state.tensors[f"layers.{i}.matrix"] = s
+        y = bf16(y)
+        y = y - y.mean(-1, keepdims=True)
+        y = (y / np.sqrt((y**2).mean(-1, keepdims=True) + np.float32(layer["eps"]))).reshape(t, -1)
+        y = y * self.wide[f"{name}.norm.weight"] + self.wide[f"{name}.norm.bias"]
+        return bf16((y + ((r * k * r_k).sum(-1, keepdims=True) * v).reshape(t, -1)) * g)
+
     def _sliding_window(self, x: Array, layer: Config, i: int) -> Array:
         t, h, h_kv, window = len(x), layer["num_heads"], layer["num_kv_heads"], layer.get("window", len(x))
         qkv = self._linear(x, f"layers.{i}.mixer.qkv_proj").reshape(t, h + 2 * h_kv, layer["head_dim"])

@@ -146,6 +146,18 @@ def model_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes[f"{name}.norm.weight"] = (e,)
             shapes[f"{name}.A_log"] = shapes[f"{name}.D"] = shapes[f"{name}.dt_bias"] = (h,)
             linear(f"{name}.out_proj", d, e, False)
+        elif layer["mixer"] == "rwkv7":
+            e = layer["num_heads"] * layer["head_dim"]
+            for part in "rwkvag":
+                shapes[f"{name}.mix_{part}"] = (layer["hidden_size"],)
+            for part in "rkv":
+                linear(f"{name}.{part}_proj", e, d, False)
+            for part, rank in (("w", "decay_rank"), ("a", "rate_rank"), ("g", "gate_rank")):
+                linear(f"{name}.{part}_down_proj", layer[rank], d, False)
+                linear(f"{name}.{part}_up_proj", e, layer[rank], part != "g")
+            for part in ("k_k", "k_a", "r_k", "norm.weight", "norm.bias"):
+                shapes[f"{name}.{part}"] = (e,)
+            linear(f"{name}.out_proj", d, e, False)
         elif layer["mixer"] == "gated_linear_attention":
             h, dk, head_dim, rank = layer["num_heads"], layer["key_dim"], layer["head_dim"], layer["gate_rank"]
             linear(f"{name}.qkv_proj", h * (2 * dk + head_dim), d, False)
@@ -196,6 +208,7 @@ MIXERS = (
     "gated_delta_net",
     "mamba2",
     "gated_linear_attention",
+    "rwkv7",
 )
 """The kinds that random models are made of."""
 
@@ -203,7 +216,7 @@ ON_A_GPU = ("gated_conv", "linear_attention", "sliding_window")
 """Those that a GPU has kernels for."""
 
 
-def _random_mixer(choose: Choose, kinds: Sequence[str]) -> Config:
+def _random_mixer(choose: Choose, kinds: Sequence[str], hidden_size: int) -> Config:
     kind = choose.one_of(list(kinds))
     if kind == "gated_conv":
         inner_size, kernel_size = choose.integer(1, 40), choose.integer(1, 6)
@@ -274,6 +287,17 @@ def _random_mixer(choose: Choose, kinds: Sequence[str]) -> Config:
             "gate_normalizer": choose.one_of([16.0, 1.0]),
             "eps": choose.one_of([1e-5, 1e-3]),
         }
+    if kind == "rwkv7":
+        return {
+            "mixer": kind,
+            "hidden_size": hidden_size,
+            "num_heads": choose.integer(1, 3),
+            "head_dim": choose.one_of([8, 5, 16, 21]),
+            "decay_rank": choose.one_of([4, 1, 16]),
+            "rate_rank": choose.one_of([4, 1, 9]),
+            "gate_rank": choose.one_of([4, 1, 16]),
+            "eps": choose.one_of([64e-5, 1e-3]),
+        }
     assert kind in ("sliding_window", "full_attention"), f"{kind} has no random shapes"
     num_kv_heads, head_dim = choose.integer(1, 3), choose.one_of([16, 1, 2, 3, 7, 8, 24, 33])
     return {
@@ -299,7 +323,7 @@ def random_model_config(choose: Choose, max_layers: int = 4, kinds: Sequence[str
         "format_version": 1,
         "vocab_size": vocab_size,
         "padded_vocab_size": vocab_size + choose.integer(0, 9),
-        "hidden_size": choose.integer(1, 48),
+        "hidden_size": (hidden_size := choose.integer(1, 48)),
         "norm": {"type": choose.one_of(["rms_norm", "layer_norm"]), "eps": choose.one_of([1e-5, 1e-3])},
         "mlp": {
             "gated": choose.one_of([True, False]),
@@ -311,7 +335,7 @@ def random_model_config(choose: Choose, max_layers: int = 4, kinds: Sequence[str
         "tie_embeddings": choose.one_of([True, False]),
         "bos_token_id": choose.one_of([None, 0]),
         "eos_token_id": choose.one_of([None, vocab_size - 1]),
-        "layers": [_random_mixer(choose, kinds) for _ in range(choose.integer(1, max_layers))],
+        "layers": [_random_mixer(choose, kinds, hidden_size) for _ in range(choose.integer(1, max_layers))],
     }
     return config if choose.integer(0, 4) else config | {"mlp": None}
 

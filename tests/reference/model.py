@@ -86,7 +86,8 @@ class State:
 
     layers.{i}.conv (K-1, e) · layers.{i}.taylor (H, features, head_dim + 1) · layers.{i}.keys and .values
     (min(num_tokens, window), H_kv, head_dim), (num_tokens, H_kv, head_dim) with full attention · layers.{i}.scan
-    (N, e) · layers.{i}.delta (H, key_dim, head_dim) · layers.{i}.matrix (H, rows, head_dim).
+    (N, e) · layers.{i}.delta (H, key_dim, head_dim) · layers.{i}.matrix (H, rows, head_dim)
+    · layers.{i}.shift (d).
     """
 
     num_tokens: int = 0
@@ -334,6 +335,42 @@ class Model:
             y[:, h] = np.einsum("ti,tsi,si->ts", q[:, h], decay, k[:, h]) @ v[:, h]
         return self._delta_output(y, gate, layer)
 
+    def _rwkv7_inputs(self, x: Array, layer: int, before: Array) -> tuple[Array, ...]:
+        """Of tokens x (T, d) after the token `before` (d): r, w, k, v, κ and κ ⊙ a, (T, H, head_dim), and the gate."""
+        name, mixer = f"layers.{layer}.mixer", self.layers[layer]
+        change = np.concatenate([before[None], x[:-1]]) - x
+        r, w, k, v, a, g = (x + change * self.tensors[f"{name}.mix_{part}"] for part in "rwkvag")
+        r, k, v = (self._linear(m, f"{name}.{part}_proj") for part, m in (("r", r), ("k", k), ("v", v)))
+        w, a, g = (
+            self._linear(act(self._linear(m, f"{name}.{part}_down_proj")), f"{name}.{part}_up_proj")
+            for part, m, act in (("w", w, np.tanh), ("a", a, lambda y: y), ("g", g, sigmoid))
+        )
+        w, a = np.exp(-np.exp(-0.5) * sigmoid(w)), sigmoid(a)
+        kappa = k * self.tensors[f"{name}.k_k"]
+        k = k * (1 + (a - 1) * self.tensors[f"{name}.k_a"])
+        r, w, k, v, kappa, a = (part.reshape(len(x), mixer["num_heads"], -1) for part in (r, w, k, v, kappa, a))
+        kappa = kappa / np.maximum(np.sqrt((kappa**2).sum(-1, keepdims=True)), 1e-12)
+        return r, w, k, v, kappa, kappa * a, g
+
+    def _rwkv7_output(self, y: Array, r: Array, k: Array, v: Array, g: Array, layer: int) -> Array:
+        """The norm of each head, what a token adds to its own result, and the gate: (T, e) of y (T, H, head_dim)."""
+        name = f"layers.{layer}.mixer"
+        y = y - y.mean(-1, keepdims=True)
+        y = (y / np.sqrt((y**2).mean(-1, keepdims=True) + self.layers[layer]["eps"])).reshape(g.shape)
+        y = y * self.tensors[f"{name}.norm.weight"] + self.tensors[f"{name}.norm.bias"]
+        bonus = (r * k * self.tensors[f"{name}.r_k"].reshape(r.shape[1:])).sum(-1, keepdims=True) * v
+        return (y + bonus.reshape(g.shape)) * g
+
+    def _rwkv7(self, x: Array, layer: int) -> Array:
+        """Sᵀr at t is Σ_{j≤t} (A_t … A_{j+1} k_j)·r_t v_j, A = diag(w) − (κ ⊙ a) κᵀ."""
+        r, w, k, v, kappa, removed, g = self._rwkv7_inputs(x, layer, np.zeros(x.shape[-1]))
+        y, carried = np.zeros_like(v), np.zeros((0, *k.shape[1:]))  # A_t … A_{j+1} k_j
+        for t in range(len(x)):
+            seen = (carried * kappa[t]).sum(-1, keepdims=True)
+            carried = np.concatenate([carried * w[t] - seen * removed[t], k[t : t + 1]])
+            y[t] = np.einsum("jh,jhd->hd", (carried * r[t]).sum(-1), v[: t + 1])
+        return self._rwkv7_output(y, r, k, v, g, layer)
+
     # ---- token by token ----------------------------------------------------------------------------------------
 
     def fresh_state(self) -> State:
@@ -358,6 +395,10 @@ class Model:
                 channels = h * p + 2 * mixer["num_groups"] * n
                 state.tensors[f"layers.{i}.conv"] = np.zeros((mixer["kernel_size"] - 1, channels))
                 state.tensors[f"layers.{i}.matrix"] = np.zeros((h, n, p))
+            elif mixer["mixer"] == "rwkv7":
+                h, size = mixer["num_heads"], mixer["head_dim"]
+                state.tensors[f"layers.{i}.shift"] = np.zeros(mixer["hidden_size"])
+                state.tensors[f"layers.{i}.matrix"] = np.zeros((h, size, size))
             elif mixer["mixer"] == "gated_linear_attention":
                 shape = (mixer["num_heads"], mixer["key_dim"], mixer["head_dim"])
                 state.tensors[f"layers.{i}.matrix"] = np.zeros(shape)
@@ -456,3 +497,14 @@ class Model:
         s = np.exp(log_alpha)[..., None] * state.tensors[f"layers.{layer}.matrix"] + k[:, :, None] * v[:, None]
         state.tensors[f"layers.{layer}.matrix"] = s
         return self._delta_output(np.einsum("hkd,hk->hd", s, q)[None], gate[None], layer)
+
+    def _rwkv7_step(self, x: Array, layer: int, state: State) -> Array:
+        shift, matrix = f"layers.{layer}.shift", f"layers.{layer}.matrix"
+        inputs = self._rwkv7_inputs(x, layer, state.tensors[shift])
+        r, w, k, v, kappa, removed = (part[0] for part in inputs[:6])
+        s = state.tensors[matrix]
+        seen = np.einsum("hkd,hk->hd", s, kappa)
+        s = w[..., None] * s - removed[..., None] * seen[:, None] + k[..., None] * v[:, None]
+        state.tensors[shift], state.tensors[matrix] = x[0], s
+        y = np.einsum("hkd,hk->hd", s, r)
+        return self._rwkv7_output(y[None], r[None], k[None], v[None], inputs[6], layer)

@@ -100,18 +100,27 @@ def delta_reference(
 
 
 def decayed_reference(
-    q: Any, k: Any, v: Any, log_alpha: Any, before: Any = None, dtype: torch.dtype = torch.float64
+    q: Any,
+    k: Any,
+    v: Any,
+    log_alpha: Any,
+    before: Any = None,
+    p: Any = None,
+    b: Any = None,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Any, Any]:
-    """Token by token, S ← diag(α) S + k vᵀ: Sᵀq (B, T, H, d_v), and S after the last token, (B, H, d_k, d_v).
+    """Token by token, S ← diag(α) S + b (Sᵀp)ᵀ + k vᵀ: Sᵀq (B, T, H, d_v), and S after the last token.
 
-    log_alpha: (B, T, H), or (B, T, H, d_k).
+    log_alpha: (B, T, H), or (B, T, H, d_k). Without p and b, without their term.
     """
     q, k, v, log_alpha = (part.to(dtype) for part in (q, k, v, log_alpha))
+    p, b = (torch.zeros_like(k) if part is None else part.to(dtype) for part in (p, b))
     alpha = (log_alpha if log_alpha.ndim == 4 else log_alpha[..., None]).exp()
     s = q.new_zeros(len(q), *q.shape[2:], v.shape[-1]) if before is None else before.to(dtype)
     y = []
     for t in range(q.shape[1]):
-        s = alpha[:, t, ..., None] * s + k[:, t, :, :, None] * v[:, t, :, None]
+        change = b[:, t, :, :, None] * (p[:, t, :, None] @ s)
+        s = alpha[:, t, ..., None] * s + change + k[:, t, :, :, None] * v[:, t, :, None]
         y.append((q[:, t, :, None] @ s)[:, :, 0])
     return torch.stack(y, 1), s
 
@@ -199,6 +208,22 @@ def forward(
         y = functional.rms_norm(y, y.shape[-1:], kept("norm.weight"), layer["eps"])
         return (y.flatten(2) * functional.silu(linear(x, f"{name}.g_proj").to(wide))).to(dtype)
 
+    def rwkv7(x: torch.Tensor, layer: Mapping[str, Any], name: str) -> torch.Tensor:
+        kept, h = kept_in(name), layer["num_heads"]
+        change = functional.pad(x, (0, 0, 1, 0))[:, :-1].to(wide) - x.to(wide)
+        m = {part: (x.to(wide) + change * kept(f"mix_{part}")).to(dtype) for part in "rwkvag"}
+        r, k, v = (linear(m[part], f"{name}.{part}_proj").to(wide).unflatten(-1, (h, -1)) for part in "rkv")
+        low = {part: linear(m[part], f"{name}.{part}_down_proj") for part in "wag"}
+        low["w"], low["g"] = low["w"].tanh(), low["g"].sigmoid()
+        w, a, g = (linear(low[part], f"{name}.{part}_up_proj").to(wide) for part in "wag")
+        w, a = (part.sigmoid().unflatten(-1, (h, -1)) for part in (w, a))
+        kappa = functional.normalize(k * kept("k_k").unflatten(0, (h, -1)), dim=-1).to(dtype).to(wide)
+        k = (k * (1 + (a - 1) * kept("k_a").unflatten(0, (h, -1)))).to(dtype).to(wide)
+        y = decayed_reference(r, k, v, -math.exp(-0.5) * w, p=kappa, b=(-kappa * a).to(dtype), dtype=wide)[0]
+        y = functional.layer_norm(y.to(dtype).to(wide), y.shape[-1:], eps=layer["eps"]).flatten(2)
+        bonus = (r * k * kept("r_k").unflatten(0, (h, -1))).sum(-1, keepdim=True) * v
+        return ((y * kept("norm.weight") + kept("norm.bias") + bonus.flatten(2)) * g).to(dtype)
+
     def delta(x: torch.Tensor, layer: Mapping[str, Any], name: str) -> torch.Tensor:
         kept = kept_in(name)
         h, dk, taps = layer["num_heads"], layer["key_dim"], w[f"{name}.conv.weight"]
@@ -232,6 +257,8 @@ def forward(
             return mamba2(x, layer, name)
         if layer["mixer"] == "gated_linear_attention":
             return gated_linear(x, layer, name)
+        if layer["mixer"] == "rwkv7":
+            return rwkv7(x, layer, name)
         if layer["mixer"] == "prefix_linear_attention":  # the prefix's keys and values stand before all others
             prefix = x[:, : layer["enc_length"]]
             parts = [(part, x) for part in ("q", "k", "v")] + [("k_enc", prefix), ("v_enc", prefix)]

@@ -21,6 +21,7 @@ std::size_t scratch_nbytes(const PrefixLinearAttentionConfig& config, const Leng
 std::size_t scratch_nbytes(const GatedDeltaNetConfig& config, const Lengths& lengths, Isa isa, int num_threads);
 std::size_t scratch_nbytes(const Mamba2Config& config, const Lengths& lengths, Isa isa, int num_threads);
 std::size_t scratch_nbytes(const GatedLinearAttentionConfig& config, const Lengths& lengths, Isa isa, int num_threads);
+std::size_t scratch_nbytes(const Rwkv7Config& config, const Lengths& lengths, Isa isa, int num_threads);
 
 /// Of CpuBackend::convolve.
 std::size_t conv_scratch_nbytes(std::int64_t kernel_size, const Lengths& lengths, int num_threads);
@@ -109,6 +110,14 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
   void gated_linear_attention(const GatedLinearAttentionConfig& config, const float* norm,
                               const backend::RaggedBatch& batch, const backend::Matrix& u, const backend::Matrix& a,
                               backend::StatePool& states, int layer, const backend::Matrix& out) override;
+
+  // cpu_rwkv7.cc
+  void rwkv7_shift(const Rwkv7Config& config, const std::array<const float*, 6>& mix, const backend::RaggedBatch& batch,
+                   const backend::Matrix& x, backend::StatePool& states, int layer,
+                   const std::array<backend::Matrix, 6>& mixed) override;
+  void rwkv7_low_rank(const Rwkv7Config& config, const backend::Matrix& w, const backend::Matrix& g) override;
+  void rwkv7(const Rwkv7Config& config, const backend::Rwkv7Operands& operands, const backend::RaggedBatch& batch,
+             backend::StatePool& states, int layer, const backend::Matrix& out) override;
 
   // cpu_sampler.cc
   void token_log_probs(const backend::Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,

@@ -16,6 +16,7 @@
 #include "based/mixers/linear_attention.h"
 #include "based/mixers/mamba2.h"
 #include "based/mixers/prefix_linear_attention.h"
+#include "based/mixers/rwkv7.h"
 #include "based/mixers/selective_scan.h"
 #include "based/mixers/sliding_window.h"
 #include "based/tensor.h"
@@ -30,7 +31,7 @@ enum class Activation : std::uint8_t { identity, silu, gelu, gelu_tanh, sigmoid,
 /// A layer's mixer. To add one, see CONTRIBUTING.md.
 using MixerConfig = std::variant<GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig,
                                  PrefixLinearAttentionConfig, FullAttentionConfig, SelectiveScanConfig,
-                                 GatedDeltaNetConfig, Mamba2Config, GatedLinearAttentionConfig>;
+                                 GatedDeltaNetConfig, Mamba2Config, GatedLinearAttentionConfig, Rwkv7Config>;
 
 /// Calls f(std::type_identity<Config>{}) for every kind of mixer.
 template <class F>

@@ -26,6 +26,7 @@ from based._core import (
     ModelConfig,
     NormKind,
     PrefixLinearAttentionConfig,
+    Rwkv7Config,
     SelectiveScanConfig,
     SlidingWindowConfig,
     UnsupportedError,
@@ -737,6 +738,81 @@ class _GatedLinearAttention(nn.Module):
         return self.out_proj(self.norm(y).flatten(2) * functional.silu(self.g_proj(x)))
 
 
+class _Rwkv7(nn.Module):
+    def __init__(self, config: Rwkv7Config, d: int, factory: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = config
+        for part in _RWKV7_MIXES:
+            setattr(self, f"mix_{part}", nn.Parameter(torch.empty(d, **factory)))
+        self.r_proj = _projection(config, "r_proj", d, factory)
+        self.k_proj = _projection(config, "k_proj", d, factory)
+        self.v_proj = _projection(config, "v_proj", d, factory)
+        self.w_down_proj = _projection(config, "w_down_proj", d, factory)
+        self.w_up_proj = _projection(config, "w_up_proj", d, factory)
+        self.a_down_proj = _projection(config, "a_down_proj", d, factory)
+        self.a_up_proj = _projection(config, "a_up_proj", d, factory)
+        self.g_down_proj = _projection(config, "g_down_proj", d, factory)
+        self.g_up_proj = _projection(config, "g_up_proj", d, factory)
+        self.out_proj = _projection(config, "out_proj", d, factory)
+        self.k_k, self.k_a, self.r_k = (
+            nn.Parameter(torch.empty(config.num_heads * config.head_dim, **factory)) for _ in range(3)
+        )
+        self.norm = nn.GroupNorm(config.num_heads, config.num_heads * config.head_dim, config.eps, **factory)
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Those that reset_parameters() draws, and not the model."""
+        return [parameter for name, parameter in self.named_parameters() if not name.startswith("norm.")]
+
+    def reset_parameters(self, _: int) -> None:
+        """As the authors' first layer: channels forget at rates of all sizes, and the result is 0 at first."""
+        e, size, d = self.r_k.shape[0], self.config.head_dim, self.config.hidden_size
+        for part, power in _RWKV7_MIXES.items():
+            mix = getattr(self, f"mix_{part}")
+            mix.copy_(1 - (torch.arange(d, device=mix.device) / d) ** power)
+        channel = torch.arange(e, device=self.r_k.device)
+        share = channel / max(e - 1, 1)  # 0 … 1
+        zigzag = 2 * (channel % size) / max(size - 1, 1) - 1  # −1 … 1 in each head
+        zigzag = zigzag * zigzag.abs()
+        for projection, bound in ((self.r_proj, 0.5), (self.k_proj, 0.05), (self.v_proj, 0.5)):
+            nn.init.uniform_(projection.weight, -bound * d**-0.5, bound * d**-0.5)
+        for down in (self.w_down_proj, self.a_down_proj, self.g_down_proj):
+            nn.init.zeros_(down.weight)
+        for up in (self.w_up_proj, self.a_up_proj, self.g_up_proj):
+            drawn = torch.empty(up.weight.shape, device=up.weight.device)  # float32: 16 bits have no decomposition
+            up.weight.copy_(nn.init.orthogonal_(drawn, 0.1 * max(1.0, math.sqrt(up.in_features / e))))
+        self.w_up_proj.bias.copy_(6 * share - 5.5 + 2.5 * zigzag)
+        self.a_up_proj.bias.copy_(0.4 * (share - 0.5) - 0.19 + 0.3 * zigzag)
+        self.k_k.copy_(0.71 - 0.1 * (share - 0.5))
+        nn.init.constant_(self.k_a, 1.02)
+        nn.init.constant_(self.r_k, -0.04)
+        nn.init.zeros_(self.out_proj.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        change = functional.pad(x, (0, 0, 1, 0))[:, :-1].to(wide) - x.to(wide)
+        mixed = {part: (x + change * getattr(self, f"mix_{part}").to(wide)).to(x.dtype) for part in _RWKV7_MIXES}
+
+        def heads(y: torch.Tensor) -> torch.Tensor:
+            return y.to(wide).unflatten(-1, (self.config.num_heads, -1))
+
+        r, k, v = heads(self.r_proj(mixed["r"])), heads(self.k_proj(mixed["k"])), heads(self.v_proj(mixed["v"]))
+        w = heads(self.w_up_proj(torch.tanh(self.w_down_proj(mixed["w"]))))
+        a = torch.sigmoid(heads(self.a_up_proj(self.a_down_proj(mixed["a"]))))
+        g = self.g_up_proj(torch.sigmoid(self.g_down_proj(mixed["g"])))
+        kappa = functional.normalize(k * heads(self.k_k), dim=-1)
+        k = k * (1 + (a - 1) * heads(self.k_a))
+        log_w = -math.exp(-0.5) * torch.sigmoid(w)
+        y, _ = decayed_linear_attention(r, k, v, log_w, p=kappa, b=-kappa * a)
+        y = functional.layer_norm(y, y.shape[-1:], eps=self.config.eps).flatten(2)
+        y = y * self.norm.weight.to(wide) + self.norm.bias.to(wide)
+        y = y + ((r * k * heads(self.r_k)).sum(-1, keepdim=True) * v).flatten(2)
+        return self.out_proj((y * g).to(x.dtype))
+
+
+_RWKV7_MIXES = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
+"""What is made of a token and the one before, and the power of the first share of the latter."""
+
+
 class _HeadNorm(nn.Module):
     """RMSNorm of each head's result, or of each of `num_groups` parts of it, which have weights of their own."""
 
@@ -762,6 +838,7 @@ _MIXERS: dict[type[sizes.Mixer], Callable[[Any, int, dict[str, Any]], nn.Module]
     PrefixLinearAttentionConfig: _PrefixLinearAttention,
     Mamba2Config: _Mamba2,
     GatedLinearAttentionConfig: _GatedLinearAttention,
+    Rwkv7Config: _Rwkv7,
 }
 
 

@@ -58,6 +58,8 @@ struct Divisor {
   std::int64_t of;
   std::string_view limit;
 };
+/// The model's hidden_size: of a mixer whose parameters or state are as wide as the residual stream.
+struct HiddenSize {};
 struct Positive {};     // a finite real > 0
 struct NonNegative {};  // a finite real ≥ 0
 struct Flag {};         // true or false
