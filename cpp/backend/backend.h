@@ -79,6 +79,26 @@ struct HyenaOperands {
   const float* skip = nullptr;    // (e)
 };
 
+/// What Backend::mamba2 reads and overwrites. e: channels of x and of z.
+struct Mamba2Operands {
+  const float* taps = nullptr;       // (channels, K) float32
+  const float* conv_bias = nullptr;  // (channels) float32; null for none
+  const float* norm = nullptr;       // (e) float32
+  const float* log_rate = nullptr;   // (H) float32
+  const float* d = nullptr;          // (H) float32
+  const float* dt_bias = nullptr;    // (H) float32
+  Matrix u;                          // (tokens, channels | e for z | H for dt) projection
+  Matrix xbc;                        // (tokens, channels) projection: memory for what the convolution makes
+};
+
+/// What Backend::rwkv7 reads. e: channels of all heads.
+struct Rwkv7Operands {
+  const float *k_k = nullptr, *k_a = nullptr, *r_k = nullptr;  // (e) float32
+  const float *norm = nullptr, *norm_bias = nullptr;           // (e) float32
+  Matrix r, k, v;                                              // (tokens, e) projection
+  Matrix w, a, g;                                              // (tokens, e) projection: w and a before σ
+};
+
 /// What an allocation is for: Model::memory reports the three apart.
 enum class MemoryKind : std::uint8_t { weights, states, workspace };
 
@@ -391,6 +411,40 @@ class Backend {
     unsupported(config, operands, batch, states, layer, out);
   }
 
+  /// Mamba2Config's equation up to W_out, after the state, which it advances. out (N, H·head_dim) activation.
+  virtual void mamba2(const Mamba2Config& config, const Mamba2Operands& operands, const RaggedBatch& batch,
+                      StatePool& states, int layer, const Matrix& out) {
+    unsupported(config, operands, batch, states, layer, out);
+  }
+
+  /// GatedLinearAttentionConfig's equation up to W_out, after the state, which it advances. u (N, H·key_dim for q |
+  /// H·key_dim for k | H·head_dim for v | H·head_dim for g) and a (N, H·key_dim) = W₂ W₁ u + b projection, norm
+  /// (head_dim) float32; out (N, H·head_dim) activation.
+  virtual void gated_linear_attention(const GatedLinearAttentionConfig& config, const float* norm,
+                                      const RaggedBatch& batch, const Matrix& u, const Matrix& a, StatePool& states,
+                                      int layer, const Matrix& out) {
+    unsupported(config, norm, batch, u, a, states, layer, out);
+  }
+
+  /// mixed[i] = x + (x' − x) ⊙ mix[i] for the μ (d) float32 of r, w, k, v, a and g; x' is the token before, at first
+  /// the first part of the state, which becomes the last token. x and mixed[i] (N, d) activation.
+  virtual void rwkv7_shift(const Rwkv7Config& config, const std::array<const float*, 6>& mix, const RaggedBatch& batch,
+                           const Matrix& x, StatePool& states, int layer, const std::array<Matrix, 6>& mixed) {
+    unsupported(config, mix, batch, x, states, layer, mixed);
+  }
+
+  /// w ← tanh(w), g ← σ(g); w (N, decay_rank), g (N, gate_rank) projection.
+  virtual void rwkv7_low_rank(const Rwkv7Config& config, const Matrix& w, const Matrix& g) {
+    unsupported(config, w, g);
+  }
+
+  /// The rest of Rwkv7Config's equation up to W_out, after the second part of the state, which it advances. out (N, e)
+  /// activation.
+  virtual void rwkv7(const Rwkv7Config& config, const Rwkv7Operands& operands, const RaggedBatch& batch,
+                     StatePool& states, int layer, const Matrix& out) {
+    unsupported(config, operands, batch, states, layer, out);
+  }
+
   /// k ← conv(k);  x ← a x + k vᵀ, the second part of the state;  out = (Σ_m weight · x + skip k vᵀ)ᵀ q, per head:
   /// H3Config's equation between the projections. qkv (N, 3 · H·head_dim) projection; out (N, H·head_dim) activation.
   virtual void h3(const H3Config& config, const H3Operands& operands, const RaggedBatch& batch, const Matrix& qkv,
@@ -465,6 +519,11 @@ struct Implements {
   bool operator()(const Rwkv4Config&) const { return declares(&Device::rwkv4_shift) && declares(&Device::rwkv4); }
   bool operator()(const H3Config&) const { return declares(&Device::h3); }
   bool operator()(const HyenaConfig&) const { return declares(&Device::hyena); }
+  bool operator()(const Mamba2Config&) const { return declares(&Device::mamba2); }
+  bool operator()(const GatedLinearAttentionConfig&) const { return declares(&Device::gated_linear_attention); }
+  bool operator()(const Rwkv7Config&) const {
+    return declares(&Device::rwkv7_shift) && declares(&Device::rwkv7_low_rank) && declares(&Device::rwkv7);
+  }
 
  private:
   template <class Class, class... Arguments>

@@ -234,6 +234,32 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
     faults_->tick("hyena");
     inner_->hyena(config, operands, batch, u, states, layer, out);
   }
+  void mamba2(const Mamba2Config& config, const backend::Mamba2Operands& operands, const backend::RaggedBatch& batch,
+              backend::StatePool& states, int layer, const backend::Matrix& out) override {
+    faults_->tick("mamba2");
+    inner_->mamba2(config, operands, batch, states, layer, out);
+  }
+  void gated_linear_attention(const GatedLinearAttentionConfig& config, const float* norm,
+                              const backend::RaggedBatch& batch, const backend::Matrix& u, const backend::Matrix& a,
+                              backend::StatePool& states, int layer, const backend::Matrix& out) override {
+    faults_->tick("gated_linear_attention");
+    inner_->gated_linear_attention(config, norm, batch, u, a, states, layer, out);
+  }
+  void rwkv7_shift(const Rwkv7Config& config, const std::array<const float*, 6>& mix, const backend::RaggedBatch& batch,
+                   const backend::Matrix& x, backend::StatePool& states, int layer,
+                   const std::array<backend::Matrix, 6>& mixed) override {
+    faults_->tick("rwkv7_shift");
+    inner_->rwkv7_shift(config, mix, batch, x, states, layer, mixed);
+  }
+  void rwkv7_low_rank(const Rwkv7Config& config, const backend::Matrix& w, const backend::Matrix& g) override {
+    faults_->tick("rwkv7_low_rank");
+    inner_->rwkv7_low_rank(config, w, g);
+  }
+  void rwkv7(const Rwkv7Config& config, const backend::Rwkv7Operands& operands, const backend::RaggedBatch& batch,
+             backend::StatePool& states, int layer, const backend::Matrix& out) override {
+    faults_->tick("rwkv7");
+    inner_->rwkv7(config, operands, batch, states, layer, out);
+  }
   void token_log_probs(const backend::Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
                        std::span<float> out) override {
     faults_->tick("token_log_probs");

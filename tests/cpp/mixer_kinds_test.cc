@@ -323,6 +323,27 @@ class WithoutWindows final : public backend::DeviceBackend<WithoutWindows> {
              const backend::Matrix& u, backend::StatePool& states, int layer, const backend::Matrix& out) override {
     cpu_.hyena(config, operands, batch, u, states, layer, out);
   }
+  void mamba2(const Mamba2Config& config, const backend::Mamba2Operands& operands, const backend::RaggedBatch& batch,
+              backend::StatePool& states, int layer, const backend::Matrix& out) override {
+    cpu_.mamba2(config, operands, batch, states, layer, out);
+  }
+  void gated_linear_attention(const GatedLinearAttentionConfig& config, const float* norm,
+                              const backend::RaggedBatch& batch, const backend::Matrix& u, const backend::Matrix& a,
+                              backend::StatePool& states, int layer, const backend::Matrix& out) override {
+    cpu_.gated_linear_attention(config, norm, batch, u, a, states, layer, out);
+  }
+  void rwkv7_shift(const Rwkv7Config& config, const std::array<const float*, 6>& mix, const backend::RaggedBatch& batch,
+                   const backend::Matrix& x, backend::StatePool& states, int layer,
+                   const std::array<backend::Matrix, 6>& mixed) override {
+    cpu_.rwkv7_shift(config, mix, batch, x, states, layer, mixed);
+  }
+  void rwkv7_low_rank(const Rwkv7Config& config, const backend::Matrix& w, const backend::Matrix& g) override {
+    cpu_.rwkv7_low_rank(config, w, g);
+  }
+  void rwkv7(const Rwkv7Config& config, const backend::Rwkv7Operands& operands, const backend::RaggedBatch& batch,
+             backend::StatePool& states, int layer, const backend::Matrix& out) override {
+    cpu_.rwkv7(config, operands, batch, states, layer, out);
+  }
   void token_log_probs(const backend::Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
                        std::span<float> out) override {
     cpu_.token_log_probs(logits, vocab_size, targets, out);

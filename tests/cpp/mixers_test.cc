@@ -158,6 +158,37 @@ struct Mixer {
         cpu.hyena(c, {find("conv.weight"), find("conv.bias"), find("table"), find("filter.D")}, batch, in, states, 0,
                   out);
       }
+      void operator()(const Mamba2Config& c) const {
+        std::vector<float> xbc(static_cast<std::size_t>(in.rows * c.channels()));
+        cpu.mamba2(c,
+                   {find("conv.weight"),
+                    find("conv.bias"),
+                    find("norm.weight"),
+                    find("A_log"),
+                    find("D"),
+                    find("dt_bias"),
+                    in,
+                    {xbc.data(), DType::float32, in.rows, c.channels()}},
+                   batch, states, 0, out);
+      }
+      // [q|k|v|g|W₁ u|a]: the decays' inputs need not be a product of the columns before them.
+      void operator()(const GatedLinearAttentionConfig& c) const {
+        const std::int64_t cols = 2 * c.num_heads * (c.key_dim + c.head_dim), a = c.num_heads * c.key_dim;
+        Columns u(in, 0, cols), decays(in, cols + c.gate_rank, a);
+        cpu.gated_linear_attention(c, find("norm.weight"), batch, u.matrix(), decays.matrix(), states, 0, out);
+      }
+      // [x|…]: what the shift makes of x takes the place of the projections, and of those to and from low ranks.
+      void operator()(const Rwkv7Config& c) const {
+        Columns x(in, 0, c.hidden_size), r(x), w(x), k(x), v(x), a(x), g(x);
+        cpu.rwkv7_shift(c, {find("mix_r"), find("mix_w"), find("mix_k"), find("mix_v"), find("mix_a"), find("mix_g")},
+                        batch, x.matrix(), states, 0,
+                        {r.matrix(), w.matrix(), k.matrix(), v.matrix(), a.matrix(), g.matrix()});
+        cpu.rwkv7_low_rank(c, w.matrix(), g.matrix());
+        cpu.rwkv7(c,
+                  {find("k_k"), find("k_a"), find("r_k"), find("norm.weight"), find("norm.bias"), r.matrix(),
+                   k.matrix(), v.matrix(), w.matrix(), a.matrix(), g.matrix()},
+                  batch, states, 0, out);
+      }
     };
     std::visit(Run{cpu, parameters, batch, in, states, out}, config);
   }
@@ -525,6 +556,132 @@ std::vector<double> reference(const HyenaConfig& c, const Parameters& parameters
   return out;
 }
 
+// The sums over all tokens: Sᵀc = Σ_{j≤t} (γ_t/γ_j) (c_t·b_j) Δ_j x_j, with γ the product of the α up to a token.
+std::vector<double> reference(const Mamba2Config& c, const Parameters& parameters, const std::vector<float>& in,
+                              std::int64_t) {
+  const std::int64_t H = c.num_heads, P = c.head_dim, N = c.state_size, G = c.num_groups, k = c.kernel_size;
+  const std::int64_t e = H * P, channels = e + 2 * G * N, width = channels + e + H;
+  const std::int64_t tokens = static_cast<std::int64_t>(in.size()) / width;
+  const float *taps = Mixer::find(parameters, "conv.weight"), *bias = Mixer::find(parameters, "conv.bias");
+  const auto silu = [](double v) { return v / (1 + std::exp(-v)); };
+  std::vector<double> xbc(static_cast<std::size_t>(tokens * channels));
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    for (std::int64_t i = 0; i < channels; ++i) {
+      double sum = bias == nullptr ? 0 : bias[i];
+      for (std::int64_t j = 0; j < k; ++j)
+        if (t - k + 1 + j >= 0) sum += double{taps[i * k + j]} * in[(t - k + 1 + j) * width + i];
+      xbc[t * channels + i] = silu(sum);
+    }
+  }
+  std::vector<double> out(static_cast<std::size_t>(tokens * e));
+  for (std::int64_t h = 0; h < H; ++h) {
+    const double rate = std::exp(double{Mixer::find(parameters, "A_log")[h]}), d = Mixer::find(parameters, "D")[h];
+    const std::int64_t b = e + h / (H / G) * N;
+    std::vector<double> steps, time;  // Δ, −log γ
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      const double dt = in[t * width + channels + e + h] + double{Mixer::find(parameters, "dt_bias")[h]};
+      steps.push_back(std::log1p(std::exp(dt)));
+      time.push_back(rate * steps.back() + (time.empty() ? 0 : time.back()));
+      for (std::int64_t i = 0; i < P; ++i) {
+        double y = d * xbc[t * channels + h * P + i];
+        for (std::int64_t j = 0; j <= t; ++j) {
+          const double* row = xbc.data() + j * channels;
+          const double product = std::inner_product(row + b, row + b + N, xbc.data() + t * channels + b + G * N, 0.0);
+          y += std::exp(time[j] - time[t]) * product * steps[j] * row[h * P + i];
+        }
+        out[t * e + h * P + i] = y * silu(in[t * width + channels + h * P + i]);
+      }
+    }
+  }
+  const float* norm = Mixer::find(parameters, "norm.weight");
+  for (std::int64_t i = 0; i < tokens * e; i += e / G) {
+    double* y = out.data() + i;
+    const double root = std::sqrt(std::inner_product(y, y + e / G, y, 0.0) / static_cast<double>(e / G) + c.eps);
+    for (std::int64_t j = 0; j < e / G; ++j) y[j] *= norm[i % e + j] / root;
+  }
+  return out;
+}
+
+// Σ_{j≤t} Σ_i q_t[i] (γ_t[i]/γ_j[i]) k_j[i] v_j, with γ the products of the α up to a token.
+std::vector<double> reference(const GatedLinearAttentionConfig& c, const Parameters& parameters,
+                              const std::vector<float>& in, std::int64_t) {
+  const std::int64_t H = c.num_heads, dk = c.key_dim, dv = c.head_dim, gate = H * (2 * dk + dv), a = gate + H * dv;
+  const std::int64_t width = a + c.gate_rank + H * dk, tokens = static_cast<std::int64_t>(in.size()) / width;
+  const float* norm = Mixer::find(parameters, "norm.weight");
+  std::vector<double> out(static_cast<std::size_t>(tokens * H * dv));
+  for (std::int64_t h = 0; h < H; ++h) {
+    std::vector<double> time(static_cast<std::size_t>((tokens + 1) * dk));  // −log γ
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      const float* row = in.data() + t * width;
+      for (std::int64_t i = 0; i < dk; ++i)
+        time[(t + 1) * dk + i] =
+            time[t * dk + i] + std::log1p(std::exp(-double{row[a + c.gate_rank + h * dk + i]})) / c.gate_normalizer;
+      std::vector<double> y(static_cast<std::size_t>(dv));
+      for (std::int64_t j = 0; j <= t; ++j) {
+        double weight = 0;
+        for (std::int64_t i = 0; i < dk; ++i)
+          weight += std::exp(time[(j + 1) * dk + i] - time[(t + 1) * dk + i]) * row[h * dk + i] *
+                    in[j * width + (H + h) * dk + i];
+        for (std::int64_t i = 0; i < dv; ++i)
+          y[i] += weight / std::sqrt(static_cast<double>(dk)) * in[j * width + 2 * H * dk + h * dv + i];
+      }
+      const double square = std::inner_product(y.begin(), y.end(), y.begin(), 0.0) / static_cast<double>(dv);
+      for (std::int64_t i = 0; i < dv; ++i) {
+        const double z = row[gate + h * dv + i];
+        out[(t * H + h) * dv + i] = y[i] / std::sqrt(square + c.eps) * norm[i] * z / (1 + std::exp(-z));
+      }
+    }
+  }
+  return out;
+}
+
+// By the recurrence, on Sᵀ as the paper has it: a row for each number of v.
+std::vector<double> reference(const Rwkv7Config& c, const Parameters& parameters, const std::vector<float>& in,
+                              std::int64_t) {
+  const std::int64_t D = c.head_dim, e = c.inner_size();
+  const Mixer shape{c};
+  const std::int64_t width = shape.input_width(), tokens = static_cast<std::int64_t>(in.size()) / width;
+  const auto sigmoid = [](double x) { return 1 / (1 + std::exp(-x)); };
+  const auto mixed = [&](const char* name, std::int64_t t, std::int64_t i) {
+    const double x = in[t * width + i], before = t > 0 ? in[(t - 1) * width + i] : 0;
+    return x + (before - x) * Mixer::find(parameters, name)[i];
+  };
+  std::vector<double> out(static_cast<std::size_t>(tokens * e));
+  for (std::int64_t begin = 0; begin < e; begin += D) {
+    std::vector<std::vector<double>> s(static_cast<std::size_t>(D), std::vector<double>(static_cast<std::size_t>(D)));
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      std::vector<double> r, w, k, v, a, kappa, y;
+      double length = 0, bonus = 0, mean = 0, square = 0;
+      for (std::int64_t i = begin; i < begin + D; ++i) {
+        r.push_back(mixed("mix_r", t, i));
+        w.push_back(std::exp(-std::exp(-0.5) * sigmoid(std::tanh(mixed("mix_w", t, i)))));
+        a.push_back(sigmoid(mixed("mix_a", t, i)));
+        v.push_back(mixed("mix_v", t, i));
+        const double key = mixed("mix_k", t, i);
+        kappa.push_back(key * Mixer::find(parameters, "k_k")[i]);
+        length += kappa.back() * kappa.back();
+        k.push_back(key * (1 + (a.back() - 1) * Mixer::find(parameters, "k_a")[i]));
+        bonus += r.back() * k.back() * Mixer::find(parameters, "r_k")[i];
+      }
+      for (double& x : kappa) x /= std::max(std::sqrt(length), 1e-12);
+      for (std::int64_t j = 0; j < D; ++j) {
+        const double seen = std::inner_product(kappa.begin(), kappa.end(), s[j].begin(), 0.0);
+        for (std::int64_t i = 0; i < D; ++i) s[j][i] = s[j][i] * w[i] - seen * kappa[i] * a[i] + v[j] * k[i];
+        y.push_back(std::inner_product(r.begin(), r.end(), s[j].begin(), 0.0));
+        mean += y.back() / static_cast<double>(D);
+      }
+      for (const double x : y) square += (x - mean) * (x - mean) / static_cast<double>(D);
+      for (std::int64_t j = 0; j < D; ++j) {
+        const double normed =
+            (y[j] - mean) / std::sqrt(square + c.eps) * Mixer::find(parameters, "norm.weight")[begin + j] +
+            Mixer::find(parameters, "norm.bias")[begin + j];
+        out[t * e + begin + j] = (normed + bonus * v[j]) * sigmoid(mixed("mix_g", t, begin + j));
+      }
+    }
+  }
+  return out;
+}
+
 std::vector<double> reference(const Mixer& mixer, const std::vector<float>& in, std::int64_t start = 0) {
   return std::visit([&](const auto& config) { return reference(config, mixer.parameters, in, start); }, mixer.config);
 }
@@ -606,9 +763,32 @@ std::vector<Mixer> hyenas() {
   return {Mixer(HyenaConfig{128, 3, 200, 64}), Mixer(HyenaConfig{1, 1, 200, 1}), Mixer(HyenaConfig{37, 4, 256, 3})};
 }
 
+std::vector<Mixer> mambas() {
+  return {Mixer(Mamba2Config{4, 64, 16, 1, 4, 1e-5, true}), Mixer(Mamba2Config{1, 1, 1, 1, 1, 1e-2, false}),
+          Mixer(Mamba2Config{6, 5, 7, 3, 3, 1e-5, true}), Mixer(Mamba2Config{2, 19, 33, 2, 2, 1e-5, false}),
+          Mixer(Mamba2Config{3, 16, 5, 1, 90, 1e-5, true})};
+}
+
+std::vector<Mixer> gated_linears() {
+  return {Mixer(GatedLinearAttentionConfig{4, 16, 64, 16, 16, 1e-5}),
+          Mixer(GatedLinearAttentionConfig{1, 1, 1, 1, 1, 1e-2}),
+          Mixer(GatedLinearAttentionConfig{3, 17, 7, 2, 2, 1e-5}),
+          Mixer(GatedLinearAttentionConfig{2, 5, 19, 3, 16, 1e-5})};
+}
+
+// As wide as the residual stream, and as their low ranks.
+std::vector<Mixer> rwkv7s() {
+  const auto rwkv7 = [](std::int64_t heads, std::int64_t dim, double eps) {
+    const std::int64_t e = heads * dim;
+    return Mixer(Rwkv7Config{e, heads, dim, e, e, e, eps});
+  };
+  return {rwkv7(2, 64, 64e-5), rwkv7(1, 2, 1e-2), rwkv7(3, 7, 1e-5), rwkv7(2, 19, 1e-5)};
+}
+
 std::vector<Mixer> all_mixers() {
   std::vector<Mixer> all = convs();
-  for (auto& mixers : {linears(), windows(), prefixes(), fulls(), scans(), deltas(), rwkv4s(), h3s(), hyenas()})
+  for (auto& mixers : {linears(), windows(), prefixes(), fulls(), scans(), deltas(), rwkv4s(), h3s(), hyenas(),
+                       mambas(), gated_linears(), rwkv7s()})
     all.insert(all.end(), mixers.begin(), mixers.end());
   return all;
 }
@@ -701,7 +881,8 @@ TEST_P(Mixers, MatchReferenceInRaggedBatches) {
 TEST_P(Mixers, CutsChangeNoBitOfWhatGoesTokenByToken) {
   CpuBackend cpu = make_cpu(GetParam());
   std::vector<Mixer> mixers = convs();
-  for (const auto& more : {windows(), fulls(), scans(), deltas(), rwkv4s(), h3s(), hyenas()})
+  for (const auto& more :
+       {windows(), fulls(), scans(), deltas(), rwkv4s(), h3s(), hyenas(), mambas(), gated_linears(), rwkv7s()})
     mixers.insert(mixers.end(), more.begin(), more.end());
   std::mt19937 random(6);
   for (const Mixer& mixer : mixers) {

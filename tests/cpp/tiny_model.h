@@ -46,7 +46,8 @@ inline ModelConfig gpu_config() {
 
 inline const FullAttentionConfig kFullAttention{4, 2, 6, 0.4, true, false, 3};
 
-/// All mixers. A prefix of one token lets prompts be cut anywhere.
+/// All mixers. A prefix of one token lets prompts be cut anywhere. Norms of heads that hardly differ from 0 would make
+/// much of the rounding before them, hence the eps of the last ones.
 inline ModelConfig tiny_config() {
   ModelConfig config = gpu_config();
   config.layers.pop_back();  // its place is behind the next ones
@@ -57,6 +58,9 @@ inline ModelConfig tiny_config() {
   config.layers.push_back(Rwkv4Config{24, 37});
   config.layers.push_back(H3Config{3, 2, 4, 5});
   config.layers.push_back(HyenaConfig{7, 3, 4096, 6});
+  config.layers.push_back(Mamba2Config{4, 5, 3, 2, 4, 1e-2, true});
+  config.layers.push_back(GatedLinearAttentionConfig{2, 5, 7, 3, 16, 1e-2});
+  config.layers.push_back(Rwkv7Config{24, 2, 7, 3, 2, 5, 1e-2});
   return config;
 }
 

@@ -29,7 +29,8 @@ KINDS = pytest.mark.parametrize("kind", MIXERS, ids=lambda kind: kind.mixer)
 def example(kind: Any, **values: Any) -> dict[str, Any]:
     """A layer of config.json: integers 2 (or what the model asks), reals 0.5, flags true, but for `values`."""
     layer = {"mixer": kind.mixer} | {
-        field.key: {"int": 2, "float": 0.5, "bool": True}[field.type] for field in kind.fields()
+        field.key: HIDDEN_SIZE if field.domain == "hidden_size" else {"int": 2, "float": 0.5, "bool": True}[field.type]
+        for field in kind.fields()
     }
     if "max_length" in layer:
         layer["max_length"] = 16  # the tests feed 6 tokens
@@ -183,14 +184,12 @@ def with_letters(kind: Any) -> tuple[Any, dict[str, int]]:
     layer = example(kind)
     primes = iter((3, 5, 7, 11, 13, 17, 19, 23))
     for field in kind.fields():
-        if field.type == "int":
+        if field.type == "int" and field.domain != "hidden_size":
             layer[field.key] = next(primes)
     for field in kind.fields():
         if field.domain.startswith("a divisor of "):
             layer[field.domain.removeprefix("a divisor of ")] *= layer[field.key]
-        elif field.domain == "hidden_size":
-            layer[field.key] = HIDDEN_SIZE
-        elif field.type == "int" and field.high is None:
+        elif field.type == "int" and field.high is None and field.domain != "hidden_size":
             layer[field.key] = field.low
     values = {key: value for key, value in layer.items() if type(value) is int} | {"d": HIDDEN_SIZE}
     for field in kind.fields():

@@ -228,6 +228,72 @@ class _Forward:
         self.state.tensors[f"layers.{i}.products"] = np.concatenate([g, np.zeros((length - t, g.shape[1]))])
         return bf16(y * x2)
 
+    def _mamba2(self, u: Array, layer: Config, i: int) -> Array:
+        """As the authors' kernels: bfloat16 inputs and results, float32 inside, and of A_log, D, dt_bias, the norm."""
+        name, t, h, n = f"layers.{i}.mixer", len(u), layer["num_heads"], layer["state_size"]
+        e, groups, taps = h * layer["head_dim"], layer["num_groups"], self.w[f"layers.{i}.mixer.conv.weight"]
+        padded = np.concatenate(
+            [np.zeros((layer["kernel_size"] - 1, len(taps)), np.float32), self._linear(u, f"{name}.xbc_proj")]
+        )
+        self.state.tensors[f"layers.{i}.conv"] = padded[t:].astype(np.float64)
+        conv = sum(taps[:, j] * padded[j : j + t] for j in range(taps.shape[1]))
+        xbc = bf16(ACTIVATIONS["silu"](bf16(conv + self.w.get(f"{name}.conv.bias", np.float32(0)))))
+        x, z = xbc[:, :e].reshape(t, h, -1), self._linear(u, f"{name}.z_proj")
+        b, c = (part.reshape(t, groups, n).repeat(h // groups, axis=1) for part in np.split(xbc[:, e:], 2, axis=-1))
+        delta = np.logaddexp(0, self._linear(u, f"{name}.dt_proj") + self.wide[f"{name}.dt_bias"])
+        alpha = np.exp(-np.exp(self.wide[f"{name}.A_log"]) * delta)
+        s, y = np.zeros((h, n, layer["head_dim"])), np.zeros((t, h, layer["head_dim"]))
+        for m in range(t):
+            s = alpha[m, :, None, None] * s + b[m, :, :, None] * (delta[m, :, None] * x[m])[:, None]
+            y[m] = np.einsum("hnd,hn->hd", s, c[m]) + self.wide[f"{name}.D"][:, None] * x[m]
+        self.state.tensors[f"layers.{i}.matrix"] = s
+        gated = (bf16(y).reshape(t, e) * ACTIVATIONS["silu"](z)).reshape(t, groups, -1)
+        gated = gated / np.sqrt((gated**2).mean(-1, keepdims=True) + np.float32(layer["eps"]))
+        return bf16(gated.reshape(t, e) * self.wide[f"{name}.norm.weight"])
+
+    def _gated_linear_attention(self, x: Array, layer: Config, i: int) -> Array:
+        """As the authors' kernels: bfloat16 inputs and results, float32 inside, and of the norm."""
+        name, t, h, dk = f"layers.{i}.mixer", len(x), layer["num_heads"], layer["key_dim"]
+        qkv = np.split(self._linear(x, f"{name}.qkv_proj"), [h * dk, 2 * h * dk], axis=-1)
+        q, k, v = (part.reshape(t, h, -1) for part in qkv)
+        a = self._linear(bf16(x @ self.w[f"{name}.a_down_proj.weight"].T), f"{name}.a_up_proj").reshape(t, h, dk)
+        alpha = np.exp(-np.logaddexp(0, -a) / layer["gate_normalizer"])
+        s, y = np.zeros((h, dk, v.shape[-1])), np.zeros(v.shape)
+        for m in range(t):
+            s = alpha[m, :, :, None] * s + k[m, :, :, None] * v[m, :, None]
+            y[m] = np.einsum("hkd,hk->hd", s, q[m]) / math.sqrt(dk)
+        self.state.tensors[f"layers.{i}.matrix"] = s
+        y = bf16(y)
+        y = y / np.sqrt((y**2).mean(-1, keepdims=True) + np.float32(layer["eps"])) * self.wide[f"{name}.norm.weight"]
+        return bf16(y.reshape(t, -1) * ACTIVATIONS["silu"](self._linear(x, f"{name}.g_proj")))
+
+    def _rwkv7(self, x: Array, layer: Config, i: int) -> Array:
+        """As torch_model: bfloat16 inputs and results, float32 inside, and of what is no matrix."""
+        name, t, h = f"layers.{i}.mixer", len(x), layer["num_heads"]
+        self.state.tensors[f"layers.{i}.shift"] = x[-1].astype(np.float64)
+        change = np.concatenate([np.zeros_like(x[:1]), x[:-1]]) - x
+        m = {part: bf16(x + change * self.wide[f"{name}.mix_{part}"]) for part in "rwkvag"}
+        r, k, v = (self._linear(m[part], f"{name}.{part}_proj").reshape(t, h, -1) for part in "rkv")
+        low = {part: self._linear(m[part], f"{name}.{part}_down_proj") for part in "wag"}
+        low["w"], low["g"] = bf16(np.tanh(low["w"])), bf16(ACTIVATIONS["sigmoid"](low["g"]))
+        w, a, g = (self._linear(low[part], f"{name}.{part}_up_proj") for part in "wag")
+        w, a = (ACTIVATIONS["sigmoid"](part).reshape(r.shape) for part in (w, a))
+        k_k, k_a, r_k = (self.wide[f"{name}.{part}"].reshape(h, -1) for part in ("k_k", "k_a", "r_k"))
+        kappa = k * k_k
+        kappa = bf16(kappa / np.maximum(np.sqrt((kappa**2).sum(-1, keepdims=True)), 1e-12))
+        k, removed, w = bf16(k * (1 + (a - 1) * k_a)), bf16(kappa * a), np.exp(-np.exp(-0.5) * w)
+        s, y = np.zeros((h, v.shape[-1], v.shape[-1])), np.zeros(v.shape)
+        for n in range(t):
+            seen = np.einsum("hkd,hk->hd", s, kappa[n])
+            s = w[n][..., None] * s - removed[n][..., None] * seen[:, None] + k[n][..., None] * v[n][:, None]
+            y[n] = np.einsum("hkd,hk->hd", s, r[n])
+        self.state.tensors[f"layers.{i}.matrix"] = s
+        y = bf16(y)
+        y = y - y.mean(-1, keepdims=True)
+        y = (y / np.sqrt((y**2).mean(-1, keepdims=True) + np.float32(layer["eps"]))).reshape(t, -1)
+        y = y * self.wide[f"{name}.norm.weight"] + self.wide[f"{name}.norm.bias"]
+        return bf16((y + ((r * k * r_k).sum(-1, keepdims=True) * v).reshape(t, -1)) * g)
+
     def _sliding_window(self, x: Array, layer: Config, i: int) -> Array:
         t, h, h_kv, window = len(x), layer["num_heads"], layer["num_kv_heads"], layer.get("window", len(x))
         qkv = self._linear(x, f"layers.{i}.mixer.qkv_proj").reshape(t, h + 2 * h_kv, layer["head_dim"])

@@ -162,6 +162,38 @@ def model_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
                 shapes[f"{name}.filter.{part}"] = (f,)
             shapes[f"{name}.filter.D"] = (e,)
             linear(f"{name}.out_proj", d, e, True)
+        elif layer["mixer"] == "mamba2":
+            h, e, n = layer["num_heads"], layer["num_heads"] * layer["head_dim"], layer["state_size"]
+            channels = e + 2 * layer["num_groups"] * n
+            linear(f"{name}.xbc_proj", channels, d, False)
+            linear(f"{name}.z_proj", e, d, False)
+            linear(f"{name}.dt_proj", h, d, False)
+            shapes[f"{name}.conv.weight"] = (channels, layer["kernel_size"])
+            if layer["conv_bias"]:
+                shapes[f"{name}.conv.bias"] = (channels,)
+            shapes[f"{name}.norm.weight"] = (e,)
+            shapes[f"{name}.A_log"] = shapes[f"{name}.D"] = shapes[f"{name}.dt_bias"] = (h,)
+            linear(f"{name}.out_proj", d, e, False)
+        elif layer["mixer"] == "rwkv7":
+            e = layer["num_heads"] * layer["head_dim"]
+            for part in "rwkvag":
+                shapes[f"{name}.mix_{part}"] = (layer["hidden_size"],)
+            for part in "rkv":
+                linear(f"{name}.{part}_proj", e, d, False)
+            for part, rank in (("w", "decay_rank"), ("a", "rate_rank"), ("g", "gate_rank")):
+                linear(f"{name}.{part}_down_proj", layer[rank], d, False)
+                linear(f"{name}.{part}_up_proj", e, layer[rank], part != "g")
+            for part in ("k_k", "k_a", "r_k", "norm.weight", "norm.bias"):
+                shapes[f"{name}.{part}"] = (e,)
+            linear(f"{name}.out_proj", d, e, False)
+        elif layer["mixer"] == "gated_linear_attention":
+            h, dk, head_dim, rank = layer["num_heads"], layer["key_dim"], layer["head_dim"], layer["gate_rank"]
+            linear(f"{name}.qkv_proj", h * (2 * dk + head_dim), d, False)
+            linear(f"{name}.g_proj", h * head_dim, d, False)
+            linear(f"{name}.a_down_proj", rank, d, False)
+            linear(f"{name}.a_up_proj", h * dk, rank, True)
+            shapes[f"{name}.norm.weight"] = (head_dim,)
+            linear(f"{name}.out_proj", d, h * head_dim, False)
         else:
             h, h_kv, head_dim = layer["num_heads"], layer["num_kv_heads"], layer["head_dim"]
             linear(f"{name}.qkv_proj", (h + 2 * h_kv) * head_dim, d, layer["qkv_bias"])
@@ -205,6 +237,9 @@ MIXERS = (
     "rwkv4",
     "h3",
     "hyena",
+    "mamba2",
+    "gated_linear_attention",
+    "rwkv7",
 )
 """The kinds that random models are made of."""
 
@@ -278,6 +313,39 @@ def _random_mixer(choose: Choose, kinds: Sequence[str], hidden_size: int) -> Con
             "kernel_size": choose.integer(1, 4),
             "max_length": choose.one_of([1024, 2000]),  # more tokens than any test feeds a random model
             "filter_size": choose.integer(1, 16),
+        }
+    if kind == "mamba2":
+        num_groups = choose.integer(1, 2)
+        return {
+            "mixer": kind,
+            "num_heads": num_groups * choose.integer(1, 3),
+            "head_dim": choose.one_of([16, 3, 8, 21]),
+            "state_size": choose.one_of([16, 1, 5, 33]),
+            "num_groups": num_groups,
+            "kernel_size": choose.integer(1, 5),
+            "eps": choose.one_of([1e-5, 1e-3]),
+            "conv_bias": choose.one_of([True, False]),
+        }
+    if kind == "gated_linear_attention":
+        return {
+            "mixer": kind,
+            "num_heads": choose.integer(1, 3),
+            "key_dim": choose.one_of([8, 5, 16, 21]),
+            "head_dim": choose.one_of([16, 5, 8, 33]),
+            "gate_rank": choose.one_of([4, 1, 16]),
+            "gate_normalizer": choose.one_of([16.0, 1.0]),
+            "eps": choose.one_of([1e-5, 1e-3]),
+        }
+    if kind == "rwkv7":
+        return {
+            "mixer": kind,
+            "hidden_size": hidden_size,
+            "num_heads": choose.integer(1, 3),
+            "head_dim": choose.one_of([8, 5, 16, 21]),
+            "decay_rank": choose.one_of([4, 1, 16]),
+            "rate_rank": choose.one_of([4, 1, 9]),
+            "gate_rank": choose.one_of([4, 1, 16]),
+            "eps": choose.one_of([64e-5, 1e-3]),
         }
     assert kind in ("sliding_window", "full_attention"), f"{kind} has no random shapes"
     num_kv_heads, head_dim = choose.integer(1, 3), choose.one_of([16, 1, 2, 3, 7, 8, 24, 33])

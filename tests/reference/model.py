@@ -87,7 +87,7 @@ class State:
     layers.{i}.conv (K-1, e) · layers.{i}.taylor (H, features, head_dim + 1) · layers.{i}.keys and .values
     (min(num_tokens, window), H_kv, head_dim), (num_tokens, H_kv, head_dim) with full attention · layers.{i}.scan
     (N, e) · layers.{i}.delta (H, key_dim, head_dim) · layers.{i}.shift (d), layers.{i}.wkv (3, e) · layers.{i}.modes
-    (H, head_dim, head_dim, 2, M) · layers.{i}.products (max_length, e).
+    (H, head_dim, head_dim, 2, M) · layers.{i}.products (max_length, e) · layers.{i}.matrix (H, rows, head_dim).
     """
 
     num_tokens: int = 0
@@ -362,6 +362,95 @@ class Model:
             y[i:] += h[i] * g[: t - i]
         return y * x2
 
+    def _mamba2_inputs(self, u: Array, layer: int, before: Array) -> tuple[Array, ...]:
+        """Of tokens u (T, d) after the last K − 1 rows of W_xbc u: x (T, H, head_dim), B and C of each head (T, H, N),
+        Δ and log α (T, H), z (T, e), and the rows of W_xbc u with what came before."""
+        name, mixer = f"layers.{layer}.mixer", self.layers[layer]
+        t, h, groups, n = len(u), mixer["num_heads"], mixer["num_groups"], mixer["state_size"]
+        padded = np.concatenate([before, self._linear(u, f"{name}.xbc_proj")])
+        taps = self.tensors[f"{name}.conv.weight"]
+        conv = sum(taps[:, j] * padded[j : j + t] for j in range(taps.shape[1]))
+        xbc = ACTIVATIONS["silu"](conv + self.tensors.get(f"{name}.conv.bias", 0))
+        e = h * mixer["head_dim"]
+        b, c = (part.reshape(t, groups, n).repeat(h // groups, axis=1) for part in np.split(xbc[:, e:], 2, axis=-1))
+        delta = np.logaddexp(0, self._linear(u, f"{name}.dt_proj") + self.tensors[f"{name}.dt_bias"])
+        log_alpha = -np.exp(self.tensors[f"{name}.A_log"]) * delta
+        return xbc[:, :e].reshape(t, h, -1), b, c, delta, log_alpha, self._linear(u, f"{name}.z_proj"), padded
+
+    def _mamba2_output(self, y: Array, x: Array, z: Array, layer: int) -> Array:
+        """The norm of each group after the gate: (T, e) of Sᵀ C and x (T, H, head_dim)."""
+        name, mixer = f"layers.{layer}.mixer", self.layers[layer]
+        y = (y + self.tensors[f"{name}.D"][:, None] * x).reshape(z.shape) * ACTIVATIONS["silu"](z)
+        y = y.reshape(len(y), mixer["num_groups"], -1)
+        y = y / np.sqrt((y**2).mean(-1, keepdims=True) + mixer["eps"])
+        return y.reshape(z.shape) * self.tensors[f"{name}.norm.weight"]
+
+    def _mamba2(self, u: Array, layer: int) -> Array:
+        """Sᵀ C at t is Σ_{j≤t} g_tj (C_t·B_j) Δ_j x_j, g_tj = Π_{j<i≤t} α_i."""
+        mixer, t = self.layers[layer], len(u)
+        before = np.zeros((mixer["kernel_size"] - 1, len(self.tensors[f"layers.{layer}.mixer.conv.weight"])))
+        x, b, c, delta, log_alpha, z, _ = self._mamba2_inputs(u, layer, before)
+        time = log_alpha.cumsum(0).T  # (H, T)
+        decay = np.exp(np.where(np.tri(t, dtype=bool), time[:, :, None] - time[:, None], -np.inf))
+        y = np.einsum("hts,shd->thd", np.einsum("thn,shn->hts", c, b) * decay, delta[..., None] * x)
+        return self._mamba2_output(y, x, z, layer)
+
+    def _gated_linear_inputs(self, x: Array, layer: int) -> tuple[Array, ...]:
+        """Of tokens x (T, d): q, k and log α (T, H, key_dim), v and the gate (T, H, head_dim)."""
+        name, mixer = f"layers.{layer}.mixer", self.layers[layer]
+        t, h, dk = len(x), mixer["num_heads"], mixer["key_dim"]
+        qkv = np.split(self._linear(x, f"{name}.qkv_proj"), [h * dk, 2 * h * dk], axis=-1)
+        q, k, v = (part.reshape(t, h, -1) for part in qkv)
+        a = self._linear(x @ self.tensors[f"{name}.a_down_proj.weight"].T, f"{name}.a_up_proj").reshape(t, h, dk)
+        gate = ACTIVATIONS["silu"](self._linear(x, f"{name}.g_proj")).reshape(v.shape)
+        return q / math.sqrt(dk), k, -np.logaddexp(0, -a) / mixer["gate_normalizer"], v, gate
+
+    def _gated_linear_attention(self, x: Array, layer: int) -> Array:
+        """Sᵀq at t is Σ_{j≤t} Σ_i q_t[i] g_tj[i] k_j[i] v_j, g_tj = Π_{j<s≤t} α_s."""
+        q, k, log_alpha, v, gate = self._gated_linear_inputs(x, layer)
+        time, causal = log_alpha.cumsum(0), np.tri(len(x), dtype=bool)[..., None]
+        y = np.zeros_like(v)
+        for h in range(v.shape[1]):
+            decay = np.exp(np.where(causal, time[:, None, h] - time[None, :, h], -np.inf))  # (T, T, key_dim)
+            y[:, h] = np.einsum("ti,tsi,si->ts", q[:, h], decay, k[:, h]) @ v[:, h]
+        return self._delta_output(y, gate, layer)
+
+    def _rwkv7_inputs(self, x: Array, layer: int, before: Array) -> tuple[Array, ...]:
+        """Of tokens x (T, d) after the token `before` (d): r, w, k, v, κ and κ ⊙ a, (T, H, head_dim), and the gate."""
+        name, mixer = f"layers.{layer}.mixer", self.layers[layer]
+        change = np.concatenate([before[None], x[:-1]]) - x
+        r, w, k, v, a, g = (x + change * self.tensors[f"{name}.mix_{part}"] for part in "rwkvag")
+        r, k, v = (self._linear(m, f"{name}.{part}_proj") for part, m in (("r", r), ("k", k), ("v", v)))
+        w, a, g = (
+            self._linear(act(self._linear(m, f"{name}.{part}_down_proj")), f"{name}.{part}_up_proj")
+            for part, m, act in (("w", w, np.tanh), ("a", a, lambda y: y), ("g", g, sigmoid))
+        )
+        w, a = np.exp(-np.exp(-0.5) * sigmoid(w)), sigmoid(a)
+        kappa = k * self.tensors[f"{name}.k_k"]
+        k = k * (1 + (a - 1) * self.tensors[f"{name}.k_a"])
+        r, w, k, v, kappa, a = (part.reshape(len(x), mixer["num_heads"], -1) for part in (r, w, k, v, kappa, a))
+        kappa = kappa / np.maximum(np.sqrt((kappa**2).sum(-1, keepdims=True)), 1e-12)
+        return r, w, k, v, kappa, kappa * a, g
+
+    def _rwkv7_output(self, y: Array, r: Array, k: Array, v: Array, g: Array, layer: int) -> Array:
+        """The norm of each head, what a token adds to its own result, and the gate: (T, e) of y (T, H, head_dim)."""
+        name = f"layers.{layer}.mixer"
+        y = y - y.mean(-1, keepdims=True)
+        y = (y / np.sqrt((y**2).mean(-1, keepdims=True) + self.layers[layer]["eps"])).reshape(g.shape)
+        y = y * self.tensors[f"{name}.norm.weight"] + self.tensors[f"{name}.norm.bias"]
+        bonus = (r * k * self.tensors[f"{name}.r_k"].reshape(r.shape[1:])).sum(-1, keepdims=True) * v
+        return (y + bonus.reshape(g.shape)) * g
+
+    def _rwkv7(self, x: Array, layer: int) -> Array:
+        """Sᵀr at t is Σ_{j≤t} (A_t … A_{j+1} k_j)·r_t v_j, A = diag(w) − (κ ⊙ a) κᵀ."""
+        r, w, k, v, kappa, removed, g = self._rwkv7_inputs(x, layer, np.zeros(x.shape[-1]))
+        y, carried = np.zeros_like(v), np.zeros((0, *k.shape[1:]))  # A_t … A_{j+1} k_j
+        for t in range(len(x)):
+            seen = (carried * kappa[t]).sum(-1, keepdims=True)
+            carried = np.concatenate([carried * w[t] - seen * removed[t], k[t : t + 1]])
+            y[t] = np.einsum("jh,jhd->hd", (carried * r[t]).sum(-1), v[: t + 1])
+        return self._rwkv7_output(y, r, k, v, g, layer)
+
     # ---- token by token ----------------------------------------------------------------------------------------
 
     def fresh_state(self) -> State:
@@ -392,6 +481,18 @@ class Model:
                 e = mixer["inner_size"]
                 state.tensors[f"layers.{i}.conv"] = np.zeros((mixer["kernel_size"] - 1, 3 * e))
                 state.tensors[f"layers.{i}.products"] = np.zeros((mixer["max_length"], e))
+            elif mixer["mixer"] == "mamba2":
+                h, p, n = mixer["num_heads"], mixer["head_dim"], mixer["state_size"]
+                channels = h * p + 2 * mixer["num_groups"] * n
+                state.tensors[f"layers.{i}.conv"] = np.zeros((mixer["kernel_size"] - 1, channels))
+                state.tensors[f"layers.{i}.matrix"] = np.zeros((h, n, p))
+            elif mixer["mixer"] == "rwkv7":
+                h, size = mixer["num_heads"], mixer["head_dim"]
+                state.tensors[f"layers.{i}.shift"] = np.zeros(mixer["hidden_size"])
+                state.tensors[f"layers.{i}.matrix"] = np.zeros((h, size, size))
+            elif mixer["mixer"] == "gated_linear_attention":
+                shape = (mixer["num_heads"], mixer["key_dim"], mixer["head_dim"])
+                state.tensors[f"layers.{i}.matrix"] = np.zeros(shape)
             else:
                 assert mixer["mixer"] in ("sliding_window", "full_attention"), f"{mixer['mixer']} has no state here"
                 for name in ("keys", "values"):
@@ -513,3 +614,28 @@ class Model:
         h = self._hyena_filter(layer, seen + 1)
         y = (h[::-1] * products[: seen + 1]).sum(0) + self.tensors[f"{name}.mixer.filter.D"] * g
         return y * x2
+
+    def _mamba2_step(self, u: Array, layer: int, state: State) -> Array:
+        inputs = self._mamba2_inputs(u, layer, state.tensors[f"layers.{layer}.conv"])
+        x, b, c, delta, log_alpha = (part[0] for part in inputs[:5])
+        s = np.exp(log_alpha)[:, None, None] * state.tensors[f"layers.{layer}.matrix"]
+        s = s + b[:, :, None] * (delta[:, None] * x)[:, None]
+        state.tensors[f"layers.{layer}.conv"], state.tensors[f"layers.{layer}.matrix"] = inputs[6][1:], s
+        return self._mamba2_output(np.einsum("hnd,hn->hd", s, c)[None], x[None], inputs[5], layer)
+
+    def _gated_linear_attention_step(self, x: Array, layer: int, state: State) -> Array:
+        q, k, log_alpha, v, gate = (part[0] for part in self._gated_linear_inputs(x, layer))
+        s = np.exp(log_alpha)[..., None] * state.tensors[f"layers.{layer}.matrix"] + k[:, :, None] * v[:, None]
+        state.tensors[f"layers.{layer}.matrix"] = s
+        return self._delta_output(np.einsum("hkd,hk->hd", s, q)[None], gate[None], layer)
+
+    def _rwkv7_step(self, x: Array, layer: int, state: State) -> Array:
+        shift, matrix = f"layers.{layer}.shift", f"layers.{layer}.matrix"
+        inputs = self._rwkv7_inputs(x, layer, state.tensors[shift])
+        r, w, k, v, kappa, removed = (part[0] for part in inputs[:6])
+        s = state.tensors[matrix]
+        seen = np.einsum("hkd,hk->hd", s, kappa)
+        s = w[..., None] * s - removed[..., None] * seen[:, None] + k[..., None] * v[:, None]
+        state.tensors[shift], state.tensors[matrix] = x[0], s
+        y = np.einsum("hkd,hk->hd", s, r)
+        return self._rwkv7_output(y[None], r[None], k[None], v[None], inputs[6], layer)

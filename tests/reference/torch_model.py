@@ -9,7 +9,7 @@ result, as the authors' model does when cast to bfloat16; only the residual stre
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -115,6 +115,32 @@ def rwkv4_reference(k: Any, v: Any, decay: Any, first: Any, dtype: torch.dtype =
     return torch.stack(y, 1)
 
 
+def decayed_reference(
+    q: Any,
+    k: Any,
+    v: Any,
+    log_alpha: Any,
+    before: Any = None,
+    p: Any = None,
+    b: Any = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Any, Any]:
+    """Token by token, S ← diag(α) S + b (Sᵀp)ᵀ + k vᵀ: Sᵀq (B, T, H, d_v), and S after the last token.
+
+    log_alpha: (B, T, H), or (B, T, H, d_k). Without p and b, without their term.
+    """
+    q, k, v, log_alpha = (part.to(dtype) for part in (q, k, v, log_alpha))
+    p, b = (torch.zeros_like(k) if part is None else part.to(dtype) for part in (p, b))
+    alpha = (log_alpha if log_alpha.ndim == 4 else log_alpha[..., None]).exp()
+    s = q.new_zeros(len(q), *q.shape[2:], v.shape[-1]) if before is None else before.to(dtype)
+    y = []
+    for t in range(q.shape[1]):
+        change = b[:, t, :, :, None] * (p[:, t, :, None] @ s)
+        s = alpha[:, t, ..., None] * s + change + k[:, t, :, :, None] * v[:, t, :, None]
+        y.append((q[:, t, :, None] @ s)[:, :, 0])
+    return torch.stack(y, 1), s
+
+
 def rotary_reference(x: Any, layer: Mapping[str, Any]) -> Any:
     n = -(-layer["rotary_dim"] // 2)
     if n == 0:
@@ -170,10 +196,52 @@ def forward(
         y = scan_reference(x, dt, -a_log.exp(), b, c, d, dtype=wide)[0]
         return y.to(dtype) * functional.silu(z)
 
-    def delta(x: torch.Tensor, layer: Mapping[str, Any], name: str) -> torch.Tensor:
-        def kept(part: str) -> torch.Tensor:
-            return torch.from_numpy(np.asarray(tensors[f"{name}.{part}"], np.float32)).to(wide)
+    def kept_in(name: str) -> Callable[[str], torch.Tensor]:
+        return lambda part: torch.from_numpy(np.asarray(tensors[f"{name}.{part}"], np.float32)).to(wide)
 
+    def mamba2(u: torch.Tensor, layer: Mapping[str, Any], name: str) -> torch.Tensor:
+        kept, taps = kept_in(name), w[f"{name}.conv.weight"]
+        h, groups, e = layer["num_heads"], layer["num_groups"], layer["num_heads"] * layer["head_dim"]
+        padded = functional.pad(linear(u, f"{name}.xbc_proj").mT, (taps.shape[1] - 1, 0))
+        conv = functional.conv1d(padded, taps[:, None], w.get(f"{name}.conv.bias"), groups=len(taps)).mT
+        x, bc = functional.silu(conv).split([e, len(taps) - e], -1)
+        x = x.unflatten(-1, (h, -1)).to(wide)
+        b, c = (part.unflatten(-1, (groups, -1)).repeat_interleave(h // groups, 2) for part in bc.chunk(2, -1))
+        delta = functional.softplus(linear(u, f"{name}.dt_proj").to(wide) + kept("dt_bias"))
+        y = decayed_reference(c, b, delta[..., None] * x, -kept("A_log").exp() * delta, dtype=wide)[0]
+        y = (y + kept("D")[:, None] * x).to(dtype).to(wide).flatten(2)
+        y = (y * functional.silu(linear(u, f"{name}.z_proj").to(wide))).unflatten(-1, (groups, -1))
+        y = functional.rms_norm(y, y.shape[-1:], eps=layer["eps"]).flatten(2)
+        return (y * kept("norm.weight")).to(dtype)
+
+    def gated_linear(x: torch.Tensor, layer: Mapping[str, Any], name: str) -> torch.Tensor:
+        kept, h, dk = kept_in(name), layer["num_heads"], layer["key_dim"]
+        u = linear(x, f"{name}.qkv_proj")
+        q, k, v = (part.unflatten(-1, (h, -1)) for part in u.split([h * dk, h * dk, u.shape[-1] - 2 * h * dk], -1))
+        a = linear(linear(x, f"{name}.a_down_proj"), f"{name}.a_up_proj").to(wide).unflatten(-1, (h, -1))
+        log_alpha = functional.logsigmoid(a) / layer["gate_normalizer"]
+        y = decayed_reference(q.to(wide) / math.sqrt(dk), k, v, log_alpha, dtype=wide)[0].to(dtype).to(wide)
+        y = functional.rms_norm(y, y.shape[-1:], kept("norm.weight"), layer["eps"])
+        return (y.flatten(2) * functional.silu(linear(x, f"{name}.g_proj").to(wide))).to(dtype)
+
+    def rwkv7(x: torch.Tensor, layer: Mapping[str, Any], name: str) -> torch.Tensor:
+        kept, h = kept_in(name), layer["num_heads"]
+        change = functional.pad(x, (0, 0, 1, 0))[:, :-1].to(wide) - x.to(wide)
+        m = {part: (x.to(wide) + change * kept(f"mix_{part}")).to(dtype) for part in "rwkvag"}
+        r, k, v = (linear(m[part], f"{name}.{part}_proj").to(wide).unflatten(-1, (h, -1)) for part in "rkv")
+        low = {part: linear(m[part], f"{name}.{part}_down_proj") for part in "wag"}
+        low["w"], low["g"] = low["w"].tanh(), low["g"].sigmoid()
+        w, a, g = (linear(low[part], f"{name}.{part}_up_proj").to(wide) for part in "wag")
+        w, a = (part.sigmoid().unflatten(-1, (h, -1)) for part in (w, a))
+        kappa = functional.normalize(k * kept("k_k").unflatten(0, (h, -1)), dim=-1).to(dtype).to(wide)
+        k = (k * (1 + (a - 1) * kept("k_a").unflatten(0, (h, -1)))).to(dtype).to(wide)
+        y = decayed_reference(r, k, v, -math.exp(-0.5) * w, p=kappa, b=(-kappa * a).to(dtype), dtype=wide)[0]
+        y = functional.layer_norm(y.to(dtype).to(wide), y.shape[-1:], eps=layer["eps"]).flatten(2)
+        bonus = (r * k * kept("r_k").unflatten(0, (h, -1))).sum(-1, keepdim=True) * v
+        return ((y * kept("norm.weight") + kept("norm.bias") + bonus.flatten(2)) * g).to(dtype)
+
+    def delta(x: torch.Tensor, layer: Mapping[str, Any], name: str) -> torch.Tensor:
+        kept = kept_in(name)
         h, dk, taps = layer["num_heads"], layer["key_dim"], w[f"{name}.conv.weight"]
         padded = functional.pad(linear(x, f"{name}.qkv_proj").mT, (taps.shape[1] - 1, 0))
         u = functional.silu(functional.conv1d(padded, taps[:, None], groups=len(taps)).mT)
@@ -258,6 +326,12 @@ def forward(
             return rwkv4(x, name)
         if layer["mixer"] in ("h3", "hyena"):
             return (h3 if layer["mixer"] == "h3" else hyena)(x, layer, name)
+        if layer["mixer"] == "mamba2":
+            return mamba2(x, layer, name)
+        if layer["mixer"] == "gated_linear_attention":
+            return gated_linear(x, layer, name)
+        if layer["mixer"] == "rwkv7":
+            return rwkv7(x, layer, name)
         if layer["mixer"] == "prefix_linear_attention":  # the prefix's keys and values stand before all others
             prefix = x[:, : layer["enc_length"]]
             parts = [(part, x) for part in ("q", "k", "v")] + [("k_enc", prefix), ("v_enc", prefix)]

@@ -22,6 +22,9 @@ std::size_t scratch_nbytes(const GatedDeltaNetConfig& config, const Lengths& len
 std::size_t scratch_nbytes(const Rwkv4Config& config, const Lengths& lengths, Isa isa, int num_threads);
 std::size_t scratch_nbytes(const H3Config& config, const Lengths& lengths, Isa isa, int num_threads);
 std::size_t scratch_nbytes(const HyenaConfig& config, const Lengths& lengths, Isa isa, int num_threads);
+std::size_t scratch_nbytes(const Mamba2Config& config, const Lengths& lengths, Isa isa, int num_threads);
+std::size_t scratch_nbytes(const GatedLinearAttentionConfig& config, const Lengths& lengths, Isa isa, int num_threads);
+std::size_t scratch_nbytes(const Rwkv7Config& config, const Lengths& lengths, Isa isa, int num_threads);
 
 /// Of CpuBackend::convolve.
 std::size_t conv_scratch_nbytes(std::int64_t kernel_size, const Lengths& lengths, int num_threads);
@@ -117,6 +120,23 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
   void hyena(const HyenaConfig& config, const backend::HyenaOperands& operands, const backend::RaggedBatch& batch,
              const backend::Matrix& u, backend::StatePool& states, int layer, const backend::Matrix& out) override;
 
+  // cpu_mamba2.cc
+  void mamba2(const Mamba2Config& config, const backend::Mamba2Operands& operands, const backend::RaggedBatch& batch,
+              backend::StatePool& states, int layer, const backend::Matrix& out) override;
+
+  // cpu_gated_linear_attention.cc
+  void gated_linear_attention(const GatedLinearAttentionConfig& config, const float* norm,
+                              const backend::RaggedBatch& batch, const backend::Matrix& u, const backend::Matrix& a,
+                              backend::StatePool& states, int layer, const backend::Matrix& out) override;
+
+  // cpu_rwkv7.cc
+  void rwkv7_shift(const Rwkv7Config& config, const std::array<const float*, 6>& mix, const backend::RaggedBatch& batch,
+                   const backend::Matrix& x, backend::StatePool& states, int layer,
+                   const std::array<backend::Matrix, 6>& mixed) override;
+  void rwkv7_low_rank(const Rwkv7Config& config, const backend::Matrix& w, const backend::Matrix& g) override;
+  void rwkv7(const Rwkv7Config& config, const backend::Rwkv7Operands& operands, const backend::RaggedBatch& batch,
+             backend::StatePool& states, int layer, const backend::Matrix& out) override;
+
   // cpu_sampler.cc
   void token_log_probs(const backend::Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
                        std::span<float> out) override;
@@ -139,8 +159,8 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
                     std::span<const backend::NamedView> tensors) override;
 
  private:
-  /// cpu_mixers.cc: the convolution of channels [0, e) of u (N, 2e), advancing the first part of the layer's state. out
-  /// = SiLU(conv + bias), bias null for none; times channels [e, 2e) of u when `gated`.
+  /// cpu_mixers.cc: the convolution of the first e = out.cols columns of u, advancing the first part of the layer's
+  /// state. out = SiLU(conv + bias), bias null for none; times columns [e, 2e) of u when `gated`.
   void convolve(std::int64_t kernel_size, const float* taps, const float* bias, bool gated,
                 const backend::RaggedBatch& batch, const backend::Matrix& u, backend::StatePool& states, int layer,
                 const backend::Matrix& out);

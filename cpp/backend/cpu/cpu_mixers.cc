@@ -108,7 +108,7 @@ void CpuBackend::convolve(std::int64_t kernel_size, const float* taps, const flo
     const std::int64_t channel_begin = task % channel_blocks * kConvChannels;
     const std::int64_t channel_end = std::min(channel_begin + kConvChannels, e);
     kernels.convolve({taps, bias, gated, row(u, first), pool.layer<float>(batch.slots[block.sequence], layer), e,
-                      kernel_size, block.token_begin, block.token_end, channel_begin, channel_end,
+                      kernel_size, u.cols, block.token_begin, block.token_end, channel_begin, channel_end,
                       element(out, first, 0), is_bf16(out), plan.scratch.of(thread)});
     if (block.whole) advance(block.sequence, channel_begin, channel_end);
   });

@@ -12,11 +12,14 @@
 #include "based/mixers/full_attention.h"
 #include "based/mixers/gated_conv.h"
 #include "based/mixers/gated_delta_net.h"
+#include "based/mixers/gated_linear_attention.h"
 #include "based/mixers/h3.h"
 #include "based/mixers/hyena.h"
 #include "based/mixers/linear_attention.h"
+#include "based/mixers/mamba2.h"
 #include "based/mixers/prefix_linear_attention.h"
 #include "based/mixers/rwkv4.h"
+#include "based/mixers/rwkv7.h"
 #include "based/mixers/selective_scan.h"
 #include "based/mixers/sliding_window.h"
 #include "based/tensor.h"
@@ -31,7 +34,8 @@ enum class Activation : std::uint8_t { identity, silu, gelu, gelu_tanh, sigmoid,
 /// A layer's mixer. To add one, see CONTRIBUTING.md.
 using MixerConfig =
     std::variant<GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig, PrefixLinearAttentionConfig,
-                 FullAttentionConfig, SelectiveScanConfig, GatedDeltaNetConfig, Rwkv4Config, H3Config, HyenaConfig>;
+                 FullAttentionConfig, SelectiveScanConfig, GatedDeltaNetConfig, Rwkv4Config, H3Config, HyenaConfig,
+                 Mamba2Config, GatedLinearAttentionConfig, Rwkv7Config>;
 
 /// Calls f(std::type_identity<Config>{}) for every kind of mixer.
 template <class F>

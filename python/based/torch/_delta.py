@@ -3,7 +3,8 @@
 import math
 
 import torch
-from torch.nn import functional
+
+from based.torch._chunks import check_operands, split
 
 
 def gated_delta_rule(
@@ -38,7 +39,7 @@ def gated_delta_rule(
     """
     b, t, h, d_k = k.shape if isinstance(k, torch.Tensor) and k.ndim == 4 else (0, 0, 0, 0)
     d_v = v.shape[-1]
-    expected = {
+    operands = {
         "q": (q, (b, t, h, d_k)),
         "k": (k, (b, t, h, d_k)),
         "v": (v, (b, t, h, d_v)),
@@ -46,11 +47,7 @@ def gated_delta_rule(
         "log_alpha": (log_alpha, (b, t, h)),
         "initial_state": (initial_state, (b, h, d_k, d_v)),
     }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and (tuple(tensor.shape) != shape or 0 in shape):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape} with extents ≥ 1, as k and v")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}, expected ≥ 1")
+    check_operands(operands, chunk_size)
     with torch.autocast(q.device.type, enabled=False):
         return _in_chunks(q, k, v, beta, log_alpha, initial_state, min(chunk_size, t))
 
@@ -67,14 +64,9 @@ def _in_chunks(
     dtype, result_dtype = torch.promote_types(v.dtype, torch.float32), v.dtype
     b, t, h, d_k = k.shape
 
-    def split(x: torch.Tensor) -> torch.Tensor:
-        """(B, T, H, …) → (B, H, N, C, …), zeros behind the end: tokens with β = 0 and α = 1 change nothing."""
-        x = x.to(dtype).transpose(1, 2)
-        x = functional.pad(x, (0, 0) * (x.ndim - 3) + (0, -t % size))
-        return x.unflatten(2, (-1, size))
-
-    q, k, v, beta = split(q), split(k), split(v), split(beta)[..., None]
-    time = torch.zeros_like(beta[..., 0]) if log_alpha is None else split(log_alpha).cumsum(-1)  # log γ
+    # Behind the end β = 0 and α = 1: these tokens change nothing.
+    q, k, v, beta = (split(x, size, dtype) for x in (q, k, v, beta[..., None]))
+    time = torch.zeros_like(beta[..., 0]) if log_alpha is None else split(log_alpha, size, dtype).cumsum(-1)  # log γ
     ones = torch.ones(size, size, dtype=torch.bool, device=k.device).tril()
     decay = (time[..., :, None] - time[..., None, :]).masked_fill(~ones, -math.inf).exp()  # γ_t / γ_j for j ≤ t
     system = torch.eye(size, dtype=dtype, device=k.device) + (beta * (k @ k.mT) * decay).tril(-1)

@@ -19,14 +19,17 @@ from based._core import (
     FullAttentionConfig,
     GatedConvConfig,
     GatedDeltaNetConfig,
+    GatedLinearAttentionConfig,
     H3Config,
     HyenaConfig,
     LinearAttentionConfig,
+    Mamba2Config,
     MlpConfig,
     ModelConfig,
     NormKind,
     PrefixLinearAttentionConfig,
     Rwkv4Config,
+    Rwkv7Config,
     SelectiveScanConfig,
     SlidingWindowConfig,
     UnsupportedError,
@@ -36,6 +39,7 @@ from based._tokenizer_files import find_tokenizer, read_tokenizer_json
 from based.convert import StrPath, atomic_directory, open_weights, sync
 from based.torch import ops
 from based.torch._autograd import is_transformed
+from based.torch._decay import decayed_linear_attention
 from based.torch._delta import gated_delta_rule
 from based.torch._documents import by_documents
 from based.torch._long_conv import hyena_filter, long_conv, s4d_taps, shift_taps
@@ -678,17 +682,163 @@ class _GatedDeltaNet(nn.Module):
         return self.out_proj(y if self.g_proj is None else y * functional.silu(self.g_proj(x)))
 
 
-class _HeadNorm(nn.Module):
-    """RMSNorm of each head's result."""
-
-    def __init__(self, head_dim: int, eps: float, factory: dict[str, Any]) -> None:
+class _Mamba2(nn.Module):
+    def __init__(self, config: Mamba2Config, d: int, factory: dict[str, Any]) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(head_dim, **factory))
+        self.config = config
+        wide = factory | {"dtype": torch.promote_types(factory["dtype"], torch.float32)}
+        self.xbc_proj = _projection(config, "xbc_proj", d, factory)
+        self.z_proj = _projection(config, "z_proj", d, factory)
+        self.dt_proj = _projection(config, "dt_proj", d, factory)
+        self.conv = _SiluShortConv(self.xbc_proj.out_features, config.kernel_size, config.conv_bias, factory)
+        self.A_log, self.D, self.dt_bias = (nn.Parameter(torch.empty(config.num_heads, **wide)) for _ in range(3))
+        self.norm = _HeadNorm(self.z_proj.out_features, config.eps, factory, config.num_groups)
+        self.out_proj = _projection(config, "out_proj", d, factory)
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Those that reset_parameters() draws, and not the model."""
+        return [parameter for name, parameter in self.named_parameters() if name != "norm.weight"]
+
+    def reset_parameters(self, num_residuals: int) -> None:
+        """As mamba_ssm: PyTorch's own, but W_out over √num_residuals, exp(A_log) uniform in 1 … 16, and D = 1.
+
+        The steps that dt_bias makes by itself are log-uniform in 0.001 … 0.1.
+        """
+        for projection in (self.xbc_proj, self.z_proj, self.dt_proj, self.out_proj):
+            bound = projection.in_features**-0.5
+            nn.init.uniform_(projection.weight, -bound, bound)
+        self.out_proj.weight.div_(math.sqrt(num_residuals))
+        bound = self.config.kernel_size**-0.5
+        for parameter in self.conv.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+        nn.init.uniform_(self.A_log, 1, 16).log_()
+        nn.init.ones_(self.D)
+        _draw_steps(self.dt_bias)
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        h, groups, e = self.config.num_heads, self.config.num_groups, self.z_proj.out_features
+        xbc = self.conv(self.xbc_proj(u))
+        wide = torch.promote_types(xbc.dtype, torch.float32)
+        x, b, c = xbc.split([e, (xbc.shape[-1] - e) // 2, (xbc.shape[-1] - e) // 2], -1)
+        x = x.unflatten(-1, (h, -1)).to(wide)
+        b, c = (part.unflatten(-1, (groups, -1)).repeat_interleave(h // groups, 2) for part in (b, c))
+        delta = functional.softplus(self.dt_proj(u).to(wide) + self.dt_bias.to(wide))
+        log_alpha = -self.A_log.to(wide).exp() * delta
+        y, _ = decayed_linear_attention(c, b, delta[..., None] * x, log_alpha)
+        y = (y + self.D.to(wide)[:, None] * x).flatten(2) * functional.silu(self.z_proj(u).to(wide))
+        return self.out_proj(self.norm(y).to(xbc.dtype))
+
+
+class _GatedLinearAttention(nn.Module):
+    def __init__(self, config: GatedLinearAttentionConfig, d: int, factory: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = config
+        self.qkv_proj = _projection(config, "qkv_proj", d, factory)
+        self.g_proj = _projection(config, "g_proj", d, factory)
+        self.a_down_proj = _projection(config, "a_down_proj", d, factory)
+        self.a_up_proj = _projection(config, "a_up_proj", d, factory)
+        self.norm = _HeadNorm(config.head_dim, config.eps, factory)
+        self.out_proj = _projection(config, "out_proj", d, factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, d_k = self.config.num_heads, self.config.key_dim
+        u = self.qkv_proj(x)
+        q, k, v = (part.unflatten(-1, (h, -1)) for part in u.split([h * d_k, h * d_k, u.shape[-1] - 2 * h * d_k], -1))
+        a = self.a_up_proj(self.a_down_proj(x)).unflatten(-1, (h, -1))
+        a = a.to(torch.promote_types(a.dtype, torch.float32))
+        log_alpha = functional.logsigmoid(a) / self.config.gate_normalizer
+        y, _ = decayed_linear_attention(q * d_k**-0.5, k, v, log_alpha)
+        return self.out_proj(self.norm(y).flatten(2) * functional.silu(self.g_proj(x)))
+
+
+class _Rwkv7(nn.Module):
+    def __init__(self, config: Rwkv7Config, d: int, factory: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = config
+        for part in _RWKV7_MIXES:
+            setattr(self, f"mix_{part}", nn.Parameter(torch.empty(d, **factory)))
+        self.r_proj = _projection(config, "r_proj", d, factory)
+        self.k_proj = _projection(config, "k_proj", d, factory)
+        self.v_proj = _projection(config, "v_proj", d, factory)
+        self.w_down_proj = _projection(config, "w_down_proj", d, factory)
+        self.w_up_proj = _projection(config, "w_up_proj", d, factory)
+        self.a_down_proj = _projection(config, "a_down_proj", d, factory)
+        self.a_up_proj = _projection(config, "a_up_proj", d, factory)
+        self.g_down_proj = _projection(config, "g_down_proj", d, factory)
+        self.g_up_proj = _projection(config, "g_up_proj", d, factory)
+        self.out_proj = _projection(config, "out_proj", d, factory)
+        self.k_k, self.k_a, self.r_k = (
+            nn.Parameter(torch.empty(config.num_heads * config.head_dim, **factory)) for _ in range(3)
+        )
+        self.norm = nn.GroupNorm(config.num_heads, config.num_heads * config.head_dim, config.eps, **factory)
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Those that reset_parameters() draws, and not the model."""
+        return [parameter for name, parameter in self.named_parameters() if not name.startswith("norm.")]
+
+    def reset_parameters(self, _: int) -> None:
+        """As the authors' first layer: channels forget at rates of all sizes, and the result is 0 at first."""
+        e, size, d = self.r_k.shape[0], self.config.head_dim, self.config.hidden_size
+        for part, power in _RWKV7_MIXES.items():
+            mix = getattr(self, f"mix_{part}")
+            mix.copy_(1 - (torch.arange(d, device=mix.device) / d) ** power)
+        channel = torch.arange(e, device=self.r_k.device)
+        share = channel / max(e - 1, 1)  # 0 … 1
+        zigzag = 2 * (channel % size) / max(size - 1, 1) - 1  # −1 … 1 in each head
+        zigzag = zigzag * zigzag.abs()
+        for projection, bound in ((self.r_proj, 0.5), (self.k_proj, 0.05), (self.v_proj, 0.5)):
+            nn.init.uniform_(projection.weight, -bound * d**-0.5, bound * d**-0.5)
+        for down in (self.w_down_proj, self.a_down_proj, self.g_down_proj):
+            nn.init.zeros_(down.weight)
+        for up in (self.w_up_proj, self.a_up_proj, self.g_up_proj):
+            drawn = torch.empty(up.weight.shape, device=up.weight.device)  # float32: 16 bits have no decomposition
+            up.weight.copy_(nn.init.orthogonal_(drawn, 0.1 * max(1.0, math.sqrt(up.in_features / e))))
+        self.w_up_proj.bias.copy_(6 * share - 5.5 + 2.5 * zigzag)
+        self.a_up_proj.bias.copy_(0.4 * (share - 0.5) - 0.19 + 0.3 * zigzag)
+        self.k_k.copy_(0.71 - 0.1 * (share - 0.5))
+        nn.init.constant_(self.k_a, 1.02)
+        nn.init.constant_(self.r_k, -0.04)
+        nn.init.zeros_(self.out_proj.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        change = functional.pad(x, (0, 0, 1, 0))[:, :-1].to(wide) - x.to(wide)
+        mixed = {part: (x + change * getattr(self, f"mix_{part}").to(wide)).to(x.dtype) for part in _RWKV7_MIXES}
+
+        def heads(y: torch.Tensor) -> torch.Tensor:
+            return y.to(wide).unflatten(-1, (self.config.num_heads, -1))
+
+        r, k, v = heads(self.r_proj(mixed["r"])), heads(self.k_proj(mixed["k"])), heads(self.v_proj(mixed["v"]))
+        w = heads(self.w_up_proj(torch.tanh(self.w_down_proj(mixed["w"]))))
+        a = torch.sigmoid(heads(self.a_up_proj(self.a_down_proj(mixed["a"]))))
+        g = self.g_up_proj(torch.sigmoid(self.g_down_proj(mixed["g"])))
+        kappa = functional.normalize(k * heads(self.k_k), dim=-1)
+        k = k * (1 + (a - 1) * heads(self.k_a))
+        log_w = -math.exp(-0.5) * torch.sigmoid(w)
+        y, _ = decayed_linear_attention(r, k, v, log_w, p=kappa, b=-kappa * a)
+        y = functional.layer_norm(y, y.shape[-1:], eps=self.config.eps).flatten(2)
+        y = y * self.norm.weight.to(wide) + self.norm.bias.to(wide)
+        y = y + ((r * k * heads(self.r_k)).sum(-1, keepdim=True) * v).flatten(2)
+        return self.out_proj((y * g).to(x.dtype))
+
+
+_RWKV7_MIXES = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
+"""What is made of a token and the one before, and the power of the first share of the latter."""
+
+
+class _HeadNorm(nn.Module):
+    """RMSNorm of each head's result, or of each of `num_groups` parts of it, which have weights of their own."""
+
+    def __init__(self, size: int, eps: float, factory: dict[str, Any], num_groups: int = 1) -> None:
+        super().__init__()
+        self.eps, self.num_groups = eps, num_groups
+        self.weight = nn.Parameter(torch.empty(size, **factory))
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
         wide = torch.promote_types(y.dtype, torch.float32)
-        return functional.rms_norm(y.to(wide), y.shape[-1:], self.weight.to(wide), self.eps).to(y.dtype)
+        parts = y.to(wide).unflatten(-1, (self.num_groups, -1))
+        normed = functional.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2)
+        return (normed * self.weight.to(wide)).to(y.dtype)
 
 
 class _Rwkv4(nn.Module):
@@ -893,6 +1043,9 @@ _MIXERS: dict[type[sizes.Mixer], Callable[[Any, int, dict[str, Any]], nn.Module]
     Rwkv4Config: _Rwkv4,
     H3Config: _H3,
     HyenaConfig: _Hyena,
+    Mamba2Config: _Mamba2,
+    GatedLinearAttentionConfig: _GatedLinearAttention,
+    Rwkv7Config: _Rwkv7,
 }
 
 

@@ -21,14 +21,14 @@ void convolve_taps(const GatedConvTask& task) {
   }
   for (std::int64_t t = task.token_begin; t < task.token_end; ++t) {
     const std::int64_t from_past = t < taps - 1 ? taps - 1 - t : 0;  // taps that fall on rows before the call
-    const float* gate = task.u + (t * 2 + 1) * e;
+    const float* gate = task.u + t * task.width + e;
     for (std::int64_t c = task.channel_begin; c < task.channel_end; c += kLanes) {
       const std::int64_t n = task.channel_end - c < kLanes ? task.channel_end - c : kLanes;
       const float* w = wt + (c - task.channel_begin);
       const auto get = [n](const float* p) { return n == kLanes ? load(p) : load_n(p, n); };
       f32v acc = task.bias == nullptr ? f32v{} : get(task.bias + c);
       for (std::int64_t j = 0; j < taps; ++j) {
-        const float* x = (j < from_past ? task.past + (t + j) * e : task.u + (t - taps + 1 + j) * 2 * e) + c;
+        const float* x = (j < from_past ? task.past + (t + j) * e : task.u + (t - taps + 1 + j) * task.width) + c;
         acc = fmadd(load(w + j * width), get(x), acc);
       }
       const f32v y = silu(acc);

@@ -12,9 +12,9 @@ struct GatedConvTask {
   const float* taps;  // (e, K)
   const float* bias;  // (e); null for none
   bool gated;         // false: without the factor u₂
-  const float* u;     // the sequence's first token of the call: rows [u₁ (e) | u₂ (e)]
+  const float* u;     // the sequence's first token of the call: rows [u₁ (e) | u₂ (e), where gated] of `width`
   const float* past;  // (K − 1, e): u₁ before it, oldest first
-  std::int64_t inner_size, kernel_size;
+  std::int64_t inner_size, kernel_size, width;
   std::int64_t token_begin, token_end;
   std::int64_t channel_begin, channel_end;
   void* out;  // the first token's row of (N, e) float, or bfloat16 when out_bf16

@@ -1,17 +1,12 @@
 #include "backend/cpu/kernels/gated_delta_net.h"
 
-#include "backend/cpu/kernels/simd.h"
-
-// Token by token: a token's numbers depend on nothing but the state and its inputs, however a prompt is cut. The
-// columns of S lie in lanes; sums over its rows, and over the numbers of a vector, have one order.
+#include "backend/cpu/kernels/matrix_state.h"
 
 namespace based::cpu {
 namespace BASED_ISA {
 namespace {
 
 constexpr float kLengthEps = 1e-6f;  // added to the squared length of q and k
-
-BASED_INLINE float first(f32v v) { return v[0]; }
 
 /// SiLU of the convolution of channels [channel, channel + count) at token t; zeros up to whole vectors.
 void convolve(const GatedDeltaNetTask& task, std::int64_t channel, std::int64_t count, std::int64_t t, float* out) {
@@ -30,13 +25,6 @@ void convolve(const GatedDeltaNetTask& task, std::int64_t channel, std::int64_t 
   }
 }
 
-/// Σ x², x of whole vectors.
-float squared_length(const float* x, std::int64_t count) {
-  f32v sum{};
-  for (std::int64_t c = 0; c < count; c += kLanes) sum = fmadd(load(x + c), load(x + c), sum);
-  return hsum(sum);
-}
-
 void scale(float* x, std::int64_t count, float factor) {
   for (std::int64_t c = 0; c < count; c += kLanes) store(x + c, load(x + c) * splat(factor));
 }
@@ -46,17 +34,9 @@ float root(float x) { return __builtin_sqrtf(x); }
 /// S ← α S + k (β (v − α Sᵀk))ᵀ and y = Sᵀq of columns [c, c + n).
 BASED_INLINE void update(const GatedDeltaNetTask& task, const float* q, const float* k, const float* v, float alpha,
                          float beta, std::int64_t c, std::int64_t n, float* y) {
-  float* s = task.state + c;
-  f32v seen{};
-  for (std::int64_t i = 0; i < task.key_dim; ++i) seen = fmadd(splat(k[i]), load_n(s + i * task.head_dim, n), seen);
-  const f32v a = splat(alpha), change = splat(beta) * fnmadd(a, seen, load(v + c));
-  f32v sum{};
-  for (std::int64_t i = 0; i < task.key_dim; ++i) {
-    const f32v next = fmadd(splat(k[i]), change, a * load_n(s + i * task.head_dim, n));
-    store_n(s + i * task.head_dim, next, n);
-    sum = fmadd(splat(q[i]), next, sum);
-  }
-  store(y + c, sum);
+  const MatrixColumns s{task.state + c, task.key_dim, task.head_dim, n};
+  const f32v a = splat(alpha), change = splat(beta) * fnmadd(a, read_matrix(s, k), load(v + c));
+  store(y + c, write_matrix(s, q, k, change, [a](std::int64_t, f32v row) { return a * row; }));
 }
 
 /// past ← the last K − 1 rows of [past; u], of channels [channel, channel + count).
@@ -77,7 +57,7 @@ void advance(const GatedDeltaNetTask& task) {
   for (float* x = q; x < y + whole(dv); ++x) *x = 0;
   const std::int64_t query = h * dk, key = (heads + h) * dk, value = 2 * heads * dk + h * dv;
   const std::int64_t b = heads * (2 * dk + dv), a = b + heads, g = task.log_rate == nullptr ? a : a + heads;
-  const float rate = task.log_rate == nullptr ? 0 : first(vexp(splat(*task.log_rate)));
+  const float rate = task.log_rate == nullptr ? 0 : first_lane(vexp(splat(*task.log_rate)));
   const float inverse_root = 1 / root(static_cast<float>(dk));
   for (std::int64_t t = 0; t < task.num_tokens; ++t) {
     const float* u = task.u + t * task.width;
@@ -86,9 +66,9 @@ void advance(const GatedDeltaNetTask& task) {
     convolve(task, value, dv, t, v);
     scale(q, dk, inverse_root / root(squared_length(q, dk) + kLengthEps));
     scale(k, dk, 1 / root(squared_length(k, dk) + kLengthEps));
-    const float beta = first(sigmoid(splat(u[b + h])));
+    const float beta = first_lane(sigmoid(splat(u[b + h])));
     float alpha = 1;
-    if (task.log_rate != nullptr) alpha = first(vexp(splat(-rate) * softplus(splat(u[a + h] + *task.dt_bias))));
+    if (task.log_rate != nullptr) alpha = first_lane(vexp(splat(-rate) * softplus(splat(u[a + h] + *task.dt_bias))));
     for (std::int64_t c = 0; c < dv; c += kLanes) {
       const std::int64_t n = dv - c < kLanes ? dv - c : kLanes;
       update(task, q, k, v, alpha, beta, c, n, y);
