@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <variant>
 #include <vector>
 
 #include "backend/cpu/cpu_backend.h"
@@ -74,7 +75,7 @@ class Stepper {
         transformer_([&] {
           RandomWeights weights(5);
           WeightLoader loader{backend_, weights, dtype};
-          return Transformer(test::tiny_config(), loader);
+          return Transformer(config(), loader);
         }()),
         states_(backend_.make_states(transformer_.config(), dtype, capacity)),
         sampler_(backend_.make_sampler(transformer_.config().vocab_size, capacity)),
@@ -131,6 +132,14 @@ class Stepper {
   }
 
  private:
+  // Its sequences are longer than other tests'.
+  static ModelConfig config() {
+    ModelConfig config = test::tiny_config();
+    for (MixerConfig& layer : config.layers)
+      if (auto* hyena = std::get_if<HyenaConfig>(&layer)) hyena->max_length = 1 << 14;
+    return config;
+  }
+
   cpu::CpuBackend backend_;
   Transformer transformer_;
   std::unique_ptr<backend::StatePool> states_;
