@@ -54,13 +54,13 @@ inline ModelConfig tiny_config() {
   config.layers.push_back(PrefixLinearAttentionConfig{2, 3, 5, 1, 1e-12});
   config.layers.push_back(kFullAttention);
   config.layers.push_back(kSelectiveScan);
-  config.layers.push_back(GatedDeltaNetConfig{2, 5, 7, 3, 1e-5, true, true});
+  config.layers.push_back(GatedDeltaNetConfig{2, 5, 7, 3, 1e-2, true, true});
   config.layers.push_back(Rwkv4Config{24, 37});
   config.layers.push_back(H3Config{3, 2, 4, 5});
   config.layers.push_back(HyenaConfig{7, 3, 4096, 6});
-  config.layers.push_back(Mamba2Config{4, 5, 3, 2, 4, 1e-2, true});
-  config.layers.push_back(GatedLinearAttentionConfig{2, 5, 7, 3, 16, 1e-2});
-  config.layers.push_back(Rwkv7Config{24, 2, 7, 3, 2, 5, 1e-2});
+  config.layers.push_back(Mamba2Config{4, 5, 3, 2, 4, 0.1, true});
+  config.layers.push_back(GatedLinearAttentionConfig{2, 5, 7, 3, 16, 0.1});
+  config.layers.push_back(Rwkv7Config{24, 2, 7, 3, 2, 5, 0.1});
   return config;
 }
 
