@@ -27,8 +27,6 @@ class GatedDeltaNet final : public Mixer {
   std::vector<ScratchSize> scratch() const override { return projections_.scratch(); }
 
  private:
-  static const float* floats(const backend::Buffer& buffer) { return static_cast<const float*>(buffer.data.get()); }
-
   GatedDeltaNetConfig config_;
   InOutProjections projections_;
   backend::Buffer taps_, norm_;         // (channels, K), (head_dim)

@@ -70,8 +70,6 @@ class H3 final : public Mixer {
   std::vector<ScratchSize> scratch() const override { return projections_.scratch(); }
 
  private:
-  static const float* floats(const backend::Buffer& buffer) { return static_cast<const float*>(buffer.data.get()); }
-
   H3Config config_;
   InOutProjections projections_;
   backend::Buffer taps_, skip_;     // (e, K), (H)

@@ -62,8 +62,6 @@ class Hyena final : public Mixer {
   std::vector<ScratchSize> scratch() const override { return projections_.scratch(); }
 
  private:
-  static const float* floats(const backend::Buffer& buffer) { return static_cast<const float*>(buffer.data.get()); }
-
   HyenaConfig config_;
   InOutProjections projections_;
   backend::Buffer taps_, bias_;    // (3e, K), (3e)

@@ -34,8 +34,6 @@ class Mamba2 final : public Mixer {
   }
 
  private:
-  static const float* floats(const backend::Buffer& buffer) { return static_cast<const float*>(buffer.data.get()); }
-
   Mamba2Config config_;
   InOutProjections projections_;
   backend::Buffer taps_, conv_bias_;        // (channels, K), (channels) or none

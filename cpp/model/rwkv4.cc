@@ -48,7 +48,6 @@ class Rwkv4 final : public Mixer {
     const ScratchSize projected{config_.inner_size, projection_dtype_}, mixed{config_.hidden_size, activation_dtype_};
     return {projected, {config_.inner_size, activation_dtype_}, projected, projected, mixed, mixed, mixed};
   }
-  static const float* floats(const backend::Buffer& buffer) { return static_cast<const float*>(buffer.data.get()); }
 
   Rwkv4Config config_;
   std::array<std::shared_ptr<const backend::LinearWeight>, 3> projections_;  // of k, v and r

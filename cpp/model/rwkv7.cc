@@ -81,7 +81,6 @@ class Rwkv7 final : public Mixer {
              mixed,
              mixed}};
   }
-  static const float* floats(const backend::Buffer& buffer) { return static_cast<const float*>(buffer.data.get()); }
 
   Rwkv7Config config_;
   std::array<backend::Buffer, 6> mix_;  // (d): of r, w, k, v, a and g

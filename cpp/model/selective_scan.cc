@@ -61,7 +61,6 @@ class SelectiveScan final : public Mixer {
              {2 * config_.state_size, projection_dtype_},  // [B|C]
              {e, projection_dtype_}}};                     // Δ before softplus
   }
-  static const float* floats(const backend::Buffer& buffer) { return static_cast<const float*>(buffer.data.get()); }
 
   SelectiveScanConfig config_;
   std::shared_ptr<const backend::LinearWeight> in_;

@@ -10,8 +10,6 @@ std::size_t matrix_bytes(std::int64_t rows, std::int64_t cols, DType dtype) {
   return static_cast<std::size_t>(rows) * static_cast<std::size_t>(cols) * size_of(dtype);
 }
 
-const float* floats(const backend::Buffer& buffer) { return static_cast<const float*>(buffer.data.get()); }
-
 // A host copy of a float32 matrix.
 Tensor download(backend::Backend& backend, const backend::Matrix& m) {
   Tensor host = Tensor::empty(DType::float32, {m.rows, m.cols});

@@ -14,6 +14,9 @@
 
 namespace based {
 
+/// Numbers that WeightLoader made float32; null for none.
+inline const float* floats(const backend::Buffer& buffer) { return static_cast<const float*>(buffer.data.get()); }
+
 /// Where a model's tensors come from, by the names of docs/model-format.md.
 class WeightSource {
  public:
