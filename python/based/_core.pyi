@@ -8,7 +8,7 @@ import numpy
 import numpy.typing
 import os
 import typing
-__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Error', 'FinishReason', 'FormatError', 'FullAttentionConfig', 'GatedConvConfig', 'GatedDeltaNetConfig', 'Generator', 'H3Config', 'HyenaConfig', 'LinearAttentionConfig', 'MAX_CONTEXT', 'MAX_TOKEN_IDS', 'MIXERS', 'MixerField', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'Parameter', 'PrefixLinearAttentionConfig', 'Projection', 'Rwkv4Config', 'SafetensorsFile', 'SamplingParams', 'SelectiveScanConfig', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'State', 'StateError', 'StateTensor', 'Tensor', 'TokenEvent', 'Turn', 'Turns', 'UnsupportedError', 'add_cublas_path', 'available_memory', 'build_info', 'check_batch_size', 'check_config', 'check_json', 'check_prompt', 'convert_dtype', 'cuda_problem', 'devices', 'exchange_paths', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'parse_limit', 'synchronize', 'write_safetensors']
+__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Error', 'FinishReason', 'FormatError', 'FullAttentionConfig', 'GatedConvConfig', 'GatedDeltaNetConfig', 'GatedLinearAttentionConfig', 'Generator', 'H3Config', 'HyenaConfig', 'LinearAttentionConfig', 'MAX_CONTEXT', 'MAX_TOKEN_IDS', 'MIXERS', 'Mamba2Config', 'MixerField', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'Parameter', 'PrefixLinearAttentionConfig', 'Projection', 'Rwkv4Config', 'Rwkv7Config', 'SafetensorsFile', 'SamplingParams', 'SelectiveScanConfig', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'State', 'StateError', 'StateTensor', 'Tensor', 'TokenEvent', 'Turn', 'Turns', 'UnsupportedError', 'add_cublas_path', 'available_memory', 'build_info', 'check_batch_size', 'check_config', 'check_json', 'check_prompt', 'convert_dtype', 'cuda_problem', 'devices', 'exchange_paths', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'parse_limit', 'synchronize', 'write_safetensors']
 class Error(Exception):
     """
     Base of the failures that are particular to this library.
@@ -841,6 +841,220 @@ class HyenaConfig:
         """
         The shape, in words.
         """
+class Mamba2Config:
+    """
+    A state-space model with one decay per head (Mamba-2).
+    """
+    letter: typing.ClassVar[str] = 'M'
+    mixer: typing.ClassVar[str] = 'mamba2'
+    @staticmethod
+    def fields() -> list[MixerField]:
+        """
+        The keys of config.json beside "mixer", in order.
+        """
+    def __eq__(self, arg0: Mamba2Config) -> bool:
+        ...
+    def __getstate__(self) -> dict:
+        ...
+    def __hash__(self) -> int:
+        ...
+    def __setstate__(self, arg0: dict) -> None:
+        ...
+    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+        """
+        The matrices that each token is multiplied by, in order.
+        """
+    @property
+    def conv_bias(self) -> bool:
+        """
+        whether the convolution has one
+        """
+    @property
+    def eps(self) -> float:
+        """
+        of the norm of each group's result
+        """
+    @property
+    def head_dim(self) -> int:
+        """
+        size of x per head
+        """
+    @property
+    def kernel_size(self) -> int:
+        """
+        K, taps of the convolution
+        """
+    @property
+    def num_groups(self) -> int:
+        """
+        G; head h reads B and C of group ⌊h · G / H⌋
+        """
+    @property
+    def num_heads(self) -> int:
+        """
+        H
+        """
+    @property
+    def parameters(self) -> list[Parameter]:
+        """
+        The other tensors of its weights.
+        """
+    @property
+    def state(self) -> list[StateTensor]:
+        """
+        The tensors of a layer in a state file.
+        """
+    @property
+    def state_size(self) -> int:
+        """
+        N, size of B and C
+        """
+    @property
+    def summary(self) -> str:
+        """
+        The shape, in words.
+        """
+class GatedLinearAttentionConfig:
+    """
+    Linear attention with a decay for each row of its state (GLA).
+    """
+    letter: typing.ClassVar[str] = 'G'
+    mixer: typing.ClassVar[str] = 'gated_linear_attention'
+    @staticmethod
+    def fields() -> list[MixerField]:
+        """
+        The keys of config.json beside "mixer", in order.
+        """
+    def __eq__(self, arg0: GatedLinearAttentionConfig) -> bool:
+        ...
+    def __getstate__(self) -> dict:
+        ...
+    def __hash__(self) -> int:
+        ...
+    def __setstate__(self, arg0: dict) -> None:
+        ...
+    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+        """
+        The matrices that each token is multiplied by, in order.
+        """
+    @property
+    def eps(self) -> float:
+        """
+        of the norm of each head's result
+        """
+    @property
+    def gate_normalizer(self) -> float:
+        """
+        log α = log σ(·) over this
+        """
+    @property
+    def gate_rank(self) -> int:
+        """
+        R, rows of W₁
+        """
+    @property
+    def head_dim(self) -> int:
+        """
+        size of v per head
+        """
+    @property
+    def key_dim(self) -> int:
+        """
+        size of q, k and α per head
+        """
+    @property
+    def num_heads(self) -> int:
+        """
+        H
+        """
+    @property
+    def parameters(self) -> list[Parameter]:
+        """
+        The other tensors of its weights.
+        """
+    @property
+    def state(self) -> list[StateTensor]:
+        """
+        The tensors of a layer in a state file.
+        """
+    @property
+    def summary(self) -> str:
+        """
+        The shape, in words.
+        """
+class Rwkv7Config:
+    """
+    The time mix of RWKV-7.
+    """
+    letter: typing.ClassVar[str] = 'R'
+    mixer: typing.ClassVar[str] = 'rwkv7'
+    @staticmethod
+    def fields() -> list[MixerField]:
+        """
+        The keys of config.json beside "mixer", in order.
+        """
+    def __eq__(self, arg0: Rwkv7Config) -> bool:
+        ...
+    def __getstate__(self) -> dict:
+        ...
+    def __hash__(self) -> int:
+        ...
+    def __setstate__(self, arg0: dict) -> None:
+        ...
+    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+        """
+        The matrices that each token is multiplied by, in order.
+        """
+    @property
+    def decay_rank(self) -> int:
+        """
+        R_w, rows of W_w1
+        """
+    @property
+    def eps(self) -> float:
+        """
+        of the norm of each head's result
+        """
+    @property
+    def gate_rank(self) -> int:
+        """
+        R_g, rows of W_g1
+        """
+    @property
+    def head_dim(self) -> int:
+        """
+        size of r, k, v, w, a and g per head
+        """
+    @property
+    def hidden_size(self) -> int:
+        """
+        d, the model's own
+        """
+    @property
+    def num_heads(self) -> int:
+        """
+        H
+        """
+    @property
+    def parameters(self) -> list[Parameter]:
+        """
+        The other tensors of its weights.
+        """
+    @property
+    def rate_rank(self) -> int:
+        """
+        R_a, rows of W_a1
+        """
+    @property
+    def state(self) -> list[StateTensor]:
+        """
+        The tensors of a layer in a state file.
+        """
+    @property
+    def summary(self) -> str:
+        """
+        The shape, in words.
+        """
 class MlpConfig:
     def __eq__(self, arg0: MlpConfig) -> bool:
         ...
@@ -898,7 +1112,7 @@ class ModelConfig:
     def hidden_size(self) -> int:
         ...
     @property
-    def layers(self) -> list[GatedConvConfig | LinearAttentionConfig | SlidingWindowConfig | PrefixLinearAttentionConfig | FullAttentionConfig | SelectiveScanConfig | GatedDeltaNetConfig | Rwkv4Config | H3Config | HyenaConfig]:
+    def layers(self) -> list[GatedConvConfig | LinearAttentionConfig | SlidingWindowConfig | PrefixLinearAttentionConfig | FullAttentionConfig | SelectiveScanConfig | GatedDeltaNetConfig | Rwkv4Config | H3Config | HyenaConfig | Mamba2Config | GatedLinearAttentionConfig | Rwkv7Config]:
         ...
     @property
     def max_tokens(self) -> int | None:
@@ -1454,4 +1668,4 @@ def write_safetensors(path: os.PathLike | str | bytes, tensors: collections.abc.
     """
 MAX_CONTEXT: int = 16777216
 MAX_TOKEN_IDS: int = 268435456
-MIXERS: tuple = (GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig, PrefixLinearAttentionConfig, FullAttentionConfig, SelectiveScanConfig, GatedDeltaNetConfig, Rwkv4Config, H3Config, HyenaConfig)
+MIXERS: tuple = (GatedConvConfig, LinearAttentionConfig, SlidingWindowConfig, PrefixLinearAttentionConfig, FullAttentionConfig, SelectiveScanConfig, GatedDeltaNetConfig, Rwkv4Config, H3Config, HyenaConfig, Mamba2Config, GatedLinearAttentionConfig, Rwkv7Config)
