@@ -35,7 +35,7 @@ _SWEEP = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the folder of the sweep")
-    parser.add_argument("--quick", action="store_true", help="a small sweep, half a minute on a CPU")
+    parser.add_argument("--quick", action="store_true", help="a small sweep, a minute on a CPU")
     parser.add_argument(
         "--settings",
         choices=("ours", "authors"),
