@@ -35,7 +35,7 @@ _SWEEP = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the folder of the sweep")
-    parser.add_argument("--quick", action="store_true", help="a small sweep, half a minute on a CPU")
+    parser.add_argument("--quick", action="store_true", help="a small sweep, a minute on a CPU")
     parser.add_argument(
         "--settings",
         choices=("ours", "authors"),
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rival-widths", type=_list(int), metavar="LIST", help="hidden sizes of the other families")
     group.add_argument("--feature-dims", type=_list(int), metavar="LIST", help="of BASED")
     group.add_argument("--windows", type=_list(int), metavar="LIST", help="keys of sliding windows")
-    group.add_argument("--state-sizes", type=_list(int), metavar="LIST", help="of Mamba: numbers of each channel")
+    group.add_argument("--state-sizes", type=_list(int), metavar="LIST", help="of Mamba and Mamba-2: of each channel")
     group.add_argument("--learning-rates", type=_list(float), metavar="LIST", help="the best one counts")
     group.add_argument("--epochs", type=_common.positive, metavar="N", help="of the training texts, at most")
     group.add_argument("--seed", type=int, metavar="N", help="of texts, weights and order")

@@ -5,7 +5,7 @@ the runtime measures its recall, and tables, columns and the figure have it.
 
 Every model has two layers and no MLP: a gated convolution, which brings a key and its value together, and the mixer
 that is to recall; or two such mixers, where the authors have it so. As in their experiments there is no positional
-encoding, and LayerNorm but for Mamba.
+encoding, and LayerNorm but for Mamba and Mamba-2.
 """
 
 import json
@@ -95,13 +95,13 @@ class Family:
     """As config.json says them, from width and size."""
     counted: Callable[[int, int], int]
     """How many numbers of state the authors count, from width and size: those of the mixers, without the first layer's
-    convolution and without the inputs of a mixer's own one."""
+    convolution and without the inputs of a mixer's own one. Where they count none, what this rule makes of it."""
     differences: tuple[str, ...]
     """From the model that the authors train under this name, besides the training."""
     norm: str = "layer_norm"
     scaled_output: bool = False
-    """Whether the authors draw the mixer's output projection smaller than other matrices: a rule of theirs asks for its
-    name."""
+    """Whether the authors draw the mixers' output projections smaller than other matrices: a rule of theirs asks for
+    their name."""
     multiple: int = 1
     """Of which its widths are multiples."""
 
@@ -165,6 +165,62 @@ def _delta(width: int, heads: int, expand: int, *, decay: bool) -> dict[str, Any
     }
 
 
+def _mamba2(width: int, state_size: int) -> dict[str, Any]:
+    return {
+        "mixer": "mamba2",
+        "num_heads": 2 * width // 64,
+        "head_dim": 64,
+        "state_size": state_size,
+        "num_groups": 1,
+        "kernel_size": 4,
+        "eps": 1e-5,
+        "conv_bias": True,
+    }
+
+
+def _gla(width: int, heads: int) -> dict[str, Any]:
+    return {
+        "mixer": "gated_linear_attention",
+        "num_heads": heads,
+        "key_dim": width // (2 * heads),
+        "head_dim": width // heads,
+        "gate_rank": 16,
+        "gate_normalizer": 16.0,
+        "eps": 1e-5,
+    }
+
+
+def _rwkv7(width: int, heads: int) -> dict[str, Any]:
+    return {
+        "mixer": "rwkv7",
+        "hidden_size": width,
+        "num_heads": heads,
+        "head_dim": 64,
+        "decay_rank": 16,
+        "rate_rank": 16,
+        "gate_rank": 64,
+        "eps": 64e-5,
+    }
+
+
+def _h3(width: int, state_size: int) -> dict[str, Any]:
+    return {
+        "mixer": "h3",
+        "num_heads": width // 2,
+        "head_dim": 2,
+        "kernel_size": state_size,
+        "num_modes": state_size // 2,
+    }
+
+
+def _hyena(width: int, max_length: int) -> dict[str, Any]:
+    return {"mixer": "hyena", "inner_size": width, "kernel_size": 3, "max_length": max_length, "filter_size": 64}
+
+
+def _rwkv4(width: int) -> dict[str, Any]:
+    return {"mixer": "rwkv4", "hidden_size": width, "inner_size": width}
+
+
 def _model(vocab_size: int, width: int, layers: list[dict[str, Any]], norm: str) -> ModelConfig:
     document = {
         "format": "based",
@@ -190,8 +246,9 @@ _CONV_FIRST = (
     _NO_IDENTITY,
 )
 """Of every family with a convolution before the mixer."""
+_LAST_NORM = "the last norm is an RMSNorm; the authors' is a LayerNorm"
 _MAMBA = (
-    "the last norm is an RMSNorm; the authors' is a LayerNorm",
+    _LAST_NORM,
     "the first weights are mamba_ssm's; a version of the authors' code (0cd64f8) draws all linear layers with 0.02 and "
     "sets the bias of W_dt to zero",
 )
@@ -265,5 +322,84 @@ FAMILIES: dict[str, Family] = {
         counted=lambda width, heads: 2 * width * width // heads,
         differences=(*_CONV_FIRST, "q, k, v and the gates are float32; the authors round them to bfloat16"),
         multiple=2,
+    ),
+    "mamba2": Family(
+        label="Mamba-2",
+        marker="<",
+        line=(0, (8, 1, 1, 1)),
+        size="state_size",
+        shapes=lambda sweep: [(width, n) for width in sweep.rival_widths for n in sweep.state_sizes],
+        layers=lambda width, n: [_mamba2(width, n), _mamba2(width, n)],
+        counted=lambda width, n: 2 * 2 * width * n,
+        differences=(_LAST_NORM,),
+        norm="rms_norm",
+        scaled_output=True,
+        multiple=32,
+    ),
+    "gla": Family(
+        label="GLA",
+        marker="X",
+        line=(0, (3, 3)),
+        size="num_heads",
+        shapes=lambda sweep: [(width, 2) for width in sweep.rival_widths],
+        layers=lambda width, heads: [_conv(width), _gla(width, heads)],
+        counted=lambda width, heads: width * width // (2 * heads),
+        differences=_CONV_FIRST,
+        multiple=4,
+    ),
+    "rwkv7": Family(
+        label="RWKV-7",
+        marker="*",
+        line=(0, (6, 1, 2, 1)),
+        size="num_heads",
+        shapes=lambda sweep: [(width, width // 64) for width in sweep.rival_widths],
+        layers=lambda width, heads: [_conv(width), _rwkv7(width, heads)],
+        counted=lambda _, heads: heads * 64 * 64,
+        differences=(
+            *_CONV_FIRST,
+            "the first weights are those of RWKV-LM's first layer; the authors draw all matrices with 0.02, and "
+            "the mixes of two tokens, k_k, k_a, r_k and all biases begin as zeros",
+        ),
+        multiple=64,
+    ),
+    "h3": Family(
+        label="H3",
+        marker="p",
+        line=(0, (2, 1)),
+        size="state_size",
+        shapes=lambda sweep: [(width, width // 4) for width in sweep.rival_widths],
+        layers=lambda width, n: [_h3(width, n), _h3(width, n)],
+        counted=lambda width, n: 2 * width * n,
+        differences=(_NO_IDENTITY,),
+        multiple=8,
+    ),
+    "hyena": Family(
+        label="Hyena",
+        marker="h",
+        line=(0, (1, 2)),
+        size="window",
+        shapes=lambda sweep: [(width, sweep.max_length) for width in sweep.rival_widths],
+        layers=lambda width, tokens: [_hyena(width, tokens), _hyena(width, tokens)],
+        counted=lambda width, tokens: 2 * width * tokens,
+        differences=(
+            _NO_IDENTITY,
+            "what the filter reads of a place is fixed: the time, a cosine, a sine; the authors' training changes them",
+        ),
+        scaled_output=True,
+    ),
+    "rwkv4": Family(
+        label="RWKV-4",
+        marker=">",
+        line=(0, (1, 1, 4, 1)),
+        size="state_size",
+        shapes=lambda sweep: [(width, 3) for width in sweep.rival_widths],
+        layers=lambda width, _: [_rwkv4(width), _rwkv4(width)],
+        counted=lambda width, n: 2 * width * n,
+        differences=(
+            _NO_IDENTITY,
+            "the authors count no state of RWKV-4; authors_nbytes is 3 numbers a channel, without the token before",
+            "the first decays and mixes of two tokens are those of 2 layers; the authors' are of the first 2 of 12",
+            "the results of the sums are float32; the authors round them to bfloat16",
+        ),
     ),
 }

@@ -55,11 +55,9 @@ def make_figure(rows: Sequence[Outcome], count: Literal["authors", "decoder"], *
     if published and count != "authors":
         raise ValueError("published numbers have the authors' bytes alone: expected count='authors'")
     figure_module: Any = importlib.import_module("matplotlib.figure")
-    points, labels = read_published() if published else ([], {})
+    points = read_published() if published else []
     ours = {name: _marks(rows, name, count) for name in FAMILIES}
-    names = [
-        name for name in dict.fromkeys([*FAMILIES, *labels]) if ours.get(name) or any(p.family == name for p in points)
-    ]
+    names = [name for name in FAMILIES if ours[name] or any(p.family == name for p in points)]
     others = [name for name in names if name != _REFERENCE]
     head = len(others) < len(names)
     strips = -(-len(others) // _COLUMNS)
@@ -72,16 +70,16 @@ def make_figure(rows: Sequence[Outcome], count: Literal["authors", "decoder"], *
     panels = {} if first is None else {_REFERENCE: first}
     for name, (row, column) in zip(others, cells, strict=False):
         panels[name] = figure.add_subplot(grid[row, column], sharex=first, sharey=first)
-    reference = ours.get(_REFERENCE) or [(p.nbytes, p.accuracy, 0, 0) for p in points if p.family == _REFERENCE]
+    reference = ours[_REFERENCE] or [(p.nbytes, p.accuracy, 0, 0) for p in points if p.family == _REFERENCE]
     everything = [x for marks in ours.values() for x, *_ in marks] + [p.nbytes for p in points]
     limits = min(everything) / 1.6, max(everything) * 1.6
     for name, panel in panels.items():
-        _axes(panel, labels[name] if name not in FAMILIES else FAMILIES[name].label, limits, name == _REFERENCE)
+        _axes(panel, FAMILIES[name].label, limits, name == _REFERENCE)
         if name != _REFERENCE and reference:
             end = (limits[1], reference[-1][1], 0, 0)
             panel.plot(*_steps([*reference, end]), color=_BEHIND, linewidth=2.4, zorder=1)
         _theirs(panel, name, [p for p in points if p.family == name])
-        _ours(panel, name, ours.get(name, []))
+        _ours(panel, name, ours[name])
     bottom = {column: name for name, (_, column) in zip(others, cells, strict=False)}
     for name, (_, column) in zip(others, cells, strict=False):
         panels[name].tick_params(labelbottom=bottom[column] == name, labelleft=column == 0)
@@ -93,7 +91,7 @@ def make_figure(rows: Sequence[Outcome], count: Literal["authors", "decoder"], *
     _legend(panels[names[0]], points, reference="BASED" if reference and others else None)
     figure.draw_without_rendering()
     for name, panel in panels.items():
-        _sizes(figure, panel, ours.get(name, []), [p for p in points if p.family == name])
+        _sizes(figure, panel, ours[name], [p for p in points if p.family == name])
     return figure
 
 
@@ -128,11 +126,10 @@ def _ours(panel: Any, name: str, marks: list[Mark]) -> None:
 
 
 def _theirs(panel: Any, name: str, points: list[Point]) -> None:
-    marker = FAMILIES[name].marker if name in FAMILIES else "o"
-    for source, fill in zip(dict.fromkeys(p.source for p in read_published()[0]), (_OPEN, _SHADED), strict=True):
+    for source, fill in zip(dict.fromkeys(p.source for p in read_published()), (_OPEN, _SHADED), strict=True):
         some = [(p.nbytes, p.accuracy) for p in points if p.source == source]
         if some:
-            style = {"marker": marker, "markersize": 4.2, "linestyle": "", "zorder": 3, "clip_on": False}
+            style = {"marker": FAMILIES[name].marker, "markersize": 4.2, "linestyle": "", "zorder": 3, "clip_on": False}
             colors = {"markerfacecolor": fill, "markeredgecolor": _THEIRS, "markeredgewidth": 0.8}
             panel.plot(*zip(*some, strict=True), **style, **colors)
 

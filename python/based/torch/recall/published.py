@@ -12,7 +12,7 @@ class Point:
     source: str
     """Which figure: the name of a source in the file."""
     family: str
-    """As in FAMILIES, which need not have it."""
+    """As in FAMILIES."""
     width: int | None
     size: int | None
     """None where the figure does not tell."""
@@ -21,8 +21,7 @@ class Point:
     accuracy: float
 
 
-def read_published() -> tuple[list[Point], dict[str, str]]:
-    """All points, the older figure's first, and labels of those families that FAMILIES may lack."""
+def read_published() -> list[Point]:
+    """All points, the older figure's first."""
     document = json.loads(resources.files("based.torch.recall").joinpath("published.json").read_text("utf-8"))
-    points = [Point(source["name"], **point) for source in document["sources"] for point in source["points"]]
-    return points, document["labels"]
+    return [Point(source["name"], **point) for source in document["sources"] for point in source["points"]]

@@ -27,7 +27,7 @@ _AUTHORS: dict[str, Any] = {
 """How the authors train the models of their Figure 2."""
 _QUICK: dict[str, Any] = {
     "widths": (32,),
-    "rival_widths": (32,),
+    "rival_widths": (64,),
     "feature_dims": (8,),
     "windows": (4,),
     "state_sizes": (4,),
@@ -92,7 +92,7 @@ class Sweep:
     """The rate falls along half a cosine to 0: "step", with each step; "epoch", after each epoch."""
     first_weights: str = "published"
     """Their standard deviation: "published", √(2/5d) as of the published BASED models; "authors", 0.02 as in the
-    authors' recall experiments. Mamba's follow its own authors' rules either way."""
+    authors' recall experiments. Those of Mamba, Mamba-2 and RWKV-7 follow their own authors' rules either way."""
     tf32: bool = True
     """Whether products on a GPU round their factors to 10 bits of mantissa."""
     vocab_size: int = 8192

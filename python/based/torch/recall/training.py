@@ -118,7 +118,9 @@ def _first_weights(run: Run, sweep: Sweep) -> BasedForCausalLM:
     candidate = run.candidate
     model = BasedForCausalLM(candidate.config, special_initializer=sweep.first_weights == "published", device="cpu")
     if sweep.first_weights == "authors" and not FAMILIES[candidate.family].scaled_output:
-        torch.nn.init.normal_(model.get_parameter(f"layers.{len(model.layers) - 1}.mixer.out_proj.weight"), std=0.02)
+        for i, mixer in enumerate(candidate.config.layers):
+            if mixer.mixer != "gated_conv":
+                torch.nn.init.normal_(model.get_parameter(f"layers.{i}.mixer.out_proj.weight"), std=0.02)
     return model
 
 
