@@ -67,9 +67,9 @@ auto interruptible(Session& session, F&& f) {
 PyTensor prefill(Session& session, const Prompts& value, const Sequences& sequences) {
   const auto tokens = prompts(value, vocab_size(session));
   const auto which = listed(sequences);
-  const InterruptCheck interrupt = interrupt_check(), last = last_interrupt_check();
-  const ReleaseGil nogil;
-  return session.prefill(tokens, which, interrupt, last);
+  const InterruptCheck interrupt = interrupt_check();
+  return interruptible(session,
+                       [&](const InterruptCheck& last) { return session.prefill(tokens, which, interrupt, last); });
 }
 
 PyTensor step(Session& session, const TokenIds& ids, const Sequences& sequences) {
@@ -239,9 +239,7 @@ void bind_session(py::module_& m) {
       .def(
           "load_state",
           [](Session& session, const std::filesystem::path& path) {
-            const InterruptCheck last = last_interrupt_check();
-            const ReleaseGil nogil;
-            session.load_state(path, last);
+            interruptible(session, [&](const InterruptCheck& last) { session.load_state(path, last); });
           },
           py::arg("path"));
 }

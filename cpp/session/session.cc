@@ -199,10 +199,22 @@ void Session::Impl::undo(std::span<const std::int32_t> slots,
   }
 }
 
+Session::Impl::Undo Session::Impl::undo_of(std::int32_t slot) {
+  Undo undo{slot, at(slot).progress(), at(slot).snapshot.lock(), at(slot).broken};
+  LastHidden& last = undo.progress.last;
+  if (last.rows.data && last.rows.data == step_output_.hidden.data) last = own_copy(last);
+  return undo;
+}
+
+void Session::Impl::forget_undo() {
+  undo_.clear();
+  replaced_.reset();
+}
+
 template <typename F>
 void Session::Impl::interruptible(std::span<const std::int32_t> slots, const InterruptCheck& last_interrupt, F&& f,
                                   bool appends) {
-  undo_.clear();
+  forget_undo();
   const bool copies = !(appends && model->impl().only_appends);
   std::size_t nbytes = slots.size() * states_->nbytes_per_slot();
   for (const std::int32_t slot : slots)
@@ -212,9 +224,8 @@ void Session::Impl::interruptible(std::span<const std::int32_t> slots, const Int
     spare_ = backend().make_states(config(), model->dtype(), static_cast<int>(slots.size()));
   std::vector<Undo> before;
   for (const std::int32_t slot : slots) {
-    before.push_back({slot, at(slot).progress(), at(slot).snapshot.lock(), at(slot).broken, copies});
-    LastHidden& last = before.back().progress.last;
-    if (last.rows.data && last.rows.data == step_output_.hidden.data) last = own_copy(last);
+    before.push_back(undo_of(slot));
+    before.back().copied = copies;
     if (copies) backend().copy_state(*states_, slot, *spare_, static_cast<int>(before.size()) - 1, num_tokens(slot));
   }
   f();
@@ -228,10 +239,12 @@ void Session::Impl::interruptible(std::span<const std::int32_t> slots, const Int
 }
 
 void Session::Impl::undo_last() {
+  if (replaced_) states_ = std::move(replaced_);
   std::vector<std::int32_t> slots;
   for (const Undo& undo : undo_) slots.push_back(undo.slot);
   change(slots, "undoing an interrupted call failed", [&] {
     for (std::size_t i = 0; i < undo_.size(); ++i) {
+      if (undo_[i].state) put(slots[i], *undo_[i].state);
       if (!undo_[i].copied) continue;
       const std::int64_t count = undo_[i].progress.num_tokens;
       if (count > 0)
@@ -247,7 +260,7 @@ void Session::Impl::undo_last() {
     slot.snapshot = undo.snapshot;
     slot.broken = undo.broken;
   }
-  undo_.clear();
+  forget_undo();
 }
 
 // ---- prompts -------------------------------------------------------------------------------------------------------
@@ -266,7 +279,7 @@ Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts
     lengths.push_back(static_cast<std::int64_t>(prompt.size()));
   }
   check_context(slots, lengths, "prefill");
-  undo_.clear();
+  forget_undo();
   const backend::Buffer last = backend().allocate(prompts.size() * hidden_nbytes(), backend::MemoryKind::workspace);
   const backend::Matrix last_x{last.data.get(), transformer().activation_dtype(), count, config().hidden_size};
   const Tensor logits = transformer().new_logits(backend(), count);
@@ -288,8 +301,16 @@ Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts
   std::erase_if(used, [&](std::int32_t slot) { return num_tokens(slot) == 0 || only_appends; });
   const auto copies = snapshots(used);
   std::vector<std::shared_ptr<const State>> before;
-  for (auto copy = copies.begin(); const std::int32_t slot : slots)
+  std::vector<Undo> after_call;  // for an interrupt that comes behind the last look at them
+  std::size_t nbytes = 0;
+  for (auto copy = copies.begin(); const std::int32_t slot : slots) {
     before.push_back(num_tokens(slot) > 0 && !only_appends ? *copy++ : nullptr);
+    if (!last_interrupt) continue;
+    after_call.push_back(undo_of(slot));
+    after_call.back().state = before.back();
+    after_call.back().copied = !before.back() && !only_appends;  // fresh
+    if (before.back()) nbytes += before.back()->nbytes();
+  }
   try {
     feed(prompts, slots, last_x, interrupt);
     transformer().logits(backend(), last_x, {logits.data(), DType::float32, count, config().padded_vocab_size});
@@ -306,6 +327,7 @@ Tensor Session::Impl::prefill(std::span<const std::vector<std::int32_t>> prompts
     slot.last = {last, static_cast<std::int64_t>(i)};
     if (keeps_seen_) slot.seen = std::move(seen[i]);
   }
+  if (nbytes <= kMostUndone) undo_ = std::move(after_call);
   return logits;
 }
 
@@ -448,7 +470,7 @@ Tensor Session::Impl::step(std::span<const std::int32_t> tokens, std::span<const
 }
 
 void Session::Impl::step(std::span<const std::int32_t> slots, backend::Sampler& sampler) {
-  undo_.clear();
+  forget_undo();
   if (keeps_seen_)
     for (const std::int32_t slot : slots) at(slot).seen.reserve_one();
   advance({}, slots, reserve_step(slots), &sampler);
@@ -611,9 +633,19 @@ void Session::Impl::load(const std::filesystem::path& path, const InterruptCheck
   std::vector<Progress> progress;
   for (int b = 0; b < batch_size(); ++b) progress.push_back(reader.read(b, backend(), *loaded, b));
   backend().synchronize();
+  forget_undo();
+  std::vector<Undo> before;
+  std::size_t nbytes = 0;
+  for (int b = 0; last_interrupt && b < batch_size(); ++b) {
+    before.push_back(undo_of(b));
+    nbytes += model->impl().state_nbytes_of(num_tokens(b));
+  }
   if (last_interrupt) last_interrupt();
-  undo_.clear();
-  states_ = std::move(loaded);
+  states_.swap(loaded);
+  if (last_interrupt && nbytes <= kMostUndone) {
+    undo_ = std::move(before);
+    replaced_ = std::move(loaded);
+  }
   for (int b = 0; b < batch_size(); ++b) {
     Slot& slot = at(b);
     slot.set(std::move(progress[static_cast<std::size_t>(b)]));

@@ -147,14 +147,17 @@ class Session::Impl {
     void set(Progress progress);
   };
 
-  // What interruptible() changed, as it was; the states are in spare_, if they were copied.
+  // What a call changed, as it was: the state is `state`, or in spare_ if it was copied, or in replaced_.
   struct Undo {
     std::int32_t slot;
     Progress progress;
     std::shared_ptr<const State> snapshot;
     const char* broken;
-    bool copied;
+    bool copied = false;
+    std::shared_ptr<const State> state = nullptr;
   };
+  Undo undo_of(std::int32_t slot);
+  void forget_undo();
 
   // What a step writes, in a place that outlives it: recorded steps hold its address.
   struct StepOutput : backend::Identified {
@@ -183,8 +186,9 @@ class Session::Impl {
   const bool keeps_seen_;
   const Executors::Use use_;
   std::unique_ptr<backend::StatePool> states_;
-  std::unique_ptr<backend::StatePool> spare_;  // made at first use
-  std::vector<Undo> undo_;                     // of the last interruptible(); undo_[i]: the state in slot i of spare_
+  std::unique_ptr<backend::StatePool> spare_;     // made at first use
+  std::unique_ptr<backend::StatePool> replaced_;  // by the last load
+  std::vector<Undo> undo_;                        // of the last call; undo_[i]: the state in slot i of spare_
   std::vector<Slot> slots_;
   StepOutput step_output_;
 

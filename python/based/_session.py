@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -85,8 +85,7 @@ class Session:
             ids = [
                 reader.read(prompt, at_start=self._is_fresh(i, sequences)) for i, prompt in enumerate(as_list(prompts))
             ]
-            logits = self._core.prefill(ids, sequences)
-        return vocabulary(logits, self._model.config.vocab_size, include_padding)
+            return self._logits(lambda: self._core.prefill(ids, sequences), include_padding)
 
     def step(
         self, tokens: TokenIds, sequences: Iterable[int] | None = None, *, include_padding: bool = False
@@ -94,14 +93,7 @@ class Session:
         """Feeds one token to each listed sequence (None: all, in order). Logits as prefill."""
         sequences = _listed(sequences)
         with self._turn():
-            before = self._core.num_tokens
-            try:
-                logits = self._core.step(as_array(tokens), sequences)
-                return vocabulary(logits, self._model.config.vocab_size, include_padding)
-            except BaseException:
-                if self._core.num_tokens != before:  # an interrupt that came when the core was through
-                    self._core.undo_last()
-                raise
+            return self._logits(lambda: self._core.step(as_array(tokens), sequences), include_padding)
 
     # ---- text ------------------------------------------------------------------------------------------------------
 
@@ -228,6 +220,15 @@ class Session:
                 self._core.load_state(file)
             else:
                 self._core.restore(sequence, _core.State.load(file, self._model))
+
+    def _logits(self, advance: Callable[[], _core.Tensor], include_padding: bool) -> Logits:
+        before = self._core.num_tokens
+        try:
+            return vocabulary(advance(), self._model.config.vocab_size, include_padding)
+        except BaseException:
+            if self._core.num_tokens != before:  # an interrupt that came when the core was through
+                self._core.undo_last()
+            raise
 
     def _turn(self) -> _core.Turn:
         """Keeps other callers out while it is entered, so that the core's calls of one method belong together."""
