@@ -15,6 +15,8 @@ from based import sizes
 from based.torch import BasedForCausalLM
 from based.torch._long_conv import hyena_filter, long_conv, s4d_taps, shift_taps
 
+from tests.reference.trained import check_training_and_runtime
+
 H3 = {"mixer": "h3", "num_heads": 4, "head_dim": 2, "kernel_size": 5, "num_modes": 3}
 HYENA = {"mixer": "hyena", "inner_size": 8, "kernel_size": 3, "max_length": 48, "filter_size": 6}
 KINDS = pytest.mark.parametrize("layer", [H3, HYENA], ids=lambda layer: layer["mixer"])
@@ -181,25 +183,7 @@ def test_first_weights_of_hyena():
 
 @KINDS
 def test_a_trained_model_runs_in_the_runtime(layer, tmp_path):
-    torch.manual_seed(0)
-    model = BasedForCausalLM(config_of(layer))
-    tokens = torch.randint(0, 20, (4, 40))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    losses = []
-    for _ in range(20):
-        loss = model(tokens, tokens)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < 0.9 * losses[0]
-    model.save(tmp_path / "model")
-    runtime = based.load(tmp_path / "model", device="cpu")
-    with torch.no_grad():
-        expected = model(tokens).numpy()
-    for row, logits in zip(tokens.numpy(), expected, strict=True):
-        found = runtime.forward(row, include_padding=True)
-        assert np.linalg.norm(found - logits) <= 2e-5 * np.linalg.norm(logits)
+    check_training_and_runtime(config_of(layer), tmp_path)
 
 
 @KINDS

@@ -16,6 +16,7 @@ from based.torch import BasedForCausalLM
 from based.torch._wkv import wkv
 
 from tests.reference.torch_model import rwkv4_reference
+from tests.reference.trained import check_training_and_runtime
 
 
 def inputs(t, e=5, dtype=torch.float64, spread=1.0):
@@ -108,22 +109,4 @@ def test_first_weights_are_the_published_ones():
 
 
 def test_a_trained_model_runs_in_the_runtime(tmp_path):
-    torch.manual_seed(0)
-    model = BasedForCausalLM(config_of(2))
-    tokens = torch.randint(0, 20, (4, 40))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    losses = []
-    for _ in range(20):
-        loss = model(tokens, tokens)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < 0.9 * losses[0]
-    model.save(tmp_path / "model")
-    runtime = based.load(tmp_path / "model", device="cpu")
-    with torch.no_grad():
-        expected = model(tokens).numpy()
-    for row, logits in zip(tokens.numpy(), expected, strict=True):
-        found = runtime.forward(row, include_padding=True)
-        assert np.linalg.norm(found - logits) <= 2e-5 * np.linalg.norm(logits)
+    check_training_and_runtime(config_of(2), tmp_path)
