@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from based import FormatError, Model, _core, cli, sizes
-from based.cli import _plot, bench
+from based.cli import _claim, _plot, bench
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -306,6 +306,34 @@ def test_claim(tmp_path) -> None:
     lines = claim("--claim", "tiny", *shape).stdout.splitlines()
     assert lines[0].endswith("5 tokens generated behind prompts of 9")
     assert lines[-1].startswith("| tiny | based | 3 | 1 M | ")
+
+
+def generation(batch: int, speed: float) -> _claim.Generation:
+    return _claim.Generation("tiny", "based", batch, 1, 1, None, speed)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "asked", "best"),
+    [
+        ({}, [256], None),
+        ({256: 150, 512: 151}, [256, 512], 512),  # the search ends where twice as many gain little
+        ({256: 150, 512: 140, 1024: 999}, [256, 512], 256),
+        ({256: 99, 512: 999}, [256], None),
+        ({256: 150, 512: 200, 1024: 300, 2048: 400, 4096: 500}, [256, 512, 1024, 2048], 2048),
+    ],
+)
+def test_claim_looks_for_the_fastest_batch(speeds: dict[int, float], asked: list[int], best: int | None) -> None:
+    tried = []
+
+    def measured(batch: int) -> _claim.Generation:
+        tried.append(batch)
+        if batch not in speeds:
+            raise MemoryError
+        return generation(batch, speeds[batch])
+
+    found = _claim._fastest(measured, generation(128, 100))
+    assert tried == asked
+    assert [result.batch for result in found] == ([] if best is None else [best])
 
 
 def test_claim_without_what_it_needs() -> None:

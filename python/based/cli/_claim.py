@@ -1,11 +1,12 @@
 """`based bench --claim`: how fast models of one size generate, each in this runtime, and a transformer in PyTorch."""
 
+import functools
 import gc
 import importlib
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
     from based import ModelConfig, _core
 
-MOST_SEQUENCES = 4096  # of the search for the largest batch
+MOST_SEQUENCES = 2048  # of the search for the fastest batch
+_FEW = 8  # tokens of a warm-up
+LEAST_GAIN = 1.05  # of twice as many sequences, for the search to go on
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +48,9 @@ def run(args: "argparse.Namespace") -> None:
     for name in args.claim:
         model = _model(name, args)
         device = model.device
-        _note(f"{name}: {batch} sequences")
-        results.append(measure(model, name, batch, prompt, count, args.repetitions))
+        results.append(_noted(measure(model, name, batch, prompt, count, args.repetitions)))
         if device != "cpu":
-            results += _larger_batches(model, name, batch, prompt, count, results[-1])
+            results += _fastest(functools.partial(_measure_once, model, name, prompt, count), results[-1])
         del model
         gc.collect()
     if device != "cpu":
@@ -69,8 +71,12 @@ def _one(args: "argparse.Namespace", name: str) -> int:
     return values[0]
 
 
-def _note(text: str) -> None:
-    print(f"based: {text} …", file=sys.stderr, flush=True)
+def _noted(result: Generation) -> Generation:
+    """Shows a result at once: a run that is stopped has not measured for nothing."""
+    runtime = "" if result.runtime == "based" else f" by {result.runtime}"
+    text = f"{result.model}{runtime}: {result.batch:,} sequences: {result.tokens_per_second:,.0f} generated tok/s"
+    print(f"based: {text}", file=sys.stderr, flush=True)
+    return result
 
 
 def _model(name: str, args: "argparse.Namespace") -> "_core.Model":
@@ -92,12 +98,12 @@ def measure(model: "_core.Model", name: str, batch: int, prompt: int, count: int
     prompts = [random.integers(model.config.vocab_size, size=prompt) for _ in range(batch)]
     params = [_core.SamplingParams(max_tokens=count, temperature=0, ignore_eos=True)] * batch
     session = _core.Session(model, batch)
+    warm_up = _core.Generator(session, [ids[:_FEW] for ids in prompts], [_few(count)] * batch)
+    _run(warm_up, min(count, _FEW))  # records what later runs replay
+    del warm_up
     prompt_seconds, seconds = [], []
-    for repetition in range(repetitions + 1):
+    for _ in range(repetitions):
         session.reset()
-        if repetition == 0:  # records what later ones replay
-            _run(_core.Generator(session, prompts, [_few(count)] * batch), min(count, 8))
-            continue
         _core.synchronize(model.device)
         begin = time.perf_counter()
         generator = _core.Generator(session, prompts, params)
@@ -117,10 +123,14 @@ def measure(model: "_core.Model", name: str, batch: int, prompt: int, count: int
     )
 
 
+def _measure_once(model: "_core.Model", name: str, prompt: int, count: int, batch: int) -> Generation:
+    return measure(model, name, batch, prompt, count)
+
+
 def _few(count: int) -> "_core.SamplingParams":
     from based import _core
 
-    return _core.SamplingParams(max_tokens=min(count, 8), temperature=0, ignore_eos=True)
+    return _core.SamplingParams(max_tokens=min(count, _FEW), temperature=0, ignore_eos=True)
 
 
 def _run(generator: "_core.Generator", count: int) -> None:
@@ -131,19 +141,20 @@ def _run(generator: "_core.Generator", count: int) -> None:
                 raise MemoryError(event.error)
 
 
-def _larger_batches(
-    model: "_core.Model", name: str, batch: int, prompt: int, count: int, first: Generation
-) -> list[Generation]:
-    """The fastest of the batches of twice, four times … as many sequences that fit."""
-    best = first
-    while (batch := 2 * batch) <= MOST_SEQUENCES:
-        _note(f"{name}: {batch} sequences")
+def _fastest(measured: Callable[[int], Generation], first: Generation) -> list[Generation]:
+    """The fastest of twice, four times … as many sequences, while they fit and each gains; none if `first` is."""
+    best, batch = first, 2 * first.batch
+    while batch <= MOST_SEQUENCES:
         try:
-            found = measure(model, name, batch, prompt, count)
+            found = _noted(measured(batch))
         except MemoryError:
             break
+        gains = found.tokens_per_second >= LEAST_GAIN * best.tokens_per_second
         if found.tokens_per_second > best.tokens_per_second:
             best = found
+        if not gains:
+            break
+        batch *= 2
     return [] if best is first else [best]
 
 
@@ -157,13 +168,13 @@ def _in_pytorch(names: Sequence[str], batch: int, prompt: int, count: int) -> li
     rival: Any = importlib.import_module("based.torch._rival")
     results = []
     for name, numbers in shapes.items():
-        _note(f"{name} by FlashAttention-2 in PyTorch: {batch} sequences")
         shape = rival.Shape(**numbers)
-        seconds = rival.flash_attention_step(shape, batch, prompt + count // 2)
-        if seconds is None:
-            continue
-        results.append(
-            Generation(
+
+        def measured(batch: int, name: str = name, shape: Any = shape) -> Generation:
+            seconds = rival.flash_attention_step(shape, batch, prompt + count // 2)
+            if seconds is None:
+                raise MemoryError(f"{name}: {batch} sequences do not fit")
+            return Generation(
                 model=name,
                 runtime="PyTorch, FlashAttention-2",
                 batch=batch,
@@ -172,7 +183,13 @@ def _in_pytorch(names: Sequence[str], batch: int, prompt: int, count: int) -> li
                 prompt_tokens_per_second=None,
                 tokens_per_second=batch / seconds,
             )
-        )
+
+        try:
+            first = _noted(measured(batch))
+        except MemoryError as error:
+            print(f"based: {error}", file=sys.stderr, flush=True)
+            continue
+        results += [first, *_fastest(measured, first)]
     return results
 
 
