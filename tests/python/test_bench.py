@@ -233,6 +233,48 @@ def test_plot(tmp_path: Path, suffix: str) -> None:
             assert f"<!-- {label} -->" in data.decode()
 
 
+def test_plot_of_several_kinds_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside each other, without a file of rivals."""
+    pytest.importorskip("matplotlib")
+    target = tmp_path / "figure.svg"
+    shapes = {"tiny-attn": ("cA", 0), "tiny-mamba": ("S", 0)}
+    for name, (layers, inner) in shapes.items():
+        recipe = sizes.recipe(layers, 64, 4, inner, scan_state=4, vocab_size=100, end_token_id=None)
+        monkeypatch.setitem(sizes.SIZES, name, lambda recipe=recipe: recipe)
+    options = [
+        "-p",
+        "0",
+        "-n",
+        "3",
+        "-b",
+        "1,2",
+        "-d",
+        "0,9",
+        "-r",
+        "1",
+        "-t",
+        "1",
+        "--no-bandwidth",
+        "--device",
+        "cpu",
+    ]
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    names = ["tiny", *shapes]
+    assert (
+        cli.main(
+            ["bench", "--device", "cpu", "--size", ",".join(names), *options, "-o", "jsonl", "--plot", str(target)]
+        )
+        == 0
+    )
+    rows = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [row["model"] for row in rows] == [name for name in names for _ in range(4)]
+    figure = target.read_text()
+    for name in names:
+        assert figure.count(f"<!-- {name} -->") == 2  # of speed, and of time
+        assert f"<!-- {name}, state -->" in figure
+
+
 def test_plot_without_matplotlib(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,6 +288,7 @@ def test_plot_without_matplotlib(
     [
         ("--rivals is drawn by --plot", ["--rivals", "x.json"], 2),
         ("is none of .png", ["--plot", "figure.bmp"], 2),
+        ("--output json is of one model, --size lists 2", ["--size", "tiny,60m", "-o", "json"], 2),
         ("is not a directory", ["--plot", "missing/figure.png"], 1),
     ],
 )

@@ -28,6 +28,23 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
+class Measured:
+    """A model and its measurements."""
+
+    name: str
+    config: "ModelConfig"
+    dtype: str
+    points: list[Point]
+
+    def lines(self) -> Iterable[tuple[str, list[Point]]]:
+        """The points of each number of threads, with what the line is called."""
+        counts = sorted({p.threads for p in self.points})
+        for threads in counts:
+            label = self.name if len(counts) == 1 else f"{self.name}, {threads} threads"
+            yield label, [p for p in self.points if p.threads == threads]
+
+
+@dataclass(frozen=True, slots=True)
 class Rival:
     """One measurement of decoding by something else; context None: its speed does not depend on it."""
 
@@ -65,27 +82,27 @@ def read_rivals(path: Path) -> list[Rival]:
         raise FormatError(f"{path}: no figures of tests/bench/rivals.py: {error!r}") from error
 
 
-def draw(
-    path: Path, name: str, config: "ModelConfig", dtype: str, points: Sequence[Point], rivals: Sequence[Rival]
-) -> None:
-    """Three panels: tokens a second against batch, time per token against depth, bytes of state against context."""
+def draw(path: Path, models: Sequence[Measured], rivals: Sequence[Rival]) -> None:
+    """Three panels: tokens a second against batch, time per token against depth, bytes of state against context.
+
+    All models have the same batches and depths. The last panel has the KV cache of a transformer of the first model's
+    width and depth, too.
+    """
     figure_module: Any = importlib.import_module("matplotlib.figure")
     figure = figure_module.Figure(figsize=(15, 4.5), layout="constrained")  # needs no display
     speed, time, memory = figure.subplots(1, 3)
-    shallow, single = min(p.depth for p in points), min(p.batch for p in points)
+    points = [p for model in models for p in model.points]
+    shallow, deepest, single = min(p.depth for p in points), max(p.depth for p in points), min(p.batch for p in points)
 
-    for threads, depth in sorted({(p.threads, p.depth) for p in points if p.depth == shallow}):
-        line = {p.batch: p.tokens_per_second for p in points if (p.threads, p.depth) == (threads, depth)}
-        _line(speed, line, _label(name, threads, points))
+    for model in models:
+        for label, line in model.lines():
+            _line(speed, {p.batch: p.tokens_per_second for p in line if p.depth == shallow}, label)
+            _line(time, {p.depth: 1e3 * single / p.tokens_per_second for p in line if p.batch == single}, label)
     for (rival, context), group in _groups(rivals, lambda r: (r.name, r.context)):
         label = rival if context is None else f"{rival}, context {context:,}"
         _line(speed, {r.batch: r.tokens_per_second for r in group}, label, style="s--")
     _axes(speed, f"decoding at depth {shallow:,}", "sequences", "tokens per second")
 
-    for threads in sorted({p.threads for p in points}):
-        line = {p.depth: single / p.tokens_per_second for p in points if (p.threads, p.batch) == (threads, single)}
-        _line(time, {depth: seconds * 1e3 for depth, seconds in line.items()}, _label(name, threads, points))
-    deepest = max(p.depth for p in points)
     for (rival, _), group in _groups([r for r in rivals if r.batch == single], lambda r: (r.name, r.context is None)):
         milliseconds = {r.context: 1e3 * r.batch / r.tokens_per_second for r in group}
         if None in milliseconds:  # the same at every depth
@@ -98,16 +115,16 @@ def draw(
 
     from based import sizes
 
-    _line(memory, {n: sizes.state_nbytes(config, dtype, n) for n in _CONTEXTS}, f"{name}, state", style="-")
-    cache = {n: sizes.kv_cache_nbytes(config, dtype, n) for n in _CONTEXTS}
-    _line(memory, cache, "transformer, KV cache", style="--")
+    for model in models:
+        nbytes = {n: sizes.state_nbytes(model.config, model.dtype, n) for n in _CONTEXTS}
+        _line(memory, nbytes, f"{model.name}, state", style="-")
+    first = models[0]
+    cache = {n: sizes.kv_cache_nbytes(first.config, first.dtype, n) for n in _CONTEXTS}
+    whose = "transformer" if len(models) == 1 else f"transformer like {first.name}"
+    _line(memory, cache, f"{whose}, KV cache", style="--")
     _axes(memory, "memory of a sequence (computed)", "tokens seen", "")
     memory.yaxis.set_major_formatter(lambda nbytes, _: _common.nbytes(nbytes))
     figure.savefig(path, dpi=150)
-
-
-def _label(name: str, threads: int, points: Iterable[Point]) -> str:
-    return name if len({p.threads for p in points}) == 1 else f"{name}, {threads} threads"
 
 
 def _groups(rivals: Iterable[Rival], key: Any) -> Iterable[tuple[Any, list[Rival]]]:

@@ -38,7 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("-m", "--model", metavar="PATH|ID", help=_common.MODEL_HELP)
-    what.add_argument("--size", choices=SIZES, help="a named shape, with random weights")
+    what.add_argument(
+        "--size",
+        type=_sizes,
+        metavar="SIZE,…",
+        help=f"named shapes, with random weights: {', '.join(SIZES)}",
+    )
     what.add_argument(
         "--claim",
         nargs="?",
@@ -161,16 +166,25 @@ def run(args: argparse.Namespace) -> None:
         _plot.check(args.plot)  # before an hour is spent
         if not any(args.generate):
             raise UsageError("nothing to plot: -n is 0")
+    names = args.size or [args.model]
+    if args.output == "json" and len(names) > 1:
+        raise UsageError(f"--output json is of one model, --size lists {len(names)}: expected jsonl, csv or md")
     rivals = _plot.read_rivals(args.rivals) if args.rivals is not None else []
+    lines = [_measure(args, name) for name in names]
+    if args.plot is not None:
+        _plot.draw(args.plot, lines, rivals)
+
+
+def _measure(args: argparse.Namespace, name: str) -> "_plot.Measured":
+    """One model: shows all results, and returns those that a figure has."""
     show = _common.wants_statistics(args)
     writer: Writer | None = None
     results: list[Result] = []
     for threads in args.threads:
         start = time.perf_counter()
-        model = _make_model(args, threads)
+        model = _make_model(args, name, threads)
         load_seconds = None if args.model is None else time.perf_counter() - start
         bandwidth = None if args.no_bandwidth else memory_bandwidth(model)
-        name = args.size or args.model
         writer = writer or _WRITERS[args.output](_header(model, name, load_seconds, bandwidth))
         bench = Bench(model, args.seed, args.repetitions, not args.no_warmup, bandwidth)
         tests = [(bench.prefill, n) for n in args.prompt if n] + [(bench.decode, n) for n in args.generate if n]
@@ -184,14 +198,11 @@ def run(args: argparse.Namespace) -> None:
             del session  # its memory, before the next one's
     if writer is not None:
         writer.end()
-    if args.plot is not None:
-        lines = [
-            _plot.Point(r.batch, r.depth, r.threads, r.tokens_per_second) for r in results if r.test.startswith("tg")
-        ]
-        _plot.draw(args.plot, name, model.config, model.dtype, lines, rivals)
+    points = [_plot.Point(r.batch, r.depth, r.threads, r.tokens_per_second) for r in results if r.test.startswith("tg")]
+    return _plot.Measured(name, model.config, model.dtype, points)
 
 
-def _make_model(args: argparse.Namespace, threads: int | None) -> "_core.Model":
+def _make_model(args: argparse.Namespace, name: str, threads: int | None) -> "_core.Model":
     from based import Model, load
     from based.sizes import named_config
 
@@ -202,10 +213,10 @@ def _make_model(args: argparse.Namespace, threads: int | None) -> "_core.Model":
         "max_context": args.max_context,
     }
     if args.size is None:
-        return load(args.model, revision=args.revision, **options)._core
+        return load(name, revision=args.revision, **options)._core
     if args.dtype == "auto":
         options["dtype"] = "bfloat16"
-    return Model.random(named_config(args.size), args.seed, **options)._core
+    return Model.random(named_config(name), args.seed, **options)._core
 
 
 @dataclass(frozen=True, slots=True)
