@@ -252,6 +252,20 @@ void CudaBackend::linear_attention(const LinearAttentionConfig& config, const Ra
                          config.head_dim, scratch(linear_attention_scratch(config, qkv.dtype, tokens)));
 }
 
+void CudaBackend::prefix_linear_attention(const PrefixLinearAttentionConfig& config, const RaggedBatch& batch,
+                                          const Matrix& qkv, const Matrix& encoder, backend::StatePool& states,
+                                          int layer, const Matrix& out) {
+  const UseDevice use(device_);
+  const DeviceBatch& tokens = device_batch(batch);
+  const LinearAttentionConfig attention = config.attention();
+  const std::int64_t heads = config.num_heads, f = config.feature_dim;
+  const PrefixView prefix{columns(encoder, 0, f, heads, config.head_dim), config.enc_length, batch.begins_a_sequence()};
+  cuda::linear_attention(stream(), attention, qkv.dtype, tokens, columns(qkv, heads, f, heads, config.head_dim),
+                         pool_of(states).layer(layer), pool_of(states).pending(layer), out.data, out.cols,
+                         config.head_dim,
+                         scratch(linear_attention_scratch(attention, qkv.dtype, tokens, prefix.is_read)), prefix);
+}
+
 void CudaBackend::sliding_window(const SlidingWindowConfig& config, const RaggedBatch& batch, const Matrix& qkv,
                                  backend::StatePool& states, int layer, const Matrix& out) {
   const UseDevice use(device_);
@@ -287,6 +301,20 @@ void CudaBackend::selective_scan(const SelectiveScanConfig& config, const backen
                           operands.x.data, operands.bc.data, operands.dt.data};
   cuda::selective_scan(stream(), config, operands.x.dtype, inputs, device_batch(batch), pool_of(states).layer(layer, 1),
                        out.data);
+}
+
+void CudaBackend::gated_delta_net(const GatedDeltaNetConfig& config, const backend::DeltaOperands& operands,
+                                  const RaggedBatch& batch, const Matrix& u, backend::StatePool& states, int layer,
+                                  const Matrix& out) {
+  const UseDevice use(device_);
+  const DeviceBatch& tokens = device_batch(batch);
+  const CudaStatePool& pool = pool_of(states);
+  const std::size_t qkv_nbytes =
+      (static_cast<std::size_t>(tokens.num_tokens * config.channels()) * size_of(u.dtype) + 255) / 256 * 256;
+  auto* qkv = static_cast<std::byte*>(scratch(qkv_nbytes + gated_delta_net_scratch(config, u.dtype, tokens)));
+  delta_conv(stream(), config, u.dtype, operands.taps, tokens, u.data, u.cols, pool.layer(layer), qkv);
+  cuda::gated_delta_net(stream(), config, u.dtype, {operands.norm, operands.log_rate, operands.dt_bias, u.data, u.cols},
+                        qkv, tokens, pool.layer(layer, 1), out.data, qkv + qkv_nbytes);
 }
 
 void CudaBackend::token_log_probs(const Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,

@@ -64,6 +64,9 @@ class CudaBackend final : public backend::DeviceBackend<CudaBackend>, private Sa
   void linear_attention(const LinearAttentionConfig& config, const backend::RaggedBatch& batch,
                         const backend::Matrix& qkv, backend::StatePool& states, int layer,
                         const backend::Matrix& out) override;
+  void prefix_linear_attention(const PrefixLinearAttentionConfig& config, const backend::RaggedBatch& batch,
+                               const backend::Matrix& qkv, const backend::Matrix& encoder, backend::StatePool& states,
+                               int layer, const backend::Matrix& out) override;
   void sliding_window(const SlidingWindowConfig& config, const backend::RaggedBatch& batch, const backend::Matrix& qkv,
                       backend::StatePool& states, int layer, const backend::Matrix& out) override;
   void full_attention(const FullAttentionConfig& config, const backend::RaggedBatch& batch, const backend::Matrix& qkv,
@@ -74,6 +77,9 @@ class CudaBackend final : public backend::DeviceBackend<CudaBackend>, private Sa
   void selective_scan(const SelectiveScanConfig& config, const backend::ScanOperands& operands,
                       const backend::RaggedBatch& batch, backend::StatePool& states, int layer,
                       const backend::Matrix& out) override;
+  void gated_delta_net(const GatedDeltaNetConfig& config, const backend::DeltaOperands& operands,
+                       const backend::RaggedBatch& batch, const backend::Matrix& u, backend::StatePool& states,
+                       int layer, const backend::Matrix& out) override;
   void token_log_probs(const backend::Matrix& logits, std::int64_t vocab_size, std::span<const std::int32_t> targets,
                        std::span<float> out) override;
   std::unique_ptr<backend::Sampler> make_sampler(std::int64_t vocab_size, int num_rows) override;

@@ -128,6 +128,28 @@ struct ScanInputs {
 void selective_scan(cudaStream_t stream, const SelectiveScanConfig& config, DType dtype, const ScanInputs& in,
                     const DeviceBatch& batch, StateView state, void* out);
 
+// ---- gated_delta_net.cu --------------------------------------------------------------------------------------------
+
+/// SiLU(conv(u)) of the first `channels` of the u_row columns of u (N, u_row) T into qkv (N, channels) T
+/// (gated_conv.cu). taps (channels, K) float32, state as of gated_conv.
+void delta_conv(cudaStream_t stream, const GatedDeltaNetConfig& config, DType dtype, const float* taps,
+                const DeviceBatch& batch, const void* u, std::int64_t u_row, StateView state, void* qkv);
+
+/// backend::DeltaOperands on the device, without the taps, and u (N, u_row) T.
+struct DeltaInputs {
+  const float *norm = nullptr, *log_rate = nullptr, *dt_bias = nullptr;  // (head_dim), (H), (H)
+  const void* u = nullptr;
+  std::int64_t u_row = 0;
+};
+
+/// backend::Backend::gated_delta_net behind the convolution, which made qkv (N, channels) T. out (N, H · head_dim) T.
+/// State of a slot: S (H, key_dim, head_dim) float32, zeros when fresh. A prompt goes in chunks of kTileTokens, counted
+/// from its first token in the batch: cuts at multiples of that change no bit, nor does what else is in the batch.
+/// `scratch`: gated_delta_net_scratch() bytes.
+void gated_delta_net(cudaStream_t stream, const GatedDeltaNetConfig& config, DType dtype, const DeltaInputs& in,
+                     const void* qkv, const DeviceBatch& batch, StateView state, void* out, void* scratch);
+std::size_t gated_delta_net_scratch(const GatedDeltaNetConfig& config, DType dtype, const DeviceBatch& batch);
+
 // ---- linear_attention.cu -------------------------------------------------------------------------------------------
 
 /// q, k (…, f) and v (…, head_dim) of token n and head h at q + n · q_token + h · q_head, and so on.
@@ -150,17 +172,26 @@ struct PendingLayout {
   PendingLayout(const LinearAttentionConfig& config, DType dtype);
 };
 
+/// Keys (…, f) and values (…, head_dim) of tokens that the sequences at position 0 of a batch read as a whole before
+/// all else: the first `length` of their tokens, or as many as they have in the batch.
+struct PrefixView {
+  QkvView keys_values;      // no keys that ask: q is k
+  std::int64_t length = 0;  // of the layer, also in calls in which nobody reads one: S and z hold so many keys more
+  bool is_read = false;     // a sequence of the batch may begin
+};
+
 /// backend::Backend::linear_attention. out (N, H · head_dim) T, or at out + n · out_token + h · out_head.
 /// State of a slot, float32: S (H, num_features, head_dim) = Σ φ(k) vᵀ, then z (H, num_features) = Σ φ(k), features in
 /// the packed order of docs/state-format.md; zeros when fresh: linear_attention_state_bytes(). `pending`: the slot's
 /// pending tokens, all zeros when fresh; with no data, every token is in S and z when the call is done. A sequence of
 /// one token adds its own to them, or all W of them to S and z; before a longer one they are added to S and z.
-/// z's first feature is the number of tokens; of a sequence at a position ≥ kCountLimit it is taken from the position.
-/// `scratch`: linear_attention_scratch() bytes.
+/// z's first feature is the number of keys; of a sequence that may have ≥ kCountLimit of them it is taken from the
+/// position. `scratch`: linear_attention_scratch() bytes. `prefix`: of backend::Backend::prefix_linear_attention.
 void linear_attention(cudaStream_t stream, const LinearAttentionConfig& config, DType dtype, const DeviceBatch& batch,
                       const QkvView& qkv, StateView state, StateView pending, void* out, std::int64_t out_token,
-                      std::int64_t out_head, void* scratch);
-std::size_t linear_attention_scratch(const LinearAttentionConfig& config, DType dtype, const DeviceBatch& batch);
+                      std::int64_t out_head, void* scratch, const PrefixView& prefix = {});
+std::size_t linear_attention_scratch(const LinearAttentionConfig& config, DType dtype, const DeviceBatch& batch,
+                                     bool reads_prefix = false);
 std::size_t linear_attention_state_bytes(const LinearAttentionConfig& config);
 
 /// DeviceInfo::has_wgmma of the current device: the kernel that uses wgmma was compiled for it.

@@ -233,6 +233,7 @@ class Sampler : public Identified {
 struct StepKey {
   std::int64_t rows = 0;
   std::array<std::uint64_t, 4> ids{};  // of states, workspace, sampler, …
+  bool reads_prefix = false;           // a sequence begins, in a model whose layers read what begins it as a whole
   friend auto operator<=>(const StepKey&, const StepKey&) = default;
 };
 

@@ -430,7 +430,9 @@ void Session::Impl::advance(std::span<const std::int32_t> tokens, std::span<cons
   const backend::RaggedBatch batch{padded_tokens, offsets, padded_slots, positions, tokens.empty() ? sampler : nullptr};
   backend().begin(batch);
   change(slots, kStepFailed, [&] {
-    const backend::StepKey key{rows, {states_->id(), workspace().id(), step_output_.id(), sampler ? sampler->id() : 0}};
+    const backend::StepKey key{rows,
+                               {states_->id(), workspace().id(), step_output_.id(), sampler ? sampler->id() : 0},
+                               transformer().prefix_tokens() > 0 && batch.begins_a_sequence()};
     backend().replay(key, [&] {
       const auto r = transformer().hidden(backend(), batch, *states_, workspace(), {});
       const backend::Matrix x{step_output_.hidden.data.get(), transformer().activation_dtype(), rows,

@@ -10,15 +10,16 @@ constexpr int kRunTokens = 16;  // of a thread, of a long sequence
 constexpr int kLoadTokens = 4;  // loaded before the first is used
 static_assert(kTileTokens % kRunTokens == 0 && kRunTokens % kLoadTokens == 0 && kRunTokens >= kMaxTaps);
 
-// The gated convolution is SiLU(conv(u₁)) ⊙ u₂, the one before a scan SiLU(conv(u₁) + bias): u₂ is not read (kGated).
+// The gated convolution is SiLU(conv(u₁)) ⊙ u₂, the others are SiLU(conv(u₁) + bias): u₂ is not read (kGated).
 struct ConvArguments {
   const float* taps;  // (e, K)
   const float* bias;  // (e) or null
   std::int64_t e;
-  int num_taps;  // K
+  std::int64_t u_row;  // columns of u: [u₁ | u₂ | …]
+  int num_taps;        // K
   DeviceBatch batch;
   StateView state;
-  const void* u;  // (N, 2e)
+  const void* u;  // (N, u_row)
   void* out;      // (N, e)
 
   template <typename T>
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(kThreads) conv_single_kernel(const ConvArgumen
   const std::int32_t sequence = sequence_of_single(a.batch, blockIdx.x);
   if (a.batch.slots[sequence] < 0) return;
   const std::int64_t token = a.batch.offsets[sequence];
-  const T* u = static_cast<const T*>(a.u) + token * 2 * a.e + channel;
+  const T* u = static_cast<const T*>(a.u) + token * a.u_row + channel;
   T* state = a.state_of<T>(sequence) + channel;
   Packed<T, kChannels> u2{};
   if constexpr (kGated) u2 = *reinterpret_cast<const Packed<T, kChannels>*>(u + a.e);
@@ -133,14 +134,14 @@ __global__ void __launch_bounds__(kThreads) conv_tile_kernel(const ConvArguments
   if (count <= 0 || a.batch.slots[tile.sequence] < 0) return;
   const std::int64_t token = tile.first + begin;
   const std::int64_t seen = token - a.batch.offsets[tile.sequence];  // tokens of the sequence before, in this call
-  const T* u = static_cast<const T*>(a.u) + token * 2 * a.e + channel;
+  const T* u = static_cast<const T*>(a.u) + token * a.u_row + channel;
   T* out = static_cast<T*>(a.out) + token * a.e + channel;
 #pragma unroll
   for (int j = 0; j + 1 < kMaxTaps; ++j) {
     const int row = j - (kMaxTaps - a.num_taps), back = kMaxTaps - 1 - j;
     if (row < 0) continue;
     if (back <= seen) {
-      window.u[j] = load_floats(u - back * 2 * a.e);
+      window.u[j] = load_floats(u - back * a.u_row);
     } else {  // row K − 1 stands at the call's first token
       window.u[j] = load_floats(a.state_of<T>(tile.sequence) + (row + seen) * a.e + channel);
     }
@@ -150,8 +151,8 @@ __global__ void __launch_bounds__(kThreads) conv_tile_kernel(const ConvArguments
 #pragma unroll
     for (int i = 0; i < kLoadTokens; ++i) {
       if (t + i >= count) break;
-      u1[i] = *reinterpret_cast<const Packed<T, kChannels>*>(u + (t + i) * 2 * a.e);
-      if constexpr (kGated) u2[i] = *reinterpret_cast<const Packed<T, kChannels>*>(u + (t + i) * 2 * a.e + a.e);
+      u1[i] = *reinterpret_cast<const Packed<T, kChannels>*>(u + (t + i) * a.u_row);
+      if constexpr (kGated) u2[i] = *reinterpret_cast<const Packed<T, kChannels>*>(u + (t + i) * a.u_row + a.e);
     }
 #pragma unroll
     for (int i = 0; i < kLoadTokens; ++i) {
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(kThreads) conv_tile_kernel(const ConvArguments
 // u₁ of a channel, `index` tokens behind the call's first one; negative: from the state.
 template <typename T>
 __device__ __forceinline__ T past(const ConvArguments& a, const T* u, const T* state, std::int64_t index) {
-  return index >= 0 ? u[index * 2 * a.e] : state[(a.num_taps - 1 + index) * a.e];
+  return index >= 0 ? u[index * a.u_row] : state[(a.num_taps - 1 + index) * a.e];
 }
 
 // Any K, e and alignment: a thread per channel of a run of tokens. Grid x: singles, then runs of tiles; a sequence's
@@ -192,7 +193,7 @@ __global__ void __launch_bounds__(kThreads) conv_any_kernel(const ConvArguments 
   }
   if (a.batch.slots[run.sequence] < 0) return;
   const std::int64_t offset = a.batch.offsets[run.sequence];
-  const T* u = static_cast<const T*>(a.u) + offset * 2 * a.e + channel;
+  const T* u = static_cast<const T*>(a.u) + offset * a.u_row + channel;
   const T* state = a.state_of<T>(run.sequence) + channel;
   const float* taps = a.taps + channel * a.num_taps;
   for (std::int64_t token = run.first; token < static_cast<std::int64_t>(run.first) + run.count; ++token) {
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(kThreads) conv_any_kernel(const ConvArguments 
     for (int j = 0; j < a.num_taps; ++j)
       sum += taps[j] * to_float(past(a, u, state, token - offset - a.num_taps + 1 + j));
     float y = silu<T>(sum);
-    if constexpr (kGated) y *= to_float(u[(token - offset) * 2 * a.e + a.e]);
+    if constexpr (kGated) y *= to_float(u[(token - offset) * a.u_row + a.e]);
     static_cast<T*>(a.out)[token * a.e + channel] = from_float<T>(y);
   }
 }
@@ -219,7 +220,7 @@ __global__ void __launch_bounds__(kThreads) conv_state_kernel(const ConvArgument
                                     : a.batch.longs[static_cast<int>(blockIdx.x) - num_singles];
   if (a.batch.slots[sequence] < 0) return;
   const std::int64_t offset = a.batch.offsets[sequence], length = a.batch.offsets[sequence + 1] - offset;
-  const T* u = static_cast<const T*>(a.u) + offset * 2 * a.e + channel;
+  const T* u = static_cast<const T*>(a.u) + offset * a.u_row + channel;
   T* state = a.state_of<T>(sequence) + channel;
   for (int i = 0; i + 1 < a.num_taps; ++i) state[i * a.e] = past<T>(a, u, state, length - a.num_taps + 1 + i);
 }
@@ -233,8 +234,8 @@ void convolve(cudaStream_t stream, const char* name, DType dtype, ConvArguments 
     const unsigned num_runs = static_cast<unsigned>(a.batch.num_tiles) * kRuns;
     const unsigned num_longs = static_cast<unsigned>(a.batch.num_longs), by_channel = blocks_for(e, kThreads);
     constexpr std::size_t kBytes = kChannels * sizeof(T);
-    if (a.num_taps <= kMaxTaps && e % kChannels == 0 && is_aligned(a.u, kBytes) && is_aligned(a.out, kBytes) &&
-        is_aligned(a.state.data, 16) && a.state.slot_stride % 16 == 0) {
+    if (a.num_taps <= kMaxTaps && (e | a.u_row) % kChannels == 0 && is_aligned(a.u, kBytes) &&
+        is_aligned(a.out, kBytes) && is_aligned(a.state.data, 16) && a.state.slot_stride % 16 == 0) {
       const unsigned by_vector = blocks_for(e, kThreads * kChannels);
       launch(stream, name, conv_single_kernel<T, kGated>, dim3(num_singles, by_vector), kThreads, 0, a);
       launch(stream, name, conv_tile_kernel<T, kGated>, dim3(num_runs, by_vector), kThreads, 0, a);
@@ -253,13 +254,22 @@ void convolve(cudaStream_t stream, const char* name, DType dtype, ConvArguments 
 void gated_conv(cudaStream_t stream, const GatedConvConfig& config, DType dtype, const float* taps,
                 const DeviceBatch& batch, const void* u, StateView state, void* out) {
   convolve<true>(stream, "gated_conv", dtype,
-                 {taps, nullptr, config.inner_size, static_cast<int>(config.kernel_size), batch, state, u, out});
+                 {taps, nullptr, config.inner_size, 2 * config.inner_size, static_cast<int>(config.kernel_size), batch,
+                  state, u, out});
 }
 
 void scan_conv(cudaStream_t stream, const SelectiveScanConfig& config, DType dtype, const float* taps,
                const float* bias, const DeviceBatch& batch, const void* xz, StateView state, void* x) {
   convolve<false>(stream, "scan_conv", dtype,
-                  {taps, bias, config.inner_size, static_cast<int>(config.kernel_size), batch, state, xz, x});
+                  {taps, bias, config.inner_size, 2 * config.inner_size, static_cast<int>(config.kernel_size), batch,
+                   state, xz, x});
+}
+
+void delta_conv(cudaStream_t stream, const GatedDeltaNetConfig& config, DType dtype, const float* taps,
+                const DeviceBatch& batch, const void* u, std::int64_t u_row, StateView state, void* qkv) {
+  convolve<false>(
+      stream, "gated_delta_net", dtype,
+      {taps, nullptr, config.channels(), u_row, static_cast<int>(config.kernel_size), batch, state, u, qkv});
 }
 
 }  // namespace based::cuda

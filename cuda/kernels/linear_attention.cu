@@ -14,7 +14,7 @@ std::size_t align_16(std::size_t bytes) { return (bytes + 15) / 16 * 16; }
 
 RecurrentArguments recurrent_arguments(const LinearAttentionConfig& config, DType dtype, const DeviceBatch& batch,
                                        const QkvView& qkv, StateView state, StateView pending, void* out,
-                                       std::int64_t out_token, std::int64_t out_head) {
+                                       std::int64_t out_token, std::int64_t out_head, std::int64_t prefix_length) {
   const PendingLayout layout(config, dtype);
   RecurrentArguments a{};
   a.batch = batch;
@@ -33,6 +33,7 @@ RecurrentArguments recurrent_arguments(const LinearAttentionConfig& config, DTyp
   a.head_dim = static_cast<int>(config.head_dim);
   a.scale = static_cast<float>(std::pow(static_cast<double>(config.feature_dim), -0.25));
   a.eps = static_cast<float>(config.eps);
+  a.prefix_length = prefix_length;
   return a;
 }
 
@@ -76,10 +77,11 @@ void launch_decode(cudaStream_t stream, const RecurrentArguments& a) {
          row_groups);
 }
 
-/// What kernels of many tokens find in S and z is all that the sequences have seen.
+/// What kernels of many tokens find in S and z is all that the sequences have seen; or the prefixes of single tokens.
 void launch_fold_pending(cudaStream_t stream, const RecurrentArguments& a) {
+  const int sequences = a.adds_prefix ? a.batch.num_singles : a.batch.num_longs;
   launch(stream, "linear_attention", fold_pending_kernel,
-         dim3(blocks_for(static_cast<std::int64_t>(a.batch.num_longs) * a.num_heads, 1)), dim3(kFoldThreads),
+         dim3(blocks_for(static_cast<std::int64_t>(sequences) * a.num_heads, 1)), dim3(kFoldThreads),
          fold_shared_bytes(a.feature_dim), a);
 }
 
@@ -163,14 +165,16 @@ int column_groups(const LinearAttentionConfig& config) {
 
 bool splits_time(const DeviceBatch& batch) { return batch.num_segments > batch.num_longs; }
 
-std::size_t segment_state_bytes(const LinearAttentionConfig& config, const DeviceBatch& batch) {
-  return splits_time(batch) ? static_cast<std::size_t>(batch.num_segments) * linear_attention_state_bytes(config) : 0;
+std::size_t segment_state_bytes(const LinearAttentionConfig& config, const DeviceBatch& batch, bool reads_prefix) {
+  return splits_time(batch) || reads_prefix
+             ? static_cast<std::size_t>(batch.num_segments) * linear_attention_state_bytes(config)
+             : 0;
 }
 
-std::size_t chunked_scratch_bytes(const LinearAttentionConfig& config, const DeviceBatch& batch) {
+std::size_t chunked_scratch_bytes(const LinearAttentionConfig& config, const DeviceBatch& batch, bool reads_prefix) {
   const std::size_t z_bytes = static_cast<std::size_t>(batch.num_segments) *
                               static_cast<std::size_t>(config.num_heads * config.num_features()) * sizeof(float);
-  return segment_state_bytes(config, batch) + (column_groups(config) > 1 ? z_bytes : 0);
+  return segment_state_bytes(config, batch, reads_prefix) + (column_groups(config) > 1 ? z_bytes : 0);
 }
 
 bool wgmma_takes(const LinearAttentionConfig& config, const void* out, std::int64_t out_token, std::int64_t out_head) {
@@ -181,7 +185,7 @@ bool wgmma_takes(const LinearAttentionConfig& config, const void* out, std::int6
 /// The kernels' arguments, all but the columns of a block.
 ChunkedArguments chunked_arguments(const LinearAttentionConfig& config, const DeviceBatch& batch, const QkvView& qkv,
                                    StateView state, void* out, std::int64_t out_token, std::int64_t out_head,
-                                   void* scratch) {
+                                   void* scratch, bool reads_prefix) {
   ChunkedArguments a{};
   a.batch = batch;
   a.qkv = qkv;
@@ -198,18 +202,27 @@ ChunkedArguments chunked_arguments(const LinearAttentionConfig& config, const De
   a.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(config.feature_dim)));
   a.eps = static_cast<float>(config.eps);
   if (a.column_groups > 1)
-    a.z_out = reinterpret_cast<float*>(static_cast<std::byte*>(scratch) + segment_state_bytes(config, batch));
+    a.z_out =
+        reinterpret_cast<float*>(static_cast<std::byte*>(scratch) + segment_state_bytes(config, batch, reads_prefix));
   return a;
 }
 
 using ChunkedKernel = void (*)(ChunkedArguments);
 
-/// `increments`: what segments add to the state; `outputs`: the rest.
+/// `increments`: what segments add to the state; `outputs`: the rest. Of a prefix, what it adds.
 void launch_segments(cudaStream_t stream, const LinearAttentionConfig& config, const ChunkedArguments& a,
                      ChunkedKernel increments, ChunkedKernel outputs, int threads, std::size_t shared_bytes) {
   const DeviceBatch& batch = a.batch;
   const dim3 grid(blocks_for(static_cast<std::int64_t>(batch.num_segments) * a.num_heads * a.column_groups, 1));
   const dim3 block(static_cast<unsigned>(threads));
+  if (a.prefix_length > 0) {
+    launch(stream, "prefix_linear_attention", increments, grid, block, shared_bytes, a);
+    const int count = static_cast<int>(config.num_heads * config.num_features() * (config.head_dim + 1));
+    const unsigned blocks = blocks_for(count, 256);
+    launch(stream, "prefix_linear_attention", add_prefix_kernel, dim3(blocks * static_cast<unsigned>(batch.num_longs)),
+           dim3(256), 0, batch, a.state, a.segment_states, a.prefix_length, count, static_cast<int>(blocks));
+    return;
+  }
   if (splits_time(batch)) {
     launch(stream, "linear_attention", increments, grid, block, shared_bytes, a);
     const int quads = static_cast<int>(linear_attention_state_bytes(config) / 16);
@@ -249,19 +262,10 @@ PendingLayout::PendingLayout(const LinearAttentionConfig& config, DType dtype) {
   nbytes = counts + align_16(static_cast<std::size_t>(config.num_heads) * sizeof(std::int32_t));
 }
 
-void linear_attention(cudaStream_t stream, const LinearAttentionConfig& config, DType dtype, const DeviceBatch& batch,
-                      const QkvView& qkv, StateView state, StateView pending, void* out, std::int64_t out_token,
-                      std::int64_t out_head, void* scratch) {
-  const RecurrentArguments recurrent =
-      recurrent_arguments(config, dtype, batch, qkv, state, pending, out, out_token, out_head);
-  const bool lazy = pending.data != nullptr;
-  if (batch.num_singles > 0) (lazy ? launch_decode<kPendingTokens> : launch_decode<1>)(stream, recurrent);
-  if (batch.num_longs == 0) return;
-  if (lazy) launch_fold_pending(stream, recurrent);
-  if (!chunked_takes(config, dtype) || !chunked_takes(qkv, out, out_token, out_head))
-    return launch_recurrent(stream, config, recurrent, scratch);
-  const ChunkedArguments arguments = chunked_arguments(config, batch, qkv, state, out, out_token, out_head, scratch);
-  if (wgmma_takes(config, out, out_token, out_head))
+namespace {
+
+void attend_chunked(cudaStream_t stream, const LinearAttentionConfig& config, const ChunkedArguments& arguments) {
+  if (wgmma_takes(config, arguments.out, arguments.out_token, arguments.out_head))
     return launch_segments(stream, config, arguments, wgmma_kernel<false>, wgmma_kernel<true>, 2 * kWarpgroup,
                            sizeof(WgmmaShared));
   const auto chunked = config.feature_dim == 8    ? launch_chunked<1>
@@ -271,10 +275,48 @@ void linear_attention(cudaStream_t stream, const LinearAttentionConfig& config, 
   chunked(stream, config, arguments);
 }
 
-std::size_t linear_attention_scratch(const LinearAttentionConfig& config, DType dtype, const DeviceBatch& batch) {
+/// Before all else: the prefix of a sequence that begins, whose S and z are zeros until then.
+void add_prefixes(cudaStream_t stream, const LinearAttentionConfig& config, RecurrentArguments recurrent,
+                  ChunkedArguments chunked, bool takes_chunks, const QkvView& prefix, void* scratch) {
+  recurrent.qkv = chunked.qkv = prefix;
+  recurrent.adds_prefix = true;
+  chunked.prefix_length = static_cast<int>(recurrent.prefix_length);
+  launch_fold_pending(stream, recurrent);
+  if (recurrent.batch.num_longs == 0) return;
+  if (takes_chunks)
+    attend_chunked(stream, config, chunked);
+  else
+    launch_recurrent(stream, config, recurrent, scratch);
+}
+
+}  // namespace
+
+void linear_attention(cudaStream_t stream, const LinearAttentionConfig& config, DType dtype, const DeviceBatch& batch,
+                      const QkvView& qkv, StateView state, StateView pending, void* out, std::int64_t out_token,
+                      std::int64_t out_head, void* scratch, const PrefixView& prefix) {
+  const RecurrentArguments recurrent =
+      recurrent_arguments(config, dtype, batch, qkv, state, pending, out, out_token, out_head, prefix.length);
+  const bool lazy = pending.data != nullptr;
+  const auto takes_chunks = [&](const QkvView& view) {
+    return chunked_takes(config, dtype) && chunked_takes(view, out, out_token, out_head);
+  };
+  const ChunkedArguments arguments =
+      chunked_arguments(config, batch, qkv, state, out, out_token, out_head, scratch, prefix.is_read);
+  if (prefix.is_read)
+    add_prefixes(stream, config, recurrent, arguments, takes_chunks(prefix.keys_values), prefix.keys_values, scratch);
+  if (batch.num_singles > 0) (lazy ? launch_decode<kPendingTokens> : launch_decode<1>)(stream, recurrent);
+  if (batch.num_longs == 0) return;
+  if (lazy) launch_fold_pending(stream, recurrent);
+  if (takes_chunks(qkv)) return attend_chunked(stream, config, arguments);
+  launch_recurrent(stream, config, recurrent, scratch);
+}
+
+std::size_t linear_attention_scratch(const LinearAttentionConfig& config, DType dtype, const DeviceBatch& batch,
+                                     bool reads_prefix) {
   if (batch.num_longs == 0) return 0;
   const std::size_t recurrent = recurrent_scratch_bytes(config, batch);
-  return chunked_takes(config, dtype) ? std::max(recurrent, chunked_scratch_bytes(config, batch)) : recurrent;
+  return chunked_takes(config, dtype) ? std::max(recurrent, chunked_scratch_bytes(config, batch, reads_prefix))
+                                      : recurrent;
 }
 
 }  // namespace based::cuda

@@ -37,22 +37,36 @@ struct ChunkedArguments {
   int column_groups;
   float scale;  // c
   float eps;
+  int prefix_length;  // not 0: k and v are a prefix's, whose tokens the sequences that begin add (PrefixView)
 };
 
-/// What a block works on.
+/// What a block works on. With a prefix, the segment's part of it: every segment that has any leaves what it adds in
+/// its segment state, and add_prefix_kernel adds them up.
 struct BlockSegment {
   int column_group, head, segment_index;
   Tile segment;
   int slot;
-  bool is_first, is_last;  // of its sequence in this call
+  bool is_first, is_last;  // of its sequence in this call; with a prefix neither
 };
+
+/// Of a sequence with `begin` its first token and `position` that token's, how many of `segment`'s tokens are of its
+/// prefix.
+__device__ __forceinline__ int prefix_tokens(const Tile& segment, int begin, std::int64_t position, int length) {
+  return position == 0 ? min(max(begin + length - segment.first, 0), segment.count) : 0;
+}
 
 __device__ __forceinline__ BlockSegment block_segment(const ChunkedArguments& a) {
   int index = static_cast<int>(blockIdx.x);
   const int column_group = index % a.column_groups;
   index /= a.column_groups;
   const int head = index % a.num_heads, segment_index = index / a.num_heads;
-  const Tile segment = a.batch.segments[segment_index];
+  Tile segment = a.batch.segments[segment_index];
+  if (a.prefix_length > 0) {
+    const int slot = a.batch.slots[segment.sequence];
+    segment.count =
+        prefix_tokens(segment, a.batch.offsets[segment.sequence], a.batch.positions[segment.sequence], a.prefix_length);
+    return {column_group, head, segment_index, segment, segment.count > 0 ? slot : -1, false, false};
+  }
   return {column_group,
           head,
           segment_index,
@@ -730,6 +744,25 @@ __global__ void __launch_bounds__(256) sum_segments_kernel(DeviceBatch batch, St
       if (i + j < end - 1) sum.x += x[j].x, sum.y += x[j].y, sum.z += x[j].z, sum.w += x[j].w;
     }
   }
+}
+
+/// Adds to the state of each long sequence that begins what the segments of its prefix add. A thread has one of the
+/// `count` floats of a state.
+__global__ void __launch_bounds__(256) add_prefix_kernel(DeviceBatch batch, StateView state, StateView segment_states,
+                                                         int prefix_length, int count, int blocks_per_sequence) {
+  wait_for_predecessors();
+  release_successors();
+  const int index = static_cast<int>(blockIdx.x) / blocks_per_sequence;
+  const int at = static_cast<int>(blockIdx.x) % blocks_per_sequence * 256 + static_cast<int>(threadIdx.x);
+  const int sequence = batch.longs[index], slot = batch.slots[sequence];
+  if (slot < 0 || at >= count) return;
+  float sum = 0.0f;
+  for (int i = batch.first_segments[index]; i < batch.first_segments[index + 1]; ++i) {
+    const Tile segment = batch.segments[i];
+    if (prefix_tokens(segment, batch.offsets[sequence], batch.positions[sequence], prefix_length) == 0) break;
+    sum += slot_data<const float>(segment_states, i)[at];
+  }
+  if (batch.positions[sequence] == 0) slot_data<float>(state, slot)[at] += sum;
 }
 
 /// z of the long sequences into their slots, after kernels whose blocks all read the old one. z_out (num_longs or, with

@@ -27,6 +27,8 @@ struct RecurrentArguments {
   int num_heads, feature_dim, num_features, head_dim;
   float scale;  // f^−¼
   float eps;
+  std::int64_t prefix_length;  // keys that S and z may hold beside those of the sequence's own tokens (PrefixView)
+  bool adds_prefix;  // k and v are a prefix's, of the sequences that begin: they are added, and no output is made
   // recurrent_kernel only:
   int num_slices, slice_dim;  // columns of a block
   bool state_in_shared;
@@ -97,8 +99,14 @@ __device__ __forceinline__ FeaturePair feature_pair(int feature, int f) {
   return {i, j, i == j ? 0.70710678118654752f : 1.0f};
 }
 
-/// z's first feature, the number of tokens in S and z: of the `position` tokens that the sequence has seen, `pending`
-/// are not among them. `stored` is what lies in z, which has stopped to count at kCountLimit.
+/// Keys that a sequence has left in S and z and among the pending tokens. (Of one whose first prompt was shorter than
+/// the prefix that its layer can read: at least so many; it is used from kCountLimit on, where that is no difference.)
+__device__ __forceinline__ std::int64_t keys_before(const RecurrentArguments& a, int sequence) {
+  return a.batch.positions[sequence] + a.prefix_length;
+}
+
+/// z's first feature, the number of keys in S and z: of the `position` keys of the sequence, `pending` are not among
+/// them. `stored` is what lies in z, which has stopped to count at kCountLimit.
 __device__ __forceinline__ float token_count(float stored, std::int64_t position, int pending) {
   return position < kCountLimit ? stored : static_cast<float>(position - pending);
 }
@@ -161,7 +169,7 @@ __global__ void __launch_bounds__(1024) decode_kernel(RecurrentArguments a, int 
   const int sequence = a.batch.singles ? a.batch.singles[index] : index;
   const int slot = a.batch.slots[sequence];
   if (slot < 0) return;
-  const std::int64_t token = a.batch.offsets[sequence], position = a.batch.positions[sequence];
+  const std::int64_t token = a.batch.offsets[sequence], position = keys_before(a, sequence);
   const int tid = static_cast<int>(threadIdx.x), num_threads = static_cast<int>(blockDim.x);
   PendingTokens pending{};
   int count = 0;  // of pending tokens before this one
@@ -394,7 +402,7 @@ __global__ void __launch_bounds__(kBulkThreads, 3) decode_bulk_kernel(RecurrentA
   const int index = static_cast<int>(blockIdx.x) / a.num_heads, head = static_cast<int>(blockIdx.x) % a.num_heads;
   const int sequence = sequence_of_single(a.batch, static_cast<unsigned>(index));
   const int slot = a.batch.slots[sequence];
-  const std::int64_t token = a.batch.offsets[sequence], position = a.batch.positions[sequence];
+  const std::int64_t token = a.batch.offsets[sequence], position = keys_before(a, sequence);
   if (slot < 0) return;
 
   float* state = slot_data<float>(a.state, slot);
@@ -590,7 +598,9 @@ inline std::size_t fold_shared_bytes(int feature_dim) {
 }
 
 /// One block per (long sequence, head): adds the pending tokens to S and z, so that kernels of many tokens find all
-/// that the sequence has seen, and puts the count right. Reads and writes S once when there are any.
+/// that the sequence has seen, and puts the count right. Reads and writes S once when there are any. adds_prefix: one
+/// block per (single, head), which adds the prefix of a sequence that begins with its only token, as if it were
+/// pending.
 __global__ void __launch_bounds__(kFoldThreads) fold_pending_kernel(RecurrentArguments a) {
   extern __shared__ __align__(16) float shared[];
   wait_for_predecessors();
@@ -598,11 +608,21 @@ __global__ void __launch_bounds__(kFoldThreads) fold_pending_kernel(RecurrentArg
   constexpr int kW = kPendingTokens;
   const int f = a.feature_dim, num_features = a.num_features, head_dim = a.head_dim;
   const int index = static_cast<int>(blockIdx.x) / a.num_heads, head = static_cast<int>(blockIdx.x) % a.num_heads;
-  const int sequence = a.batch.longs[index], slot = a.batch.slots[sequence];
-  if (slot < 0) return;
-  const PendingTokens pending = pending_tokens(a, slot, head);
-  const int count = *pending.count, tid = static_cast<int>(threadIdx.x);
-  const std::int64_t position = a.batch.positions[sequence];
+  const int sequence = a.adds_prefix ? sequence_of_single(a.batch, static_cast<unsigned>(index)) : a.batch.longs[index];
+  const int slot = a.batch.slots[sequence];
+  if (slot < 0 || (a.adds_prefix && a.batch.positions[sequence] != 0)) return;
+  const std::int64_t position = a.adds_prefix ? 0 : keys_before(a, sequence);
+  PendingTokens pending{};
+  if (a.adds_prefix) {
+    const std::int64_t token = a.batch.offsets[sequence], size = a.dtype == DType::float32 ? 4 : 2;
+    auto* keys = const_cast<void*>(a.qkv.k);
+    auto* values = const_cast<void*>(a.qkv.v);  // both are only read
+    pending.keys = static_cast<std::byte*>(keys) + (token * a.qkv.k_token + head * a.qkv.k_head) * size;
+    pending.values = static_cast<std::byte*>(values) + (token * a.qkv.v_token + head * a.qkv.v_head) * size;
+  } else {
+    pending = pending_tokens(a, slot, head);
+  }
+  const int count = a.adds_prefix ? 1 : *pending.count, tid = static_cast<int>(threadIdx.x);
   if (count == 0 && position < kCountLimit) return;
   float* values = shared;                   // (kW, kFoldColumns)
   float* phi = values + kW * kFoldColumns;  // (kFoldRows, kW)
@@ -657,7 +677,7 @@ __global__ void __launch_bounds__(kFoldThreads) fold_pending_kernel(RecurrentArg
     }
     __syncthreads();
   }
-  if (tid == 0) *pending.count = 0;
+  if (tid == 0 && !a.adds_prefix) *pending.count = 0;
 }
 
 // ---- many tokens per sequence --------------------------------------------------------------------------------------
@@ -691,8 +711,13 @@ __global__ void __launch_bounds__(kRecurrentThreads) recurrent_kernel(RecurrentA
   const int sequence = a.batch.longs[index];
   const int slot = a.batch.slots[sequence];
   if (slot < 0) return;
-  const int first_token = a.batch.offsets[sequence], num_tokens = a.batch.offsets[sequence + 1] - first_token;
-  const std::int64_t position = a.batch.positions[sequence];
+  const int first_token = a.batch.offsets[sequence];
+  int num_tokens = a.batch.offsets[sequence + 1] - first_token;
+  if (a.adds_prefix)  // of the others z is handed on as it is
+    num_tokens = a.batch.positions[sequence] == 0
+                     ? static_cast<int>(min(static_cast<std::int64_t>(num_tokens), a.prefix_length))
+                     : 0;
+  const std::int64_t position = a.adds_prefix ? 0 : keys_before(a, sequence);
   const int tid = static_cast<int>(threadIdx.x);
   const int row_groups = kRecurrentThreads / column_threads;
   const int group = tid / column_threads, lane_column = (tid % column_threads) * kVec;
@@ -809,7 +834,7 @@ __global__ void __launch_bounds__(kRecurrentThreads) recurrent_kernel(RecurrentA
       if (tid % 32 == 0) warp_sums[tid / 32 * kT + t] = partial[t];
     }
     __syncthreads();
-    const int slice_columns = min(a.slice_dim, a.head_dim - first_column);
+    const int slice_columns = a.adds_prefix ? 0 : min(a.slice_dim, a.head_dim - first_column);
     for (int i = tid; i < count * slice_columns; i += kRecurrentThreads) {
       const int t = i / slice_columns, n = i % slice_columns;
       float sum = 0.0f, denominator = a.eps;

@@ -23,6 +23,7 @@ using based::cuda::DeviceBatch;
 using based::cuda::kPendingTokens;
 using based::cuda::kTileTokens;
 using based::cuda::PendingLayout;
+using based::cuda::PrefixView;
 using based::cuda::QkvView;
 using based::cuda::StateView;
 using based::cuda::Tile;
@@ -173,6 +174,7 @@ struct Case {
   double output_limit = 0, state_limit = 0;  // relative, L2
   bool lazy = false;                         // with room for pending tokens
   int calls = 1;                             // one after another on the same states, each of these lengths
+  int prefix = 0;                            // tokens of a prefix that every call reads
 };
 
 /// φ as docs/state-format.md has it.
@@ -231,6 +233,11 @@ bool run_case(const Case& c, unsigned seed) {
     call.resize(num_tokens * row * element_bytes(c.dtype));
     for (std::size_t i = 0; i < num_tokens * row; ++i) write_element(call.data(), i, normal(random), c.dtype);
   }
+
+  const std::size_t encoder_row = heads * (f + head_dim) + static_cast<std::size_t>(c.padding);
+  std::vector<std::byte> encoder(c.prefix > 0 ? num_tokens * encoder_row * element_bytes(c.dtype) : 0);
+  for (std::size_t i = 0; i < encoder.size() / element_bytes(c.dtype); ++i)
+    write_element(encoder.data(), i, normal(random), c.dtype);
 
   // States of a random past, with guards behind each.
   const std::size_t state_floats = heads * features * (head_dim + 1);
@@ -291,7 +298,17 @@ bool run_case(const Case& c, unsigned seed) {
   DeviceArray<std::byte> device_qkv(qkv[0].size()), device_pending(pending),
       out(num_tokens * out_row * element_bytes(c.dtype));
   DeviceArray<float> device_states(states);
-  const std::size_t scratch_bytes = based::cuda::linear_attention_scratch(config, c.dtype, batch.device);
+  const std::size_t scratch_bytes = based::cuda::linear_attention_scratch(config, c.dtype, batch.device, c.prefix > 0);
+  DeviceArray<std::byte> device_encoder(encoder);
+  PrefixView prefix;
+  prefix.length = c.prefix;
+  prefix.is_read = c.prefix > 0;
+  prefix.keys_values.q = prefix.keys_values.k = device_encoder.data();
+  prefix.keys_values.v = device_encoder.data() + heads * f * element_bytes(c.dtype);
+  prefix.keys_values.q_token = prefix.keys_values.k_token = prefix.keys_values.v_token =
+      static_cast<std::int64_t>(encoder_row);
+  prefix.keys_values.q_head = prefix.keys_values.k_head = c.f;
+  prefix.keys_values.v_head = c.head_dim;
   DeviceArray<std::byte> scratch(scratch_bytes + 16);
   QkvView view;
   view.q = device_qkv.data();
@@ -313,7 +330,7 @@ bool run_case(const Case& c, unsigned seed) {
       based::cuda::linear_attention(nullptr, config, c.dtype, batch.device, view,
                                     {reinterpret_cast<std::byte*>(device_states.data()), stride * sizeof(float)},
                                     c.lazy ? StateView{device_pending.data(), pending_stride} : StateView{}, out.data(),
-                                    static_cast<std::int64_t>(out_row), c.head_dim, scratch.data());
+                                    static_cast<std::int64_t>(out_row), c.head_dim, scratch.data(), prefix);
       require(cudaDeviceSynchronize(), c.name.c_str());
       outputs[run].push_back(out.download());
     }
@@ -354,7 +371,15 @@ bool run_case(const Case& c, unsigned seed) {
       std::vector<double> s = sums_of(before);
       if (c.lazy) add_pending(s, pending_at(pending, slot), h, count);
       std::vector<double> sum(head_dim + 1);
-      for (std::size_t call = 0; call < qkv.size(); ++call)
+      for (std::size_t call = 0; call < qkv.size(); ++call) {
+        for (int i = 0; i < std::min(c.prefix, c.lengths[static_cast<std::size_t>(b)]); ++i) {
+          const std::size_t at = static_cast<std::size_t>(batch.offsets[static_cast<std::size_t>(b)] + i) * encoder_row;
+          for (std::size_t j = 0; j < f; ++j) x[j] = read_element(encoder.data(), at + h * f + j, c.dtype);
+          feature_map(x.data(), c.f, phi_k.data());
+          for (std::size_t n = 0; n < head_dim; ++n)
+            value[n] = read_element(encoder.data(), at + heads * f + h * head_dim + n, c.dtype);
+          add_token(s, phi_k, value);
+        }
         for (int token = batch.offsets[static_cast<std::size_t>(b)];
              token < batch.offsets[static_cast<std::size_t>(b) + 1]; ++token) {
           const std::byte* data = qkv[call].data();
@@ -374,6 +399,7 @@ bool run_case(const Case& c, unsigned seed) {
                                           static_cast<std::size_t>(token) * out_row + h * head_dim + n, c.dtype),
                              sum[n] / (sum[head_dim] + config.eps));
         }
+      }
       std::vector<double> found = sums_of(now);
       if (c.lazy) {
         const std::byte* data = pending_at(pending_after[0], slot);
@@ -392,7 +418,7 @@ bool run_case(const Case& c, unsigned seed) {
     for (std::size_t i = layout.nbytes; c.lazy && i < pending_stride; ++i)
       good = good && pending_at(pending_after[0], slot)[i] == std::byte{0xff};
     // While tokens only wait, no sum is written.
-    if (c.lazy && single && count + c.calls < kPendingTokens)
+    if (c.lazy && single && c.prefix == 0 && count + c.calls < kPendingTokens)
       good = good && std::memcmp(before, now, state_floats * sizeof(float)) == 0;
   }
   for (int slot = 0; slot < num_slots; ++slot)
@@ -464,6 +490,15 @@ int check_all(bool quick, const std::string& name) {
       {"lazy mixed f32 f6 d9, 3 calls", f32, 2, 6, 9, mixed, 128, 1, 1e-5, 1e-5, true, 3},
       {"lazy mixed f32 f40 d12, 2 calls", f32, 1, 40, 12, {70, 1, 9}, 128, 0, 1e-5, 1e-5, true, 2},
       {"lazy mixed f32 f2 d300, 2 calls", f32, 2, 2, 300, {70, 1, 9}, 128, 0, 1e-5, 1e-5, true, 2},
+      {"prefix of 100 f32 f16 d112, 3 calls", f32, 2, 16, 112, mixed, 128, 0, 1e-5, 1e-5, true, 3, 100},
+      {"prefix of 5 f32 f6 d9, 3 calls", f32, 2, 6, 9, mixed, 128, 1, 1e-5, 1e-5, true, 3, 5},
+      {"prefix of 1 f32 f16 d20 of 400 sequences", f32, 1, 16, 20, many, 256, 0, 1e-5, 1e-5, true, 1, 1},
+      {"prefix of 150 fp16 f16 d64, 2 calls", h16, 2, 16, 64, mixed, 128, 0, 1e-3, 1e-5, true, 2, 150},
+      {"prefix of 150 bf16 f16 d64, segments of 64, 2 calls", b16, 2, 16, 64, mixed, 64, 0, 5e-3, 2e-3, true, 2, 150},
+      {"prefix of 64 bf16 f16 d112, 2 calls", b16, 2, 16, 112, mixed, 128, 0, 5e-3, 2e-3, true, 2, 64},
+      {"prefix of 70 bf16 f24 d64, segments of 64", b16, 2, 24, 64, mixed, 64, 0, 5e-3, 2e-3, true, 1, 70},
+      {"prefix of 70 bf16 f8 d40, segments of 64", b16, 2, 8, 40, mixed, 64, 0, 5e-3, 2e-3, true, 1, 70},
+      {"prefix of 70 bf16 f16 d64, unaligned view", b16, 2, 16, 64, mixed, 128, 1, 5e-3, 1e-5, true, 1, 70},
       {"lazy chunked bf16 f16 d64, segments of 64, 2 calls", b16, 2, 16, 64, mixed, 64, 0, 5e-3, 2e-3, true, 2},
       {"lazy chunked bf16 f16 d112, segments of 128, 2 calls", b16, 2, 16, 112, mixed, 128, 0, 5e-3, 2e-3, true, 2},
       {"mixed f32 f16 d112", f32, 2, 16, 112, mixed, 128, 0, 1e-5, 1e-5},
@@ -517,7 +552,7 @@ int check_all(bool quick, const std::string& name) {
 /// lazy: with room for pending tokens, of which the sequences have different numbers: each call adds the tokens of one
 /// sequence in kPendingTokens.
 void time_shape(const char* kind, DType dtype, int sequences, int tokens, int heads, int f, int head_dim,
-                int segment_tokens, bool lazy = false) {
+                int segment_tokens, bool lazy = false, int prefix_length = 0) {
   LinearAttentionConfig config;
   config.num_heads = heads;
   config.feature_dim = f;
@@ -537,7 +572,11 @@ void time_shape(const char* kind, DType dtype, int sequences, int tokens, int he
   const PendingLayout layout(config, dtype);
   const double written = lazy ? 1.0 / kPendingTokens : 1;  // of the sums
   const double pending_tokens = lazy ? sequences * ((kPendingTokens - 1) / 2.0 + written * (kPendingTokens - 1)) : 0;
-  const double moved = static_cast<double>(io_bytes) + static_cast<double>(state_bytes) * (1 + written) +
+  const std::size_t encoder_row = static_cast<std::size_t>(heads) * static_cast<std::size_t>(f + head_dim);
+  const double encoder_bytes =
+      static_cast<double>(sequences) * std::min(prefix_length, tokens) * static_cast<double>(encoder_row * bytes);
+  const double moved = encoder_bytes + static_cast<double>(io_bytes) +
+                       static_cast<double>(state_bytes) * (1 + written) +
                        pending_tokens * heads * (f + head_dim) * static_cast<double>(bytes);
   const double floor_ms = moved / kBandwidth * 1e3;
   const std::size_t copies = std::clamp<std::size_t>(kRotatedBytes / (io_bytes + state_bytes) + 1, 2, 256);
@@ -548,11 +587,13 @@ void time_shape(const char* kind, DType dtype, int sequences, int tokens, int he
   const std::size_t pattern = std::min<std::size_t>(num_tokens * row, 1 << 20);
   for (std::size_t i = 0; i < pattern; ++i) write_element(host.data(), i, normal(random), dtype);
   for (std::size_t i = pattern * bytes; i < host.size(); ++i) host[i] = host[i - pattern * bytes];
-  std::vector<DeviceArray<std::byte>*> qkv, out;
+  std::vector<DeviceArray<std::byte>*> qkv, out, encoder;
   std::vector<DeviceArray<float>*> states;
   std::vector<DeviceArray<std::byte>*> pending;
   for (std::size_t i = 0; i < copies; ++i) {
     qkv.push_back(new DeviceArray<std::byte>(host));
+    encoder.push_back(new DeviceArray<std::byte>(std::vector<std::byte>(
+        host.begin(), host.begin() + static_cast<std::ptrdiff_t>(num_tokens * encoder_row * bytes))));
     out.push_back(new DeviceArray<std::byte>(num_tokens * out_row * bytes));
     states.push_back(new DeviceArray<float>(static_cast<std::size_t>(sequences) * state_floats));
     states.back()->fill(0);
@@ -562,7 +603,7 @@ void time_shape(const char* kind, DType dtype, int sequences, int tokens, int he
         tokens_of[b * layout.nbytes + layout.counts + 4 * h] = static_cast<std::byte>((b + i) % kPendingTokens);
     pending.push_back(new DeviceArray<std::byte>(tokens_of));
   }
-  DeviceArray<std::byte> scratch(based::cuda::linear_attention_scratch(config, dtype, batch.device));
+  DeviceArray<std::byte> scratch(based::cuda::linear_attention_scratch(config, dtype, batch.device, prefix_length > 0));
   cudaStream_t stream;
   cudaEvent_t begin, end;
   require(cudaStreamCreate(&stream), "cudaStreamCreate");
@@ -578,10 +619,19 @@ void time_shape(const char* kind, DType dtype, int sequences, int tokens, int he
     view.q_token = view.k_token = view.v_token = static_cast<std::int64_t>(row);
     view.q_head = view.k_head = f;
     view.v_head = head_dim;
+    PrefixView prefix;
+    prefix.length = prefix_length;
+    prefix.is_read = prefix_length > 0;
+    const std::byte* keys = encoder[next]->data();
+    const auto of_encoder = static_cast<std::int64_t>(encoder_row);
+    prefix.keys_values = {keys,       keys,       keys + static_cast<std::size_t>(heads * f) * bytes,
+                          of_encoder, f,          of_encoder,
+                          f,          of_encoder, head_dim};
     based::cuda::linear_attention(stream, config, dtype, batch.device, view,
                                   {reinterpret_cast<std::byte*>(states[next]->data()), state_floats * sizeof(float)},
                                   lazy ? StateView{pending[next]->data(), layout.nbytes} : StateView{},
-                                  out[next]->data(), static_cast<std::int64_t>(out_row), head_dim, scratch.data());
+                                  out[next]->data(), static_cast<std::int64_t>(out_row), head_dim, scratch.data(),
+                                  prefix);
     next = (next + 1) % copies;
   };
   for (int i = 0; i < 5; ++i) step();
@@ -607,7 +657,8 @@ void time_shape(const char* kind, DType dtype, int sequences, int tokens, int he
           .c_str(),
       sequences, tokens, heads, f, head_dim, segment_tokens, ms, 100.0 * floor_ms / ms);
   std::fflush(stdout);
-  for (std::size_t i = 0; i < copies; ++i) delete qkv[i], delete out[i], delete states[i], delete pending[i];
+  for (std::size_t i = 0; i < copies; ++i)
+    delete qkv[i], delete out[i], delete states[i], delete pending[i], delete encoder[i];
   cudaEventDestroy(begin);
   cudaEventDestroy(end);
   cudaStreamDestroy(stream);
@@ -628,6 +679,9 @@ void time_all() {
   for (int segment : {512, 1024, 2048}) time_shape("prefill", b16, 4, 8192, 16, 16, 112, segment);
   time_shape("prefill", b16, 8, 2048, 16, 16, 112, 2048);
   time_shape("prefill", b16, 128, 1024, 16, 16, 112, 1024);
+  for (int sequences : {1, 16}) time_shape("prefix", b16, sequences, 2048, 16, 16, 64, 4096, true, 1024);
+  time_shape("prefix", b16, 128, 1024, 16, 16, 64, 4096, true, 1024);
+  time_shape("lazy", b16, 128, 1, 16, 16, 64, 64, true, 0);
   time_shape("prefill", b16, 16, 4096, 16, 8, 64, 4096);
   time_shape("prefill", b16, 16, 4096, 16, 24, 64, 4096);
   time_shape("prefill", b16, 16, 4096, 16, 32, 64, 4096);

@@ -1,6 +1,6 @@
-// Checks embed, norm, convert, gated_conv, scan_conv, selective_scan, sliding_window and full_attention against float64
-// on the host, and times them at the shapes of the 1.3B models. Arguments: check, time, or none for both. Ends with 1
-// when a check fails.
+// Checks embed, norm, convert, gated_conv, scan_conv, selective_scan, gated_delta_net, sliding_window and
+// full_attention against float64 on the host, and times them at the shapes of the 1.3B models. Arguments: check, time,
+// or none for both. Ends with 1 when a check fails.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -14,6 +14,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cuda_error.h"
@@ -563,6 +564,147 @@ void check_selective_scans() {
   }
 }
 
+// ---- gated delta net -----------------------------------------------------------------------------------------------
+
+// The convolution, too: qkv is what it made, rounded to T, and the rest is compared with float64 on that.
+void check_delta(const GatedDeltaNetConfig& c, DType dtype, const std::vector<Sequence>& sequences, std::int64_t skip) {
+  const Batch batch(sequences, 1);
+  const std::int64_t heads = c.num_heads, dk = c.key_dim, dv = c.head_dim, channels = c.channels();
+  const std::int64_t tokens = batch.view.num_tokens, kept = c.kernel_size - 1;
+  const std::int64_t beta_at = channels, decay_at = beta_at + heads, gate_at = c.decay ? decay_at + heads : decay_at;
+  const std::int64_t row = gate_at + (c.output_gate ? heads * dv : 0) + skip;
+  const std::size_t conv_stride = (static_cast<std::size_t>(kept * channels) * bytes_of(dtype) + 31) / 16 * 16;
+  const std::size_t state_stride = (static_cast<std::size_t>(heads * dk * dv) * 4 + 31) / 16 * 16;
+  const auto slot_size = static_cast<std::int64_t>(state_stride / 4);
+  const Floats u = random_floats(static_cast<std::size_t>(tokens * row), dtype);
+  const Floats taps = random_floats(static_cast<std::size_t>(channels * c.kernel_size));
+  const Floats norm = random_floats(static_cast<std::size_t>(dv)),
+               rates = random_floats(static_cast<std::size_t>(heads)),
+               dt_bias = random_floats(static_cast<std::size_t>(heads));
+  const Floats past = random_floats(conv_stride / bytes_of(dtype) * (sequences.size() + 1), dtype);
+  const Floats states = random_floats(static_cast<std::size_t>(slot_size) * (sequences.size() + 1));
+  const DeviceMemory device_u(dtype, u), device_taps(taps), device_norm(norm), device_rates(rates),
+      device_dt_bias(dt_bias), device_past(dtype, past), device_states(states);
+  const DeviceMemory qkv(static_cast<std::size_t>(tokens * channels) * bytes_of(dtype)),
+      out(static_cast<std::size_t>(tokens * heads * dv) * bytes_of(dtype)),
+      scratch(gated_delta_net_scratch(c, dtype, batch.view));
+  delta_conv(main_stream(), c, dtype, device_taps.as<float>(), batch.view, device_u.as<void>(), row,
+             {device_past.as<std::byte>(), conv_stride}, qkv.as<void>());
+  gated_delta_net(
+      main_stream(), c, dtype,
+      {device_norm.as<float>(), device_rates.as<float>(), device_dt_bias.as<float>(), device_u.as<void>(), row},
+      qkv.as<void>(), batch.view, {device_states.as<std::byte>(), state_stride}, out.as<void>(), scratch.as<void>());
+  check(cudaDeviceSynchronize(), "gated_delta_net");
+  const Floats got = out.download(dtype), got_states = device_states.download(DType::float32),
+               made = qkv.download(dtype);
+  char what[150];
+  std::snprintf(what, sizeof what, "gated_delta_net %s %d heads of %d x %d, K %d%s%s%s, %d sequences, %d tokens",
+                name(dtype), static_cast<int>(heads), static_cast<int>(dk), static_cast<int>(dv),
+                static_cast<int>(c.kernel_size), c.decay ? ", decay" : "", c.output_gate ? ", gate" : "",
+                skip > 0 ? ", unaligned" : "", static_cast<int>(sequences.size()), static_cast<int>(tokens));
+  Comparison comparison(what);
+  // Relative to the root mean square of all: TF32 operands (2⁻¹¹) of 16-bit types, float32's of float32.
+  double difference = 0, size = 0, state_difference = 0, state_size = 0;
+  for (std::size_t b = 0; b < sequences.size(); ++b) {
+    if (batch.slot(b) < 0) continue;
+    for (std::int64_t channel = 0; channel < channels; ++channel)
+      for (std::int64_t t = 0; t < sequences[b].length; ++t) {
+        double sum = 0, magnitude = 0;
+        for (std::int64_t j = 0; j <= kept; ++j) {
+          const std::int64_t at = t - kept + j;
+          const double x = at >= 0 ? u[static_cast<std::size_t>((batch.offset(b) + at) * row + channel)]
+                                   : past[static_cast<std::size_t>(batch.slot(b)) * (conv_stride / bytes_of(dtype)) +
+                                          static_cast<std::size_t>((kept + at) * channels + channel)];
+          const double term = static_cast<double>(taps[static_cast<std::size_t>(channel * c.kernel_size + j)]) * x;
+          sum += term;
+          magnitude += std::abs(term);
+        }
+        comparison.add(made[static_cast<std::size_t>((batch.offset(b) + t) * channels + channel)],
+                       sum / (1 + std::exp(-sum)), 8 * unit(DType::float32) * magnitude + 1e-7,
+                       (dtype == DType::float32 ? 16 : 1.1) * unit(dtype));
+      }
+    for (std::int64_t h = 0; h < heads; ++h) {
+      const auto state_at = [&](std::int64_t i, std::int64_t j) {
+        return static_cast<std::size_t>(batch.slot(b) * slot_size + (h * dk + i) * dv + j);
+      };
+      std::vector<double> s(static_cast<std::size_t>(dk * dv)), y(static_cast<std::size_t>(dv));
+      for (std::int64_t i = 0; i < dk; ++i)
+        for (std::int64_t j = 0; j < dv; ++j) s[static_cast<std::size_t>(i * dv + j)] = states[state_at(i, j)];
+      for (std::int64_t t = 0; t < sequences[b].length; ++t) {
+        const std::int64_t token = batch.offset(b) + t;
+        const float* from = made.data() + token * channels;
+        const float* in = u.data() + token * row;
+        double qq = 1e-6, kk = 1e-6;
+        for (std::int64_t i = 0; i < dk; ++i) {
+          qq += static_cast<double>(from[h * dk + i]) * from[h * dk + i];
+          kk += static_cast<double>(from[(heads + h) * dk + i]) * from[(heads + h) * dk + i];
+        }
+        const double rq = 1 / std::sqrt(qq * static_cast<double>(dk)), rk = 1 / std::sqrt(kk);
+        const double beta = 1 / (1 + std::exp(-static_cast<double>(in[beta_at + h])));
+        double alpha = 1;
+        if (c.decay) {
+          const double x = static_cast<double>(in[decay_at + h]) + dt_bias[static_cast<std::size_t>(h)];
+          alpha = std::exp(-std::exp(static_cast<double>(rates[static_cast<std::size_t>(h)])) *
+                           (std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x)))));
+        }
+        double mean = 0;
+        for (std::int64_t j = 0; j < dv; ++j) {
+          double sk = 0, sq = 0;
+          for (std::int64_t i = 0; i < dk; ++i)
+            sk += alpha * s[static_cast<std::size_t>(i * dv + j)] * from[(heads + h) * dk + i] * rk;
+          const double change = beta * (from[2 * heads * dk + h * dv + j] - sk);
+          for (std::int64_t i = 0; i < dk; ++i) {
+            double& x = s[static_cast<std::size_t>(i * dv + j)];
+            x = alpha * x + from[(heads + h) * dk + i] * rk * change;
+            sq += x * from[h * dk + i] * rq;
+          }
+          y[static_cast<std::size_t>(j)] = sq;
+          mean += sq * sq / static_cast<double>(dv);
+        }
+        for (std::int64_t j = 0; j < dv; ++j) {
+          double want = y[static_cast<std::size_t>(j)] / std::sqrt(mean + c.eps) * norm[static_cast<std::size_t>(j)];
+          if (c.output_gate) {
+            const double z = in[gate_at + h * dv + j];
+            want *= z / (1 + std::exp(-z));
+          }
+          difference += std::pow(got[static_cast<std::size_t>((token * heads + h) * dv + j)] - want, 2);
+          size += want * want;
+        }
+      }
+      for (std::int64_t i = 0; i < dk; ++i)
+        for (std::int64_t j = 0; j < dv; ++j) {
+          const double want = s[static_cast<std::size_t>(i * dv + j)];
+          state_difference += std::pow(got_states[state_at(i, j)] - want, 2);
+          state_size += want * want;
+        }
+    }
+  }
+  for (std::int64_t i = 0; i < slot_size; ++i)  // the slot that belongs to nobody
+    comparison.add(got_states[static_cast<std::size_t>(i)], states[static_cast<std::size_t>(i)], 0, 0);
+  comparison.add(std::sqrt(difference / size), 0, dtype == DType::float32 ? 2e-5 : 2e-3 + unit(dtype), 0);
+  comparison.add(std::sqrt(state_difference / state_size), 0, dtype == DType::float32 ? 5e-6 : 1e-3, 0);
+}
+
+void check_deltas() {
+  const double eps = 1e-3;
+  for (DType dtype : kDTypes) {
+    for (const auto& mix : kMixes) {
+      for (const GatedDeltaNetConfig& c :
+           {GatedDeltaNetConfig{2, 128, 128, 4, eps, true, true}, GatedDeltaNetConfig{3, 64, 32, 3, eps, false, true},
+            GatedDeltaNetConfig{2, 21, 19, 1, eps, true, false}, GatedDeltaNetConfig{1, 5, 70, 6, eps, true, true},
+            GatedDeltaNetConfig{1, 1, 1, 2, eps, false, false}})
+        check_delta(c, dtype, mix, 0);
+      check_delta({2, 32, 48, 4, eps, true, true}, dtype, mix, 1);
+    }
+    check_delta({1, 256, 512, 4, eps, true, true}, dtype, {{130, 0}, {1, 5}}, 0);
+    check_delta({1, 1100, 8, 2, eps, true, true}, dtype, {{70, 0}, {1, 5}}, 0);   // no room for keys: token by token
+    check_delta({1, 16, 1100, 2, eps, true, true}, dtype, {{70, 0}, {1, 5}}, 0);  // more columns than threads
+    check_delta({1, 16, 1101, 2, eps, true, true}, dtype, {{70, 0}, {1, 5}}, 0);
+    check_delta({16, 64, 64, 4, eps, true, true}, dtype, std::vector<Sequence>(20, {100, 0}), 0);  // wide blocks
+    check_delta({1, 64, 64, 4, eps, true, true}, dtype, {{8192, 0}}, 0);
+  }
+}
+
 // ---- norm, embed, convert ------------------------------------------------------------------------------------------
 
 void check_norm(NormKind kind, std::int64_t d, bool with_bias, bool with_rows, DType dtype) {
@@ -650,6 +792,7 @@ void check_all() {
     }
   }
   check_selective_scans();
+  check_deltas();
   check_sliding_windows();
   check_full_attention();
 }
@@ -772,6 +915,45 @@ void time_scan(int channels, int size, int length) {
   }
 }
 
+// Gated DeltaNet 1.3B of flash-linear-attention has 6 heads of 256 x 512, DeltaNet 16 of 128 x 128, Qwen3-Next 32 of
+// those.
+void time_delta(int heads, int key_dim, int head_dim, int size, int length) {
+  const GatedDeltaNetConfig c{heads, key_dim, head_dim, 4, 1e-5, true, true};
+  const double tokens = static_cast<double>(size) * length, channels = static_cast<double>(c.channels());
+  const std::int64_t row = c.channels() + 2 * heads + heads * head_dim;
+  const double u_bytes = tokens * static_cast<double>(row) * 2, out_bytes = tokens * heads * head_dim * 2;
+  const double state = static_cast<double>(heads) * key_dim * head_dim * 4, past = 3 * channels * 2;
+  const double nbytes = u_bytes + out_bytes + 2 * (state + past) * size;
+  const int inputs = inputs_for(nbytes);
+  const Inputs u(inputs, u_bytes, kT), out(inputs, out_bytes, kT), pasts(inputs * size, past, kT),
+      states(inputs * size, state, DType::float32);
+  const DeviceMemory taps(random_floats(static_cast<std::size_t>(c.channels() * 4))),
+      norm(random_floats(static_cast<std::size_t>(head_dim))), rates(random_floats(static_cast<std::size_t>(heads)));
+  const std::vector<Batch> all = batches_of(size, length, inputs);
+  const DeviceMemory qkv(static_cast<std::size_t>(tokens * channels) * 2),
+      scratch(gated_delta_net_scratch(c, kT, all[0].view));
+  const std::string what = std::to_string(heads) + " of " + std::to_string(key_dim) + "/" + std::to_string(head_dim) +
+                           " " + std::to_string(size) + " x " + std::to_string(length);
+  const auto convolve = [&](int i, cudaStream_t stream) {
+    delta_conv(stream, c, kT, taps.as<float>(), all[static_cast<std::size_t>(i)].view, u[i], row,
+               {pasts.memory.as<std::byte>(), pasts.each}, qkv.as<void>());
+  };
+  const auto rest = [&](int i, cudaStream_t stream) {
+    gated_delta_net(stream, c, kT, {norm.as<float>(), rates.as<float>(), rates.as<float>(), u[i], row}, qkv.as<void>(),
+                    all[static_cast<std::size_t>(i)].view, {states.memory.as<std::byte>(), states.each}, out[i],
+                    scratch.as<void>());
+  };
+  report("gated_delta_net " + what, nbytes, inputs, [&](int i, cudaStream_t stream) {
+    convolve(i, stream);
+    rest(i, stream);
+  });
+  report("  without its convolution", nbytes, inputs, rest);
+  // K Kᵀ, Q Kᵀ, K S, Q S, Kᵀ U and two triangles of 64, a token and head.
+  if (length > 1)
+    std::printf("    %.0f GFLOP\n",
+                tokens * heads * (4.0 * 64 * key_dim + 6.0 * key_dim * head_dim + 4.0 * 64 * head_dim) / 1e9);
+}
+
 void time_shape(int size, int length) {
   const std::string suffix = " " + std::to_string(size) + " x " + std::to_string(length);
   const double tokens = static_cast<double>(size) * length;
@@ -880,6 +1062,11 @@ int main(int argc, char** argv) {
     for (int size : {1, 128, 1024}) time_scan(4096, size, 1);
     for (int size : {1, 2, 4, 8}) time_scan(4096, size, 2048);
     for (int channels : {1536, 2048, 4096}) time_scan(channels, 1, 8192);
+    for (const auto& [heads, key_dim, head_dim] : {std::tuple(16, 128, 128), {6, 256, 512}}) {
+      for (int size : {1, 128, 1024}) time_delta(heads, key_dim, head_dim, size, 1);
+      time_delta(heads, key_dim, head_dim, 1, 8192);
+      time_delta(heads, key_dim, head_dim, 8, 2048);
+    }
   }
   if (failures > 0) std::printf("%d checks failed\n", failures);
   return failures > 0 ? 1 : 0;

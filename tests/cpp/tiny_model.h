@@ -21,7 +21,8 @@ namespace based::test {
 inline const SelectiveScanConfig kSelectiveScan{37, 5, 4, 3, true, true};
 
 /// Mixers whose state has a fixed size and that a GPU has kernels for, grouped heads, partial rotary; small and
-/// odd-sized.
+/// odd-sized. A prefix of one token lets prompts be cut anywhere. Norms of heads that hardly differ from 0 would make
+/// much of the rounding before them, hence the eps of the last ones.
 inline ModelConfig gpu_config() {
   ModelConfig config;
   config.vocab_size = 61;
@@ -39,22 +40,19 @@ inline ModelConfig gpu_config() {
   window.rotary_dim = 4;
   config.layers = {GatedConvConfig{48, 3, true}, LinearAttentionConfig{3, 4, 8, 1e-12}, window,
                    GatedConvConfig{30, 4, false}, LinearAttentionConfig{2, 5, 7, 1e-12}};
+  config.layers.push_back(PrefixLinearAttentionConfig{2, 3, 5, 1, 1e-12});
   config.layers.push_back(kSelectiveScan);
+  config.layers.push_back(GatedDeltaNetConfig{2, 5, 7, 3, 1e-2, true, true});
   config.eos_token_id = 60;
   return config;
 }
 
 inline const FullAttentionConfig kFullAttention{4, 2, 6, 0.4, true, false, 3};
 
-/// All mixers. A prefix of one token lets prompts be cut anywhere. Norms of heads that hardly differ from 0 would make
-/// much of the rounding before them, hence the eps of the last ones.
+/// All mixers.
 inline ModelConfig tiny_config() {
   ModelConfig config = gpu_config();
-  config.layers.pop_back();  // its place is behind the next ones
-  config.layers.push_back(PrefixLinearAttentionConfig{2, 3, 5, 1, 1e-12});
-  config.layers.push_back(kFullAttention);
-  config.layers.push_back(kSelectiveScan);
-  config.layers.push_back(GatedDeltaNetConfig{2, 5, 7, 3, 1e-2, true, true});
+  config.layers.insert(config.layers.end() - 2, kFullAttention);
   config.layers.push_back(Rwkv4Config{24, 37});
   config.layers.push_back(H3Config{3, 2, 4, 5});
   config.layers.push_back(HyenaConfig{7, 3, 4096, 6});

@@ -42,6 +42,9 @@ ModelConfig fast_config() {
   config.layers = {GatedConvConfig{256, 3, true}, LinearAttentionConfig{4, 16, 32, 1e-12}, window,
                    GatedConvConfig{256, 3, true}, LinearAttentionConfig{2, 24, 64, 1e-12}};
   config.layers.push_back(SelectiveScanConfig{256, 16, 4, 8, true, false});
+  config.layers.push_back(PrefixLinearAttentionConfig{4, 16, 32, 1, 1e-12});
+  config.layers.push_back(GatedDeltaNetConfig{4, 32, 64, 4, 1e-2, true, true});
+  config.layers.push_back(GatedDeltaNetConfig{1, 128, 40, 2, 1e-2, false, false});
   config.eos_token_id.reset();
   return config;
 }
@@ -356,6 +359,41 @@ TEST_P(CudaSmall, ASessionHasSeenWhatItsGeneratorReturned) {
   generator.finish(0, 0);
   EXPECT_TRUE(generator.done());
   EXPECT_EQ(third.num_tokens()[0], 20 + returned);
+}
+
+// Prompts shorter than the prefix, as long, longer, and cut behind it; beside them sequences that have begun before.
+TEST_F(CudaTest, PrefixesAreReadAsAWhole) {
+  for (const DType dtype : {DType::float32, DType::bfloat16, DType::float16}) {
+    for (const PrefixLinearAttentionConfig& layer :
+         {PrefixLinearAttentionConfig{4, 16, 32, 100, 1e-12}, PrefixLinearAttentionConfig{2, 24, 64, 4500, 1e-12},
+          PrefixLinearAttentionConfig{3, 5, 7, 70, 1e-12}}) {
+      SCOPED_TRACE(layer.summary() + " " + std::string(name_of(dtype)));
+      ModelConfig config = fast_config();
+      config.layers = {GatedConvConfig{256, 3, true}, layer};
+      const auto cuda = Model::random(config, 11, on(kCuda, dtype)), cpu = Model::random(config, 11);
+      Session a(cuda, 6), b(cpu, 6);
+      const auto feed = [&](const std::vector<int>& sequences, const std::vector<std::size_t>& lengths) {
+        Prompts prompts;
+        for (std::size_t i = 0; i < lengths.size(); ++i)
+          prompts.push_back(random_tokens(lengths[i], static_cast<std::uint32_t>(i + 10 * lengths[i]), 500));
+        EXPECT_LE(
+            relative_error(host_floats(a.prefill(prompts, sequences)), host_floats(b.prefill(prompts, sequences))),
+            tolerance(dtype));
+      };
+      const auto step = [&](const std::vector<int>& sequences) {
+        const auto next = random_tokens(sequences.size(), 7, 500);
+        EXPECT_LE(relative_error(host_floats(a.step(next, sequences)), host_floats(b.step(next, sequences))),
+                  tolerance(dtype));
+      };
+      feed({0, 1}, {5000, 30});
+      step({0, 1});
+      step({0, 1});
+      step({0, 2});  // as many rows as were recorded, and a sequence that begins
+      step({0, 3});
+      feed({0, 4, 5}, {20, 1, 170});  // the others are inside their prefix: only steps may follow
+      for (int t = 0; t < 10; ++t) step({0, 1, 2, 3, 4, 5});
+    }
+  }
 }
 
 TEST_F(CudaTest, StatesMoveBetweenDevices) {

@@ -73,6 +73,14 @@ class CudaMixerNeighbours : public CudaTest, public ::testing::WithParamInterfac
     } else if (const auto* linear = std::get_if<LinearAttentionConfig>(&c.config)) {
       cols = {linear->num_heads * (2 * linear->feature_dim + linear->head_dim)};
       out_cols = linear->num_heads * linear->head_dim;
+    } else if (const auto* prefix = std::get_if<PrefixLinearAttentionConfig>(&c.config)) {
+      cols = {prefix->num_heads * (2 * prefix->feature_dim + prefix->head_dim),
+              prefix->num_heads * (prefix->feature_dim + prefix->head_dim)};
+      out_cols = prefix->num_heads * prefix->head_dim;
+    } else if (const auto* delta = std::get_if<GatedDeltaNetConfig>(&c.config)) {
+      const std::int64_t heads = delta->num_heads;
+      cols = {delta->channels() + heads * (1 + (delta->decay ? 1 : 0) + (delta->output_gate ? delta->head_dim : 0))};
+      out_cols = heads * delta->head_dim;
     } else if (const auto* scan = std::get_if<SelectiveScanConfig>(&c.config)) {
       cols = {2 * scan->inner_size, 2 * scan->state_size, scan->inner_size, scan->inner_size};  // the last: for x
       out_cols = scan->inner_size;
@@ -125,6 +133,15 @@ class CudaMixerNeighbours : public CudaTest, public ::testing::WithParamInterfac
         device.gated_conv(*conv, static_cast<const float*>(taps.data.get()), batch, x, *states, 0, y);
       } else if (const auto* linear = std::get_if<LinearAttentionConfig>(&c.config)) {
         device.linear_attention(*linear, batch, x, *states, 0, y);
+      } else if (const auto* prefix = std::get_if<PrefixLinearAttentionConfig>(&c.config)) {
+        device.prefix_linear_attention(*prefix, batch, x, input(1), *states, 0, y);
+      } else if (const auto* delta = std::get_if<GatedDeltaNetConfig>(&c.config)) {
+        std::vector<backend::Buffer> weights;
+        for (const std::int64_t size :
+             {delta->channels() * delta->kernel_size, delta->head_dim, delta->num_heads, delta->num_heads})
+          weights.push_back(upload(device, random_floats(static_cast<std::size_t>(size), 3, 0.5f), DType::float32));
+        const auto weight = [&](std::size_t i) { return static_cast<const float*>(weights[i].data.get()); };
+        device.gated_delta_net(*delta, {weight(0), weight(1), weight(2), weight(3)}, batch, x, *states, 0, y);
       } else if (const auto* scan = std::get_if<SelectiveScanConfig>(&c.config)) {
         const ScanWeights weights(device, *scan);
         device.scan_conv(*scan, weights.at(0), weights.at(1), batch, x, *states, 0, input(3));
@@ -158,6 +175,13 @@ INSTANTIATE_TEST_SUITE_P(
         MixerCase{"Taylor24Bfloat16", DType::bfloat16, LinearAttentionConfig{2, 24, 112, 1e-12}},
         MixerCase{"Taylor32Bfloat16", DType::bfloat16, LinearAttentionConfig{2, 32, 64, 1e-12}},
         MixerCase{"Taylor5Bfloat16", DType::bfloat16, LinearAttentionConfig{3, 5, 7, 1e-12}},
+        MixerCase{"Prefix16Bfloat16", DType::bfloat16, PrefixLinearAttentionConfig{4, 16, 64, 1024, 1e-12}},
+        MixerCase{"Prefix24Bfloat16", DType::bfloat16, PrefixLinearAttentionConfig{2, 24, 112, 1024, 1e-12}},
+        MixerCase{"Prefix16Float32", DType::float32, PrefixLinearAttentionConfig{4, 16, 64, 1024, 1e-12}},
+        // Few sequences have blocks of 16 columns, many have blocks of 32.
+        MixerCase{"DeltaBfloat16", DType::bfloat16, GatedDeltaNetConfig{4, 64, 128, 4, 1e-5, true, true}},
+        MixerCase{"DeltaFloat16", DType::float16, GatedDeltaNetConfig{2, 19, 33, 2, 1e-5, true, false}},
+        MixerCase{"DeltaFloat32", DType::float32, GatedDeltaNetConfig{4, 128, 64, 4, 1e-5, false, true}},
         MixerCase{"WindowBfloat16", DType::bfloat16, window_config()},
         MixerCase{"WindowFloat32", DType::float32, window_config()},
         MixerCase{"FullBfloat16", DType::bfloat16, FullAttentionConfig{4, 2, 64, 0.125, false, false, 64}},

@@ -75,6 +75,10 @@ class MixedStep {
     }
     for (const std::int64_t cols : {2 * 64, 64, 2 * 16, 64})
       scan_inputs_.push_back(upload(device, random_floats(static_cast<std::size_t>(kRows * cols), 8), dtype));
+    prefix_qkv_ = upload(device, random_floats(kRows * 4 * (8 + 8 + 32), 9), dtype);
+    prefix_encoder_ = upload(device, random_floats(kRows * 4 * (8 + 32), 10), dtype);
+    delta_u_ = upload(device, random_floats(kRows * 4 * (16 + 16 + 32 + 2 + 32), 11), dtype);
+    delta_weights_ = upload(device, random_floats(4 * (16 + 16 + 32) * 4, 12), DType::float32);
     logits_ = upload(device, random_floats(kRows * kVocab, 6), DType::float32);
   }
 
@@ -86,8 +90,12 @@ class MixedStep {
     window.window = 9;
     window.scale = 0.177;
     window.rotary_dim = 32;
-    config.layers = {GatedConvConfig{64, 3, true}, LinearAttentionConfig{4, 16, 32, 1e-12}, window,
-                     SelectiveScanConfig{64, 16, 4, 1, true, false}};
+    config.layers = {GatedConvConfig{64, 3, true},
+                     LinearAttentionConfig{4, 16, 32, 1e-12},
+                     window,
+                     SelectiveScanConfig{64, 16, 4, 1, true, false},
+                     PrefixLinearAttentionConfig{4, 8, 32, 1, 1e-12},
+                     GatedDeltaNetConfig{4, 16, 32, 4, 1e-5, true, true}};
     return config;
   }
 
@@ -135,6 +143,12 @@ class MixedStep {
                              {static_cast<const float*>(scan_weights_[0].data.get()), weights, xz, x,
                               matrix(scan_inputs_[2], 32), matrix(scan_inputs_[3], 64)},
                              view, *states, 3, matrix(out_, 64));
+      device_.prefix_linear_attention(std::get<PrefixLinearAttentionConfig>(model.layers[4]), view,
+                                      matrix(prefix_qkv_, 192), matrix(prefix_encoder_, 160), *states, 4,
+                                      matrix(out_, 128));
+      const auto* delta = static_cast<const float*>(delta_weights_.data.get());  // all of them
+      device_.gated_delta_net(std::get<GatedDeltaNetConfig>(model.layers[5]), {delta, delta, delta, delta}, view,
+                              matrix(delta_u_, 392), *states, 5, matrix(out_, 128));
       sampler->sample(logits(), view);
     });
   }
@@ -155,6 +169,7 @@ class MixedStep {
   const DType dtype_;
   std::shared_ptr<const backend::LinearWeight> table_;
   backend::Buffer r_, u_, taps_, linear_qkv_, window_qkv_, out_, logits_;
+  backend::Buffer prefix_qkv_, prefix_encoder_, delta_u_, delta_weights_;
   std::vector<backend::Buffer> scan_weights_;  // A, and what stands for all others
   std::vector<backend::Buffer> scan_inputs_;   // [x|z], x, [B|C], Δ
 

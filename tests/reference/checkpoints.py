@@ -243,7 +243,15 @@ MIXERS = (
 )
 """The kinds that random models are made of."""
 
-ON_A_GPU = ("gated_conv", "linear_attention", "sliding_window", "full_attention", "selective_scan")
+ON_A_GPU = (
+    "gated_conv",
+    "linear_attention",
+    "sliding_window",
+    "full_attention",
+    "selective_scan",
+    "prefix_linear_attention",
+    "gated_delta_net",
+)
 """Those that a GPU has kernels for."""
 
 
