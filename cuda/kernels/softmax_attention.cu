@@ -1,9 +1,8 @@
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <type_traits>
 
-#include "kernels/common.cuh"
+#include "kernels/softmax_attention.cuh"
 
 // Softmax over a window of keys, or over all keys so far, online: running maximum m, sum l and weighted values in
 // float32, in powers of two (scores are scaled by log₂ e). Full attention is a window that no context fills, whose ring
@@ -12,42 +11,10 @@
 namespace based::cuda {
 namespace {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
 constexpr int kMostPadding = 7;  // elements of a head in a state, so that it is whole words of 16 bytes
 
 // A window that no context fills: more than limits::kSize.
 constexpr int kAllKeys = 1 << 30;
-
-struct AttentionArguments {
-  DeviceBatch batch;
-  QkvView qkv;
-  KeyValueView ring;
-  void* out;
-  std::int64_t out_token;
-  int num_heads, num_kv_heads, head_dim, window;
-  int num_pairs;
-  bool interleaved;
-  bool aligned;      // q, k, v and out can be moved in 16 bytes,
-  bool in_pairs;     // two elements at a time
-  float scale;       // of q·k, times log₂ e
-  double log2_step;  // log₂ of the ratio of successive pairs' frequencies
-
-  __device__ int kv_head(int head) const {
-    return num_heads == num_kv_heads ? head : head / (num_heads / num_kv_heads);  // no division where none is needed
-  }
-  __device__ std::byte* ring_keys(std::int32_t sequence) const {
-    return ring.keys.data + static_cast<std::size_t>(batch.slots[sequence]) * ring.keys.slot_stride;
-  }
-  // Elements from the first row to another. `in_pieces`: the ring has several.
-  template <bool in_pieces>
-  __device__ std::int64_t ring_row(int row) const {
-    if constexpr (!in_pieces) return row * ring.row;
-    return (row >> ring.piece_shift) * ring.piece + (row & ((1 << ring.piece_shift) - 1)) * ring.row;
-  }
-  __device__ int first_of_pair(int pair) const { return interleaved ? 2 * pair : pair; }
-  __device__ int second_of_pair(int pair) const { return interleaved ? 2 * pair + 1 : pair + num_pairs; }
-};
 
 // The singles, then the tiles.
 __device__ __forceinline__ Tile item_of(const DeviceBatch& batch, unsigned index) {
@@ -56,9 +23,6 @@ __device__ __forceinline__ Tile item_of(const DeviceBatch& batch, unsigned index
   const std::int32_t sequence = sequence_of_single(batch, index);
   return {sequence, batch.offsets[sequence], 1};
 }
-
-// The maximum to subtract: of no key at all, anything finite.
-__device__ __forceinline__ float finite_maximum(float m) { return m == -kInfinity ? 0.0f : m; }
 
 // ---- rotary --------------------------------------------------------------------------------------------------------
 
@@ -1032,8 +996,10 @@ void enqueue(cudaStream_t stream, const char* name, AttentionArguments a, const 
   if constexpr (sizeof(T) == 2) {
     if (ring_aligned && (context ? ring.piece_shift >= kLeastPieceShift : a.aligned) &&
         ring.head <= kMaxFlashDim) {  // the singles are done
-      launch(stream, name, flash_kernel<T, where>, static_cast<unsigned>(a.batch.num_tiles) * num_heads, kFlashThreads,
-             static_cast<std::size_t>(kFlashRows<where> * flash_stride(a.head_dim)) * sizeof(T), a);
+      attended = context && attend_by_wgmma<T>(stream, name, a);
+      if (!attended)
+        launch(stream, name, flash_kernel<T, where>, static_cast<unsigned>(a.batch.num_tiles) * num_heads,
+               kFlashThreads, static_cast<std::size_t>(kFlashRows<where> * flash_stride(a.head_dim)) * sizeof(T), a);
       attended = true;
     }
   }

@@ -379,6 +379,7 @@ void check_full_attention() {
       {{1, 0}, {1, 5}, {1, 1000, true}, {1, 254}, {1, 255}, {1, 256}, {1, 257}, {1, 2000}},
       {{300, 0}},
       {{2, 1}, {1, 7}, {64, 40}, {65, 0}, {1, 0}, {3, 500}, {130, 77}, {1, 1023}, {200, 300}},
+      {{129, 127}, {1000, 0}, {128, 128}, {300, 900, true}, {256, 1}, {70, 1913}},
   };
   const auto config = attention_config<FullAttentionConfig>;
   for (DType dtype : kDTypes) {
@@ -386,7 +387,7 @@ void check_full_attention() {
       for (const FullAttentionConfig& c :
            {config(2, 2, 112, 112, false), config(4, 2, 64, 64, true), config(16, 4, 128, 32, false),
             config(2, 2, 8, 0, false), config(3, 1, 31, 15, false), config(2, 1, 70, 35, false),
-            config(1, 1, 256, 128, false), config(1, 1, 24, 11, true)})
+            config(3, 3, 80, 40, false), config(1, 1, 256, 128, false), config(1, 1, 24, 11, true)})
         check_attention(c, dtype, mix, true, 7);
       check_attention(config(2, 1, 64, 64, false), dtype, mix, false, 8);
       check_attention(config(2, 2, 128, 64, false), dtype, mix, true, 31);
