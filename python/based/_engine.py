@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +122,7 @@ class EngineRequest:
         return chunk
 
     def result(self, timeout: float | None = None) -> RequestOutput:
-        """Waits for the end; what was read as chunks before is in it, too. Raises TimeoutError after `timeout` seconds."""
+        """Waits for the end; what was read as chunks is in it, too. Raises TimeoutError after `timeout` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._news:
             while self._num_open and self._failure is None:
@@ -388,8 +388,7 @@ class Engine:
         self._eos_token_id = model.config.eos_token_id
         self._inbox = _Inbox()
         self._pump_thread: threading.Thread | None = None
-        self.is_parents = False
-        """This process is a child of the one that has it."""
+        self._process = os.getpid()
         self.max_batch_size = max_batch_size
         """Samples that run at once."""
         # Python ends while threads wait for results: they are not to be woken by an error then.
@@ -481,6 +480,11 @@ class Engine:
             inbox.requests[id] = weakref.ref(running)
         return running
 
+    @property
+    def is_parents(self) -> bool:
+        """This process is a child of the one that has it."""
+        return self._process != os.getpid()
+
     def _texts(self, request: Request) -> Any:
         wants_text = request.text is not None or request.params.stop
         return self._tokenizer.detokenizer() if wants_text else self._tokenizer.detokenizer_or_warn()
@@ -526,7 +530,6 @@ class Engine:
 
     def _after_fork(self) -> None:
         """In a forked child, which has none of its threads."""
-        self.is_parents = True
         self._inbox.lock = threading.Lock()
         for entry in list(self._inbox.requests.values()):
             if (request := entry()) is not None:
@@ -564,7 +567,7 @@ def run_requests(
             unread.cancel()
 
 
-def stream_request(start: Callable[[], EngineRequest]) -> Iterator[StreamChunk]:
+def stream_request(start: Callable[[], EngineRequest]) -> Generator[StreamChunk, None, None]:
     """Chunks of a request that is submitted when the first one is asked for."""
     request = start()
     try:

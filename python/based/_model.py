@@ -318,7 +318,7 @@ class Model:
 
         With n > 1 the samples' chunks alternate. A sample's texts and token_ids, joined, are what `generate` returns.
         """
-        return (chunk for chunk in stream_request(self._prepare(prompt, params, split_special_tokens)))
+        return stream_request(self._prepare(prompt, params, split_special_tokens))
 
     @names_sampling_fields
     def astream(

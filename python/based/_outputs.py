@@ -33,7 +33,7 @@ class CompletionOutput:
     stop_reason: int | str | None
     """The token of stop_token_ids or the stop string that ended it; None for the model's end token."""
     error: str | None = None
-    """Why it did not go on, when finish_reason is "error" or "abort"; what came before that is in text and token_ids."""
+    """Why it did not go on, when finish_reason is "error" or "abort"; text and token_ids have what came before."""
 
 
 @dataclass(slots=True)
