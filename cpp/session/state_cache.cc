@@ -403,22 +403,24 @@ StateCache::Impl::Node* StateCache::Impl::keep(Tokens tokens, std::shared_ptr<co
     ++counts_.num_not_stored;
     return nullptr;
   }
-  // First its place in the tree, where what was a leaf may become an interior point; then room.
+  // First its place, for what others save depends on it; then room.
   Node& node = path_to(tokens);
   if (node.on_device.nbytes > 0) {
     use(device_, node);
     return nullptr;
   }
+  hold(device_, node, nbytes);
+  node.state = std::move(state);
   ++node.pins;
-  const bool has_room = make_room(device_, nbytes, dropped);
+  const bool has_room = make_room(device_, 0, dropped);
   --node.pins;
   if (!has_room) {
     ++counts_.num_not_stored;
+    device_.stats.stored_tokens -= cost(node);
+    drop(device_, node, dropped);
     prune(&node);
     return nullptr;
   }
-  hold(device_, node, nbytes);
-  node.state = std::move(state);
   plan_copies();
   return &node;
 }

@@ -41,7 +41,8 @@ class StateCache {
   Match find(std::span<const std::int32_t> tokens, std::int64_t most);
 
   /// Keeps the state after these tokens. Evicts others, or keeps nothing, for want of room: never throws for that. The
-  /// caller must be sure that `tokens` alone decide the state. So a model with a prefix (ModelConfig::prefix_tokens)
+  /// caller answers for what a hit promises: to the bit, a state also depends on where its prompt was cut and on what
+  /// was read by steps. `branch` may thus have to be rounded down. A model with a prefix (ModelConfig::prefix_tokens)
   /// must have read at least that many in its first call; states inside a prefix are left out here. Throws
   /// InvalidArgument when the state has seen another number of tokens, StateError when it is of another model.
   void insert(std::span<const std::int32_t> tokens, std::shared_ptr<const State> state);
