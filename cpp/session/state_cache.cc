@@ -104,7 +104,7 @@ class StateCache::Impl {
   struct Node;
   // In the order of eviction.
   struct Place {
-    bool is_end;      // a leaf or a fork, and not an interior point of a path
+    bool is_end;      // see StateCache::Impl::is_end
     double priority;  // the tier's clock at the last use, and tokens to recompute per byte
     std::uint64_t use;
     Node* node;
@@ -153,9 +153,10 @@ class StateCache::Impl {
   Node& split(Node& node, std::size_t length);
   void prune(Node* node);
   std::int64_t cost(const Node& node) const;
+  static bool is_end(const Node& node);
   Place place_of(const Tier& tier, Node& node, std::uint64_t use) const;
   void place(Node& node);
-  void place_below(Node& node);
+  void place_others(Node& node);
   void hold(Tier& tier, Node& node, std::size_t nbytes);
   void use(Tier& tier, Node& node);
   void drop(Tier& tier, Node& node, Dropped& dropped);
@@ -264,8 +265,9 @@ StateCache::Impl::Node& StateCache::Impl::split(Node& node, std::size_t length) 
   middle.children[node.edge[length]] = &node;
   nodes_.emplace(middle.id, std::move(owned));
   node.edge.erase(node.edge.begin(), node.edge.begin() + static_cast<std::ptrdiff_t>(length));
-  node.parent->children[middle.edge.front()] = &middle;
+  middle.parent->children[middle.edge.front()] = &middle;
   node.parent = &middle;
+  place(*middle.parent);
   return middle;
 }
 
@@ -280,6 +282,7 @@ void StateCache::Impl::prune(Node* node) {
       child->parent = parent;
       parent->children.find(child->edge.front())->second = child;
       nodes_.erase(node->id);
+      place(*parent);
       return;
     }
     parent->children.erase(node->edge.front());
@@ -305,10 +308,15 @@ std::int64_t StateCache::Impl::cost(const Node& node) const {
   return node.depth - before->depth;
 }
 
+// A leaf, a fork, or what a fork without a state goes on from; otherwise an interior point of a path.
+bool StateCache::Impl::is_end(const Node& node) {
+  return node.children.size() != 1 || !node.children.begin()->second->holds();
+}
+
 StateCache::Impl::Place StateCache::Impl::place_of(const Tier& tier, Node& node, std::uint64_t use) const {
   const Held& held = node.*tier.held;
   const double saved = static_cast<double>(cost(node)) / static_cast<double>(held.nbytes);
-  return {node.children.size() != 1, held.clock + saved, use, &node};
+  return {is_end(node), held.clock + saved, use, &node};
 }
 
 // Puts a node into its place again, after its costs or its children have changed.
@@ -323,8 +331,10 @@ void StateCache::Impl::place(Node& node) {
   }
 }
 
-// The same of the next nodes below that have a state: their costs begin here.
-void StateCache::Impl::place_below(Node& node) {
+// The same of those that depend on whether this one has a state: the node above, and the next ones below that have one,
+// whose costs begin here.
+void StateCache::Impl::place_others(Node& node) {
+  if (node.parent != nullptr) place(*node.parent);
   std::vector<Node*> rest{&node};
   while (!rest.empty()) {
     Node* const next = rest.back();
@@ -349,7 +359,7 @@ void StateCache::Impl::hold(Tier& tier, Node& node, std::size_t nbytes) {
   held.place = place_of(tier, node, ++last_use_);
   tier.order.insert(held.place);
   tier.stats.stored_tokens += cost(node);
-  if (is_new) place_below(node);
+  if (is_new) place_others(node);
 }
 
 void StateCache::Impl::use(Tier& tier, Node& node) {
@@ -372,7 +382,7 @@ void StateCache::Impl::drop(Tier& tier, Node& node, Dropped& dropped) {
     dropped.push_back(std::move(node.state));
   else
     dropped.push_back(std::move(node.copy));
-  if (!node.holds()) place_below(node);
+  if (!node.holds()) place_others(node);
 }
 
 // Gives up the state that saves least. False: there is none that may go.
@@ -748,7 +758,7 @@ void StateCache::Impl::write_file(std::uint64_t id, std::unique_lock<std::mutex>
   Node* node = look_up(id);
   if (node == nullptr) return;
   node->writing = false;
-  if (!node->holds() || node->children.size() == 1) return;
+  if (!node->holds() || !is_end(*node)) return;
   const auto state = node->state;
   const auto copy = node->copy;
   std::vector<std::int32_t> tokens;

@@ -283,6 +283,19 @@ TEST_F(Eviction, TakesInteriorPointsBeforeLeavesAndForks) {
   EXPECT_FALSE(has(first(path, 30)));
 }
 
+TEST_F(Eviction, WhatAForkWithoutAStateGoesOnFromIsNoInteriorPoint) {
+  cache(4);
+  const Tokens stem = random_tokens(60, 1), leaf = joined(stem, random_tokens(40, 2));
+  insert(first(stem, 20));
+  insert(first(stem, 50));
+  insert(leaf);
+  insert(joined(stem, random_tokens(30, 3)));  // paths part at 60, which has no state
+  insert(random_tokens(35, 4));
+  EXPECT_TRUE(has(leaf));
+  EXPECT_EQ(cache_->find(stem, 60).num_tokens, 50);
+  EXPECT_EQ(cache_->find(first(stem, 49), 60).num_tokens, 0);
+}
+
 TEST_F(Eviction, TakesWhatSavesLeast) {
   cache(3);
   insert(random_tokens(100, 1));
@@ -842,16 +855,19 @@ TEST_P(SharedPrefix, IsFoundByAllButTheFirst) {
   EXPECT_GE(static_cast<double>(hits(10000, 64)), 0.97 * possible(shared / 64 * 64));
 }
 
-TEST_P(SharedPrefix, IsFoundWithLittleMemory) {
+// One of 40 tokens saves less than what each request has of its own, and goes first.
+class LongSharedPrefix : public SharedPrefix {};
+
+TEST_P(LongSharedPrefix, IsFoundWithLittleMemory) {
   const std::int64_t shared = GetParam().first;
-  if (shared < 100) GTEST_SKIP() << "it saves less than what the requests have of their own, and goes first";
   EXPECT_GE(static_cast<double>(hits(12, 1)), 0.97 * possible(shared));
   EXPECT_GE(static_cast<double>(hits(12, 64)), 0.97 * possible(shared / 64 * 64));
 }
 
-INSTANTIATE_TEST_SUITE_P(StateCache, SharedPrefix,
-                         ::testing::Values(std::pair(1600, 600), std::pair(1500, 700), std::pair(1000, 40),
-                                           std::pair(40, 600)));
+constexpr std::pair kLong[] = {std::pair(1600, 600), {1500, 700}, {1000, 40}};
+INSTANTIATE_TEST_SUITE_P(StateCache, SharedPrefix, ::testing::ValuesIn(kLong));
+INSTANTIATE_TEST_SUITE_P(OfFewTokens, SharedPrefix, ::testing::Values(std::pair(40, 600)));
+INSTANTIATE_TEST_SUITE_P(StateCache, LongSharedPrefix, ::testing::ValuesIn(kLong));
 
 TEST(StateCache, ALongConversationIsNeverReadAgain) {
   const auto model = make_model(fixed_config());
