@@ -274,9 +274,6 @@ class Backend {
   /// changes no bit. Divides chunk_tokens().
   virtual std::int64_t cut_tokens() const = 0;
 
-  /// What a sequence computes does not depend, to the bit, on the rest of its batch (LoadOptions::deterministic).
-  virtual bool deterministic() const = 0;
-
   // ---- memory ------------------------------------------------------------------------------------------------
 
   /// Uninitialised, aligned to 64 bytes, counted while it lives. Throws OutOfMemory.

@@ -49,7 +49,6 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
   DType projection_dtype(DType) const override { return DType::float32; }
   std::int64_t chunk_tokens() const override { return 256; }
   std::int64_t cut_tokens() const override;
-  bool deterministic() const override { return true; }
 
   // cpu_backend.cc
   backend::Buffer allocate(std::size_t nbytes, backend::MemoryKind kind) override;
