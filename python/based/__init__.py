@@ -8,6 +8,8 @@ from based import sizes
 from based._core import (
     Checkpoint,
     DeviceError,
+    EngineBusyError,
+    EngineClosedError,
     Error,
     FormatError,
     FullAttentionConfig,
@@ -34,6 +36,7 @@ from based._core import (
     build_info,
 )
 from based._devices import DeviceInfo, devices
+from based._engine import CacheStats, CacheTier, Engine, EngineRequest, EngineStats, RequestTimes
 from based._loading import load
 from based._model import MemoryUse, Model
 from based._outputs import CompletionOutput, Logprob, RequestOutput, StreamChunk
@@ -43,11 +46,18 @@ from based._session import Session
 __version__: str = build_info()["version"]
 
 __all__ = [
+    "CacheStats",
+    "CacheTier",
     "Checkpoint",
     "CompletionOutput",
     "ContinuationScore",
     "DeviceError",
     "DeviceInfo",
+    "Engine",
+    "EngineBusyError",
+    "EngineClosedError",
+    "EngineRequest",
+    "EngineStats",
     "Error",
     "FormatError",
     "FullAttentionConfig",
@@ -65,6 +75,7 @@ __all__ = [
     "ModelConfig",
     "PrefixLinearAttentionConfig",
     "RequestOutput",
+    "RequestTimes",
     "Rwkv4Config",
     "Rwkv7Config",
     "SamplingParams",
@@ -84,5 +95,16 @@ __all__ = [
     "sizes",
 ]
 
-for _type in (DeviceError, Error, FormatError, SessionBusyError, State, StateError, Tensor, UnsupportedError):
+for _type in (
+    DeviceError,
+    EngineBusyError,
+    EngineClosedError,
+    Error,
+    FormatError,
+    SessionBusyError,
+    State,
+    StateError,
+    Tensor,
+    UnsupportedError,
+):
     _type.__module__ = "based"  # where users find them; tracebacks say so

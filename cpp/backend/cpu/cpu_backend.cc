@@ -13,6 +13,7 @@
 #endif
 
 #include "backend/cpu/cpu_operands.h"
+#include "backend/cpu/kernels/linear_attention.h"
 #include "based/error.h"
 
 namespace based::cpu {
@@ -71,6 +72,8 @@ std::unique_ptr<backend::Backend> CpuBackend::sibling() const {
   return std::make_unique<CpuBackend>(pool_, isa_, counters_);
 }
 
+std::int64_t CpuBackend::cut_tokens() const { return kTaylorChunk; }
+
 std::string CpuBackend::kernel_isa() const { return std::string(name_of(isa_)); }
 
 backend::Buffer CpuBackend::allocate(std::size_t nbytes, backend::MemoryKind kind) {
@@ -81,6 +84,10 @@ backend::Buffer CpuBackend::allocate(std::size_t nbytes, backend::MemoryKind kin
     return allocate_heap(nbytes);
   });
   return backend::counted({std::move(data), nbytes}, counters_, kind);
+}
+
+std::shared_ptr<void> CpuBackend::allocate_host(std::size_t nbytes) const {
+  return or_out_of_memory(nbytes, [&] { return allocate_heap(nbytes); });
 }
 
 backend::Buffer CpuBackend::allocate_states(std::size_t nbytes, bool sparse) {
