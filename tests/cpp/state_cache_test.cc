@@ -864,7 +864,7 @@ TEST_P(LongSharedPrefix, IsFoundWithLittleMemory) {
   EXPECT_GE(static_cast<double>(hits(12, 64)), 0.97 * possible(shared / 64 * 64));
 }
 
-constexpr std::pair kLong[] = {std::pair(1600, 600), {1500, 700}, {1000, 40}};
+constexpr std::pair<int, int> kLong[] = {{1600, 600}, {1500, 700}, {1000, 40}};
 INSTANTIATE_TEST_SUITE_P(StateCache, SharedPrefix, ::testing::ValuesIn(kLong));
 INSTANTIATE_TEST_SUITE_P(OfFewTokens, SharedPrefix, ::testing::Values(std::pair(40, 600)));
 INSTANTIATE_TEST_SUITE_P(StateCache, LongSharedPrefix, ::testing::ValuesIn(kLong));
