@@ -82,6 +82,13 @@ def test_decoding_equals_the_parallel_form(random_model: RandomModel, tokens, da
         if layer["mixer"] == "sliding_window":
             seen = min(len(tokens), layer["window"])
             assert state.tensors[f"layers.{i}.keys"].shape == (seen, layer["num_kv_heads"], layer["head_dim"])
+    # A prompt as kernels read it, and its state.
+    prefilled, after = model.prefill(tokens)
+    assert rel_l2(prefilled, logits) < 1e-9
+    assert after.num_tokens == state.num_tokens
+    assert after.tensors.keys() == state.tensors.keys()
+    for name, values in state.tensors.items():
+        np.testing.assert_allclose(after.tensors[name], values, rtol=1e-9, atol=1e-9 * np.abs(values).max(initial=0))
     # A copy goes on independently of its original.
     cut = data.draw(st.integers(0, len(tokens)))
     _, first = model.decode(tokens[:cut])
@@ -117,7 +124,7 @@ def test_a_wrong_detail_is_visible(tmp_path, monkeypatch, mistake):
     if mistake == "window":
         layers[2]["window"] -= 1
     elif mistake == "taylor":
-        monkeypatch.setattr("tests.reference.model.taylor", lambda s: 1 + s + s**2)
+        monkeypatch.setattr("tests.reference.model.taylor", lambda s, _: 1 + s + s**2)
     elif mistake == "interleaved":
         layers[2]["rotary_interleaved"] = True
     elif mistake == "gate":
