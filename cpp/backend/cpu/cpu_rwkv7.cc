@@ -1,10 +1,9 @@
 // RWKV-7: a task of the shift is a sequence and some channels, one of the recurrence a head of a sequence. The
 // arithmetic is in kernels/.
 
-#include <algorithm>
-
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/cpu_operands.h"
+#include "backend/cpu/cpu_token_shift.h"
 #include "backend/cpu/kernels/rwkv7.h"
 
 namespace based::cpu {
@@ -13,8 +12,6 @@ using backend::Matrix;
 using backend::RaggedBatch;
 
 namespace {
-
-constexpr std::int64_t kShiftChannels = 128;  // of a task
 
 struct Rwkv7Plan {
   ThreadFloats scratch;
@@ -33,28 +30,10 @@ std::size_t scratch_nbytes(const Rwkv7Config& config, const Lengths&, Isa, int n
   return plan_nbytes<Rwkv7Plan>(config, num_threads);
 }
 
-void CpuBackend::rwkv7_shift(const Rwkv7Config& config, const std::array<const float*, 6>& mix,
-                             const RaggedBatch& batch, const Matrix& x, backend::StatePool& states, int layer,
+void CpuBackend::rwkv7_shift(const Rwkv7Config&, const std::array<const float*, 6>& mix, const RaggedBatch& batch,
+                             const Matrix& x, backend::StatePool& states, int layer,
                              const std::array<Matrix, 6>& mixed) {
-  const Rwkv7Kernels& kernels = rwkv7_kernels_of(isa_);
-  const CpuStatePool& pool = pool_of(states);
-  const std::int64_t blocks = ceil_div(config.hidden_size, kShiftChannels);
-  pool_->run(batch.num_sequences() * blocks, [&](std::int64_t index, int) {
-    const std::int64_t b = index / blocks, first = batch.offsets[b];
-    Rwkv7ShiftTask task;
-    task.x = element(x, first, 0);
-    for (std::size_t i = 0; i < mix.size(); ++i) {
-      task.mix[i] = mix[i];
-      task.mixed[i] = element(mixed[i], first, 0);
-    }
-    task.bf16 = is_bf16(x);
-    task.hidden_size = config.hidden_size;
-    task.num_tokens = batch.offsets[b + 1] - first;
-    task.channel_begin = index % blocks * kShiftChannels;
-    task.channel_end = std::min(task.channel_begin + kShiftChannels, config.hidden_size);
-    task.before = pool.layer<float>(batch.slots[b], layer, 0);
-    kernels.shift(task);
-  });
+  token_shift<6>(*pool_, rwkv7_kernels_of(isa_).shift, mix, batch, x, states, layer, mixed);
 }
 
 void CpuBackend::rwkv7_low_rank(const Rwkv7Config&, const Matrix& w, const Matrix& g) {
