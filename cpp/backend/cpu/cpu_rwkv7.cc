@@ -13,12 +13,7 @@ using backend::RaggedBatch;
 
 namespace {
 
-struct Rwkv7Plan {
-  ThreadFloats scratch;
-
-  Rwkv7Plan(Carver& carver, const Rwkv7Config& config, int num_threads)
-      : scratch(carver, num_threads, rwkv7_scratch(config.head_dim)) {}
-};
+std::int64_t thread_floats(const Rwkv7Config& config) { return rwkv7_scratch(config.head_dim); }
 
 const Rwkv7Kernels& rwkv7_kernels_of(Isa isa) {
   return for_isa(isa, [](auto tag) -> const Rwkv7Kernels& { return rwkv7_kernels(tag); });
@@ -27,7 +22,7 @@ const Rwkv7Kernels& rwkv7_kernels_of(Isa isa) {
 }  // namespace
 
 std::size_t scratch_nbytes(const Rwkv7Config& config, const Lengths&, Isa, int num_threads) {
-  return plan_nbytes<Rwkv7Plan>(config, num_threads);
+  return plan_nbytes<ThreadFloats>(num_threads, thread_floats(config));
 }
 
 void CpuBackend::rwkv7_shift(const Rwkv7Config&, const std::array<const float*, 6>& mix, const RaggedBatch& batch,
@@ -48,8 +43,8 @@ void CpuBackend::rwkv7(const Rwkv7Config& config, const backend::Rwkv7Operands& 
                        backend::StatePool& states, int layer, const Matrix& out) {
   const Rwkv7Kernels& kernels = rwkv7_kernels_of(isa_);
   const CpuStatePool& pool = pool_of(states);
-  Carver carver(scratch(plan_nbytes<Rwkv7Plan>(config, num_threads())));
-  const Rwkv7Plan plan(carver, config, num_threads());
+  Carver carver(scratch(plan_nbytes<ThreadFloats>(num_threads(), thread_floats(config))));
+  const ThreadFloats floats(carver, num_threads(), thread_floats(config));
   const std::int64_t heads = config.num_heads, size = config.head_dim;
   pool_->run(batch.num_sequences() * heads, [&](std::int64_t index, int thread) {
     const std::int64_t b = index / heads, begin = index % heads * size, first = batch.offsets[b];
@@ -73,7 +68,7 @@ void CpuBackend::rwkv7(const Rwkv7Config& config, const backend::Rwkv7Operands& 
     task.out = element(out, first, 0);
     task.out_begin = begin;
     task.out_bf16 = is_bf16(out);
-    task.scratch = plan.scratch.of(thread);
+    task.scratch = floats.of(thread);
     kernels.advance(task);
   });
 }
