@@ -1,4 +1,4 @@
-"""From tokens to text, as they come."""
+"""From tokens to text, as they come, and text for a terminal."""
 
 import codecs
 import functools
@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT_TOKENS = 5
 _MAX_CHARACTER_BYTES = 4
+
+
+def printable(text: str, keep: str = "") -> str:
+    """The text with what is no letter or sign as an escape: a terminal obeys control characters in names of files."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
 class Detokenizer:

@@ -17,12 +17,10 @@ from based.convert import convert
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.reference import bf16
-from tests.reference.bf16 import forward_bf16
 from tests.reference.checkpoints import RandomModel
 from tests.reference.checkpoints import models as random_models
 from tests.reference.compare import rel_l2
-from tests.reference.files import read_safetensors, to_float64
+from tests.reference.files import bfloat16, read_safetensors, to_float64
 from tests.reference.model import Model, State
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -82,7 +80,7 @@ def saved_state(session: based.Session, path: Path) -> dict[str, np.ndarray]:
 def test_random_architectures(isa, tmp_path_factory, random: RandomModel, length, seed):
     tensors, tokens = random.tensors(), draw_tokens(random.config, length, seed)
     exact, state = Model(random.config, tensors).decode(tokens)
-    plain, plain_state = forward_bf16(random.config, tensors, tokens)
+    plain, plain_state = Model(random.config, tensors, bfloat16).prefill(tokens)
     bound = FACTOR * rel_l2(plain, exact)
     model = load(random)
     assert rel_l2(model.forward(tokens, include_padding=True), exact) <= bound
@@ -97,7 +95,8 @@ def test_golden_cases(isa, tmp_path, golden, case):
     convert(GOLDEN / case, tmp_path / "model")
     reference, model = Model.load(tmp_path / "model"), based.load(tmp_path / "model", dtype="bfloat16")
     values = golden(case)
-    plain = [forward_bf16(reference.config, reference.tensors, ids)[0] for ids in values["input_ids"]]
+    rounded = Model(reference.config, reference.tensors, bfloat16)
+    plain = [rounded.prefill(ids)[0] for ids in values["input_ids"]]
     bound = FACTOR * rel_l2(plain, values["logits"])
     assert rel_l2([model.forward(ids, include_padding=True) for ids in values["input_ids"]], values["logits"]) <= bound
     decoded = [step_by_step(model.session(), ids) for ids in values["input_ids"]]
@@ -118,7 +117,8 @@ def medium(tmp_path_factory):
     directory = tmp_path_factory.mktemp("medium") / "model"
     random.write(directory)
     tensors, tokens = random.tensors(), draw_tokens(config, 600, 1)
-    return directory, tokens, Model(config, tensors).forward(tokens).logits, forward_bf16(config, tensors, tokens)[0]
+    plain = Model(config, tensors, bfloat16).prefill(tokens)[0]
+    return directory, tokens, Model(config, tensors).forward(tokens).logits, plain
 
 
 def test_a_medium_model(isa, medium):
@@ -134,25 +134,10 @@ def test_a_medium_model(isa, medium):
 # ---- the yardstick ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40)
-@given(random=random_models(), length=st.integers(1, 40), seed=st.integers(0, 1 << 16))
-def test_yardstick_computes_the_same_equations(random: RandomModel, length, seed):
-    """Without its rounding it is the reference, logits and state."""
-    tensors, tokens = random.tensors(), draw_tokens(random.config, length, seed)
-    exact, state = Model(random.config, tensors).decode(tokens)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bf16, "bf16", lambda x: np.asarray(x, np.float64))
-        logits, found = forward_bf16(random.config, tensors, tokens)
-    assert rel_l2(logits, exact) < 1e-5  # eps is float32
-    assert found.num_tokens == state.num_tokens
-    assert found.tensors.keys() == state.tensors.keys()
-    assert state_error(found.tensors, state) < 1e-5
-
-
 def test_yardstick_rounds_to_nearest_even():
     values = np.array([1.0, 1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8 + 2**-20), 3.4e38, np.inf, -np.inf, 0.0])
     expected = [1.0, 1.0, 1 + 2**-6, -(1 + 2**-7), np.inf, np.inf, -np.inf, 0.0]
-    assert bf16.bf16(values).tolist() == [np.float32(x) for x in expected]
+    assert bfloat16(values).tolist() == [np.float32(x) for x in expected]
 
 
 @settings(max_examples=40)
@@ -163,5 +148,5 @@ def test_yardstick_is_as_far_off_as_torch(random: RandomModel, length, seed):
 
     tensors, tokens = random.tensors(), draw_tokens(random.config, length, seed)
     exact = Model(random.config, tensors).forward(tokens).logits
-    ours = rel_l2(forward_bf16(random.config, tensors, tokens)[0], exact)
+    ours = rel_l2(Model(random.config, tensors, bfloat16).prefill(tokens)[0], exact)
     assert ours == pytest.approx(rel_l2(torch_model.forward(random.config, tensors, tokens), exact), rel=0.2)

@@ -16,6 +16,12 @@ _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64"
 _NUMPY = {"F32": "<f4", "BF16": "<u2", "F16": "<f2", "I64": "<i8", "I32": "<i4", "BOOL": "?"}
 
 
+def bfloat16(x: Any) -> Array:
+    """The nearest bfloat16 values, ties to even, in float32."""
+    word = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((word + np.uint32(0x7FFF) + ((word >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
 def round_to(values: Array, dtype: str) -> Array:
     """The bits of `values` in `dtype`, rounded to nearest even; bfloat16 as uint16."""
     single = np.asarray(values, np.float32)
@@ -25,8 +31,7 @@ def round_to(values: Array, dtype: str) -> Array:
         return single.astype(np.float16)
     assert dtype == "bfloat16", dtype
     assert np.isfinite(single).all()
-    word = single.view(np.uint32)
-    return ((word + 0x7FFF + ((word >> 16) & 1)) >> 16).astype(np.uint16)
+    return (bfloat16(single).view(np.uint32) >> 16).astype(np.uint16)
 
 
 def to_float64(bits: Array, dtype: str) -> Array:

@@ -1,7 +1,7 @@
 """The equations in plain PyTorch, quadratic in the number of tokens, in whatever dtype is asked for.
 
-In float64 the mixers are what gradients are compared with: autograd differentiates them. In bfloat16 the model is the
-yardstick for the runtime's bfloat16 error: weights and activations are bfloat16 tensors and every operation rounds its
+In float64 the mixers are what gradients are compared with: autograd differentiates them. In bfloat16 the model says
+whether model.py rounds where PyTorch does: weights and activations are bfloat16 tensors and every operation rounds its
 result, as the authors' model does when cast to bfloat16; only the residual stream and the norms' insides are float32
 (`residual_in_fp32`).
 """

@@ -11,17 +11,12 @@ using backend::RaggedBatch;
 
 namespace {
 
-struct DeltaPlan {
-  ThreadFloats scratch;
-
-  DeltaPlan(Carver& carver, const GatedDeltaNetConfig& config, int num_threads)
-      : scratch(carver, num_threads, delta_scratch(config.key_dim, config.head_dim)) {}
-};
+std::int64_t thread_floats(const GatedDeltaNetConfig& config) { return delta_scratch(config.key_dim, config.head_dim); }
 
 }  // namespace
 
 std::size_t scratch_nbytes(const GatedDeltaNetConfig& config, const Lengths&, Isa, int num_threads) {
-  return plan_nbytes<DeltaPlan>(config, num_threads);
+  return plan_nbytes<ThreadFloats>(num_threads, thread_floats(config));
 }
 
 void CpuBackend::gated_delta_net(const GatedDeltaNetConfig& config, const backend::DeltaOperands& operands,
@@ -30,8 +25,8 @@ void CpuBackend::gated_delta_net(const GatedDeltaNetConfig& config, const backen
   const GatedDeltaNetKernels& kernels =
       for_isa(isa_, [](auto tag) -> const GatedDeltaNetKernels& { return gated_delta_net_kernels(tag); });
   const CpuStatePool& pool = pool_of(states);
-  Carver carver(scratch(plan_nbytes<DeltaPlan>(config, num_threads())));
-  const DeltaPlan plan(carver, config, num_threads());
+  Carver carver(scratch(plan_nbytes<ThreadFloats>(num_threads(), thread_floats(config))));
+  const ThreadFloats floats(carver, num_threads(), thread_floats(config));
   pool_->run(batch.num_sequences() * config.num_heads, [&](std::int64_t index, int thread) {
     const std::int64_t b = index / config.num_heads, h = index % config.num_heads, first = batch.offsets[b];
     GatedDeltaNetTask task;
@@ -53,7 +48,7 @@ void CpuBackend::gated_delta_net(const GatedDeltaNetConfig& config, const backen
     task.state = pool.layer<float>(batch.slots[b], layer, 1) + h * config.key_dim * config.head_dim;
     task.out = element(out, first, 0);
     task.out_bf16 = is_bf16(out);
-    task.scratch = plan.scratch.of(thread);
+    task.scratch = floats.of(thread);
     kernels.advance(task);
   });
 }

@@ -11,17 +11,14 @@ using backend::RaggedBatch;
 
 namespace {
 
-struct GatedLinearPlan {
-  ThreadFloats scratch;
-
-  GatedLinearPlan(Carver& carver, const GatedLinearAttentionConfig& config, int num_threads)
-      : scratch(carver, num_threads, gated_linear_scratch(config.key_dim, config.head_dim)) {}
-};
+std::int64_t thread_floats(const GatedLinearAttentionConfig& config) {
+  return gated_linear_scratch(config.key_dim, config.head_dim);
+}
 
 }  // namespace
 
 std::size_t scratch_nbytes(const GatedLinearAttentionConfig& config, const Lengths&, Isa, int num_threads) {
-  return plan_nbytes<GatedLinearPlan>(config, num_threads);
+  return plan_nbytes<ThreadFloats>(num_threads, thread_floats(config));
 }
 
 void CpuBackend::gated_linear_attention(const GatedLinearAttentionConfig& config, const float* norm,
@@ -30,8 +27,8 @@ void CpuBackend::gated_linear_attention(const GatedLinearAttentionConfig& config
   const GatedLinearAttentionKernels& kernels =
       for_isa(isa_, [](auto tag) -> const GatedLinearAttentionKernels& { return gated_linear_attention_kernels(tag); });
   const CpuStatePool& pool = pool_of(states);
-  Carver carver(scratch(plan_nbytes<GatedLinearPlan>(config, num_threads())));
-  const GatedLinearPlan plan(carver, config, num_threads());
+  Carver carver(scratch(plan_nbytes<ThreadFloats>(num_threads(), thread_floats(config))));
+  const ThreadFloats floats(carver, num_threads(), thread_floats(config));
   const std::int64_t heads = config.num_heads, dk = config.key_dim, dv = config.head_dim;
   pool_->run(batch.num_sequences() * heads, [&](std::int64_t index, int thread) {
     const std::int64_t b = index / heads, h = index % heads, first = batch.offsets[b];
@@ -55,7 +52,7 @@ void CpuBackend::gated_linear_attention(const GatedLinearAttentionConfig& config
     task.out_begin = h * dv;
     task.out_width = out.cols;
     task.out_bf16 = is_bf16(out);
-    task.scratch = plan.scratch.of(thread);
+    task.scratch = floats.of(thread);
     kernels.advance(task);
   });
 }

@@ -11,25 +11,20 @@ using backend::RaggedBatch;
 
 namespace {
 
-struct H3Plan {
-  ThreadFloats scratch;
-
-  H3Plan(Carver& carver, const H3Config& config, int num_threads)
-      : scratch(carver, num_threads, h3_scratch(config.head_dim)) {}
-};
+std::int64_t thread_floats(const H3Config& config) { return h3_scratch(config.head_dim); }
 
 }  // namespace
 
 std::size_t scratch_nbytes(const H3Config& config, const Lengths&, Isa, int num_threads) {
-  return plan_nbytes<H3Plan>(config, num_threads);
+  return plan_nbytes<ThreadFloats>(num_threads, thread_floats(config));
 }
 
 void CpuBackend::h3(const H3Config& config, const backend::H3Operands& operands, const RaggedBatch& batch,
                     const Matrix& qkv, backend::StatePool& states, int layer, const Matrix& out) {
   const H3Kernels& kernels = for_isa(isa_, [](auto tag) -> const H3Kernels& { return h3_kernels(tag); });
   const CpuStatePool& pool = pool_of(states);
-  Carver carver(scratch(plan_nbytes<H3Plan>(config, num_threads())));
-  const H3Plan plan(carver, config, num_threads());
+  Carver carver(scratch(plan_nbytes<ThreadFloats>(num_threads(), thread_floats(config))));
+  const ThreadFloats floats(carver, num_threads(), thread_floats(config));
   const std::int64_t modes = config.num_modes, products = config.head_dim * config.head_dim;
   pool_->run(batch.num_sequences() * config.num_heads, [&](std::int64_t index, int thread) {
     const std::int64_t b = index / config.num_heads, h = index % config.num_heads, first = batch.offsets[b];
@@ -49,7 +44,7 @@ void CpuBackend::h3(const H3Config& config, const backend::H3Operands& operands,
     task.state = pool.layer<float>(batch.slots[b], layer, 1) + h * products * 2 * modes;
     task.out = element(out, first, 0);
     task.out_bf16 = is_bf16(out);
-    task.scratch = plan.scratch.of(thread);
+    task.scratch = floats.of(thread);
     kernels.advance(task);
   });
 }

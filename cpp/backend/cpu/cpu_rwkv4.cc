@@ -4,6 +4,7 @@
 
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/cpu_operands.h"
+#include "backend/cpu/cpu_token_shift.h"
 #include "backend/cpu/kernels/rwkv4.h"
 
 namespace based::cpu {
@@ -23,28 +24,10 @@ const Rwkv4Kernels& kernels_of(Isa isa) {
 
 std::size_t scratch_nbytes(const Rwkv4Config&, const Lengths&, Isa, int) { return 0; }
 
-void CpuBackend::rwkv4_shift(const Rwkv4Config& config, const std::array<const float*, 3>& mix,
-                             const RaggedBatch& batch, const Matrix& x, backend::StatePool& states, int layer,
+void CpuBackend::rwkv4_shift(const Rwkv4Config&, const std::array<const float*, 3>& mix, const RaggedBatch& batch,
+                             const Matrix& x, backend::StatePool& states, int layer,
                              const std::array<Matrix, 3>& mixed) {
-  const Rwkv4Kernels& kernels = kernels_of(isa_);
-  const CpuStatePool& pool = pool_of(states);
-  const std::int64_t blocks = ceil_div(config.hidden_size, kChannels);
-  pool_->run(batch.num_sequences() * blocks, [&](std::int64_t index, int) {
-    const std::int64_t b = index / blocks, first = batch.offsets[b];
-    Rwkv4ShiftTask task;
-    task.x = element(x, first, 0);
-    for (std::size_t i = 0; i < 3; ++i) {
-      task.mix[i] = mix[i];
-      task.mixed[i] = element(mixed[i], first, 0);
-    }
-    task.bf16 = is_bf16(x);
-    task.hidden_size = config.hidden_size;
-    task.num_tokens = batch.offsets[b + 1] - first;
-    task.channel_begin = index % blocks * kChannels;
-    task.channel_end = std::min(task.channel_begin + kChannels, config.hidden_size);
-    task.before = pool.layer<float>(batch.slots[b], layer, 0);
-    kernels.shift(task);
-  });
+  token_shift<3>(*pool_, kernels_of(isa_).shift, mix, batch, x, states, layer, mixed);
 }
 
 void CpuBackend::rwkv4(const Rwkv4Config& config, const backend::Rwkv4Operands& operands, const RaggedBatch& batch,

@@ -1,10 +1,9 @@
 // RWKV-7: a task of the shift is a sequence and some channels, one of the recurrence a head of a sequence. The
 // arithmetic is in kernels/.
 
-#include <algorithm>
-
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/cpu_operands.h"
+#include "backend/cpu/cpu_token_shift.h"
 #include "backend/cpu/kernels/rwkv7.h"
 
 namespace based::cpu {
@@ -14,14 +13,7 @@ using backend::RaggedBatch;
 
 namespace {
 
-constexpr std::int64_t kShiftChannels = 128;  // of a task
-
-struct Rwkv7Plan {
-  ThreadFloats scratch;
-
-  Rwkv7Plan(Carver& carver, const Rwkv7Config& config, int num_threads)
-      : scratch(carver, num_threads, rwkv7_scratch(config.head_dim)) {}
-};
+std::int64_t thread_floats(const Rwkv7Config& config) { return rwkv7_scratch(config.head_dim); }
 
 const Rwkv7Kernels& rwkv7_kernels_of(Isa isa) {
   return for_isa(isa, [](auto tag) -> const Rwkv7Kernels& { return rwkv7_kernels(tag); });
@@ -30,31 +22,13 @@ const Rwkv7Kernels& rwkv7_kernels_of(Isa isa) {
 }  // namespace
 
 std::size_t scratch_nbytes(const Rwkv7Config& config, const Lengths&, Isa, int num_threads) {
-  return plan_nbytes<Rwkv7Plan>(config, num_threads);
+  return plan_nbytes<ThreadFloats>(num_threads, thread_floats(config));
 }
 
-void CpuBackend::rwkv7_shift(const Rwkv7Config& config, const std::array<const float*, 6>& mix,
-                             const RaggedBatch& batch, const Matrix& x, backend::StatePool& states, int layer,
+void CpuBackend::rwkv7_shift(const Rwkv7Config&, const std::array<const float*, 6>& mix, const RaggedBatch& batch,
+                             const Matrix& x, backend::StatePool& states, int layer,
                              const std::array<Matrix, 6>& mixed) {
-  const Rwkv7Kernels& kernels = rwkv7_kernels_of(isa_);
-  const CpuStatePool& pool = pool_of(states);
-  const std::int64_t blocks = ceil_div(config.hidden_size, kShiftChannels);
-  pool_->run(batch.num_sequences() * blocks, [&](std::int64_t index, int) {
-    const std::int64_t b = index / blocks, first = batch.offsets[b];
-    Rwkv7ShiftTask task;
-    task.x = element(x, first, 0);
-    for (std::size_t i = 0; i < mix.size(); ++i) {
-      task.mix[i] = mix[i];
-      task.mixed[i] = element(mixed[i], first, 0);
-    }
-    task.bf16 = is_bf16(x);
-    task.hidden_size = config.hidden_size;
-    task.num_tokens = batch.offsets[b + 1] - first;
-    task.channel_begin = index % blocks * kShiftChannels;
-    task.channel_end = std::min(task.channel_begin + kShiftChannels, config.hidden_size);
-    task.before = pool.layer<float>(batch.slots[b], layer, 0);
-    kernels.shift(task);
-  });
+  token_shift<6>(*pool_, rwkv7_kernels_of(isa_).shift, mix, batch, x, states, layer, mixed);
 }
 
 void CpuBackend::rwkv7_low_rank(const Rwkv7Config&, const Matrix& w, const Matrix& g) {
@@ -69,8 +43,8 @@ void CpuBackend::rwkv7(const Rwkv7Config& config, const backend::Rwkv7Operands& 
                        backend::StatePool& states, int layer, const Matrix& out) {
   const Rwkv7Kernels& kernels = rwkv7_kernels_of(isa_);
   const CpuStatePool& pool = pool_of(states);
-  Carver carver(scratch(plan_nbytes<Rwkv7Plan>(config, num_threads())));
-  const Rwkv7Plan plan(carver, config, num_threads());
+  Carver carver(scratch(plan_nbytes<ThreadFloats>(num_threads(), thread_floats(config))));
+  const ThreadFloats floats(carver, num_threads(), thread_floats(config));
   const std::int64_t heads = config.num_heads, size = config.head_dim;
   pool_->run(batch.num_sequences() * heads, [&](std::int64_t index, int thread) {
     const std::int64_t b = index / heads, begin = index % heads * size, first = batch.offsets[b];
@@ -94,7 +68,7 @@ void CpuBackend::rwkv7(const Rwkv7Config& config, const backend::Rwkv7Operands& 
     task.out = element(out, first, 0);
     task.out_begin = begin;
     task.out_bf16 = is_bf16(out);
-    task.scratch = plan.scratch.of(thread);
+    task.scratch = floats.of(thread);
     kernels.advance(task);
   });
 }

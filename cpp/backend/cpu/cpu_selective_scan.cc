@@ -16,18 +16,13 @@ namespace {
 
 constexpr std::int64_t kScanChannels = 128;  // of a task
 
-struct ScanPlan {
-  ThreadFloats scratch;
-
-  ScanPlan(Carver& carver, const SelectiveScanConfig& config, int num_threads)
-      : scratch(carver, num_threads, kScanScratch * config.state_size) {}
-};
+std::int64_t thread_floats(const SelectiveScanConfig& config) { return kScanScratch * config.state_size; }
 
 }  // namespace
 
 std::size_t scratch_nbytes(const SelectiveScanConfig& config, const Lengths& lengths, Isa, int num_threads) {
   return std::max(conv_scratch_nbytes(config.kernel_size, lengths, num_threads),
-                  plan_nbytes<ScanPlan>(config, num_threads));
+                  plan_nbytes<ThreadFloats>(num_threads, thread_floats(config)));
 }
 
 void CpuBackend::scan_conv(const SelectiveScanConfig& config, const float* taps, const float* bias,
@@ -41,8 +36,8 @@ void CpuBackend::selective_scan(const SelectiveScanConfig& config, const backend
   const SelectiveScanKernels& kernels =
       for_isa(isa_, [](auto tag) -> const SelectiveScanKernels& { return selective_scan_kernels(tag); });
   const CpuStatePool& pool = pool_of(states);
-  Carver carver(scratch(plan_nbytes<ScanPlan>(config, num_threads())));
-  const ScanPlan plan(carver, config, num_threads());
+  Carver carver(scratch(plan_nbytes<ThreadFloats>(num_threads(), thread_floats(config))));
+  const ThreadFloats floats(carver, num_threads(), thread_floats(config));
   const std::int64_t e = config.inner_size, blocks = ceil_div(e, kScanChannels);
   pool_->run(batch.num_sequences() * blocks, [&](std::int64_t index, int thread) {
     const std::int64_t b = index / blocks, first = batch.offsets[b], channel = index % blocks * kScanChannels;
@@ -61,7 +56,7 @@ void CpuBackend::selective_scan(const SelectiveScanConfig& config, const backend
     task.state = pool.layer<float>(batch.slots[b], layer, 1);
     task.out = element(out, first, 0);
     task.out_bf16 = is_bf16(out);
-    task.scratch = plan.scratch.of(thread);
+    task.scratch = floats.of(thread);
     kernels.scan(task);
   });
 }

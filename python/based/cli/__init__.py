@@ -17,6 +17,8 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from based._text import printable
+
 COMMANDS = {
     "generate": "continue a prompt",
     "demo": "a tour: completion, recall, saved and forked states, costs",
@@ -104,7 +106,7 @@ def _main(argv: Sequence[str] | None) -> int:
         debug, options = args.debug, _options(args.parser)
 
         def show(message: Any, *_: Any, **__: Any) -> None:
-            print(f"based: warning: {_printable(_in_options(str(message), options))}", file=sys.stderr)
+            print("based: warning:", printable(_in_options(str(message), options), keep="\n"), file=sys.stderr)
 
         warnings.showwarning = show
         try:
@@ -126,13 +128,8 @@ def _main(argv: Sequence[str] | None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"based: error: {_printable(_describe(error, options))}", file=sys.stderr)
+        print("based: error:", printable(_describe(error, options), keep="\n"), file=sys.stderr)
         return 1
-
-
-def _printable(text: str) -> str:
-    """The text with what is no letter or sign as an escape: a terminal obeys control characters in names of files."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _describe(error: Exception, options: Mapping[str, str]) -> str:

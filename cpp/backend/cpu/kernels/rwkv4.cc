@@ -1,6 +1,6 @@
 #include "backend/cpu/kernels/rwkv4.h"
 
-#include "backend/cpu/kernels/simd.h"
+#include "backend/cpu/kernels/token_shift_kernel.h"
 
 // Channels lie in lanes, token by token: a token's numbers depend on nothing but the state and its inputs.
 
@@ -8,29 +8,8 @@ namespace based::cpu {
 namespace BASED_ISA {
 namespace {
 
-/// The first n lanes at element `index` of an array of float, or of bfloat16.
-BASED_INLINE f32v load_as(const void* x, std::int64_t index, std::int64_t n, bool bf16) {
-  if (!bf16) return load_n(static_cast<const float*>(x) + index, n);
-  std::uint16_t h[kLanes] = {};
-  __builtin_memcpy(h, static_cast<const std::uint16_t*>(x) + index, static_cast<std::size_t>(n) * sizeof(h[0]));
-  return load_bf16(h);
-}
-
-void shift(const Rwkv4ShiftTask& task) {
-  const std::int64_t d = task.hidden_size;
-  for (std::int64_t c = task.channel_begin; c < task.channel_end; c += kLanes) {
-    const std::int64_t n = task.channel_end - c < kLanes ? task.channel_end - c : kLanes;
-    f32v before = load_n(task.before + c, n);
-    for (std::int64_t t = 0; t < task.num_tokens; ++t) {
-      const f32v x = load_as(task.x, t * d + c, n, task.bf16);
-      for (int i = 0; i < 3; ++i) {
-        const f32v mu = load_n(task.mix[i] + c, n);
-        store_as(task.mixed[i], t * d + c, fmadd(mu, x, (splat(1.0f) - mu) * before), n, task.bf16);
-      }
-      before = x;
-    }
-    store_n(task.before + c, before, n);
-  }
+void shift(const TokenShiftTask<3>& task) {
+  token_shift(task, [](f32v x, f32v before, f32v mu) { return fmadd(mu, x, (splat(1.0f) - mu) * before); });
 }
 
 constexpr float kNothing = -1e30f;  // the exponent of empty sums

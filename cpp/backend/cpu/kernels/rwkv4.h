@@ -3,22 +3,12 @@
 #include <cstdint>
 
 #include "backend/cpu/kernels/dispatch.h"
+#include "backend/cpu/kernels/token_shift.h"
 
 namespace based::cpu {
 
-/// Backend::rwkv4_shift for one sequence and channels [channel_begin, channel_end). Pointers are to the sequence's
-/// first token of the call.
-struct Rwkv4ShiftTask {
-  const void* x;        // (tokens, d) float, or bfloat16 when bf16; so mixed
-  const float* mix[3];  // (d)
-  void* mixed[3];       // (tokens, d)
-  bool bf16;
-  std::int64_t hidden_size, num_tokens;
-  std::int64_t channel_begin, channel_end;
-  float* before;  // (d): the token before
-};
-
-/// Backend::rwkv4, likewise.
+/// Backend::rwkv4 for one sequence and channels [channel_begin, channel_end). Pointers are to the sequence's first
+/// token of the call.
 struct Rwkv4Task {
   const float* decay;      // (e)
   const float* first;      // (e)
@@ -31,7 +21,7 @@ struct Rwkv4Task {
 };
 
 struct Rwkv4Kernels {
-  void (*shift)(const Rwkv4ShiftTask& task);
+  void (*shift)(const TokenShiftTask<3>& task);
   void (*advance)(const Rwkv4Task& task);
 };
 

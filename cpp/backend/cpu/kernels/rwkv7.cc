@@ -1,32 +1,14 @@
 #include "backend/cpu/kernels/rwkv7.h"
 
 #include "backend/cpu/kernels/matrix_state.h"
+#include "backend/cpu/kernels/token_shift_kernel.h"
 
 namespace based::cpu {
 namespace BASED_ISA {
 namespace {
 
-/// The first n lanes from element `index` of an array of float, or of bfloat16.
-BASED_INLINE f32v load_as(const void* from, std::int64_t index, std::int64_t n, bool bf16) {
-  if (!bf16) return load_n(static_cast<const float*>(from) + index, n);
-  std::uint16_t bits[kLanes] = {};
-  __builtin_memcpy(bits, static_cast<const std::uint16_t*>(from) + index, static_cast<std::size_t>(n) * 2);
-  return load_bf16(bits);
-}
-
-void shift(const Rwkv7ShiftTask& task) {
-  for (std::int64_t c = task.channel_begin; c < task.channel_end; c += kLanes) {
-    const std::int64_t n = task.channel_end - c < kLanes ? task.channel_end - c : kLanes;
-    f32v before = load_n(task.before + c, n);
-    for (std::int64_t t = 0; t < task.num_tokens; ++t) {
-      const std::int64_t at = t * task.hidden_size + c;
-      const f32v x = load_as(task.x, at, n, task.bf16), change = before - x;
-      for (int i = 0; i < 6; ++i)
-        store_as(task.mixed[i], at, fmadd(change, load_n(task.mix[i] + c, n), x), n, task.bf16);
-      before = x;
-    }
-    store_n(task.before + c, before, n);
-  }
+void shift(const TokenShiftTask<6>& task) {
+  token_shift(task, [](f32v x, f32v before, f32v mu) { return fmadd(before - x, mu, x); });
 }
 
 template <class F>

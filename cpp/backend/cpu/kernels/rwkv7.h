@@ -3,19 +3,9 @@
 #include <cstdint>
 
 #include "backend/cpu/kernels/dispatch.h"
+#include "backend/cpu/kernels/token_shift.h"
 
 namespace based::cpu {
-
-/// Backend::rwkv7_shift for one sequence and channels [channel_begin, channel_end).
-struct Rwkv7ShiftTask {
-  const void* x;        // the sequence's first token of the call: rows of `hidden_size` float, or bfloat16 when bf16
-  const float* mix[6];  // (hidden_size)
-  void* mixed[6];       // as x
-  bool bf16;
-  std::int64_t hidden_size, num_tokens;
-  std::int64_t channel_begin, channel_end;
-  float* before;  // (hidden_size): the token before
-};
 
 /// Backend::rwkv7 for one head of one sequence. Pointers are to the sequence's first token of the call, and to the
 /// head's numbers of it: (head_dim), of rows of `width`.
@@ -35,7 +25,7 @@ struct Rwkv7Task {
 constexpr std::int64_t rwkv7_scratch(std::int64_t head_dim) { return 5 * ((head_dim + 15) / 16 * 16); }
 
 struct Rwkv7Kernels {
-  void (*shift)(const Rwkv7ShiftTask& task);
+  void (*shift)(const TokenShiftTask<6>& task);
   void (*tanh)(float* x, std::int64_t count);
   void (*sigmoid)(float* x, std::int64_t count);
   void (*advance)(const Rwkv7Task& task);

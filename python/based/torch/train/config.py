@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from based import sizes
 from based._core import FormatError, ModelConfig
+from based._text import printable
 
 T = TypeVar("T")
 
@@ -393,7 +394,7 @@ def _load_yaml(data: bytes, where: str) -> Any:
                     result[name] = self.construct_object(value, deep)
                 except yaml.constructor.ConstructorError as error:
                     if error.problem_mark is not None and error.problem_mark.index == value.start_mark.index:
-                        self.fail(f"{_printable(str(name))}: {error.problem}", value)
+                        self.fail(f"{printable(str(name))}: {error.problem}", value)
                     raise
             return result
 
@@ -433,7 +434,7 @@ def _load_yaml(data: bytes, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark is not None else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise FormatError(f"{where}: {line}not YAML: {_printable(problem)}") from None
+        raise FormatError(f"{where}: {line}not YAML: {printable(problem)}") from None
     except (UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"{where}: not YAML: {error}") from None
 
@@ -474,7 +475,7 @@ def _parse(cls: type[T], tree: Any, where: str) -> T:
     prefix = where + "." if where else ""
     for key in tree:
         if key not in keys:
-            shown = _printable(key) if isinstance(key, str) else _show(key)
+            shown = printable(key) if isinstance(key, str) else _show(key)
             raise FormatError(f"{prefix}{shown}: unknown key, expected one of {', '.join(keys)}")
     values = {}
     for name, item in keys.items():
@@ -537,12 +538,7 @@ def _show(value: Any) -> str:
                 break
     except (ValueError, RecursionError):  # a list is its own item; an integer of more than 4,300 digits
         text += "…"
-    return _printable(text if len(text) <= 60 else text[:57] + "…")
-
-
-def _printable(text: str) -> str:
-    """The text without what would steer a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return printable(text if len(text) <= 60 else text[:57] + "…")
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
