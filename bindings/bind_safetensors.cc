@@ -2,9 +2,12 @@
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 
+#include <algorithm>
+#include <cstddef>
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -20,7 +23,7 @@ namespace based::python {
 namespace {
 
 using io::SafetensorsFile;
-using TensorTuple = std::tuple<std::string, py::array, std::string>;
+using TensorTuple = std::tuple<std::string, py::object, std::string>;
 
 /// NumPy's name for the bits of a dtype: itself, or the unsigned integer of its size.
 py::dtype numpy_dtype(DType dtype) {
@@ -56,14 +59,45 @@ TensorView view_of(const py::array& array, DType dtype, const std::string& name)
   return {dtype, {array.shape(), array.shape() + array.ndim()}, static_cast<const std::byte*>(array.data())};
 }
 
+py::array read(const SafetensorsFile& file, const std::string& name, std::size_t offset, std::size_t nbytes) {
+  const auto found = file.tensors().find(name);
+  if (found == file.tensors().end()) throw py::key_error(name);
+  if (offset > found->second.nbytes() || nbytes > found->second.nbytes() - offset)
+    throw py::value_error("bytes " + std::to_string(offset) + " to " + std::to_string(offset) + " + " +
+                          std::to_string(nbytes) + " of tensor '" + name + "', expected some of its " +
+                          std::to_string(found->second.nbytes()));
+  py::array result(py::dtype("uint8"), nbytes);
+  const std::span out(static_cast<std::byte*>(result.mutable_data()), nbytes);
+  const ReleaseGil nogil;
+  file.read(found->second, offset, out);
+  return result;
+}
+
+/// Bytes of a tensor that is no array: what `source`.read(offset, nbytes) gives; see python/based/_pickle.py.
+void read_block(const py::object& source, std::size_t offset, std::span<std::byte> out) {
+  const AcquireGil gil;
+  const py::array block = source.attr("read")(offset, out.size());
+  const TensorView bytes = view_of(block, DType::uint8, "a block of a tensor");
+  if (bytes.nbytes() != out.size()) throw py::value_error("a block of another size than was asked for");
+  std::copy_n(bytes.data, out.size(), out.begin());
+}
+
 void write(const std::filesystem::path& path, const std::vector<TensorTuple>& tensors,
            const std::map<std::string, std::string>& metadata) {
   std::vector<io::TensorToWrite> to_write;
   for (const auto& [name, array, dtype] : tensors) {
-    to_write.push_back({name, view_of(array, parse_dtype(dtype), "tensor '" + name + "'")});
+    const std::string where = "tensor '" + name + "'";
+    if (py::isinstance<py::array>(array))
+      to_write.push_back({name, view_of(array, parse_dtype(dtype), where)});
+    else if (py::hasattr(array, "read"))
+      to_write.push_back({name, {parse_dtype(dtype), array.attr("shape").cast<std::vector<std::int64_t>>(), nullptr}});
+    else
+      throw py::type_error(where + ": expected an array, or a tensor of a file");
   }
   const ReleaseGil nogil;
-  io::write_safetensors(path, to_write, metadata);
+  io::write_safetensors(path, to_write, metadata, [&](std::size_t i, std::size_t offset, std::span<std::byte> out) {
+    read_block(std::get<1>(tensors[i]), offset, out);
+  });
 }
 
 py::array convert_dtype(const py::array& bits, const std::string& source, const std::string& target) {
@@ -97,6 +131,9 @@ void bind_safetensors(py::module_& m) {
             return result;
           },
           "\"float32\", \"bfloat16\", … by tensor name.")
+      .def("read", &read, py::arg("name"), py::arg("offset"), py::arg("nbytes"),
+           "Bytes of a tensor in a new uint8 array, read and not mapped. Raises OSError, and FormatError when the file "
+           "has become shorter.")
       .def("metadata", &SafetensorsFile::metadata);
   m.def("parse_limit", &io::parse_limit, py::arg("real_limit"),
         "A limit on what is parsed as a whole, multiplied by the environment variable BASED_PARSE_LIMIT. Raises "
@@ -111,7 +148,9 @@ void bind_safetensors(py::module_& m) {
       "Lets two files or directories change names at once. False where the filesystem cannot. Raises OSError.");
   m.def("write_safetensors", &write, py::arg("path"), py::arg("tensors"), py::arg("metadata"),
         "Writes (name, array, dtype name) in this order to a temporary file beside `path` and renames it. Arrays are "
-        "C-contiguous and hold the dtype's bits (bfloat16 as uint16). Raises OSError, TypeError, ValueError.");
+        "C-contiguous and hold the dtype's bits (bfloat16 as uint16); what has `shape` and `read`(offset, nbytes) is "
+        "read "
+        "in blocks. Raises OSError, TypeError, ValueError.");
   m.def("convert_dtype", &convert_dtype, py::arg("bits"), py::arg("source"), py::arg("target"),
         "A new array of the same shape, each number converted between float32, bfloat16 and float16 (nearest even; too "
         "large gives inf). bfloat16 as uint16.");

@@ -24,6 +24,7 @@ constexpr std::size_t kLengthBytes = 8;
 constexpr std::size_t kMaxHeader = std::size_t{16} << 20;  // of 160,000 tensors
 constexpr std::string_view kMetadata = "__metadata__";
 constexpr std::size_t kAlignment = 64;
+constexpr std::size_t kBlock = std::size_t{8} << 20;  // of a tensor that is read while it is written
 
 constexpr std::pair<std::string_view, DType> kFileDTypes[] = {
     {"F32", DType::float32},         {"BF16", DType::bfloat16},       {"F16", DType::float16}, {"F64", DType::float64},
@@ -273,7 +274,7 @@ void SafetensorsFile::read(const TensorView& tensor, std::size_t offset, std::sp
 }
 
 void write_safetensors(const std::filesystem::path& path, const std::vector<TensorToWrite>& tensors,
-                       const std::map<std::string, std::string>& metadata) {
+                       const std::map<std::string, std::string>& metadata, const BlockReader& read) {
   const std::string where = concat(path.string(), ": ");
   std::string header = "{";
   if (!metadata.empty()) {
@@ -313,7 +314,17 @@ void write_safetensors(const std::filesystem::path& path, const std::vector<Tens
   AtomicFile file(path);
   file.write(length, sizeof length);
   file.write(header.data(), header.size());
-  for (const auto& [name, tensor] : tensors) file.write(tensor.data, tensor.nbytes());
+  std::vector<std::byte> block;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const TensorView& tensor = tensors[i].tensor;
+    const std::size_t nbytes = tensor.nbytes();
+    if (tensor.data != nullptr) file.write(tensor.data, nbytes);
+    for (std::size_t begin = 0; tensor.data == nullptr && begin < nbytes; begin += block.size()) {
+      block.resize(std::min(nbytes - begin, kBlock));
+      read(i, begin, block);
+      file.write(block.data(), block.size());
+    }
+  }
   file.commit();
 }
 

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
 #include <span>
@@ -65,10 +66,13 @@ struct TensorToWrite {
   TensorView tensor;
 };
 
+using BlockReader = std::function<void(std::size_t i, std::size_t offset, std::span<std::byte> out)>;
+
 /// Writes a file with these tensors in this order (data aligned to 64 bytes by header padding), into a temporary file
-/// of the same folder, fsync, rename. Throws InvalidArgument on a duplicate name; IoError leaves no trace and an older
-/// file untouched.
+/// of the same folder, fsync, rename. A tensor whose data is in no memory (null) comes from `read`: it is called in
+/// order, and writes out.size() bytes of tensors[i] from byte `offset` on to `out`. Throws InvalidArgument on a
+/// duplicate name; IoError, and what `read` throws, leave no trace and an older file untouched.
 void write_safetensors(const std::filesystem::path& path, const std::vector<TensorToWrite>& tensors,
-                       const std::map<std::string, std::string>& metadata);
+                       const std::map<std::string, std::string>& metadata, const BlockReader& read = {});
 
 }  // namespace based::io

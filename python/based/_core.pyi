@@ -89,6 +89,10 @@ class SafetensorsFile:
         """
     def metadata(self) -> dict[str, str]:
         ...
+    def read(self, name: str, offset: typing.SupportsInt | typing.SupportsIndex, nbytes: typing.SupportsInt | typing.SupportsIndex) -> numpy.ndarray:
+        """
+        Bytes of a tensor in a new uint8 array, read and not mapped. Raises OSError, and FormatError when the file has become shorter.
+        """
     def tensors(self) -> dict:
         """
         Read-only arrays on the mapping, which they keep alive, by name. bfloat16 comes as uint16 and float8 as uint8, bit for bit; arrays may be unaligned.
@@ -1711,9 +1715,9 @@ def synchronize(device: str) -> None:
     """
     Waits for everything that was enqueued on a device.
     """
-def write_safetensors(path: os.PathLike | str | bytes, tensors: collections.abc.Sequence[tuple[str, numpy.ndarray, str]], metadata: collections.abc.Mapping[str, str]) -> None:
+def write_safetensors(path: os.PathLike | str | bytes, tensors: collections.abc.Sequence[tuple[str, typing.Any, str]], metadata: collections.abc.Mapping[str, str]) -> None:
     """
-    Writes (name, array, dtype name) in this order to a temporary file beside `path` and renames it. Arrays are C-contiguous and hold the dtype's bits (bfloat16 as uint16). Raises OSError, TypeError, ValueError.
+    Writes (name, array, dtype name) in this order to a temporary file beside `path` and renames it. Arrays are C-contiguous and hold the dtype's bits (bfloat16 as uint16); what has `shape` and `read`(offset, nbytes) is read in blocks. Raises OSError, TypeError, ValueError.
     """
 MAX_CONTEXT: int = 16777216
 MAX_TOKEN_IDS: int = 268435456

@@ -8,12 +8,13 @@ unpickler would allocate whatever a memo index says).
 
 from __future__ import annotations
 
-import mmap
+import math
+import os
 import pickletools
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -23,24 +24,111 @@ import numpy as np
 from based._core import FormatError, parse_limit
 from based._lfs import refuse_lfs_pointer
 
+_BLOCK = 8 << 20  # bytes that are read at once
+
+
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """A part of a file. It is read and not mapped: a file that is cut short meanwhile is an error, not a signal."""
+
+    dtype: str  # "float32", "bfloat16", "float16", "int64" and others that no model has
+    numpy_dtype: np.dtype[Any]  # bfloat16 as uint16
+    size: int  # elements
+    read: Callable[[int, int], np.ndarray[Any, Any]]  # (first byte, bytes) → a new uint8 array
+
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a memory-mapped file: `bits` is a read-only view, bfloat16 shown as uint16."""
+    """A tensor in a file. Each look at its numbers reads them: OSError, or FormatError when the file is shorter now."""
 
-    dtype: str  # "float32", "bfloat16", "float16", "int64" and others that no model has
-    bits: np.ndarray[Any, Any]
+    storage: Storage
+    shape: tuple[int, ...]
+    offset: int = 0  # in elements, and so the strides
+    strides: tuple[int, ...] | None = None  # None: one element behind another
+
+    @property
+    def dtype(self) -> str:
+        return self.storage.dtype
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        return self.storage.numpy_dtype
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the elements lie one behind another in the file."""
+        expected = 1
+        for extent, step in zip(self.shape[::-1], (self.strides or ())[::-1], strict=self.strides is not None):
+            if extent > 1 and step != expected:
+                return False
+            expected *= extent
+        return True
+
+    @property
+    def bits(self) -> np.ndarray[Any, Any]:
+        """All of it, in memory."""
+        if self.contiguous:
+            return self._elements(0, math.prod(self.shape)).reshape(self.shape)
+        # The stride of an axis of one element is never used, and may be anything.
+        steps = [0 if extent == 1 else step for extent, step in zip(self.shape, self.strides or (), strict=True)]
+        span = 1 + sum((extent - 1) * step for extent, step in zip(self.shape, steps, strict=True))
+        nbytes = [step * self.numpy_dtype.itemsize for step in steps]
+        return np.lib.stride_tricks.as_strided(self._elements(0, span), self.shape, nbytes, writeable=False)
+
+    def read(self, first: int, nbytes: int) -> np.ndarray[Any, Any]:
+        """Bytes of a contiguous tensor."""
+        return self.storage.read(self.offset * self.numpy_dtype.itemsize + first, nbytes)
+
+    def row_blocks(self, elements: int) -> Iterator[np.ndarray[Any, Any]]:
+        """Slices of the first axis, of about so many elements each; one slice of a number.
+
+        Memory holds one slice, and all of a tensor that does not lie in order.
+        """
+        if not self.shape:
+            yield self.bits
+            return
+        rows, row = self.shape[0], math.prod(self.shape[1:])
+        count = max(1, elements // max(1, row))
+        whole = None if self.contiguous else self.bits
+        for begin in range(0, rows, count):
+            end = min(rows, begin + count)
+            if whole is not None:
+                yield np.ascontiguousarray(whole[begin:end])
+            else:
+                yield self._elements(begin * row, (end - begin) * row).reshape(end - begin, *self.shape[1:])
+
+    def _elements(self, first: int, count: int) -> np.ndarray[Any, Any]:
+        size = self.numpy_dtype.itemsize
+        return self.read(first * size, count * size).view(self.numpy_dtype)
+
+
+class _File:
+    """A file that is open as long as something may read it."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path, self.descriptor = path, descriptor
+        self.size = os.fstat(descriptor).st_size
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+    def read(self, offset: int, count: int) -> np.ndarray[Any, Any]:
+        out = np.empty(count, np.uint8)
+        done = 0
+        while done < count:
+            n = os.preadv(self.descriptor, [out[done : done + (1 << 30)].data], offset + done)
+            if n == 0:
+                raise FormatError(
+                    f"{self.path}: found {offset + done} bytes, expected the {self.size} that it had when it was "
+                    "opened: another program shortened it meanwhile"
+                )
+            done += n
+        return out
 
 
 @dataclass(frozen=True)
 class _Global:
     name: str
-
-
-@dataclass(frozen=True)
-class _Storage:
-    dtype: str
-    values: np.ndarray[Any, Any]  # (numel,)
 
 
 _ORDERED_DICT = "collections.OrderedDict"
@@ -83,14 +171,14 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
             )
         if not head.startswith(b"PK"):
             raise FormatError(f"{path}: not a PyTorch zip file: it begins with {head[:4]!r}, expected b'PK\\x03\\x04'")
-        # Views into the mapping keep it open after the file is closed.
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return _Archive(path, memoryview(mapping)).tensors()
+        content = _File(path, os.dup(file.fileno()))
+    return _Archive(content).tensors()
 
 
-def _check_directory_size(path: Path, data: memoryview) -> None:
+def _check_directory_size(file: _File) -> None:
     """What zipfile would read and make objects of: it believes the record at the end of the file."""
-    tail = bytes(data[-(22 + 65535 + 76) :])
+    length = min(file.size, 22 + 65535 + 76)
+    path, tail = file.path, file.read(file.size - length, length).tobytes()
     end = tail.rfind(b"PK\5\6")
     if end < 0 or end + 16 > len(tail):
         return  # zipfile will refuse it
@@ -117,10 +205,10 @@ def _zip_members(path: Path) -> dict[str, zipfile.ZipInfo]:
 
 
 class _Archive:
-    def __init__(self, path: Path, data: memoryview) -> None:
-        self.path = path
-        self.data = data
-        _check_directory_size(path, data)
+    def __init__(self, file: _File) -> None:
+        self.path = path = file.path
+        self.file = file
+        _check_directory_size(file)
         self.members = _zip_members(path)
         # torch.save can be told to leave them out: all are 0 then.
         self.has_checksums = any(info.CRC != 0 for info in self.members.values())
@@ -129,10 +217,20 @@ class _Archive:
             found = "no data.pkl" if not roots else f"{len(roots)} members named data.pkl"
             raise FormatError(f"{path}: not a PyTorch file: the zip holds {found}, expected one")
         self.root = roots[0]
-        self.storages: dict[str, _Storage] = {}
+        self.storages: dict[str, Storage] = {}
 
-    def member(self, name: str) -> memoryview:
-        """The bytes of an uncompressed member. Local headers may leave sizes out: the central directory tells."""
+    def member(self, name: str, limit: int) -> bytes:
+        """The bytes of a member, which has at most `limit`."""
+        begin, size = self.place(name)
+        if size > limit:
+            raise FormatError(f"{self.path}: {name} of {size} bytes, expected at most {limit}")
+        return self.file.read(begin, size).tobytes()
+
+    def place(self, name: str) -> tuple[int, int]:
+        """First byte and number of bytes of an uncompressed member, whose checksum is checked.
+
+        Local headers may leave sizes out: the central directory tells.
+        """
         info = self.members.get(self.root + name)
         if info is None:
             raise FormatError(f"{self.path}: the zip holds no {self.root + name!r}")
@@ -141,32 +239,35 @@ class _Archive:
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             raise FormatError(f"{self.path}: {info.filename!r} is compressed, expected a stored (uncompressed) member")
         header = info.header_offset
-        if header < 0 or header + 30 > len(self.data) or bytes(self.data[header : header + 4]) != b"PK\x03\x04":
+        local = self.file.read(header, 30).tobytes() if 0 <= header <= self.file.size - 30 else b""
+        if not local.startswith(b"PK\x03\x04"):
             raise FormatError(f"{self.path}: {info.filename!r}: no local header at byte {header}")
-        name_length, extra_length = struct.unpack_from("<HH", self.data, header + 26)
-        begin = header + 30 + name_length + extra_length
-        if begin + info.file_size > len(self.data):
+        name_length, extra_length = struct.unpack_from("<HH", local, 26)
+        begin: int = header + 30 + name_length + extra_length
+        if begin + info.file_size > self.file.size:
             raise FormatError(
                 f"{self.path}: {info.filename!r}: {info.file_size} bytes at byte {begin} do not fit in "
-                f"a file of {len(self.data)} bytes"
+                f"a file of {self.file.size} bytes"
             )
-        data = self.data[begin : begin + info.file_size]
-        if self.has_checksums and (found := zlib.crc32(data)) != info.CRC:
+        if self.has_checksums and (found := self._checksum(begin, info.file_size)) != info.CRC:
             raise FormatError(
                 f"{self.path}: {info.filename!r} is damaged: its CRC-32 is {found:08x}, expected {info.CRC:08x} as the "
                 "zip's directory says. Copy or download the file again"
             )
-        return data
+        return begin, info.file_size
+
+    def _checksum(self, begin: int, size: int) -> int:
+        found = 0
+        for offset in range(0, size, _BLOCK):
+            found = zlib.crc32(self.file.read(begin + offset, min(_BLOCK, size - offset)).data, found)
+        return found
 
     def tensors(self) -> dict[str, StoredTensor]:
         if self.root + "byteorder" in self.members:
-            order = bytes(self.member("byteorder")[:16])
+            order = self.member("byteorder", 16)
             if order.strip() != b"little":
                 raise FormatError(f"{self.path}: byteorder {order!r}, expected b'little'")
-        pickled = self.member("data.pkl")
-        if len(pickled) > (limit := parse_limit(_MAX_PICKLE)):
-            raise FormatError(f"{self.path}: data.pkl of {len(pickled)} bytes, expected at most {limit}")
-        top = _Machine(self, bytes(pickled)).run()
+        top = _Machine(self, self.member("data.pkl", parse_limit(_MAX_PICKLE))).run()
         if not isinstance(top, dict):
             raise FormatError(f"{self.path}: holds {_describe(top)}, expected a dict of tensors")
         for container in ("state_dict", "model"):  # of a training checkpoint with nothing else in it but numbers
@@ -179,7 +280,7 @@ class _Archive:
                 )
         return top
 
-    def storage(self, pid: object) -> _Storage:
+    def storage(self, pid: object) -> Storage:
         """Resolves a persistent id ("storage", type, key, location, number of elements)."""
         if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"):
             raise FormatError(
@@ -195,18 +296,19 @@ class _Archive:
         dtype, numpy_dtype = _STORAGES[kind.name]
         known = self.storages.get(key)
         if known is None:
-            data = self.member(f"data/{key}")
-            if len(data) != numel * numpy_dtype.itemsize:
+            begin, nbytes = self.place(f"data/{key}")
+            if nbytes != numel * numpy_dtype.itemsize:
                 raise FormatError(
-                    f"{self.path}: {self.root}data/{key} has {len(data)} bytes, expected {numel} {dtype} values = "
+                    f"{self.path}: {self.root}data/{key} has {nbytes} bytes, expected {numel} {dtype} values = "
                     f"{numel * numpy_dtype.itemsize} bytes"
                 )
-            known = _Storage(dtype, np.frombuffer(data, numpy_dtype))
+            file = self.file
+            known = Storage(dtype, numpy_dtype, numel, lambda first, count: file.read(begin + first, count))
             self.storages[key] = known
-        elif known.dtype != dtype or known.values.size != numel:
+        elif known.dtype != dtype or known.size != numel:
             raise FormatError(
                 f"{self.path}: data.pkl: storage {key!r} is {numel} {dtype} values here, "
-                f"{known.values.size} {known.dtype} values before"
+                f"{known.size} {known.dtype} values before"
             )
         return known
 
@@ -215,7 +317,7 @@ class _Archive:
         if len(arguments) not in (6, 7):
             raise FormatError(f"{self.path}: data.pkl: a tensor with {len(arguments)} arguments, expected 6 or 7")
         storage, offset, size, stride = arguments[:4]
-        if not isinstance(storage, _Storage):
+        if not isinstance(storage, Storage):
             raise FormatError(f"{self.path}: data.pkl: a tensor over {_describe(storage)}, expected a storage")
         if not (
             _is_size(offset)
@@ -232,19 +334,14 @@ class _Archive:
         for extent, step in zip(size, stride, strict=True):
             count *= extent
             last += (extent - 1) * step
-        available = storage.values.size
+        available = storage.size
         # Also refuses a tensor of more elements than its storage (stride 0): a few bytes must not become gigabytes.
         if count > available or last >= available or count == 0:
             raise FormatError(
                 f"{self.path}: data.pkl: a tensor of shape {size}, stride {stride}, offset {offset} does not fit in "
                 f"its storage of {available} elements"
             )
-        # The stride of an axis of one element is never used, and may be anything.
-        steps = tuple(
-            step * storage.values.itemsize if extent > 1 else 0 for extent, step in zip(size, stride, strict=True)
-        )
-        view = np.lib.stride_tricks.as_strided(storage.values[offset:], size, steps, writeable=False)
-        return StoredTensor(storage.dtype, view)
+        return StoredTensor(storage, size, offset, stride)
 
 
 def _is_size(value: object) -> TypeGuard[int]:
@@ -254,7 +351,7 @@ def _is_size(value: object) -> TypeGuard[int]:
 def _describe(value: object) -> str:
     if isinstance(value, StoredTensor):
         return "a tensor"
-    if isinstance(value, _Storage):
+    if isinstance(value, Storage):
         return "a storage"
     if isinstance(value, _Global):
         return value.name

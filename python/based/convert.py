@@ -13,6 +13,8 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +23,7 @@ import numpy as np
 from based import _core
 from based._core import FormatError
 from based._json import read_json
-from based._pickle import StoredTensor, read_torch_file
+from based._pickle import Storage, StoredTensor, read_torch_file
 from based._published import EMBEDDING, HEAD, Recipe, normalise_names, translate
 from based._published_mamba import EMBEDDING as MAMBA_EMBEDDING
 from based._published_mamba import has_gpt2_tokens, is_mamba, translate_mamba
@@ -79,7 +81,7 @@ def convert(
     weights_path, stored = open_weights(source)
     names = normalise_names(list(stored), str(weights_path))
     tensors = {short: stored[name] for short, name in names.items()}
-    shapes = {name: tensor.bits.shape for name, tensor in tensors.items()}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
 
     mamba = is_mamba(config)
     head_differs = _head_differs(tensors, MAMBA_EMBEDDING if mamba else EMBEDDING)
@@ -170,9 +172,16 @@ def open_weights(directory: Path) -> tuple[Path, Tensors]:
 def _read_weights(path: Path) -> Tensors:
     if path.suffix != ".safetensors":
         return read_torch_file(path)
-    file = _core.SafetensorsFile(path)
+    return stored_tensors(_core.SafetensorsFile(path))
+
+
+def stored_tensors(file: _core.SafetensorsFile) -> Tensors:
+    """Every tensor of the file, of which nothing is read yet."""
     dtypes = file.dtypes()
-    return {name: StoredTensor(dtypes[name], bits) for name, bits in file.tensors().items()}
+    return {
+        name: StoredTensor(Storage(dtypes[name], bits.dtype, bits.size, partial(file.read, name)), bits.shape)
+        for name, bits in file.tensors().items()  # mapped, but not looked at
+    }
 
 
 def read_weight_map(index_path: Path) -> dict[str, str]:
@@ -211,20 +220,14 @@ def _head_differs(tensors: Tensors, embedding_name: str) -> bool:
     head, embedding = tensors.get(HEAD), tensors.get(embedding_name)
     if head is None or embedding is None:
         return head is not None
-    a, b = head.bits, embedding.bits
-    if head.dtype != embedding.dtype or a.shape != b.shape:
+    if head.dtype != embedding.dtype or head.shape != embedding.shape:
         return True
-    if a.__array_interface__["data"] == b.__array_interface__["data"] and a.strides == b.strides:
+    if head == embedding:
         return False  # one storage
-    if a.ndim == 0:
+    if not head.shape:
         return True  # translation refuses its shape
-    return any(x.tobytes() != y.tobytes() for x, y in zip(_row_blocks(a), _row_blocks(b), strict=True))
-
-
-def _row_blocks(array: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
-    """The array in slices of its first axis, about _BLOCK elements each."""
-    rows = max(1, _BLOCK * len(array) // max(1, array.size))
-    return (array[row : row + rows] for row in range(0, len(array), rows))
+    blocks = zip(head.row_blocks(_BLOCK), embedding.row_blocks(_BLOCK), strict=True)
+    return any(x.tobytes() != y.tobytes() for x, y in blocks)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -237,19 +240,19 @@ def _write_weights(directory: Path, recipes: list[Recipe], tensors: Tensors, dty
     time, so that memory holds no more than these.
     """
     scratch = directory / "scratch"
-    output: list[tuple[str, np.ndarray[Any, Any], str]] = []
+    output: list[tuple[str, np.ndarray[Any, Any] | StoredTensor, str]] = []
     with scratch.open("wb") as file:
         for recipe in recipes:
             parts = [tensors[name] for name in recipe.sources]
             common = parts[0].dtype if len({part.dtype for part in parts}) == 1 else "float32"
             target = "float32" if dtype and recipe.wide else dtype or common
-            if len(parts) == 1 and parts[0].dtype == target and parts[0].bits.flags.c_contiguous:
-                output.append((recipe.name, parts[0].bits.reshape(recipe.shape), target))
+            if len(parts) == 1 and parts[0].dtype == target and parts[0].contiguous:
+                output.append((recipe.name, replace(parts[0], shape=recipe.shape, strides=None), target))
                 continue
             offset = file.tell()
             for part, name in zip(parts, recipe.sources, strict=True):
-                for block in _row_blocks(part.bits):
-                    bits = _convert_dtype(np.ascontiguousarray(block), part.dtype, target, f"{where}: {name}")
+                for block in part.row_blocks(_BLOCK):
+                    bits = _convert_dtype(block, part.dtype, target, f"{where}: {name}")
                     file.write(bits.data)
             file.flush()
             output.append((recipe.name, np.memmap(scratch, bits.dtype, "r", offset, recipe.shape), target))

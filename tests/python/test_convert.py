@@ -3,6 +3,8 @@
 import builtins
 import contextlib
 import json
+import os
+import re
 import resource
 import shutil
 import signal
@@ -338,6 +340,26 @@ def test_weights_truncated_anywhere(tmp_path, container):
     path.write_bytes(content)
     convert(tmp_path / "published", tmp_path / "model")
     assert_converted(checkpoint, tmp_path / "model")
+
+
+@pytest.mark.parametrize("container", ["bin", "safetensors"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_cut_short_while_they_are_read(tmp_path, container, dtype, monkeypatch):
+    """Between the check of the file and the reading of its tensors: an error that names it, and nothing is left."""
+    checkpoint = golden_like(container=container)
+    checkpoint.write(tmp_path / "published")
+    path = tmp_path / "published" / ("pytorch_model.bin" if container == "bin" else "model.safetensors")
+    opened = based.convert.open_weights
+
+    def cut(directory):
+        result = opened(directory)
+        os.truncate(path, 4096)  # in place: a mapping of the rest would end the process
+        return result
+
+    monkeypatch.setattr(based.convert, "open_weights", cut)
+    with pytest.raises(FormatError, match=re.escape(str(path)) + ".*another program shortened it"):
+        convert(tmp_path / "published", tmp_path / "model", dtype)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["published"]
 
 
 def test_config_truncated_anywhere(tmp_path):

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)  # tensors are small here, and a thread that waits for its turn stops all
 
-from based.torch import BasedForCausalLM, loss
+from based.torch import BasedForCausalLM, ForTrainer, loss
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -634,6 +634,14 @@ def test_arguments_of_other_trainers():
             model(tokens, attention_mask=wrong)
     with pytest.raises(ValueError, match="reduction is 'none', expected mean or sum"):
         model(tokens, labels=labels, reduction="none")
+    trained = ForTrainer(model)
+    found = trained(tokens, labels=labels, attention_mask=mask, num_items_in_batch=torch.tensor(count))
+    assert set(found) == {"loss"}
+    torch.testing.assert_close(found["loss"], whole, rtol=1e-12, atol=0)
+    trained.eval()
+    found = trained(tokens, labels=labels)
+    assert torch.equal(found["loss"], whole) and torch.equal(found["logits"], model(tokens))
+    assert set(trained(tokens)) == {"logits"} and not hasattr(trained, "config")
 
 
 def spoil(tensors: dict[str, Any], config: dict[str, Any], what: str) -> None:

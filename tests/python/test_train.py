@@ -11,6 +11,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -1159,6 +1160,71 @@ def test_a_way_on_after_a_loss_that_is_not_finite(config: Path) -> None:
         run(config, *bad, change=rate)
     result = run(config, "optimizer.learning_rate=1e-3", "training.seed=1", change=[*rate, "training.seed"])
     assert result.step == 6 and all(math.isfinite(float(row[1])) for row in losses(config.parent / "run"))
+
+
+def test_windows_of_a_loss_that_is_not_finite_are_left_out(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of one window is not finite: its step is passed over, and a run that is cut there is the same."""
+    culprit: list[Any] = []
+    forward = BasedForCausalLM.forward
+
+    def broken(self: Any, tokens: Any, **kwargs: Any) -> Any:
+        loss = forward(self, tokens, **kwargs)
+        bad = self.training and any(torch.equal(window, culprit[0]) for window in tokens)
+        return loss * math.nan if bad else loss
+
+    gather = loop._Run._gather_windows
+
+    def remembered(self: Any, step: int) -> Any:
+        windows = gather(self, step)
+        if step == 4:
+            culprit[:] = [windows[1].clone()]
+        return windows
+
+    monkeypatch.setattr(loop._Run, "_gather_windows", remembered)
+    run(config, output=config.parent / "sound")
+    monkeypatch.setattr(BasedForCausalLM, "forward", broken)
+    output, whole = config.parent / "run", config.parent / "whole"
+    advice = re.escape("--change training.skip_steps --set 'training.skip_steps=[5]'")
+    with pytest.raises(FloatingPointError, match="^step 5: the loss is nan.*checkpoint of step 3 is intact.*" + advice):
+        run(config)
+    with pytest.raises(based.FormatError, match=r"skip_steps was None, is \[5\].*--change training.skip_steps"):
+        run(config, "training.skip_steps=[5]")
+    with pytest.raises(based.FormatError, match="a change of step 2, expected later ones than 3"):
+        run(config, "training.skip_steps=[2, 5]", change=["training.skip_steps"])
+    skip = ["training.skip_steps=[5]", "checkpoint.every=1"]
+    assert run(config, *skip, change=["training.skip_steps"]).step == 6
+    assert [int(row[0]) for row in losses(output)] == [1, 2, 3, 4, 6]
+    saved = training_checkpoint.newest(output / "checkpoints")
+    assert saved is not None
+    assert saved.progress.changes == ({"step": 3, "key": "training.skip_steps", "was": None, "is": [5]},)
+
+    run(config, *skip, output=whole)
+    found, expected = ({row[0]: row[1:4] for row in losses(folder)} for folder in (output, whole))
+    assert found == expected
+    sound = {row[0]: row[1:4] for row in losses(config.parent / "sound")}
+    assert all(found[step] == sound[step] for step in "1234") and found["6"] != sound["6"]
+    name = "checkpoints/step-000000006/model.safetensors"
+    assert (output / name).read_bytes() == (whole / name).read_bytes()
+    # Cut behind the step that was skipped: the optimizer's own count goes on too.
+    cut = config.parent / "cut"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_finish", lambda self: (_ for _ in ()).throw(RuntimeError("cut")))
+        with pytest.raises(RuntimeError, match="cut"):
+            run(config, *skip, output=cut)
+    shutil.rmtree(cut / "checkpoints" / "step-000000006")
+    assert (cut / "checkpoints" / "step-000000005").is_dir()
+    run(config, *skip, output=cut)
+    assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_the_first_steps_may_be_skipped(config: Path) -> None:
+    run(config, "training.skip_steps=[1, 2, 3]", output=config.parent / "whole")
+    run(config, "training.skip_steps=[1, 2, 3]", "training.steps=3")
+    run(config, "training.skip_steps=[1, 2, 3]", change=["training.steps"])
+    assert [int(row[0]) for row in losses(config.parent / "run")] == [4, 5, 6]
+    assert_same_run(config.parent / "whole", config.parent / "run")
+    with pytest.raises(based.FormatError, match=r"skip_steps\[0\]: found 0, expected an integer ≥ 1"):
+        run(config, "training.skip_steps=[0]")
 
 
 def test_files_of_others_stay(config: Path) -> None:

@@ -12,6 +12,6 @@ except ModuleNotFoundError as error:
     raise ImportError('based.torch needs PyTorch, which is not installed: pip install "based[train]"') from error
 
 from based.torch import ops
-from based.torch.model import BasedForCausalLM
+from based.torch.model import BasedForCausalLM, ForTrainer
 
-__all__ = ["BasedForCausalLM", "ops"]
+__all__ = ["BasedForCausalLM", "ForTrainer", "ops"]

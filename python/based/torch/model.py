@@ -172,7 +172,8 @@ class BasedForCausalLM(nn.Module):
         reduction: Literal["mean", "sum"] = "mean",
         num_items_in_batch: torch.Tensor | int | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        return_dict: bool = False,
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
         """Logits of every position; with labels, their loss instead.
 
         Args:
@@ -187,6 +188,8 @@ class BasedForCausalLM(nn.Module):
             num_items_in_batch: The loss is the sum over this number, which counts the labels of all micro-batches.
             cu_seqlens: input_ids (1, T) hold N documents one behind the other, each a sequence of its own: where they
                 begin, and T, (N + 1) int32 or int64. Logits at a document's last token are scored against no label.
+            return_dict: Return a dict of what follows, "loss" and "logits". With labels it holds the loss, and in eval
+                mode the logits too, all of them.
 
         Returns:
             Logits (B, T, padded_vocab_size), float32 (float64 of float64 parameters); columns from vocab_size on are no
@@ -203,7 +206,8 @@ class BasedForCausalLM(nn.Module):
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction is {reduction!r}, expected mean or sum")
         if labels is None:
-            return self.logits(self.hidden(input_ids, cu_seqlens=cu_seqlens))
+            logits = self.logits(self.hidden(input_ids, cu_seqlens=cu_seqlens))
+            return {"logits": logits} if return_dict else logits
         self._check_tokens("labels", labels, (torch.int64,), ignored=IGNORED)
         if labels.shape != input_ids.shape or labels.shape[1] < 2:
             expected = f"that of input_ids, {tuple(input_ids.shape)}, with T ≥ 2"
@@ -223,10 +227,15 @@ class BasedForCausalLM(nn.Module):
                     "whole: expected more, since only what follows them can be learnt"
                 )
             targets[:, : prefix - 1] = IGNORED  # the prefix has been read when they are predicted
-        hidden = self.hidden(input_ids, cu_seqlens=cu_seqlens).flatten(0, 1)
+        states = self.hidden(input_ids, cu_seqlens=cu_seqlens)
+        hidden = states.flatten(0, 1)
         is_sum = reduction == "sum" or num_items_in_batch is not None
         loss = linear_cross_entropy(hidden, self._head.weight, targets.flatten(), self.config.vocab_size, is_sum)
-        return loss if num_items_in_batch is None else loss / num_items_in_batch
+        if num_items_in_batch is not None:
+            loss = loss / num_items_in_batch
+        if not return_dict:
+            return loss
+        return {"loss": loss} if self.training else {"loss": loss, "logits": self.logits(states)}
 
     def hidden(
         self,
@@ -332,11 +341,11 @@ class BasedForCausalLM(nn.Module):
             if name not in stored:
                 raise FormatError(f"{path}: tensor {name} {shape} is missing")
             tensor = stored[name]
-            if tensor.bits.shape != shape:
-                raise FormatError(f"{path}: tensor {name} has shape {tensor.bits.shape}, the config makes it {shape}")
+            if tensor.shape != shape:
+                raise FormatError(f"{path}: tensor {name} has shape {tensor.shape}, the config makes it {shape}")
             if tensor.dtype not in _FILE_DTYPES:
                 raise FormatError(f"{path}: tensor {name} has dtype {tensor.dtype}, expected {', '.join(_FILE_DTYPES)}")
-            bits = torch.from_numpy(np.array(tensor.bits))  # a copy: the file may be replaced by save()
+            bits = torch.from_numpy(np.require(tensor.bits, requirements=["C", "W"]))
             state[name] = bits.view(_FILE_DTYPES[tensor.dtype]).to(device, parameter.dtype)
         model.load_state_dict(state, assign=True)
         tokenizer = find_tokenizer(directory, None)
@@ -423,6 +432,38 @@ class BasedForCausalLM(nn.Module):
     def extra_repr(self) -> str:
         """What print() shows beside the submodules."""
         return f"{self.config.num_parameters / 1e6:,.1f} M parameters"
+
+
+class ForTrainer(nn.Module):
+    """A model as Hugging Face's Trainer wants one: `Trainer(model=ForTrainer(model), …)`, then `model.save(…)`.
+
+    It returns dicts, takes num_items_in_batch, and has no `config`, on which Trainer would set attributes.
+    """
+
+    # Looked for by Trainer: it may pass num_items_in_batch, which leaves each sequence's first label out.
+    accepts_loss_kwargs = True
+    loss_type = "ForCausalLM"
+
+    def __init__(self, model: BasedForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """`BasedForCausalLM.forward` with return_dict."""
+        result: dict[str, torch.Tensor] = self.model(
+            input_ids,
+            labels,
+            attention_mask=attention_mask,
+            num_items_in_batch=num_items_in_batch,
+            return_dict=True,
+        )
+        return result
 
 
 def _check_mask(mask: torch.Tensor, input_ids: torch.Tensor) -> None:

@@ -132,7 +132,13 @@ BASED_INLINE void store_bf16(std::uint16_t* p, f32v v) {
   const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
   __builtin_memcpy(p, &h, sizeof h);
 #else
-  for (int i = 0; i < kLanes; ++i) p[i] = io::bf16_from_float(v[i]);
+  // io::bf16_from_float on all lanes: written out lane by lane, it is most of what a kernel takes to compile.
+  using u32v = std::uint32_t __attribute__((vector_size(kLanes * 4)));
+  u32v u;
+  __builtin_memcpy(&u, &v, sizeof u);
+  const u32v rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const u16v h = __builtin_convertvector(v == v ? rounded : (u >> 16) | 0x40u, u16v);
+  __builtin_memcpy(p, &h, sizeof h);
 #endif
 }
 

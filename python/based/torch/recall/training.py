@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from based import _core
 from based._core import FormatError
+from based.convert import stored_tensors
 from based.torch._running import replaced_file
 from based.torch.model import BasedForCausalLM
 from based.torch.recall.data import Examples
@@ -379,7 +380,7 @@ class Trainer:
             self.finite, self.seconds = bool(progress["finite"]), float(progress["seconds"])
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise FormatError(f"{path}: {error!r}") from None
-        tensors = {name: torch.from_numpy(np.array(array)) for name, array in file.tensors().items()}
+        tensors = {name: torch.from_numpy(tensor.bits) for name, tensor in stored_tensors(file).items()}
         expected = {name: tensor.shape for name, tensor in self._tensors().items()}
         if {name: tensor.shape for name, tensor in tensors.items()} != expected:
             raise FormatError(f"{path}: its tensors are not those of {self.run.name}")

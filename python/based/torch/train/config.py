@@ -137,6 +137,11 @@ class Training:
         "windows at a time on a device; the rest is accumulated. By default all of them", None, at_least=1, fixed=False
     )
     seed: int = _key("of the first weights and of the order of the windows", 0, at_least=0, at_most=2**32 - 1)
+    skip_steps: tuple[int, ...] = _key(
+        "a list of steps, from 1 on, whose windows nothing is learnt from: those of a loss that was not finite",
+        (),
+        at_least=1,
+    )
     precision: Literal["auto", "bfloat16", "float32"] = _key(
         "of products; weights and sums are float32. `auto`: bfloat16 on a GPU, and on a CPU that has instructions for "
         "it; without them it is 5 times slower than float32, which is taken then. A run keeps what it began with",
@@ -502,7 +507,7 @@ def _convert(kind: Any, value: Any, where: str, domain: Any) -> Any:
             value = [value]  # one path
         if not isinstance(value, list):
             raise FormatError(f"{where}: found {_show(value)}, expected a list")
-        return tuple(_convert(item, v, f"{where}[{i}]", {}) for i, v in enumerate(value))
+        return tuple(_convert(item, v, f"{where}[{i}]", domain) for i, v in enumerate(value))
     if origin is Literal:
         choices = typing.get_args(kind)
         if value not in choices:
@@ -550,7 +555,7 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
             for index, element in enumerate(part):
                 yield from _leaves(element, f"{where}[{index}]")
         elif item.metadata["fixed"] and part != ():
-            yield where, part
+            yield where, list(part) if isinstance(part, tuple) else part  # as JSON has it
 
 
 # ---- documentation ---------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ _KEPT = ".beside-model"
 _MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.json"}
 CHANGEABLE = (
     *(f"optimizer.{item.name}" for item in dataclasses.fields(Optimizer)),
-    *(f"training.{name}" for name in ("steps", "batch_size", "seed", "precision")),
+    *(f"training.{name}" for name in ("steps", "batch_size", "seed", "skip_steps", "precision")),
 )
 """Keys that a run may change on purpose."""
 
@@ -314,6 +314,12 @@ class _Run:
         if self.config.training.steps < state.step:
             found = f"{self.config.training.steps}, expected at least {state.step}, which the run has made"
             raise FormatError(f"training.steps: found {found}")
+        skipped, key = frozenset(self.config.training.skip_steps), "training.skip_steps"
+        if past := [step for step in skipped.symmetric_difference(state.config.get(key, ())) if step <= state.step]:
+            raise FormatError(
+                f"{key}: found a change of step {min(past)}, expected later ones than {state.step}, which the run "
+                "has made"
+            )
         changes = [{"step": state.step, "key": k, "was": state.config.get(k), "is": now.get(k)} for k in differing]
         for made in changes if self.world.first else ():
             self.meter.note(f"from step {state.step} on, {made['key']} is {made['is']}; it was {made['was']}")
@@ -332,7 +338,8 @@ class _Run:
 
     def _load_moments(self, tensors: training_checkpoint.Tensors) -> None:
         fused = self.optimizer.defaults["fused"]
-        step = torch.tensor(float(self.step), device=self.world.device if fused else "cpu")
+        updates = self.step - sum(step <= self.step for step in set(self.config.training.skip_steps))
+        step = torch.tensor(float(updates), device=self.world.device if fused else "cpu")
         for name, parameter in self.model.named_parameters():
             moments = {moment: _like(parameter, tensors[f"{moment}.{name}"]) for moment in _MOMENTS}
             self.optimizer.state[parameter] = {"step": step.clone(), **moments}
@@ -371,7 +378,7 @@ class _Run:
         return self.world.from_first(self._finish)
 
     def _say_how_long(self) -> None:
-        if not self.world.first:
+        if not self.world.first or not self.rate:  # nothing but skipped steps so far
             return
         training = self.config.training
         left, tokens = training.steps - self.step, training.batch_size * self.config.data.sequence_length
@@ -427,6 +434,10 @@ class _Run:
     def _update(self) -> None:
         """One step: gradients of this process's windows, some at a time, and AdamW."""
         training, optimizer = self.config.training, self.config.optimizer
+        if self.step + 1 in training.skip_steps:
+            self._next_windows()
+            self.step += 1
+            return
         rate = learning_rate(optimizer, self.step, training.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -499,15 +510,17 @@ class _Run:
         self.world.from_first(lambda: self._log_steps(rows, rate))
         for step, loss, norm, *_ in rows:
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise self._not_finite(f"step {step}: the loss is {loss}, the norm of its gradient {norm}")
+                raise self._not_finite(step, f"step {step}: the loss is {loss}, the norm of its gradient {norm}")
 
-    def _not_finite(self, found: str) -> FloatingPointError:
+    def _not_finite(self, step: int, found: str) -> FloatingPointError:
         kept = "no checkpoint yet"
+        skipped = dict.fromkeys((*self.config.training.skip_steps, step))
         if self.saved is not None:
             kept = (
                 f"the checkpoint of step {self.saved.progress.step} is intact. The same steps end here again; a lower "
                 "rate or another order of windows may not: --change optimizer.learning_rate, or training.seed, with "
-                "its new value"
+                "its new value. Or leave this step's windows out: --change training.skip_steps --set "
+                f"'training.skip_steps=[{', '.join(map(str, skipped))}]'"
             )
         return FloatingPointError(f"{found}; {kept}")
 
@@ -551,7 +564,7 @@ class _Run:
         loss = total / count
         perplexity, bits = self._measures(loss)
         if not math.isfinite(loss):
-            raise self._not_finite(f"step {self.step}: the validation loss is {loss}")
+            raise self._not_finite(self.step, f"step {self.step}: the validation loss is {loss}")
         self.world.from_first(lambda: self._log_validation(loss, perplexity, bits))
 
     def _log_validation(self, loss: float, perplexity: float, bits: float | None) -> None:
@@ -604,8 +617,8 @@ class _Run:
         weights: training_checkpoint.Tensors = {}
         moments: training_checkpoint.Tensors = {}
         for name, parameter in self.model.named_parameters():
-            state = self.optimizer.state[parameter]
-            for key, tensor in ((None, parameter), *((moment, state[moment]) for moment in _MOMENTS)):
+            state, zero = self.optimizer.state[parameter], torch.zeros_like(parameter)  # before the first update
+            for key, tensor in ((None, parameter), *((moment, state.get(moment, zero)) for moment in _MOMENTS)):
                 whole = _full(tensor.detach())
                 if self.world.first:
                     target, full_name = (weights, name) if key is None else (moments, f"{key}.{name}")

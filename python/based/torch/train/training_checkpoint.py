@@ -11,12 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from based import _core
 from based._core import FormatError, ModelConfig
-from based.convert import atomic_directory, sync
+from based.convert import atomic_directory, stored_tensors, sync
 
 _VERSION = 1
 _NAME = re.compile(r"step-(\d{9})")
@@ -53,8 +52,8 @@ class TrainingCheckpoint:
 
     def tensors(self, file: str) -> Tensors:
         """Those of model.safetensors or optimizer.safetensors, float32."""
-        stored = _core.SafetensorsFile(self.path / file).tensors()
-        return {name: torch.from_numpy(np.array(bits)) for name, bits in stored.items()}
+        stored = stored_tensors(_core.SafetensorsFile(self.path / file))
+        return {name: torch.from_numpy(tensor.bits) for name, tensor in stored.items()}
 
 
 def save(
