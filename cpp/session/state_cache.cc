@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <condition_variable>
 #include <deque>
 #include <exception>
@@ -37,14 +38,33 @@ constexpr std::size_t kMostCopies = 16;   // states that wait to be copied to th
 constexpr std::size_t kMostWrites = 256;  // states that wait to be written to files
 constexpr std::chrono::seconds kScanEvery{1};
 
+// check_tokens() without a branch for each: prompts are long, and come here again with every state inside them.
+void check_all(Tokens tokens, std::int64_t vocab_size) {
+  std::uint32_t greatest = 0;  // a negative token is great
+  for (const std::int32_t token : tokens) greatest = std::max(greatest, static_cast<std::uint32_t>(token));
+  if (greatest >= static_cast<std::uint64_t>(vocab_size)) check_tokens(tokens, vocab_size, "state cache");
+}
+
 // All of these tokens, as a prompt's.
 SeenTokens seen_of(Tokens tokens, std::int64_t vocab_size) {
-  std::vector<bool> seen(static_cast<std::size_t>(vocab_size));
-  for (const std::int32_t token : tokens) seen[static_cast<std::size_t>(token)] = true;
+  std::vector<std::uint64_t> seen(static_cast<std::size_t>(vocab_size + 63) / 64);  // a bit for each
+  for (const std::int32_t token : tokens)
+    seen[static_cast<std::size_t>(token) / 64] |= std::uint64_t{1} << (token % 64);
+  std::size_t count = 0;
+  for (const std::uint64_t word : seen) count += static_cast<std::size_t>(std::popcount(word));
   std::vector<backend::SeenToken> entries;
-  for (std::size_t token = 0; token < seen.size(); ++token)
-    if (seen[token]) entries.push_back({static_cast<std::int32_t>(token), true, 0});
+  entries.reserve(count);
+  for (std::size_t i = 0; i < seen.size(); ++i)
+    for (std::uint64_t rest = seen[i]; rest != 0; rest &= rest - 1)
+      entries.push_back({static_cast<std::int32_t>(64 * i) + std::countr_zero(rest), true, 0});
   return SeenTokens::from_entries(std::move(entries));
+}
+
+// How many tokens both begin with.
+std::size_t common_length(Tokens a, Tokens b) {
+  const std::size_t most = std::min(a.size(), b.size());
+  if (std::ranges::equal(a.first(most), b.first(most))) return most;  // as fast as memory is read
+  return static_cast<std::size_t>(std::ranges::mismatch(a, b).in1 - a.begin());
 }
 
 // The same state with other counts for penalties: its memory is shared.
@@ -232,9 +252,8 @@ StateCache::Impl::Node& StateCache::Impl::path_to(Tokens tokens) {
     const auto it = node->children.find(tokens.front());
     if (it == node->children.end()) return add_child(*node, tokens);
     Node* child = it->second;
-    const auto [mine, theirs] = std::ranges::mismatch(tokens, child->edge);
-    const auto common = static_cast<std::size_t>(mine - tokens.begin());
-    if (theirs != child->edge.end()) child = &split(*child, common);
+    const std::size_t common = common_length(tokens, child->edge);
+    if (common < child->edge.size()) child = &split(*child, common);
     node = child;
     tokens = tokens.subspan(common);
   }
@@ -463,7 +482,7 @@ void StateCache::Impl::insert(Tokens tokens, const State& state) {
                                      " tokens, expected the ", n, " given"));
   if (state.model() != model_) throw StateError("state cache: found the state of another model");
   if (n == 0) return;
-  check_tokens(tokens, model_->config().vocab_size, "state cache");
+  check_all(tokens, model_->config().vocab_size);
   if (n < model_->config().prefix_tokens() || !state.impl().progress.last.rows.data) return;
   Dropped dropped;
   const std::lock_guard lock(mutex_);
@@ -496,7 +515,7 @@ StateCache::Match StateCache::Impl::find(Tokens tokens, std::int64_t most) {
   Match match;
   tokens = tokens.first(static_cast<std::size_t>(std::clamp<std::int64_t>(most, 0, std::ssize(tokens))));
   if (tokens.empty()) return match;
-  check_tokens(tokens, model_->config().vocab_size, "state cache");
+  check_all(tokens, model_->config().vocab_size);
 
   // The deepest state on the device, and those deeper that are on the host only.
   struct Found {
@@ -516,9 +535,9 @@ StateCache::Match StateCache::Impl::find(Tokens tokens, std::int64_t most) {
       const auto it = node->children.find(rest.front());
       if (it == node->children.end()) break;
       node = it->second;
-      const auto [mine, theirs] = std::ranges::mismatch(rest, node->edge);
-      matched += mine - rest.begin();
-      if (theirs != node->edge.end()) break;
+      const std::size_t common = common_length(rest, node->edge);
+      matched += static_cast<std::int64_t>(common);
+      if (common < node->edge.size()) break;
       rest = rest.subspan(node->edge.size());
       if (node->state) {
         on_device = {node->id, node->depth, node->state, nullptr};

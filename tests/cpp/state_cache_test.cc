@@ -391,6 +391,10 @@ TEST(StateCache, RefusesWhatContradictsItself) {
   const Tokens tokens = random_tokens(5, 1);
   EXPECT_THROW(cache.insert(first(tokens, 4), state_after(model, tokens)), InvalidArgument);
   EXPECT_THROW(cache.insert(tokens, state_after(make_model(fixed_config()), tokens)), StateError);
+  for (const std::int32_t wrong : {-1, 61, 1 << 30}) {
+    EXPECT_THROW(cache.find({{3, wrong, 4}}, 3), InvalidArgument);
+    EXPECT_THROW(cache.insert({{3, wrong, 4, 5, 6}}, state_after(model, tokens)), InvalidArgument);
+  }
   EXPECT_EQ(cache.find({}, 10).num_tokens, 0);
   EXPECT_EQ(cache.find(tokens, -1).num_tokens, 0);
 
