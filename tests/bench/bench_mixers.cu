@@ -693,7 +693,7 @@ void check_deltas() {
       for (const GatedDeltaNetConfig& c :
            {GatedDeltaNetConfig{2, 128, 128, 4, eps, true, true}, GatedDeltaNetConfig{3, 64, 32, 3, eps, false, true},
             GatedDeltaNetConfig{2, 21, 19, 1, eps, true, false}, GatedDeltaNetConfig{1, 5, 70, 6, eps, true, true},
-            GatedDeltaNetConfig{1, 1, 1, 2, eps, false, false}})
+            GatedDeltaNetConfig{1, 1, 1, 2, 1.0, false, false}})  // the norm of one number is its sign, but for eps
         check_delta(c, dtype, mix, 0);
       check_delta({2, 32, 48, 4, eps, true, true}, dtype, mix, 1);
     }
