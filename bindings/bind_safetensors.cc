@@ -59,7 +59,7 @@ TensorView view_of(const py::array& array, DType dtype, const std::string& name)
   return {dtype, {array.shape(), array.shape() + array.ndim()}, static_cast<const std::byte*>(array.data())};
 }
 
-py::array read(const SafetensorsFile& file, const std::string& name, std::size_t offset, std::size_t nbytes) {
+py::array read_bytes(const SafetensorsFile& file, const std::string& name, std::size_t offset, std::size_t nbytes) {
   const auto found = file.tensors().find(name);
   if (found == file.tensors().end()) throw py::key_error(name);
   if (offset > found->second.nbytes() || nbytes > found->second.nbytes() - offset)
@@ -131,7 +131,7 @@ void bind_safetensors(py::module_& m) {
             return result;
           },
           "\"float32\", \"bfloat16\", … by tensor name.")
-      .def("read", &read, py::arg("name"), py::arg("offset"), py::arg("nbytes"),
+      .def("read", &read_bytes, py::arg("name"), py::arg("offset"), py::arg("nbytes"),
            "Bytes of a tensor in a new uint8 array, read and not mapped. Raises OSError, and FormatError when the file "
            "has become shorter.")
       .def("metadata", &SafetensorsFile::metadata);

@@ -48,7 +48,8 @@ std::size_t left_in_cgroups(const std::filesystem::path& root) {
     const auto first = line.find(':');
     const auto second = first == std::string::npos ? first : line.find(':', first + 1);
     if (second == std::string::npos) continue;
-    const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
+    std::string controllers(1, ',');
+    controllers.append(line, first + 1, second - first - 1).push_back(',');
     const bool v2 = controllers == ",,";
     if (!v2 && controllers.find(",memory,") == std::string::npos) continue;
     const std::filesystem::path top = root / (v2 ? "sys/fs/cgroup" : "sys/fs/cgroup/memory");
