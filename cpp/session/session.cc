@@ -73,6 +73,21 @@ Session::Impl::Turn::~Turn() {
   impl_.busy_.store(false, std::memory_order_release);
 }
 
+Session::Impl::Aside::Aside(const Impl& impl) : impl_(impl), outer_(std::move(*impl.lease_)) {
+  impl_.lease_.reset();
+  try {
+    impl_.lease_.emplace(impl_.model->impl().executors.lease());
+  } catch (...) {
+    impl_.lease_.emplace(std::move(outer_));
+    throw;
+  }
+}
+
+Session::Impl::Aside::~Aside() {
+  impl_.lease_.reset();
+  impl_.lease_.emplace(std::move(outer_));
+}
+
 Session::Impl::Hold::~Hold() {
   --impl_.num_holds_;
   if (impl_.busy_.exchange(true, std::memory_order_acquire)) return;  // the call under way gives the executor back
@@ -487,7 +502,7 @@ void Session::Impl::reserve(std::span<const Piece> pieces) {
   reserve_states(slots, more);
 }
 
-void Session::Impl::step(std::span<const Piece> pieces, backend::Sampler& sampler) {
+void Session::Impl::step(std::span<const Piece> pieces, backend::Sampler& sampler, const InterruptCheck& interrupt) {
   forget_undo();
   std::vector<std::int32_t> tokens, offsets{0}, slots, rows, others;  // rows: those that are sampled come first
   std::vector<std::int64_t> positions;
@@ -505,7 +520,7 @@ void Session::Impl::step(std::span<const Piece> pieces, backend::Sampler& sample
   const backend::RaggedBatch batch{tokens, offsets, slots, positions};
   backend().begin(batch);
   change(slots, kStepFailed, [&] {
-    const auto r = transformer().hidden(backend(), batch, *states_, workspace(), {});
+    const auto r = transformer().hidden(backend(), batch, *states_, workspace(), interrupt);
     backend::Matrix x{last.data.get(), transformer().activation_dtype(), static_cast<std::int64_t>(rows.size()),
                       config().hidden_size};
     transformer().final_norm(backend(), r, rows, x);
