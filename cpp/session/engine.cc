@@ -170,6 +170,10 @@ class Engine::Impl {
   void advance();
   bool launch();
   void launch_mixed();
+  bool is_long(const Feed& feed) const;
+  void read_long();
+  void between_layers();
+  void begin_samples(Feed& feed, Step& step);
   std::int64_t piece_of(const Feed& feed, std::int64_t budget) const;
   void after_piece(Feed& feed);
   void take();
@@ -226,6 +230,17 @@ class Engine::Impl {
   std::uint64_t last_serial_ = 0;
   StepBudget budget_;
   bool yielded_ = false;  // the last step left out pieces of long prompts
+
+  // A piece of a long prompt, between whose layers others take steps. Only where the device is not asynchronous.
+  struct Aborted {
+    FinishReason finish;
+    std::string why;
+  };
+  Feed* long_ = nullptr;               // the prompt
+  std::optional<Aborted> long_abort_;  // it is to end
+  std::exception_ptr long_failure_;    // all that have states are to end
+  Clock::time_point aside_ended_{};
+  Clock::duration aside_took_{}, aside_total_{};
   Clock::time_point last_taken_{};
   std::vector<Shared> touched_;  // have events
   EngineStats counted_;          // what publish() copies
@@ -433,7 +448,7 @@ bool Engine::Impl::receive() {
   {
     std::unique_lock lock(mutex_);
     const auto has_news = [this] { return !incoming_.empty() || !commands_.empty() || aborting_; };
-    const bool is_still = steps_.empty() && feeds_.empty() && !may_begin() &&
+    const bool is_still = long_ == nullptr && steps_.empty() && feeds_.empty() && !may_begin() &&
                           std::ranges::none_of(samples_, [this](const Sample& s) { return wants_step(s); });
     if (is_still) {
       std::optional<Clock::time_point> next;
@@ -491,6 +506,7 @@ void Engine::Impl::apply_abort(const Shared& request, FinishReason finish, const
   };
   std::erase_if(waiting_, concerns);
   std::erase_if(feeds_, concerns);
+  if (long_ != nullptr && long_->request == request && !long_abort_) long_abort_ = {finish, why};
   for (const std::int32_t slot : freed) free_slot(slot);
   settle();
 }
@@ -522,11 +538,15 @@ Engine::Impl::Feed* Engine::Impl::best_waiting() {
 bool Engine::Impl::is_held(const Feed& feed) {
   if (!cache_ || feed.request->given.state) return false;
   const auto& prompt = feed.request->prompt();
-  for (Feed& other : feeds_) {
+  std::vector<Feed*> others;
+  for (Feed& other : feeds_) others.push_back(&other);
+  if (long_ != nullptr) others.push_back(long_);
+  for (Feed* const each : others) {
+    Feed& other = *each;
     if (!other.caches || feed.request->given.priority < other.request->given.priority) continue;
-    const auto& others = other.request->prompt();
-    const auto end = prompt.begin() + static_cast<std::ptrdiff_t>(std::min(prompt.size() - 1, others.size()));
-    std::int64_t shared = std::mismatch(prompt.begin(), end, others.begin()).first - prompt.begin();
+    const auto& read = other.request->prompt();
+    const auto end = prompt.begin() + static_cast<std::ptrdiff_t>(std::min(prompt.size() - 1, read.size()));
+    std::int64_t shared = std::mismatch(prompt.begin(), end, read.begin()).first - prompt.begin();
     if (shared < other.length || is_exact_) shared = shared / kCut * kCut;
     if (shared - other.found < kCut || other.fed >= shared) continue;
     if (shared < other.length) other.cuts.insert(shared);
@@ -583,6 +603,7 @@ bool Engine::Impl::make_room(std::size_t count) {
   const auto size = static_cast<std::size_t>(session().batch_size());
   const std::size_t used = num_used();
   if (used + count > static_cast<std::size_t>(options_.max_batch_size)) return false;
+  if (long_ != nullptr) return false;  // its step is under way in the states that there are
   const auto grown = std::min(static_cast<std::size_t>(options_.max_batch_size), std::max(2 * size, used + count));
   try {
     free_slots_.reserve(grown);
@@ -738,17 +759,25 @@ bool Engine::Impl::wants_step(const Sample& sample) const {
 
 void Engine::Impl::advance() {
   if (!session_) return;
-  if (!feeds_.empty()) {
+  const bool asynchronous = session().backend().asynchronous();
+  const auto joins = [&](const Feed& feed) { return asynchronous || !is_long(feed); };
+  if (std::ranges::any_of(feeds_, joins)) {
     while (!steps_.empty()) take();  // a step with prompts takes its tokens from the host
     settle();
-    if (session_ && !feeds_.empty()) launch_mixed();
-    if (session_ && !session().backend().asynchronous())
-      while (!steps_.empty()) take();
+    if (session_ && std::ranges::any_of(feeds_, joins)) launch_mixed();
+    if (asynchronous) return;
+  } else if (steps_.empty()) {
+    launch();
+  }
+  if (!asynchronous) {
+    while (session_ && !steps_.empty()) take();
+    settle();
+    if (session_ && long_ == nullptr && std::ranges::any_of(feeds_, [&](const Feed& f) { return is_long(f); }))
+      read_long();
     return;
   }
-  if (steps_.empty()) launch();
   // One step ahead of what is known here, while nobody is to join.
-  if (session_ && !steps_.empty() && steps_.size() < 2 && session().backend().asynchronous() && !may_begin()) launch();
+  if (session_ && !steps_.empty() && steps_.size() < 2 && !may_begin()) launch();
   if (session_ && !steps_.empty()) take();
 }
 
@@ -830,6 +859,7 @@ void Engine::Impl::launch_mixed() {
   std::ranges::sort(feeds_, [&](const Feed& a, const Feed& b) { return ranks_before(a, b, now); });
   std::vector<std::pair<std::size_t, std::int64_t>> taken;  // of feeds_: which, tokens
   const std::int64_t budget = budget_.tokens();
+  const bool asynchronous = session().backend().asynchronous();
   const bool has_short = std::ranges::any_of(feeds_, [&](const Feed& feed) { return feed.remaining() <= kCut; });
   bool yields = false;
   for (std::size_t i = 0; i < feeds_.size(); ++i) {
@@ -838,6 +868,7 @@ void Engine::Impl::launch_mixed() {
       again.push_back({feed.slots[0], {}, feed.slots});
       continue;
     }
+    if (!asynchronous && is_long(feed)) continue;  // it has steps of its own
     if (step.num_prompt >= budget) break;
     // Who gets a first token in this step gets it sooner without the pieces of others, which have every second step.
     if (has_short && !yielded_ && feed.remaining() > kCut) {
@@ -897,25 +928,14 @@ void Engine::Impl::launch_mixed() {
   }
   for (Sample* sample : rows) ++sample->sampled;
   std::vector<std::size_t> done;
-  std::vector<Sample> begun;
   for (const auto& [i, count] : taken) {
     Feed& feed = feeds_[i];
     feed.fed += count;
     keep_state(feed);
     if (feed.remaining() > 0) continue;
     done.push_back(i);
-    if (feed.replayed) continue;
-    const std::int64_t before = session().num_tokens(feed.slots[0]);
-    const bool keeps = feed.request->given.keep_state;
-    for (std::size_t s = 0; s < feed.samples.size(); ++s) {
-      const std::int64_t room = room_behind(*model_, before, keeps);
-      begun.push_back({feed.request, feed.samples[s], feed.slots[s], ++last_serial_, before,
-                       std::min(room, feed.request->params().max_tokens)});
-      begun.back().keeps = keeps;
-      step.serials.push_back(last_serial_);
-    }
+    if (!feed.replayed) begin_samples(feed, step);
   }
-  samples_.insert(samples_.end(), std::make_move_iterator(begun.begin()), std::make_move_iterator(begun.end()));
   steps_.push_back(std::move(step));
 
   // What follows may fail for one request and no other.
@@ -927,6 +947,100 @@ void Engine::Impl::launch_mixed() {
   }
   for (Feed& feed : ended_feeds)
     if (session_) after_piece(feed);
+}
+
+// Samples behind a prompt that has been read, for which the step samples their first tokens.
+void Engine::Impl::begin_samples(Feed& feed, Step& step) {
+  const std::int64_t before = session().num_tokens(feed.slots[0]);
+  const bool keeps = feed.request->given.keep_state;
+  const std::int64_t most = std::min(room_behind(*model_, before, keeps), feed.request->params().max_tokens);
+  for (std::size_t s = 0; s < feed.samples.size(); ++s) {
+    samples_.push_back({feed.request, feed.samples[s], feed.slots[s], ++last_serial_, before, most});
+    samples_.back().keeps = keeps;
+    step.serials.push_back(last_serial_);
+  }
+}
+
+bool Engine::Impl::is_long(const Feed& feed) const { return feed.remaining() > kCut; }
+
+// A piece of a long prompt, alone. On a CPU 64 tokens take several times as long as a step of a few rows, which others
+// would wait for: so they have their steps between its layers.
+void Engine::Impl::read_long() {
+  const Clock::time_point now = Clock::now();
+  auto first = feeds_.end();
+  for (auto feed = feeds_.begin(); feed != feeds_.end(); ++feed)
+    if (is_long(*feed) && (first == feeds_.end() || ranks_before(*feed, *first, now))) first = feed;
+  Feed feed = std::move(*first);
+  feeds_.erase(first);
+  const std::int64_t count = piece_of(feed, budget_.tokens());
+  const bool ends = count == feed.remaining();
+  const auto tokens = feed.tokens().subspan(static_cast<std::size_t>(feed.fed), static_cast<std::size_t>(count));
+  Session::Impl::Piece piece{feed.slots[0], tokens, {}};
+  if (ends && !feed.replayed) piece.samplers = feed.slots;
+  std::exception_ptr error;
+  Step step;
+  step.num_prompt = count;
+  aside_total_ = {};
+  aside_ended_ = step.launched;
+  try {
+    // Those who come meanwhile need room: the states cannot move then.
+    if (free_slots_.empty() && session().batch_size() < options_.max_batch_size) make_room(1);
+    session().reserve({&piece, 1});
+    long_ = &feed;
+    session().step({&piece, 1}, *sampler_, [this] { between_layers(); });
+  } catch (...) {
+    error = std::current_exception();
+  }
+  long_ = nullptr;
+  const auto abort = std::exchange(long_abort_, std::nullopt);
+  if (const auto failure = std::exchange(long_failure_, nullptr)) {
+    end(feed, FinishReason::error, what_of(failure));
+    return fail_all(failure);
+  }
+  if (abort || error) {
+    if (!abort && gave_back(model_->state_nbytes()) && !session().is_broken(feed.slots[0])) {
+      feeds_.push_back(std::move(feed));  // once more
+      return;
+    }
+    const std::string why = abort ? abort->why : what_of(error);
+    end(feed, abort ? abort->finish : FinishReason::error, why);
+    if (!abort && is_device_error(error)) return fail_all(error);
+    for (const std::int32_t slot : feed.slots) free_slot(slot);
+    return;
+  }
+  step.launched += aside_total_;
+  feed.fed += count;
+  keep_state(feed);
+  if (ends && !feed.replayed) begin_samples(feed, step);
+  steps_.push_back(std::move(step));
+  if (ends)
+    after_piece(feed);
+  else
+    feeds_.push_back(std::move(feed));
+  while (session_ && !steps_.empty()) take();
+}
+
+// Steps of others in the middle of a long prompt's. They get half of the time, and who comes new is looked at at once.
+void Engine::Impl::between_layers() {
+  const Clock::time_point now = Clock::now();
+  bool has_news = false;
+  {
+    const std::lock_guard lock(mutex_);
+    has_news = !incoming_.empty() || !commands_.empty() || aborting_;
+  }
+  const auto wants = [this](const Sample& sample) { return wants_step(sample); };
+  const bool others = may_begin() || std::ranges::any_of(samples_, wants) ||
+                      std::ranges::any_of(feeds_, [this](const Feed& feed) { return !is_long(feed); });
+  if (has_news || (others && now - aside_ended_ >= aside_took_)) {
+    {
+      const Session::Impl::Aside aside(session());
+      tick();
+    }
+    aside_ended_ = Clock::now();
+    aside_took_ = aside_ended_ - now;
+    aside_total_ += aside_took_;
+  }
+  if (long_abort_ || long_failure_) throw Error("the prompt is not wanted any more");
 }
 
 // A feed that has come to its end: its other samples get the state, or a replayed one its own.
@@ -1155,13 +1269,17 @@ void Engine::Impl::fail_all(const std::exception_ptr& error) noexcept {
     const std::lock_guard lock(mutex_);
     if (broken_.empty()) broken_ = why;
   }
+  if (long_ != nullptr) long_failure_ = error;  // its step is under way: read_long() does the rest
   for (Sample& sample : samples_) end(sample, FinishReason::error, why);
   for (const Feed& feed : feeds_) end(feed, FinishReason::error, why);
   if (lost) {
     for (const Feed& feed : waiting_) end(feed, FinishReason::error, why);
     waiting_.clear();
   }
-  close_session();
+  if (long_ == nullptr) return close_session();
+  samples_.clear();
+  feeds_.clear();
+  steps_.clear();
 }
 
 // ---- events --------------------------------------------------------------------------------------------------------
@@ -1189,6 +1307,7 @@ void Engine::Impl::deliver() {
 
 void Engine::Impl::publish() {
   counted_.running = static_cast<std::int64_t>(samples_.size());
+  if (long_ != nullptr) counted_.running += static_cast<std::int64_t>(long_->slots.size());
   for (const Feed& feed : feeds_) counted_.running += static_cast<std::int64_t>(feed.slots.size());
   counted_.slots = session_ ? session_->batch_size() : 0;
   counted_.max_batch_size = options_.max_batch_size;

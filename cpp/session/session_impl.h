@@ -57,6 +57,20 @@ class Session::Impl {
     const Impl& impl_;
   };
 
+  /// Another executor while it lives: for a step of other sequences in the middle of a step, where no operation is
+  /// under way (Transformer::hidden's interrupt). Not on an asynchronous device. The caller holds a Turn.
+  class Aside {
+   public:
+    explicit Aside(const Impl& impl);
+    ~Aside();
+    Aside(const Aside&) = delete;
+    Aside& operator=(const Aside&) = delete;
+
+   private:
+    const Impl& impl_;
+    Executors::Lease outer_;
+  };
+
   int batch_size() const { return static_cast<int>(slots_.size()); }
   std::vector<std::int32_t> all_slots() const;
   const Transformer& transformer() const { return model->impl().transformer; }
@@ -79,6 +93,7 @@ class Session::Impl {
 
   /// Throws Error when a call on this sequence failed half-way.
   void check_whole(int slot) const;
+  bool is_broken(int slot) const { return at(slot).broken != nullptr; }
 
   /// Throws InvalidArgument, opened by `what`, when the sequence is inside its model's prefix: no further prompt then.
   void check_prefix(int slot, const std::string& what) const;
@@ -114,7 +129,8 @@ class Session::Impl {
 
   /// Feeds all pieces in one batch, and samples for them in their order; the caller takes it, if any piece samples.
   /// Nothing is waited for where the device is asynchronous. reserve() comes before.
-  void step(std::span<const Piece> pieces, backend::Sampler& sampler);
+  /// `interrupt` is called before each layer: what it throws breaks the sequences.
+  void step(std::span<const Piece> pieces, backend::Sampler& sampler, const InterruptCheck& interrupt = {});
 
   /// Samples behind what these sequences have seen; `tokens` are not read.
   void sample_again(std::span<const Piece> pieces, backend::Sampler& sampler);

@@ -20,8 +20,7 @@ class StepBudget {
 
   /// A step of `rows` samples and `prompt` tokens of prompts took so long.
   void measured(std::int64_t rows, std::int64_t prompt, double seconds) {
-    const bool is_plain = prompt == 0 || (rows + prompt <= cut_ && (plain_ == 0 || seconds < plain_));
-    if (is_plain) plain_ = plain_ == 0 ? seconds : plain_ + 0.2 * (seconds - plain_);
+    if (prompt == 0) plain_ = plain_ == 0 ? seconds : plain_ + 0.2 * (seconds - plain_);
     if (prompt < tokens()) return;
     const double aim = std::max(allowance(rows) * plain_, kShort);
     tokens_ = std::clamp(tokens_ * std::clamp(aim / seconds, 0.5, 1.25), static_cast<double>(cut_),

@@ -244,6 +244,7 @@ def test_a_conversation_reads_only_what_is_new(model, tmp_path):
     """Each turn computes its own tokens, the answer before it, and at most what lies behind a multiple of 64."""
     text = list(np.random.default_rng(0).integers(0, 256, 2000))
     params = greedy(max_tokens=10, ignore_eos=True)
+    known = 0
     for turn in range(4):
         if turn % 2 == 0:  # the states survive an engine in the folder
             engine = model.engine(2, cache_dir=tmp_path)

@@ -188,7 +188,7 @@ os.chdir(sys.argv[1])
 model = _core.Model.random(sizes.named_config("tiny"), num_threads=1)
 session = _core.Session(model)
 good = [model, model.config, session, session.checkpoint(), session.snapshot(0), based.SamplingParams(),
-        _core.Generator(model, [[1]], [based.SamplingParams()], 1), model.forward([1])]
+        _core.Generator(model, [[1]], [based.SamplingParams()], 1), model.forward([1]), _core.Engine(model, 1)]
 classes = [value for value in vars(_core).values() if inspect.isclass(value)]
 bound = [c for c in classes if type(c).__name__ == "pybind11_type"]
 assert len(bound) >= 18, bound
