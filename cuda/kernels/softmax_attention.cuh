@@ -45,9 +45,9 @@ __device__ __forceinline__ float finite_maximum(float m) { return m == -kInfinit
 
 // ---- softmax_attention_wgmma.cu ------------------------------------------------------------------------------------
 
-/// Attention of all tiles over contexts on Hopper's asynchronous tensor cores, once q and k are rotated and the contexts
-/// hold the call's keys and values. False, and nothing is launched, where the device or the shape is not for them. T:
-/// bf16 or fp16.
+/// Attention of all tiles over contexts on Hopper's asynchronous tensor cores, once q and k are rotated and the
+/// contexts hold the call's keys and values. False, and nothing is launched, where the device or the shape is not for
+/// them. T: bf16 or fp16.
 template <typename T>
 bool attend_by_wgmma(cudaStream_t stream, const char* name, const AttentionArguments& a);
 
