@@ -552,10 +552,11 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What it does now, and has done since it was made."""
-        stats = self._core.stats()
-        cache = stats.pop("cache")
-        tiers = {name: CacheTier(**cache.pop(name)) for name in ("device", "host", "files")}
-        return EngineStats(**stats, cache=CacheStats(**tiers, **cache))
+        stats: dict[str, Any] = self._core.stats()
+        cache: dict[str, Any] = stats["cache"]
+        tiers = {name: CacheTier(**cache[name]) for name in ("device", "host", "files")}
+        stats["cache"] = CacheStats(**(cache | tiers))
+        return EngineStats(**stats)
 
     def close(self, drain: bool = True, timeout: float | None = None) -> bool:
         """Takes no more requests and waits for those that it has.
