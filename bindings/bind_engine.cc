@@ -213,17 +213,17 @@ void bind_engine(py::module_& m) {
       .def(
           "submit",
           [](const QueuedEngine& self, const TokenIds& ids, const TextSamplingParams& params, const Arg<int>& priority,
-             const Arg<std::optional<double>>& timeout, const std::shared_ptr<State>& state,
+             const Arg<std::optional<double>>& timeout, const std::optional<std::shared_ptr<State>>& state,
              const Arg<bool>& keep_state, const Arg<bool>& reader_ends, const Arg<bool>& every_token) {
             EngineRequest request;
-            request.request.prompt = token_ids(ids, self.vocab_size(), "prompt", state != nullptr);
+            request.request.prompt = token_ids(ids, self.vocab_size(), "prompt", state.has_value());
             request.request.params = params;
             request.priority = priority.get("priority");
             if (const auto limit = timeout_of(timeout))
               request.deadline =
                   EngineEvent::Clock::now() + std::chrono::duration_cast<EngineEvent::Clock::duration>(
                                                   std::chrono::duration<double>(std::min(*limit, kLongestTimeout)));
-            request.state = state;
+            if (state) request.state = *state;
             request.keep_state = keep_state.get("keep_state");
             request.reader_ends = reader_ends.get("reader_ends");
             request.every_token = every_token.get("every_token");

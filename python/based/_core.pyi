@@ -1613,7 +1613,7 @@ class Engine:
         """
         Numbers of requests, samples, tokens and steps.
         """
-    def submit(self, prompt: collections.abc.Sequence[int] | numpy.ndarray, params: SamplingParams, priority: typing.SupportsIndex = 0, timeout: typing.SupportsFloat | None = None, state: State = None, keep_state: bool = False, reader_ends: bool = False, every_token: bool = True) -> int:
+    def submit(self, prompt: collections.abc.Sequence[int] | numpy.ndarray, params: SamplingParams, priority: typing.SupportsIndex = 0, timeout: typing.SupportsFloat | None = None, state: State | None = None, keep_state: bool = False, reader_ends: bool = False, every_token: bool = True) -> int:
         """
         The request's number. Raises EngineBusyError when the queue is full, EngineClosedError after a shutdown.
         """

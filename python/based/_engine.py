@@ -1,6 +1,5 @@
 """Continuous batching: one loop in the core runs the requests of all threads and event loops in one batch."""
 
-import asyncio
 import contextlib
 import math
 import os
@@ -11,13 +10,16 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from based import _core
 from based._generate import PromptReader, Request, Sample, failed_output, request_output
 from based._outputs import RequestOutput, StreamChunk
 from based._prompts import Prompt, as_array
 from based._tokenizer import LazyTokenizer
+
+if TYPE_CHECKING:
+    import asyncio
 
 _PUMP_WAIT = 60.0  # seconds; the end of an engine wakes its pump
 _MOST_UNREAD = 256
@@ -177,6 +179,8 @@ class EngineRequest:
             self._resume()
             await self._wait_for_news(only_end=True)
         if len(self._raw) > _MOST_UNREAD:
+            import asyncio
+
             return await asyncio.to_thread(self._output)
         return self._output()
 
@@ -241,6 +245,8 @@ class EngineRequest:
         return request_output(self._request, self._samples)
 
     async def _wait_for_news(self, *, only_end: bool = False) -> None:
+        import asyncio  # slow to import, and not for everybody
+
         loop = asyncio.get_running_loop()
         with self._news:
             if self.ended or (not only_end and self._has_news()):
@@ -546,10 +552,11 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What it does now, and has done since it was made."""
-        stats = self._core.stats()
-        cache = stats.pop("cache")
-        tiers = {name: CacheTier(**cache.pop(name)) for name in ("device", "host", "files")}
-        return EngineStats(**stats, cache=CacheStats(**tiers, **cache))
+        stats: dict[str, Any] = self._core.stats()
+        cache: dict[str, Any] = stats["cache"]
+        tiers = {name: CacheTier(**cache[name]) for name in ("device", "host", "files")}
+        stats["cache"] = CacheStats(**(cache | tiers))
+        return EngineStats(**stats)
 
     def close(self, drain: bool = True, timeout: float | None = None) -> bool:
         """Takes no more requests and waits for those that it has.
@@ -565,6 +572,8 @@ class Engine:
 
     async def aclose(self, drain: bool = True, timeout: float | None = None) -> bool:
         """As close, for an event loop."""
+        import asyncio
+
         return await asyncio.to_thread(self.close, drain, timeout)
 
     def __enter__(self) -> "Engine":
@@ -633,6 +642,8 @@ def stream_request(start: Callable[[], EngineRequest]) -> Generator[StreamChunk,
 
 async def astream_request(start: "Callable[[], EngineRequest]", *, in_thread: bool) -> AsyncIterator[StreamChunk]:
     """The same for an event loop; in_thread: starting takes long."""
+    import asyncio
+
     request: EngineRequest | None = None
     try:
         if in_thread:

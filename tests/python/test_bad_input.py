@@ -728,13 +728,21 @@ config["layers"][2]["window"] = 1 << 19  # 32 MB of state
 wide = based.load(directory, num_threads=1)
 used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (500 << 20), resource.RLIM_INFINITY))
-for attempt in (lambda: model.session(1 << 20), lambda: wide.session(20), lambda: wide.generate([[1]] * 20)):
+batch = [[1]] * 20
+for attempt in (
+    lambda: model.session(1 << 20),
+    lambda: wide.session(20),
+    lambda: wide.generate(batch, max_batch_size=20),
+    lambda: wide.engine(20, cache_bytes=0),
+):
     try:
         attempt()
     except MemoryError:
         continue
     sys.exit("no MemoryError")
 np.testing.assert_array_equal(session.step([4]), expected)
+# What has no batch of its own runs as many at once as there is memory for.
+assert {output.outputs[0].finish_reason for output in wide.generate(batch)} == {"length"}
 """
     result = subprocess.run([sys.executable, "-c", code, directory], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
