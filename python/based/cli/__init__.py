@@ -28,6 +28,7 @@ COMMANDS = {
     "train": "train a model, or go on with it",
     "recall": "measure recall over bytes of state: the recall frontier",
     "eval": "measure a model with lm-evaluation-harness",
+    "serve": "answer completions over HTTP",
 }
 """Subcommand, which is the module of this package that has it, and its line of help."""
 
