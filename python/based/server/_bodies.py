@@ -89,11 +89,11 @@ def get_text(body: Mapping[str, Any], name: str) -> str | None:
         return None
     if not isinstance(value, str):
         raise invalid(f"{name} is {describe(value)}, expected a text", param=name)
-    check_letters(value, name)
+    check_letters(value, name, name)
     return value
 
 
-def check_letters(text: str, name: str) -> None:
+def check_letters(text: str, name: str, param: str) -> None:
     """Refuses half a surrogate pair, which JSON can write and UTF-8 cannot."""
     try:
         text.encode()
@@ -101,7 +101,7 @@ def check_letters(text: str, name: str) -> None:
         raise invalid(
             f"{name} holds half of a surrogate pair (\\u{ord(text[error.start]):04x}), "
             "expected characters that UTF-8 has",
-            param=name,
+            param=param,
         ) from None
 
 

@@ -229,9 +229,12 @@ def _stream_options(body: Body, stream: bool) -> tuple[bool, bool]:
         return False, False
     if not stream:
         raise invalid("stream_options are for stream: true", param="stream_options")
-    known = FIELDS["stream_options"]["properties"]
-    check_fields(options, known)
-    return get_bool(options, "include_usage"), get_bool(options, "continuous_usage_stats")
+    try:
+        check_fields(options, FIELDS["stream_options"]["properties"])
+        return get_bool(options, "include_usage"), get_bool(options, "continuous_usage_stats")
+    except ApiError as error:
+        error.param = f"stream_options.{error.param}"
+        raise
 
 
 def _save_as(body: Body) -> str | None:
@@ -251,14 +254,17 @@ def _sampling(body: Body, best_of: int, max_tokens: int) -> _core.SamplingParams
     for index, stop in enumerate(stops):
         if not isinstance(stop, str):
             raise invalid(f"stop[{index}] is {describe(stop)}, expected a text", param="stop")
-        check_letters(stop, f"stop[{index}]")
+        check_letters(stop, f"stop[{index}]", "stop")
         if len(stop) > _LONGEST_STOP:
             raise invalid(f"stop[{index}] has {len(stop)} letters, expected at most {_LONGEST_STOP}", param="stop")
     if "logit_bias" in given:
         given["logit_bias"] = _logit_bias(given["logit_bias"])
     try:
         return _core.SamplingParams(**given)
-    except (TypeError, ValueError, OverflowError) as error:
+    except OverflowError:  # it does not say of which
+        name = next(name for name, value in given.items() if isinstance(value, int) and value.bit_length() > 1000)
+        raise invalid(f"{name} is {describe(given[name])}, which is too large", param=name) from None
+    except (TypeError, ValueError) as error:
         raise sampling_error(error) from None
 
 
@@ -306,7 +312,7 @@ def _prompts(body: Body, model: "Model", limits: Limits, state: "State | None") 
 
 def _prompt(value: Any, name: str, model: "Model", limits: Limits, at_start: bool, split: bool) -> Prompt:
     if isinstance(value, str):
-        check_letters(value, name)
+        check_letters(value, name, "prompt")
     elif not isinstance(value, list):
         raise invalid(f"{name} is {describe(value)}, expected a text or token ids", param="prompt")
     most = limits.prompt_tokens
