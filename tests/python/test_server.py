@@ -1,12 +1,18 @@
 """`based serve`: the routes, over real sockets, by plain requests and by the client of OpenAI."""
 
+import asyncio
 import contextlib
 import http.client
 import json
 import logging
 import math
 import re
+import shutil
+import signal
 import socket
+import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,8 +27,9 @@ from based.server._requests import FIELDS, SAMPLING, UNSUPPORTED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.python.serving import Answer, Running, serving
+from tests.python.serving import PATIENCE, Answer, Running, serving
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 PROMPT = "Once upon a time"
 GREEDY = {"temperature": 0, "ignore_eos": True}
 
@@ -840,7 +847,7 @@ def test_slow_requests_are_given_up(model: based.Model) -> None:
 
 
 def test_a_context_that_is_too_long(models: Any) -> None:
-    small = based.load(Path(__file__).parents[1] / "golden" / "attn-tiny", dtype="float32", max_context=16)
+    small = based.load(GOLDEN / "attn-tiny", dtype="float32", max_context=16)
     with serving(small) as server:
         assert server.complete(prompt=[1] * 10, max_tokens=7, **GREEDY)["choices"][0]["finish_reason"] == "length"
         for tokens, new in ((10, 8), (17, 1), (10, 10**12)):
@@ -969,3 +976,203 @@ def test_log_formats() -> None:
     assert _Lines().format(record).endswith("warning: a\\x1b[31m b")
     found = json.loads(_Json().format(record))
     assert found["message"] == "a\x1b[31m b" and found["status"] == 200 and found["level"] == "warning"
+
+
+# ---- the client of OpenAI --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def openai() -> Any:
+    return pytest.importorskip("openai")
+
+
+@pytest.fixture
+def client(openai: Any, server: Running) -> Iterator[Any]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def test_openai_completions(client: Any, model: based.Model) -> None:
+    (wanted,) = expected(model, PROMPT, max_tokens=6, temperature=0)
+    answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=6, temperature=0, logprobs=2)
+    assert answer.choices[0].text == wanted.text and answer.usage.completion_tokens == 6
+    assert len(answer.choices[0].logprobs.tokens) == 6
+    assert answer.usage.prompt_tokens_details.cached_tokens >= 0
+    assert answer._request_id
+    more = {"repetition_penalty": 1.1, "ignore_eos": True, "save_state": True}
+    answer = client.completions.create(model="tiny", prompt=[1, 2], max_tokens=2, extra_body=more)
+    assert answer.state_id.startswith("state-")
+    assert [each.id for each in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").max_model_len is None
+
+
+def test_openai_streams(client: Any, model: based.Model) -> None:
+    (wanted,) = expected(model, PROMPT, max_tokens=6, temperature=0)
+    with client.completions.create(
+        model="tiny",
+        prompt=PROMPT,
+        max_tokens=6,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    ) as stream:
+        chunks = list(stream)
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == wanted.text
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 6
+
+
+def test_openai_cancels_a_stream(client: Any, server: Running) -> None:
+    before = server.engine.stats().running
+    stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=10**8, stream=True, temperature=0)
+    next(iter(stream))
+    assert server.engine.stats().running == before + 1
+    stream.close()
+    server.until(lambda: server.engine.stats().running == before)
+
+
+def test_openai_async(openai: Any, server: Running, model: based.Model) -> None:
+    prompts = [f"{index} green" for index in range(6)]
+    wanted = [output.outputs[0].text for output in model.generate(prompts, SamplingParams(max_tokens=5, temperature=0))]
+
+    async def ask() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            create = client.completions.create
+
+            async def one(prompt: str) -> str:
+                stream = await create(model="tiny", prompt=prompt, max_tokens=5, temperature=0, stream=True)
+                return "".join([chunk.choices[0].text async for chunk in stream])
+
+            return await asyncio.gather(*(one(prompt) for prompt in prompts))
+
+    assert asyncio.run(ask()) == wanted
+
+
+def test_openai_errors(openai: Any, client: Any, model: based.Model) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="tiny", prompt=PROMPT, temperature=-1)
+    assert caught.value.param == "temperature" and caught.value.type == "invalid_request_error"
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.completions.create(model="gpt-4", prompt=PROMPT)
+    assert caught.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError, match="base model"):
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}])
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(serving(model, api_keys=["right"], requests=1))
+        url = f"{server.url}/v1"
+        wrong = stack.enter_context(openai.OpenAI(base_url=url, api_key="wrong", max_retries=0))
+        with pytest.raises(openai.AuthenticationError):
+            wrong.completions.create(model="tiny", prompt=PROMPT)
+        right = stack.enter_context(openai.OpenAI(base_url=url, api_key="right", max_retries=0))
+        stream = right.completions.create(model="tiny", prompt=PROMPT, max_tokens=10**8, stream=True)
+        next(iter(stream))
+        with pytest.raises(openai.RateLimitError):
+            right.completions.create(model="tiny", prompt=PROMPT)
+        stream.close()
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def command(*options: object) -> Iterator[tuple[subprocess.Popen[str], Running, list[str]]]:
+    """`based serve` of the golden model, when it is ready; and the lines of its log so far."""
+    words = [sys.executable, "-m", "based", "serve", "--port", 0, "-m", GOLDEN / "based-tiny", *options]
+    process = subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE, text=True)
+    lines: list[str] = []
+    try:
+        while "is ready" not in (line := process.stderr.readline()):
+            assert line, "".join(lines)
+            lines.append(line)
+        reader = threading.Thread(target=lambda: lines.extend(process.stderr))
+        reader.start()
+        port = int(re.search(r"listening on https?://127\.0\.0\.1:(\d+)", "".join(lines))[1])
+        yield process, Running(port, None), lines
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+        reader.join(PATIENCE)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_command_ends_in_order_and_goes_on_from_states(tmp_path: Path) -> None:
+    options = ["--state-dir", tmp_path, "--served-model-name", "m"]
+    body = {"state_id": "chat", "prompt": " and", "max_tokens": 5, **GREEDY}
+    with command(*options) as (process, server, lines):
+        server.complete(prompt=PROMPT, max_tokens=5, save_state="chat", model="m", **GREEDY)
+        text = server.text(**body)
+        connection, response = begin_stream(server, max_tokens=400)
+        process.send_signal(signal.SIGTERM)
+        with contextlib.closing(connection), response:
+            assert b'"finish_reason":"length"' in response.read()
+        assert process.wait(PATIENCE) == 0
+    assert any("SIGTERM" in line for line in lines) and any("states saved" in line for line in lines)
+    assert (tmp_path / "chat.safetensors").exists()
+    with command(*options, "--log-json") as (process, server, lines):
+        assert server.text(**body) == text
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 0
+    logged = [json.loads(line) for line in lines]
+    assert any(entry.get("completion_tokens") == 5 for entry in logged)
+
+
+def test_a_second_signal_ends_what_runs() -> None:
+    with command("--drain-timeout", 1000) as (process, server, _):
+        connection, response = begin_stream(server)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        with contextlib.closing(connection), response:
+            assert response.read().endswith(b"data: [DONE]\n\n")
+        assert process.wait(PATIENCE) == 0
+
+
+def test_tls(tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl, which makes a certificate, is missing")
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    with command("--ssl-certfile", certificate, "--ssl-keyfile", key, "--api-key", "k") as (_, server, _):
+        context = ssl.create_default_context(cafile=certificate)
+        connection = http.client.HTTPSConnection("127.0.0.1", server.port, context=context, timeout=30)
+        with contextlib.closing(connection):
+            body = json.dumps({"prompt": "a", "max_tokens": 2})
+            headers = {"content-type": "application/json", "authorization": "Bearer k"}
+            connection.request("POST", "/v1/completions", body, headers)
+            assert connection.getresponse().status == 200
+
+
+def test_what_the_command_refuses(tmp_path: Path) -> None:
+    taken = socket.create_server(("127.0.0.1", 0))
+    with contextlib.closing(taken):
+        port = taken.getsockname()[1]
+        for status, fragment, options in (
+            (1, "in use", ["--port", port]),
+            (1, "No such file", ["--ssl-certfile", tmp_path / "none.pem"]),
+            (2, "--ssl-certfile", ["--ssl-keyfile", tmp_path / "none.pem"]),
+            (2, "--port", ["--port", 70000]),
+            (2, "--max-n", ["--max-n", 0]),
+            (2, "--metrics-prefix", ["--metrics-prefix", "a-b"]),
+            (1, "neither an existing directory", ["--port", 0, "-m", tmp_path / "none"]),
+            (1, "", ["--port", 0, "--state-dir", GOLDEN / "README.md"]),
+        ):
+            words = [sys.executable, "-m", "based", "serve", *map(str, options)]
+            done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+            assert done.returncode == status and fragment in done.stderr, (options, done.stderr)
+            assert "Traceback" not in done.stderr and "error: " in done.stderr.splitlines()[-1]
+
+
+def test_nothing_of_it_is_imported_before() -> None:
+    script = (
+        "import sys, based, based.cli.serve; "
+        "based.Model.engine; "
+        "print([name for name in ('fastapi', 'starlette', 'uvicorn', 'prometheus_client', 'httptools') "
+        "if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

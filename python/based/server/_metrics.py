@@ -131,7 +131,7 @@ class Metrics:
         add["request_prompt_tokens"](num_prompt_tokens)
         add["request_generation_tokens"](generated)
         add["request_prefill_kv_computed_tokens"](num_prompt_tokens - num_cached_tokens)
-        arrival, scheduled, first, end = times.arrival, times.first_scheduled, times.first_token, times.end
+        arrival, scheduled, first, end = times.arrival, times.scheduled, times.first_token, times.end
         if end is None:
             return
         add["e2e_request_latency_seconds"](end - arrival)
