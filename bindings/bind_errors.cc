@@ -11,7 +11,8 @@ namespace based::python {
 namespace {
 
 struct ErrorTypes {
-  py::object error, format_error, state_error, session_busy_error, unsupported_error, device_error;
+  py::object error, format_error, state_error, session_busy_error, unsupported_error, device_error, engine_busy_error,
+      engine_closed_error;
 };
 
 py::gil_safe_call_once_and_store<ErrorTypes>& error_types() {
@@ -67,6 +68,10 @@ void translate(std::exception_ptr pointer) {
     raise(types.unsupported_error, error);
   } catch (const DeviceError& error) {
     raise(types.device_error, error);
+  } catch (const EngineBusyError& error) {
+    raise(types.engine_busy_error, error);
+  } catch (const EngineClosedError& error) {
+    raise(types.engine_closed_error, error);
   } catch (const Error& error) {
     raise(types.error, error);
   } catch (const OutOfMemory& error) {
@@ -101,6 +106,11 @@ void bind_errors(py::module_& m) {
                  py::make_tuple(types.error, builtin(PyExc_RuntimeError)));
     types.device_error = new_type(m, "DeviceError", "A device that failed: the process can use it no more.",
                                   py::make_tuple(types.error, builtin(PyExc_RuntimeError)));
+    types.engine_busy_error =
+        new_type(m, "EngineBusyError", "A request that an engine has no room for now: its queue is full.",
+                 py::make_tuple(types.error, builtin(PyExc_RuntimeError)));
+    types.engine_closed_error = new_type(m, "EngineClosedError", "A request to an engine that was shut down.",
+                                         py::make_tuple(types.error, builtin(PyExc_RuntimeError)));
     types.error.attr("__str__") = py::cpp_function(&message_of, py::name("__str__"), py::is_method(types.error));
     return types;
   });

@@ -86,6 +86,7 @@ void bind_generator(py::module_& m) {
       .value("stop", FinishReason::stop)
       .value("length", FinishReason::length)
       .value("error", FinishReason::error)
+      .value("abort", FinishReason::abort)
       .finalize();
   py::class_<TokenEvent>(m, "TokenEvent", "One new token of one sample of one request.")
       .def_readonly("request", &TokenEvent::request)

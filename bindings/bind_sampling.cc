@@ -161,6 +161,10 @@ of a wrong type and ValueError for one outside its domain. Lists and dicts are c
         py::name("__init__"), py::is_method(cls), doc.c_str());
   }
 
+  m.def(
+      "check_params", [](const Params& params, std::int64_t vocab_size) { params.validate(vocab_size); },
+      py::arg("params"), py::arg("vocab_size"), "Raises ValueError, also for a token id outside the vocabulary.");
+
   cls.def("__eq__", [](const py::object& self, const py::object& other) -> py::object {
     if (!py::isinstance<Params>(other)) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
     return py::bool_(fields(self).equal(fields(other)));

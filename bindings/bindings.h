@@ -42,6 +42,7 @@ void bind_sampling(py::module_& m);
 void bind_model(py::module_& m);
 void bind_session(py::module_& m);
 void bind_generator(py::module_& m);
+void bind_engine(py::module_& m);
 void bind_bandwidth(py::module_& m);
 void bind_devices(py::module_& m);
 void bind_ops(py::module_& m);

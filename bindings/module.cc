@@ -30,6 +30,7 @@ PYBIND11_MODULE(_core_of_main_interpreter, m) {
   based::python::bind_model(m);
   based::python::bind_session(m);
   based::python::bind_generator(m);
+  based::python::bind_engine(m);
   based::python::bind_bandwidth(m);
   based::python::bind_devices(m);
   based::python::bind_ops(m);

@@ -4,24 +4,15 @@
 #include <deque>
 #include <exception>
 #include <limits>
-#include <random>
 #include <span>
 #include <string>
 #include <utility>
 
 #include "based/error.h"
+#include "session/request.h"
 #include "session/session_impl.h"
 
 namespace based {
-
-namespace {
-
-std::uint64_t fresh_seed() {
-  std::random_device device;
-  return (static_cast<std::uint64_t>(device()) << 32) | device();
-}
-
-}  // namespace
 
 class Generator::Impl {
  public:
@@ -69,8 +60,6 @@ class Generator::Impl {
   bool can_admit() const { return !waiting_.empty() && waiting_.front().samples.size() <= free_slots_.size(); }
   void check_prompt(int slot) const;
   void admit(const InterruptCheck& interrupt);
-  std::int64_t room_behind(std::int32_t slot) const;
-  std::string out_of_room() const;
   bool begin_sample(const Group& group, int sample, std::int32_t prefilled_slot, std::int32_t slot);
   void sample_first(const Tensor& logits);
   bool wants_step(const Sequence& sequence) const;
@@ -139,9 +128,7 @@ void Generator::Impl::enter(GenerationRequest request) {
   Entry entry;
   entry.seed = params.seed.value_or(fresh_seed());
   entry.num_running = params.n;
-  entry.stop_ids.assign(params.stop_token_ids.begin(), params.stop_token_ids.end());
-  if (const auto eos = session_.config().eos_token_id; eos && !params.ignore_eos)
-    entry.stop_ids.push_back(static_cast<std::int32_t>(*eos));
+  entry.stop_ids = stop_ids_of(params, session_.config());
   entry.request = std::move(request);
   entries_.push_back(std::move(entry));
 }
@@ -226,10 +213,10 @@ void Generator::Impl::admit(const InterruptCheck& interrupt) {
 // Puts the state after a sample's prompt into its slot, and its params into that row of the sampler. False: it cannot
 // go on, and has ended.
 bool Generator::Impl::begin_sample(const Group& group, int sample, std::int32_t prefilled_slot, std::int32_t slot) {
-  const std::int64_t most = room_behind(prefilled_slot);
+  const std::int64_t most = room_behind(*session_.model, session_.num_tokens(prefilled_slot), !owned_);
   try {
     const Entry& of = entry(group.request);
-    if (most < 1) throw InvalidArgument(out_of_room());
+    if (most < 1) throw InvalidArgument(out_of_room(*session_.model));
     session_.copy(prefilled_slot, slot);
     std::span<const std::int32_t> prompt;
     if (owned_) prompt = of.request.prompt;  // a caller's session has counted it
@@ -243,19 +230,6 @@ bool Generator::Impl::begin_sample(const Group& group, int sample, std::int32_t 
   active_.push_back({group.request, sample, slot, ++last_serial_, session_.num_tokens(slot),
                      std::min(most, request(group.request).params.max_tokens)});
   return true;
-}
-
-// Tokens that may be chosen behind what a slot has seen. A caller's session is fed them all, another one all but the
-// last.
-std::int64_t Generator::Impl::room_behind(std::int32_t slot) const {
-  const auto& max_context = session_.model->impl().max_context;
-  if (!max_context) return SamplingParams::kNoLimit;
-  return *max_context - session_.num_tokens(slot) + (owned_ ? 1 : 0);
-}
-
-std::string Generator::Impl::out_of_room() const {
-  return "the sequence has reached the model's max_context, " + std::to_string(*session_.model->impl().max_context) +
-         " tokens: " + session_.model->impl().context_advice();
 }
 
 // Samples the first tokens of the sequences that were just admitted, the last ones of active_.
@@ -348,18 +322,13 @@ void Generator::Impl::take_token(Sequence& sequence, backend::SampledToken& chos
   event.logprob = chosen.logprob;
   event.top_logprobs = std::move(chosen.top_logprobs);
   ++sequence.taken;
-  if (std::ranges::count(entry(sequence.request).stop_ids, event.token) > 0) {
-    event.finish = FinishReason::stop;
-    event.stop_token = event.token;
-  } else if (sequence.taken >= params.max_tokens ||
-             (sequence.taken >= sequence.most && params.max_tokens == SamplingParams::kNoLimit)) {
-    event.finish = FinishReason::length;
-  }
+  event.finish = finish_of(event.token, params, entry(sequence.request).stop_ids, sequence.taken, sequence.most);
+  if (event.finish == FinishReason::stop) event.stop_token = event.token;
   sequence.finished = event.finish != FinishReason::none;
   ready_.push_back(std::move(event));
   if (!sequence.finished && sequence.taken >= sequence.most) {
     sequence.finished = true;
-    fail(sequence.request, sequence.sample, out_of_room());
+    fail(sequence.request, sequence.sample, out_of_room(*session_.model));
   }
   if (sequence.finished) --entry(sequence.request).num_running;
 }

@@ -476,6 +476,75 @@ void Session::Impl::step(std::span<const std::int32_t> slots, backend::Sampler& 
   advance({}, slots, reserve_step(slots), &sampler);
 }
 
+void Session::Impl::reserve(std::span<const Piece> pieces) {
+  std::vector<std::int32_t> slots;
+  std::vector<std::int64_t> more;
+  for (const Piece& piece : pieces) {
+    slots.push_back(piece.slot);
+    more.push_back(static_cast<std::int64_t>(piece.tokens.size()));
+  }
+  transformer().reserve(backend(), workspace(), std::accumulate(more.begin(), more.end(), std::int64_t{0}));
+  reserve_states(slots, more);
+}
+
+void Session::Impl::step(std::span<const Piece> pieces, backend::Sampler& sampler) {
+  forget_undo();
+  std::vector<std::int32_t> tokens, offsets{0}, slots, rows;
+  std::vector<std::int64_t> positions;
+  for (const Piece& piece : pieces) {
+    tokens.insert(tokens.end(), piece.tokens.begin(), piece.tokens.end());
+    offsets.push_back(static_cast<std::int32_t>(tokens.size()));
+    slots.push_back(piece.slot);
+    positions.push_back(num_tokens(piece.slot));
+    if (!piece.samplers.empty()) rows.push_back(offsets.back() - 1);
+  }
+  const auto count = static_cast<std::int64_t>(rows.size());
+  backend::Buffer last;
+  if (count > 0) last = backend().allocate(rows.size() * hidden_nbytes(), backend::MemoryKind::workspace);
+  const Tensor logits = transformer().new_logits(backend(), count);
+  const backend::RaggedBatch batch{tokens, offsets, slots, positions};
+  backend().begin(batch);
+  change(slots, kStepFailed, [&] {
+    const auto r = transformer().hidden(backend(), batch, *states_, workspace(), {});
+    std::int64_t row = 0;
+    for (const Piece& piece : pieces) {
+      at(piece.slot).num_tokens.fetch_add(static_cast<std::int64_t>(piece.tokens.size()));
+      at(piece.slot).last = piece.samplers.empty() ? LastHidden{} : LastHidden{last, row++};
+    }
+    if (count == 0) return;
+    const backend::Matrix x{last.data.get(), transformer().activation_dtype(), count, config().hidden_size};
+    transformer().final_norm(backend(), r, rows, x);
+    transformer().logits(backend(), x, {logits.data(), DType::float32, count, config().padded_vocab_size});
+    sample(pieces, logits, sampler);
+  });
+}
+
+// logits: a row for each piece that samples.
+void Session::Impl::sample(std::span<const Piece> pieces, const Tensor& logits, backend::Sampler& sampler) {
+  std::vector<std::int32_t> offsets{0}, samplers, rows;
+  std::vector<std::int64_t> positions;
+  std::int32_t row = 0;
+  for (const Piece& piece : pieces) {
+    if (piece.samplers.empty()) continue;
+    for (const std::int32_t each : piece.samplers) {
+      samplers.push_back(each);
+      offsets.push_back(offsets.back() + 1);
+      positions.push_back(num_tokens(piece.slot) - 1);  // of the last token
+      rows.push_back(row);
+    }
+    ++row;
+  }
+  const backend::RaggedBatch batch{{}, offsets, samplers, positions, nullptr, rows};
+  backend().begin(batch);
+  sampler.sample({logits.data(), DType::float32, logits.shape()[0], logits.shape()[1]}, batch);
+}
+
+void Session::Impl::sample_again(std::span<const Piece> pieces, backend::Sampler& sampler) {
+  std::vector<std::int32_t> slots;
+  for (const Piece& piece : pieces) slots.push_back(piece.slot);
+  sample(pieces, last_logits(slots), sampler);
+}
+
 Tensor Session::Impl::last_logits(std::span<const std::int32_t> slots) {
   const auto count = static_cast<std::int64_t>(slots.size());
   const std::size_t nbytes = hidden_nbytes();
@@ -539,6 +608,46 @@ void Session::Impl::settle(int changed_slot) {
   at(changed_slot).snapshot = snapshot;
 }
 
+// Returns before it is done where the device is asynchronous.
+std::unique_ptr<State::Impl> Session::Impl::copy_of(int slot) const {
+  const Slot& source = at(slot);
+  auto impl = std::make_unique<State::Impl>();
+  impl->model = model;
+  impl->progress = source.progress();
+  impl->progress.seen.settle();
+  if (num_tokens(slot) > 0) {
+    impl->states = backend().make_states(config(), model->dtype(), 1);
+    backend().copy_state(*states_, slot, *impl->states, 0, num_tokens(slot));
+    if (source.last.rows.data) impl->progress.last = own_copy(source.last);
+  }
+  return impl;
+}
+
+std::shared_ptr<const State> Session::Impl::snapshot(int slot, SeenTokens seen) const {
+  check_whole(slot);
+  auto impl = copy_of(slot);
+  seen.settle();
+  impl->progress.seen = std::move(seen);
+  backend().synchronize();
+  return std::make_shared<State>(std::move(impl));
+}
+
+void Session::Impl::grow(std::int64_t count) {
+  std::vector<Slot> slots(checked_batch_size(count));
+  auto states = backend().make_states(config(), model->dtype(), static_cast<int>(count));
+  for (int slot = 0; slot < batch_size(); ++slot) {
+    if (num_tokens(slot) > 0) backend().copy_state(*states_, slot, *states, slot, num_tokens(slot));
+    Slot& to = slots[static_cast<std::size_t>(slot)];
+    to.set(at(slot).progress());
+    to.snapshot = at(slot).snapshot;
+    to.broken = at(slot).broken;
+  }
+  backend().synchronize();
+  forget_undo();
+  states_ = std::move(states);
+  slots_ = std::move(slots);
+}
+
 std::vector<std::shared_ptr<const State>> Session::Impl::snapshots(std::span<const std::int32_t> slots) const {
   std::vector<std::shared_ptr<const State>> result;
   bool copied = false;
@@ -547,16 +656,8 @@ std::vector<std::shared_ptr<const State>> Session::Impl::snapshots(std::span<con
     const Slot& source = at(slot);
     result.push_back(source.snapshot.lock());
     if (result.back()) continue;
-    auto impl = std::make_unique<State::Impl>();
-    impl->model = model;
-    impl->progress = source.progress();
-    impl->progress.seen.settle();
-    if (num_tokens(slot) > 0) {
-      impl->states = backend().make_states(config(), model->dtype(), 1);
-      backend().copy_state(*states_, slot, *impl->states, 0, num_tokens(slot));
-      if (source.last.rows.data) impl->progress.last = own_copy(source.last);
-      copied = true;
-    }
+    auto impl = copy_of(slot);
+    copied |= impl->states != nullptr;
     result.back() = std::make_shared<State>(std::move(impl));
   }
   if (copied) backend().synchronize();

@@ -102,6 +102,27 @@ class Session::Impl {
   /// takes it. Nothing is waited for where the device is asynchronous.
   void step(std::span<const std::int32_t> slots, backend::Sampler& sampler);
 
+  /// What one sequence is fed in a step of several tokens each.
+  struct Piece {
+    std::int32_t slot;
+    std::span<const std::int32_t> tokens;
+    std::span<const std::int32_t> samplers = {};  // rows of the sampler that choose a token behind the last one
+  };
+
+  /// Memory for such a step. Throws OutOfMemory, and then nothing has changed.
+  void reserve(std::span<const Piece> pieces);
+
+  /// Feeds all pieces in one batch, and samples for them in their order; the caller takes it, if any piece samples.
+  /// Nothing is waited for where the device is asynchronous. reserve() comes before.
+  void step(std::span<const Piece> pieces, backend::Sampler& sampler);
+
+  /// Samples behind what these sequences have seen; `tokens` are not read.
+  void sample_again(std::span<const Piece> pieces, backend::Sampler& sampler);
+
+  /// More sequences, which have seen nothing. The others stay as they are. Throws OutOfMemory, and then nothing has
+  /// changed.
+  void grow(std::int64_t batch_size);
+
   /// The last steps of this sequence were left out, because their token could not be sampled.
   void set_num_tokens(int slot, std::int64_t num_tokens);
 
@@ -118,6 +139,9 @@ class Session::Impl {
   void settle(int changed_slot);
   std::vector<std::shared_ptr<const State>> snapshots(std::span<const std::int32_t> slots) const;
   void restore(std::span<const std::int32_t> slots, std::span<const State* const> states);
+
+  /// A copy of a sequence, of which penalties count `seen`.
+  std::shared_ptr<const State> snapshot(int slot, SeenTokens seen) const;
 
   void reset_all();
   void restore_all(std::span<const std::shared_ptr<const State>> states);
@@ -158,6 +182,8 @@ class Session::Impl {
   };
   Undo undo_of(std::int32_t slot);
   void forget_undo();
+  std::unique_ptr<State::Impl> copy_of(int slot) const;
+  void sample(std::span<const Piece> pieces, const Tensor& logits, backend::Sampler& sampler);
 
   // What a step writes, in a place that outlives it: recorded steps hold its address.
   struct StepOutput : backend::Identified {

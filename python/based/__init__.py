@@ -8,6 +8,8 @@ from based import sizes
 from based._core import (
     Checkpoint,
     DeviceError,
+    EngineBusyError,
+    EngineClosedError,
     Error,
     FormatError,
     FullAttentionConfig,
@@ -34,6 +36,7 @@ from based._core import (
     build_info,
 )
 from based._devices import DeviceInfo, devices
+from based._engine import Engine, EngineRequest, EngineStats, RequestTimes
 from based._loading import load
 from based._model import MemoryUse, Model
 from based._outputs import CompletionOutput, Logprob, RequestOutput, StreamChunk
@@ -48,6 +51,11 @@ __all__ = [
     "ContinuationScore",
     "DeviceError",
     "DeviceInfo",
+    "Engine",
+    "EngineBusyError",
+    "EngineClosedError",
+    "EngineRequest",
+    "EngineStats",
     "Error",
     "FormatError",
     "FullAttentionConfig",
@@ -65,6 +73,7 @@ __all__ = [
     "ModelConfig",
     "PrefixLinearAttentionConfig",
     "RequestOutput",
+    "RequestTimes",
     "Rwkv4Config",
     "Rwkv7Config",
     "SamplingParams",
@@ -84,5 +93,16 @@ __all__ = [
     "sizes",
 ]
 
-for _type in (DeviceError, Error, FormatError, SessionBusyError, State, StateError, Tensor, UnsupportedError):
+for _type in (
+    DeviceError,
+    EngineBusyError,
+    EngineClosedError,
+    Error,
+    FormatError,
+    SessionBusyError,
+    State,
+    StateError,
+    Tensor,
+    UnsupportedError,
+):
     _type.__module__ = "based"  # where users find them; tracebacks say so

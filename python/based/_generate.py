@@ -3,14 +3,14 @@
 import functools
 import itertools
 import sys
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 
 from based import _core
-from based._outputs import CompletionOutput, Logprob, RequestOutput, StreamChunk
+from based._outputs import CompletionOutput, FinishReason, Logprob, RequestOutput, StreamChunk
 from based._prompts import as_array
 from based._text import Detokenizer, IncrementalDecoder, StopStringFinder
 from based._tokenizer import LazyTokenizer
@@ -145,6 +145,14 @@ def names_sampling_fields(method: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
+_FINISH: dict[_core.FinishReason, FinishReason | None] = {
+    _core.FinishReason.none: None,
+    _core.FinishReason.stop: "stop",
+    _core.FinishReason.length: "length",
+    _core.FinishReason.error: "error",
+}
+
+
 class Run:
     """Requests on their way through a core generator."""
 
@@ -165,7 +173,7 @@ class Run:
             self._generator = _core.Generator(core, ids, params, max_batch_size)
         self._eos_token_id = eos_token_id
         self._tokenizer = tokenizer
-        self._running: dict[int, tuple[Request, list[_Sample]]] = {}
+        self._running: dict[int, tuple[Request, list[Sample]]] = {}
         self.num_running = 0
         """Samples that have not ended."""
         for number, request in enumerate(requests):
@@ -180,7 +188,7 @@ class Run:
             self._tokenizer.require("a stop string")
         wants_text = request.text is not None or request.params.stop
         loaded = self._tokenizer.detokenizer() if wants_text else self._tokenizer.detokenizer_or_warn()
-        samples = [_Sample(request, i, loaded, self._eos_token_id) for i in range(request.params.n)]
+        samples = [Sample(request, i, loaded, self._eos_token_id) for i in range(request.params.n)]
         self._running[number] = (request, samples)
         self.num_running += len(samples)
 
@@ -194,7 +202,14 @@ class Run:
             while not generator.done():
                 for event in generator.next():
                     sample = self._running[event.request][1][event.sample]
-                    chunk = sample.add(event)
+                    chunk = sample.add(
+                        event.token,
+                        event.logprob,
+                        event.top_logprobs,
+                        _FINISH[event.finish],
+                        event.stop_token,
+                        event.error,
+                    )
                     if chunk.finish_reason is not None:
                         self.num_running -= 1
                     sample.num_read += len(chunk.token_ids)
@@ -211,11 +226,12 @@ class Run:
         """Each request's output as it ends; between two of them `add` may be called."""
         for number, chunk in self.chunks():
             request, samples = self._running[number]
-            samples[chunk.index].output.add(chunk)
+            sample = samples[chunk.index]
+            sample.output.add(chunk)
             if on_chunk is not None:
                 on_chunk(chunk)
             if chunk.finish_reason is not None and all(sample.output.ended for sample in samples):
-                yield _request_output(request, [sample.output.completion() for sample in samples])
+                yield request_output(request, samples)
                 del self._running[number]
 
     def collect(self) -> list[RequestOutput]:
@@ -239,7 +255,7 @@ def run_all(
     size = 0
     for request in requests:
         if request.error is not None:
-            yield _failed_output(request)
+            yield failed_output(request)
             continue
         first.append(request)
         size += request.params.n
@@ -251,7 +267,7 @@ def run_all(
     for output in run.outputs(on_chunk):
         while run.num_running < ahead and (more := next(requests, None)) is not None:
             if more.error is not None:
-                yield _failed_output(more)
+                yield failed_output(more)
             else:
                 run.add(more)
         yield output
@@ -268,51 +284,36 @@ def in_order(outputs: Iterator[RequestOutput]) -> Iterator[RequestOutput]:
             wanted += 1
 
 
-def _request_output(request: Request, completions: list[CompletionOutput]) -> RequestOutput:
+def request_output(request: Request, samples: "Sequence[Sample]") -> RequestOutput:
+    """What the samples, all of which have ended, were given."""
+    return _output_of(request, [sample.output.completion() for sample in samples])
+
+
+def _output_of(request: Request, completions: list[CompletionOutput]) -> RequestOutput:
     return RequestOutput(request.text, [int(token) for token in request.token_ids], completions, request.index)
 
 
-def _failed_output(request: Request) -> RequestOutput:
+def failed_output(request: Request) -> RequestOutput:
+    """That of a wrong prompt."""
     logprobs: list[dict[int, Logprob]] | None = None if request.params.logprobs is None else []
     failed = [CompletionOutput(i, "", [], 0.0, logprobs, "error", None, request.error) for i in range(request.params.n)]
-    return _request_output(request, failed)
+    return _output_of(request, failed)
 
 
-async def asynchronously(prepared: "Run | Callable[[], Run]") -> AsyncIterator[StreamChunk]:
-    """chunks() of a run, or of one that is made in a thread; each step in a thread.
-
-    When cancelled, waits for the step under way, which stops early.
-    """
-    import asyncio
-
-    run = prepared if isinstance(prepared, Run) else await asyncio.to_thread(prepared)
-    chunks = run.chunks()
-    step: asyncio.Future[tuple[int, StreamChunk] | None] | None = None
-    try:
-        while True:
-            step = asyncio.ensure_future(asyncio.to_thread(next, chunks, None))
-            item = await asyncio.shield(step)
-            if item is None:
-                return
-            yield item[1]
-    finally:
-        if step is not None and not step.done():
-            run.cancel()
-            await asyncio.gather(step, return_exceptions=True)
-        chunks.close()
-
-
-class _Sample:
+class Sample:
     """One sample's tokens, turned into chunks."""
 
     def __init__(self, request: Request, index: int, texts: Detokenizer | None, eos_token_id: int | None) -> None:
         params = self._params = request.params
-        self.output = _Output(index)
+        self.output = Output(index)
         self.num_read = 0  # tokens whose chunks were yielded
+        self.ended = False
+        self.waits_for_state = False
+        """It has ended; its state is still to come."""
+        self.num_tokens = 0
         self._index = index
         self._texts = texts
         self._eos_token_id = None if params.ignore_eos else eos_token_id
-        self._num_tokens = 0
         stops = params.stop
         with_hidden = []
         self._hidden: dict[int, str] = {}  # the texts of special tokens, where stop strings may hold them
@@ -327,24 +328,46 @@ class _Sample:
             stops, include=params.include_stop_str_in_output, with_hidden=frozenset(with_hidden)
         )
 
-    def add(self, event: _core.TokenEvent) -> StreamChunk:
-        if event.finish is _core.FinishReason.error:
-            return self._failed(event.error)
-        self._num_tokens += 1
-        ended = event.finish is not _core.FinishReason.none
-        chunk = StreamChunk(self._index, "", [event.token], event.logprob, self._logprobs(event))
+    def add(
+        self,
+        token: int,
+        logprob: float,
+        top_logprobs: Sequence[tuple[int, float]] | None,
+        finish: FinishReason | None,
+        stop_token: int | None,
+        error: str,
+    ) -> StreamChunk:
+        """The chunk of a token, or of an end without one."""
+        if finish == "error" or finish == "abort":
+            chunk = self._failed(finish, error)
+        else:
+            self.num_tokens += 1
+            chunk = self._chunk(token, logprob, top_logprobs, finish, stop_token)
+        self.ended = chunk.finish_reason is not None
+        return chunk
+
+    def _chunk(
+        self,
+        token: int,
+        logprob: float,
+        top_logprobs: Sequence[tuple[int, float]] | None,
+        finish: FinishReason | None,
+        stop_token: int | None,
+    ) -> StreamChunk:
+        chunk = StreamChunk(self._index, "", [token], logprob, self._logprobs(token, logprob, top_logprobs or ()))
+        ended = finish is not None
         if ended:
-            chunk.finish_reason = "stop" if event.finish is _core.FinishReason.stop else "length"
-            chunk.stop_reason = event.stop_token if event.stop_token != self._eos_token_id else None
+            chunk.finish_reason = finish
+            chunk.stop_reason = stop_token if stop_token != self._eos_token_id else None
         if self._decoder is None:
             return chunk
         # A stop token's own text belongs to the output no more than a stop string does.
-        unseen = event.stop_token is not None and not self._params.include_stop_str_in_output
-        text = "" if unseen else self._decoder.add(event.token)
+        unseen = stop_token is not None and not self._params.include_stop_str_in_output
+        text = "" if unseen else self._decoder.add(token)
         if ended:
             text += self._decoder.flush()
-        may_stop = self._num_tokens >= self._params.min_tokens
-        hidden = "" if unseen else self._hidden.get(event.token, "")
+        may_stop = self.num_tokens >= self._params.min_tokens
+        hidden = "" if unseen else self._hidden.get(token, "")
         chunk.text, stop = self._stops.add(text, may_stop=may_stop, hidden=hidden)
         if stop is not None:
             chunk.finish_reason, chunk.stop_reason = "stop", stop
@@ -352,28 +375,30 @@ class _Sample:
             chunk.text += self._stops.flush()
         return chunk
 
-    def _failed(self, error: str) -> StreamChunk:
+    def _failed(self, finish: FinishReason, error: str) -> StreamChunk:
         """The last chunk of a sample that cannot go on, with the text that was held back."""
         text = "" if self._decoder is None else self._decoder.flush()
         text, _ = self._stops.add(text, may_stop=False)
         logprobs: list[dict[int, Logprob]] | None = None if self._params.logprobs is None else []
-        return StreamChunk(self._index, text + self._stops.flush(), [], 0.0, logprobs, "error", None, error)
+        return StreamChunk(self._index, text + self._stops.flush(), [], 0.0, logprobs, finish, None, error)
 
-    def _logprobs(self, event: _core.TokenEvent) -> list[dict[int, Logprob]] | None:
+    def _logprobs(
+        self, token: int, logprob: float, top_logprobs: Sequence[tuple[int, float]]
+    ) -> list[dict[int, Logprob]] | None:
         if self._params.logprobs is None:
             return None
         top = {
-            token: Logprob(logprob, rank, self._token_text(token))
-            for rank, (token, logprob) in enumerate(event.top_logprobs, start=1)
+            each: Logprob(value, rank, self._token_text(each))
+            for rank, (each, value) in enumerate(top_logprobs, start=1)
         }
-        top.setdefault(event.token, Logprob(event.logprob, None, self._token_text(event.token)))
+        top.setdefault(token, Logprob(logprob, None, self._token_text(token)))
         return [top]
 
     def _token_text(self, token: int) -> str | None:
         return None if self._texts is None else self._texts.token_text(token)
 
 
-class _Output:
+class Output:
     """One sample's chunks as a whole."""
 
     def __init__(self, index: int) -> None:

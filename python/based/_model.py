@@ -1,7 +1,7 @@
 """A model: immutable weights, shared by any number of sessions and threads."""
 
 import contextlib
-import functools
+import copy
 import sys
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
@@ -12,15 +12,14 @@ import numpy.typing as npt
 
 from based import _core
 from based._devices import choose_device, default_batch_size
+from based._engine import Engine, EngineRequest, astream_request, making, run_requests, stream_request
 from based._generate import (
     Params,
     ProgressBar,
     PromptReader,
     Request,
     Run,
-    asynchronously,
     in_order,
-    make_requests,
     names_sampling_fields,
     pair_params,
     run_all,
@@ -81,6 +80,7 @@ class Model:
     def __init__(self, core: _core.Model, tokenizer: LazyTokenizer) -> None:
         self._core = core
         self._tokenizer = tokenizer
+        self._shared: Engine | None = None
 
     @classmethod
     def random(
@@ -259,9 +259,10 @@ class Model:
         Args:
             prompts: One prompt or several: a list, an array, or whatever can be iterated over.
             params: For all prompts, or one each; None for the defaults.
-            max_batch_size: Sequences that run at once; each holds `state_nbytes`. None: 1,024 on a GPU and 32 on the
-                CPU, or fewer where half of the GPU's free memory, or a quarter of the CPU's, holds fewer states (with
-                full attention, of 2,048 tokens).
+            max_batch_size: Sequences of this call that run at once, in a batch of their own; each holds
+                `state_nbytes`. None: they join those of all other calls of this model, from any thread, in one batch of
+                up to 1,024 on a GPU and 32 on the CPU, or fewer where half of the GPU's free memory, or a quarter of
+                the CPU's, holds fewer states (with full attention, of 2,048 tokens).
             progress: Show progress on stderr, if that is a terminal.
             split_special_tokens: Take a special token's text in a prompt as letters like any other.
 
@@ -317,8 +318,7 @@ class Model:
 
         With n > 1 the samples' chunks alternate. A sample's texts and token_ids, joined, are what `generate` returns.
         """
-        run = self._run([prompt], params, split_special_tokens)
-        return (chunk for _, chunk in run.chunks())
+        return stream_request(self._prepare(prompt, params, split_special_tokens))
 
     @names_sampling_fields
     def astream(
@@ -329,9 +329,38 @@ class Model:
         Loading the tokenizer and reading a long prompt are part of that work: their errors come with the first chunk.
         """
         prompt = as_array(prompt)
-        prepare = functools.partial(self._run, [prompt], params, split_special_tokens)
         is_quick = self._tokenizer.is_loaded and isinstance(prompt, Sized) and len(prompt) <= QUICK
-        return asynchronously(prepare() if is_quick else prepare)
+        if is_quick:
+            return astream_request(self._prepare(prompt, params, split_special_tokens), in_thread=False)
+        return astream_request(lambda: self._prepare(prompt, params, split_special_tokens)(), in_thread=True)
+
+    def engine(
+        self,
+        max_batch_size: int | None = None,
+        *,
+        max_waiting_requests: int | None = 1024,
+        max_waiting_tokens: int | None = None,
+        max_step_tokens: int | None = None,
+    ) -> Engine:
+        """An engine of this model, which runs the requests of any number of threads and event loops in one batch.
+
+        generate, stream and astream have one of their own; this one has limits, priorities, deadlines and states.
+
+        Args:
+            max_batch_size: Samples that run at once; memory for their states is taken now. None: as generate.
+            max_waiting_requests: Requests that may wait for room; more are refused with EngineBusyError. None: any
+                number.
+            max_waiting_tokens: The same of their prompts' tokens. A single request may always wait.
+            max_step_tokens: Tokens of prompts in one step. None: as many as keep a step short, by measured times.
+        """
+        return Engine(
+            self._core,
+            self._tokenizer,
+            self._batch_size(max_batch_size),
+            max_waiting_requests=max_waiting_requests,
+            max_waiting_tokens=max_waiting_tokens,
+            max_step_tokens=max_step_tokens,
+        )
 
     def session(self, batch_size: int | None = None, *, states: Sequence[_core.State] | None = None) -> Session:
         """A session of `batch_size` sequences (by default 1) that have seen nothing, or one that starts from states.
@@ -356,9 +385,24 @@ class Model:
             raise ValueError(f"batch_size is {batch_size}, expected {len(states)}, the number of states")
         return Session(_core.Session(self._core, states), self._core, self._tokenizer)
 
-    def _run(self, prompts: list[Any], params: Params, split_special_tokens: bool) -> Run:
-        reader = PromptReader(self._tokenizer, self.config, split_special_tokens)
-        return self._start(make_requests(prompts, params, reader, [True] * len(prompts)), 1)
+    def _shared_engine(self) -> Engine:
+        """That of generate, stream and astream."""
+        if self._shared is None or self._shared.is_parents:
+            with making():
+                if self._shared is None or self._shared.is_parents:
+                    self._shared = Engine(self._core, self._tokenizer, self._batch_size(None), elastic=True)
+        return self._shared
+
+    def _prepare(self, prompt: Any, params: Params, split_special_tokens: bool) -> Callable[[], EngineRequest]:
+        """Checks a request; what is returned starts it."""
+        ((prompt, each),) = pair_params([prompt], params)
+        each = copy.copy(each)  # the caller may change its own
+        reader = PromptReader(self._tokenizer, self.config, split_special_tokens, self.max_context)
+        request = reader.new_sequence(0, prompt, each, may_fail=False)
+        if each.stop:
+            self._tokenizer.require("a stop string")
+        _core.check_params(each, self.config.vocab_size)
+        return lambda: self._shared_engine()._submit(request, collects=False)
 
     def _start(self, requests: list[Request], max_batch_size: int) -> Run:
         return Run(self._core, self.config.eos_token_id, requests, self._tokenizer, max_batch_size)
@@ -375,6 +419,9 @@ class Model:
         requests = (
             reader.new_sequence(index, prompt, each, may_fail=may_fail) for index, (prompt, each) in enumerate(pairs)
         )
+        if max_batch_size is None:
+            engine = self._shared_engine()
+            return run_requests(engine, requests, 2 * engine.max_batch_size, on_chunk)
         size = self._batch_size(max_batch_size)
         return run_all(lambda first: self._start(first, size), requests, size, on_chunk)
 

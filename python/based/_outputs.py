@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "error"]
-"""error: this sample cannot go on, and `error` says why; other samples and requests are not concerned."""
+FinishReason = Literal["stop", "length", "error", "abort"]
+"""error: this sample cannot go on, and `error` says why; other samples and requests are not concerned. abort: a request
+of an engine was cancelled, was too late or was shut down, and `error` says which."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -32,7 +33,7 @@ class CompletionOutput:
     stop_reason: int | str | None
     """The token of stop_token_ids or the stop string that ended it; None for the model's end token."""
     error: str | None = None
-    """Why it could not go on, when finish_reason is "error"; what came before that is in text and token_ids."""
+    """Why it did not go on, when finish_reason is "error" or "abort"; text and token_ids have what came before."""
 
 
 @dataclass(slots=True)
@@ -56,11 +57,11 @@ class StreamChunk:
     text: str
     """May be empty: while a character is incomplete, or while a stop string may be beginning."""
     token_ids: list[int]
-    """The new token; empty when finish_reason is "error"."""
+    """The new token; empty when finish_reason is "error" or "abort"."""
     logprob: float
     logprobs: list[dict[int, Logprob]] | None
     finish_reason: FinishReason | None = None
     """Set on a sample's last chunk."""
     stop_reason: int | str | None = None
     error: str | None = None
-    """Why there is no token, when finish_reason is "error"."""
+    """Why there is no token, when finish_reason is "error" or "abort"."""

@@ -4,6 +4,7 @@
 // with contents that a test chooses.
 
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <stdexcept>
@@ -20,23 +21,31 @@ struct PlantedFault : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// When to fail; shared by all backends of one model.
+/// When to fail; shared by all backends of one model. Any thread.
 class Faults {
  public:
   /// The call after the next k fails. sticky: all later ones fail too, as on a device that is lost.
   void arm(int k, bool sticky) {
+    const std::lock_guard lock(mutex_);
     countdown_ = k;
     sticky_ = sticky;
     armed_ = true;
     fired_ = false;
   }
-  void disarm() { armed_ = false; }
-  bool fired() const { return fired_; }
+  void disarm() {
+    const std::lock_guard lock(mutex_);
+    armed_ = false;
+  }
+  bool fired() const {
+    const std::lock_guard lock(mutex_);
+    return fired_;
+  }
 
   int num_siblings = 0;           // backends that were made beside the first
   std::optional<std::byte> fill;  // every byte of memory that is allocated
 
   void tick(const char* what) {
+    const std::lock_guard lock(mutex_);
     if (!armed_) return;
     if (countdown_-- > 0) return;
     fired_ = true;
@@ -45,6 +54,7 @@ class Faults {
   }
 
  private:
+  mutable std::mutex mutex_;
   int countdown_ = 0;
   bool armed_ = false, sticky_ = false, fired_ = false;
 };
@@ -98,6 +108,8 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
   std::size_t available_nbytes() const override { return inner_->available_nbytes(); }
   DType projection_dtype(DType weights) const override { return inner_->projection_dtype(weights); }
   std::int64_t chunk_tokens() const override { return inner_->chunk_tokens(); }
+  std::int64_t cut_tokens() const override { return inner_->cut_tokens(); }
+  bool deterministic() const override { return inner_->deterministic(); }
   std::int64_t step_rows(std::int64_t num_sequences) const override { return inner_->step_rows(num_sequences); }
   bool asynchronous() const override { return inner_->asynchronous(); }
   void trim() noexcept override { inner_->trim(); }

@@ -20,8 +20,8 @@ struct GenerationRequest {
 
 /// length: it has max_tokens tokens, or, if these have no limit, as many as Model::max_context has room for.
 /// error: this sample cannot go on (TokenEvent::error says why), as one that reaches max_context before its max_tokens;
-/// others do.
-enum class FinishReason : std::uint8_t { none, stop, length, error };
+/// others do. abort: an Engine's request was cancelled, was too late or was shut down.
+enum class FinishReason : std::uint8_t { none, stop, length, error, abort };
 
 /// One new token of one sample of one request.
 struct TokenEvent {

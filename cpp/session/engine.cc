@@ -1,0 +1,1118 @@
+#include "based/engine.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <deque>
+#include <exception>
+#include <mutex>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <unordered_map>
+#include <utility>
+
+#include "based/error.h"
+#include "session/request.h"
+#include "session/session_impl.h"
+#include "session/state_impl.h"
+#include "session/step_budget.h"
+
+namespace based {
+
+namespace {
+
+using Clock = EngineEvent::Clock;
+
+std::string what_of(const std::exception_ptr& pointer) {
+  try {
+    std::rethrow_exception(pointer);
+  } catch (const std::exception& error) {
+    return error.what();
+  } catch (...) {
+    return "an exception of an unknown type";
+  }
+}
+
+bool is_device_error(const std::exception_ptr& pointer) {
+  try {
+    std::rethrow_exception(pointer);
+  } catch (const DeviceError&) {
+    return true;
+  } catch (...) {
+    return false;
+  }
+}
+
+// Signals belong to the program's own threads: one that waits for tokens is to be woken by them. Those of faults stay.
+void block_signals() {
+  sigset_t set;
+  sigfillset(&set);
+  for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP}) sigdelset(&set, fault);
+  pthread_sigmask(SIG_BLOCK, &set, nullptr);
+}
+
+}  // namespace
+
+class Engine::Impl {
+ public:
+  Impl(std::shared_ptr<const Model> model, EngineOptions options);
+  ~Impl();
+
+  Id submit(EngineRequest given);
+  void command(Id id, std::function<void(Impl&)> apply);
+  void cancel(Id id, std::string why);
+  void finish(Id id, int sample, std::int64_t num_read);
+  void pause(Id id, bool paused);
+  EngineStats stats() const;
+  bool shutdown(bool drain, std::optional<std::chrono::duration<double>> timeout);
+
+  bool in_this_process() const { return process_ == getpid(); }
+  Impl* older = nullptr;  // see Engine::~Engine
+
+ private:
+  struct Request {
+    Id id = 0;
+    EngineRequest given;
+    std::uint64_t seed = 0;
+    std::vector<std::int32_t> stop_ids;
+    Clock::time_point arrival;
+    Clock::time_point scheduled{};  // the epoch: waits
+    int num_running = 0;            // samples that have not ended
+    std::int64_t num_cached = 0;
+    bool paused = false;
+    std::shared_ptr<const State> base;  // after the prompt, where a sample may have to be fed its tokens anew
+    std::vector<EngineEvent> ready;     // for the sink
+
+    const SamplingParams& params() const { return given.request.params; }
+    const std::vector<std::int32_t>& prompt() const { return given.request.prompt; }
+  };
+  using Shared = std::shared_ptr<Request>;
+
+  // One sample. Of tokens 1, 2, …: `sampled` are chosen or being chosen, all of them but the last fed, and `tokens` are
+  // known here.
+  struct Sample {
+    Shared request;
+    int index = 0;
+    std::int32_t slot = 0;
+    std::uint64_t serial = 0;
+    std::int64_t num_before = 0;  // tokens of the sequence before token 1
+    std::int64_t most = 0;        // tokens that it may have: max_tokens, or as many as have room
+    std::int64_t sampled = 1;
+    std::int64_t taken = 0;  // returned
+    bool finished = false;
+    bool keeps = false;      // its state is wanted
+    bool confirmed = false;  // its reader has said how many tokens it has
+    EngineEvent last{};      // waits for the state
+    std::vector<std::int32_t> tokens{};
+  };
+
+  // A sequence that is fed several tokens: a prompt, behind which its samples begin, or the tokens of a sample whose
+  // state is to be made anew (`replayed`).
+  struct Feed {
+    Shared request;
+    std::vector<int> samples;
+    std::vector<std::int32_t> slots{};  // of the samples; the first one is fed. Empty: it waits for room
+    std::int64_t fed = 0;
+    std::int64_t length = 0;
+    std::optional<Sample> replayed{};
+
+    std::span<const std::int32_t> tokens() const {
+      return std::span(replayed ? replayed->tokens : request->prompt()).first(static_cast<std::size_t>(length));
+    }
+    std::int64_t remaining() const { return length - fed; }
+  };
+
+  // Which sample each entry of a step belongs to.
+  struct Step {
+    std::vector<std::uint64_t> serials{};
+    std::int64_t num_rows = 0;    // samples that were fed
+    std::int64_t num_prompt = 0;  // tokens of prompts
+    Clock::time_point launched = Clock::now();
+  };
+
+  void run() noexcept;
+  bool tick();
+  bool receive();
+  void apply_abort(const Shared& request, FinishReason finish, const std::string& why);
+  void check(const EngineRequest& given) const;
+  void expire();
+  void begin_waiting();
+  std::size_t best_waiting() const;
+  bool ranks_before(const Feed& a, const Feed& b, Clock::time_point now) const;
+  bool make_room(std::size_t count);
+  void open(int capacity);
+  void close_session() noexcept;
+  bool begin(Feed& feed);
+  void advance();
+  bool launch();
+  void launch_mixed();
+  std::int64_t piece_of(const Feed& feed, std::int64_t budget) const;
+  void after_piece(Feed& feed);
+  void take();
+  void take_token(Sample& sample, backend::SampledToken& chosen);
+  void end(Sample& sample, FinishReason finish, const std::string& why);
+  void end(const Feed& feed, FinishReason finish, const std::string& why);
+  void end(const Shared& request, int index, FinishReason finish, const std::string& why);
+  void settle();
+  void give_state(Sample& sample);
+  SeenTokens seen_by(const Sample& sample) const;
+  bool wants_step(const Sample& sample) const;
+  bool may_begin() const;
+  void fail_slots(std::span<const std::int32_t> slots, const std::string& why);
+  void fail_all(const std::exception_ptr& error) noexcept;
+  void free_slot(std::int32_t slot);
+  void emit(const Shared& request, EngineEvent event);
+  EngineEvent event_of(const Shared& request, int sample) const;
+  void ended(const Shared& request);
+  void deliver();
+  void publish();
+  Session::Impl& session() { return *session_; }
+
+  const std::shared_ptr<const Model> model_;
+  const EngineOptions options_;
+  const pid_t process_ = getpid();
+  const std::int64_t cut_, chunk_;
+  std::thread thread_;
+
+  // Shared with callers.
+  mutable std::mutex mutex_;
+  std::condition_variable work_, idle_;
+  std::vector<Shared> incoming_;
+  std::vector<std::function<void(Impl&)>> commands_;
+  std::string broken_;  // why it takes no more requests
+  bool closing_ = false, aborting_ = false, has_ended_ = false;
+  std::int64_t num_waiting_ = 0, waiting_tokens_ = 0;
+  Id last_id_ = 0;
+  EngineStats stats_;
+
+  // Of the loop.
+  std::unique_ptr<Session::Impl> session_;
+  std::optional<Session::Impl::Turn> turn_;
+  std::unique_ptr<backend::Sampler> sampler_;
+  std::vector<std::int32_t> free_slots_;  // taken from the back
+  bool cannot_grow_ = false;              // there was no memory for more slots
+  std::unordered_map<Id, Shared> requests_;
+  std::deque<Feed> waiting_;
+  std::vector<Feed> feeds_;      // have slots
+  std::vector<Sample> samples_;  // by rising serial
+  std::deque<Step> steps_;       // launched, not taken
+  std::uint64_t last_serial_ = 0;
+  StepBudget budget_;
+  bool yielded_ = false;  // the last step left out pieces of long prompts
+  Clock::time_point last_taken_{};
+  std::vector<Shared> touched_;  // have events
+  EngineStats counted_;          // what publish() copies
+  std::int64_t begun_ = 0, begun_tokens_ = 0;
+};
+
+// ---- callers -------------------------------------------------------------------------------------------------------
+
+Engine::Impl::Impl(std::shared_ptr<const Model> model, EngineOptions options)
+    : model_(std::move(model)),
+      options_(std::move(options)),
+      cut_(model_->impl().executors.device().cut_tokens()),
+      chunk_(model_->impl().executors.device().chunk_tokens()),
+      budget_(cut_, chunk_, options_.max_step_tokens) {
+  const auto check_least = [](std::int64_t value, std::int64_t least, const char* name) {
+    if (value < least)
+      throw InvalidArgument(std::string("engine: ") + name + " is " + std::to_string(value) + ", expected at least " +
+                            std::to_string(least));
+  };
+  check_least(options_.max_batch_size, 1, "max_batch_size");
+  check_least(options_.max_waiting_requests, 1, "max_waiting_requests");
+  check_least(options_.max_waiting_tokens, 1, "max_waiting_tokens");
+  check_least(options_.max_step_tokens, 0, "max_step_tokens");
+  if (!options_.elastic) open(options_.max_batch_size);
+  publish();
+  try {
+    thread_ = std::thread([this] { run(); });
+  } catch (const std::system_error& error) {
+    throw IoError(error.code().value(), "creating the thread of an engine");
+  }
+}
+
+Engine::Impl::~Impl() {
+  shutdown(false, {});
+  thread_.join();
+}
+
+void Engine::Impl::check(const EngineRequest& given) const {
+  const auto& [prompt, params] = given.request;
+  const ModelConfig& config = model_->config();
+  std::int64_t seen = 0;
+  if (given.state) {
+    if (given.state->model() != model_)
+      throw StateError("submit: found the state of another model, expected one of the engine's model");
+    seen = given.state->num_tokens();
+    const std::int64_t prefix = model_->impl().transformer.prefix_tokens();
+    if (!prompt.empty() && seen > 0 && seen < prefix)
+      throw InvalidArgument("submit: the state has seen " + std::to_string(seen) +
+                            " tokens, and this model reads the first " + std::to_string(prefix) +
+                            " tokens of a sequence as a whole: expected a state that has seen as many, or none");
+  }
+  if (!prompt.empty() || !given.state || !given.state->impl().progress.last.rows.data)
+    check_tokens(prompt, config.vocab_size, "submit: the prompt");
+  model_->impl().check_context(seen, static_cast<std::int64_t>(prompt.size()), "submit: the prompt");
+  params.validate(config.vocab_size);
+}
+
+Engine::Id Engine::Impl::submit(EngineRequest given) {
+  check(given);
+  auto request = std::make_shared<Request>();
+  request->seed = given.request.params.seed.value_or(fresh_seed());
+  request->stop_ids = stop_ids_of(given.request.params, model_->config());
+  request->num_running = given.request.params.n;
+  request->given = std::move(given);
+  request->arrival = Clock::now();
+  const auto length = static_cast<std::int64_t>(request->prompt().size());
+
+  const std::lock_guard lock(mutex_);
+  if (!broken_.empty()) throw DeviceError("submit: the engine takes no more requests: " + broken_);
+  if (closing_) throw EngineClosedError("submit: this engine was shut down");
+  if (num_waiting_ >= options_.max_waiting_requests)
+    throw EngineBusyError(std::to_string(num_waiting_) + " requests are waiting, which is max_waiting_requests");
+  if (num_waiting_ > 0 && waiting_tokens_ + length > options_.max_waiting_tokens)
+    throw EngineBusyError("requests of " + std::to_string(waiting_tokens_) + " tokens are waiting, and with " +
+                          std::to_string(length) + " more they exceed max_waiting_tokens, " +
+                          std::to_string(options_.max_waiting_tokens));
+  incoming_.push_back(request);  // what may throw comes first
+  request->id = ++last_id_;
+  ++num_waiting_;
+  waiting_tokens_ += length;
+  work_.notify_one();
+  return request->id;
+}
+
+void Engine::Impl::command(Id id, std::function<void(Impl&)> apply) {
+  const std::lock_guard lock(mutex_);
+  if (id == 0 || id > last_id_) throw InvalidArgument("engine: there is no request " + std::to_string(id));
+  if (has_ended_) return;
+  commands_.push_back(std::move(apply));
+  work_.notify_one();
+}
+
+void Engine::Impl::cancel(Id id, std::string why) {
+  command(id, [id, why = std::move(why)](Impl& self) {
+    const auto found = self.requests_.find(id);
+    if (found != self.requests_.end()) self.apply_abort(Shared(found->second), FinishReason::abort, why);
+  });
+}
+
+void Engine::Impl::finish(Id id, int index, std::int64_t num_read) {
+  command(id, [id, index, num_read](Impl& self) {
+    for (Sample& sample : self.samples_) {
+      if (sample.request->id != id || sample.index != index) continue;
+      if (sample.finished && (!sample.keeps || sample.confirmed)) return;
+      sample.finished = sample.confirmed = true;
+      sample.taken = std::clamp<std::int64_t>(num_read, 0, sample.taken);
+      sample.last = self.event_of(sample.request, index);
+      sample.last.finish = FinishReason::stop;
+      if (!sample.keeps) self.ended(sample.request);
+      return;
+    }
+  });
+}
+
+void Engine::Impl::pause(Id id, bool paused) {
+  command(id, [id, paused](Impl& self) {
+    const auto found = self.requests_.find(id);
+    if (found != self.requests_.end()) found->second->paused = paused;
+  });
+}
+
+EngineStats Engine::Impl::stats() const {
+  const std::lock_guard lock(mutex_);
+  EngineStats stats = stats_;
+  stats.waiting_requests = num_waiting_;
+  stats.waiting_tokens = waiting_tokens_;
+  return stats;
+}
+
+bool Engine::Impl::shutdown(bool drain, std::optional<std::chrono::duration<double>> timeout) {
+  std::unique_lock lock(mutex_);
+  closing_ = true;
+  aborting_ |= !drain;
+  work_.notify_one();
+  const auto has_ended = [this] { return has_ended_; };
+  constexpr std::chrono::hours kLongest{24 * 365};  // what clocks can add to now
+  if (timeout && *timeout < kLongest)
+    return idle_.wait_for(lock, std::chrono::duration_cast<Clock::duration>(*timeout), has_ended);
+  idle_.wait(lock, has_ended);
+  return true;
+}
+
+// ---- the loop ------------------------------------------------------------------------------------------------------
+
+void Engine::Impl::run() noexcept {
+  block_signals();
+  int num_failures = 0;
+  while (true) {
+    try {
+      if (!tick()) break;
+      num_failures = 0;
+    } catch (...) {  // of memory for the loop's own lists; steps and states have been taken care of
+      fail_all(std::current_exception());
+      if (++num_failures > 3) {
+        const std::lock_guard lock(mutex_);
+        if (broken_.empty()) broken_ = "the loop failed again and again";
+        closing_ = aborting_ = true;
+      }
+      if (num_failures > 6) break;
+    }
+  }
+  close_session();
+  if (options_.after_end) options_.after_end();
+  const std::lock_guard lock(mutex_);
+  incoming_.clear();
+  commands_.clear();
+  has_ended_ = true;
+  idle_.notify_all();
+}
+
+// Once around: what callers want, one step, events. False: it is over.
+bool Engine::Impl::tick() {
+  if (!receive()) return false;
+  expire();
+  begin_waiting();
+  advance();
+  settle();
+  if (options_.elastic && requests_.empty() && session_) {
+    bool is_idle = false;
+    {
+      const std::lock_guard lock(mutex_);
+      is_idle = incoming_.empty();
+    }
+    if (is_idle) close_session();
+  }
+  publish();  // whoever has read an event finds its effects counted
+  deliver();
+  return true;
+}
+
+// Waits until there is something to do; takes new requests and commands. False: it is over.
+bool Engine::Impl::receive() {
+  std::vector<Shared> incoming;
+  std::vector<std::function<void(Impl&)>> commands;
+  bool aborting = false;
+  {
+    std::unique_lock lock(mutex_);
+    const auto has_news = [this] { return !incoming_.empty() || !commands_.empty() || aborting_; };
+    const bool is_still = steps_.empty() && feeds_.empty() && !may_begin() &&
+                          std::ranges::none_of(samples_, [this](const Sample& s) { return wants_step(s); });
+    if (is_still) {
+      std::optional<Clock::time_point> next;
+      for (const auto& [id, request] : requests_)
+        if (request->given.deadline && (!next || *request->given.deadline < *next)) next = request->given.deadline;
+      const auto wakes = [&] { return has_news() || (closing_ && requests_.empty()); };
+      if (next)
+        work_.wait_until(lock, *next, wakes);
+      else
+        work_.wait(lock, wakes);
+    }
+    if (closing_ && requests_.empty() && incoming_.empty()) return false;
+    incoming.swap(incoming_);
+    commands.swap(commands_);
+    aborting = aborting_;
+  }
+  for (Shared& request : incoming) {
+    requests_.emplace(request->id, request);
+    const int most = options_.max_batch_size;
+    for (int s = 0; s < request->params().n; ++s) {
+      if (s % most == 0) {
+        waiting_.push_back({request, {}});
+        waiting_.back().length = static_cast<std::int64_t>(request->prompt().size());
+      }
+      waiting_.back().samples.push_back(s);
+    }
+  }
+  for (const auto& command : commands) command(*this);
+  if (aborting) {
+    std::vector<Shared> all;
+    for (const auto& [id, request] : requests_) all.push_back(request);
+    for (const Shared& request : all) apply_abort(request, FinishReason::abort, "the engine was shut down");
+  }
+  return true;
+}
+
+void Engine::Impl::expire() {
+  const Clock::time_point now = Clock::now();
+  std::vector<Shared> late;
+  for (const auto& [id, request] : requests_)
+    if (request->given.deadline && *request->given.deadline <= now) late.push_back(request);
+  for (const Shared& request : late) apply_abort(request, FinishReason::abort, "its deadline has passed");
+}
+
+// Ends all samples of a request, wherever they are.
+void Engine::Impl::apply_abort(const Shared& request, FinishReason finish, const std::string& why) {
+  for (Sample& sample : samples_)
+    if (sample.request == request) end(sample, finish, why);
+  std::vector<std::int32_t> freed;
+  const auto concerns = [&](const Feed& feed) {
+    if (feed.request != request) return false;
+    end(feed, finish, why);
+    freed.insert(freed.end(), feed.slots.begin(), feed.slots.end());
+    return true;
+  };
+  std::erase_if(waiting_, concerns);
+  std::erase_if(feeds_, concerns);
+  for (const std::int32_t slot : freed) free_slot(slot);
+  settle();
+}
+
+// ---- who begins ----------------------------------------------------------------------------------------------------
+
+// Priority, then wait / tokens to compute.
+bool Engine::Impl::ranks_before(const Feed& a, const Feed& b, Clock::time_point now) const {
+  if (a.request->given.priority != b.request->given.priority)
+    return a.request->given.priority < b.request->given.priority;
+  const auto ratio = [now](const Feed& feed) {
+    const double wait = std::chrono::duration<double>(now - feed.request->arrival).count() + 1e-3;
+    return wait / static_cast<double>(std::max<std::int64_t>(feed.remaining(), 1));
+  };
+  const double ratio_a = ratio(a), ratio_b = ratio(b);
+  return ratio_a != ratio_b ? ratio_a > ratio_b : a.request->id < b.request->id;
+}
+
+std::size_t Engine::Impl::best_waiting() const {
+  const Clock::time_point now = Clock::now();
+  std::size_t best = 0;
+  for (std::size_t i = 1; i < waiting_.size(); ++i)
+    if (ranks_before(waiting_[i], waiting_[best], now)) best = i;
+  return best;
+}
+
+// Whether the slots that are or may be free are enough for some waiting samples.
+bool Engine::Impl::may_begin() const {
+  if (waiting_.empty() || cannot_grow_) return false;
+  const std::size_t used = session_ ? static_cast<std::size_t>(session_->batch_size()) - free_slots_.size() : 0;
+  return waiting_[best_waiting()].samples.size() + used <= static_cast<std::size_t>(options_.max_batch_size);
+}
+
+void Engine::Impl::begin_waiting() {
+  while (!waiting_.empty()) {
+    const auto at = waiting_.begin() + static_cast<std::ptrdiff_t>(best_waiting());
+    Feed feed = *at;
+    try {
+      if (!make_room(feed.samples.size())) return;
+    } catch (...) {  // nothing runs that would give memory back
+      const std::exception_ptr error = std::current_exception();
+      apply_abort(feed.request, FinishReason::error, what_of(error));
+      continue;
+    }
+    waiting_.erase(at);
+    if (feed.request->scheduled == Clock::time_point{}) {
+      feed.request->scheduled = Clock::now();
+      ++begun_;
+      begun_tokens_ += static_cast<std::int64_t>(feed.request->prompt().size());
+      counted_.prompt_tokens += static_cast<std::int64_t>(feed.request->prompt().size());
+    }
+    if (begin(feed)) feeds_.push_back(std::move(feed));
+  }
+}
+
+// Makes `count` slots free, if there can be. Throws when there cannot be, ever.
+bool Engine::Impl::make_room(std::size_t count) {
+  if (!session_) {
+    std::size_t wanted = 0;
+    for (const Feed& feed : waiting_) wanted += feed.samples.size();
+    if (!options_.elastic) wanted = static_cast<std::size_t>(options_.max_batch_size);
+    open(static_cast<int>(std::clamp<std::size_t>(wanted, count, static_cast<std::size_t>(options_.max_batch_size))));
+  }
+  if (free_slots_.size() >= count) return true;
+  const auto size = static_cast<std::size_t>(session().batch_size());
+  const std::size_t used = size - free_slots_.size();
+  if (used + count > static_cast<std::size_t>(options_.max_batch_size)) return false;
+  const auto grown = std::min(static_cast<std::size_t>(options_.max_batch_size), std::max(2 * size, used + count));
+  try {
+    free_slots_.reserve(grown);
+    session().grow(static_cast<std::int64_t>(grown));
+  } catch (const std::bad_alloc&) {
+    if (used == 0) throw;
+    cannot_grow_ = true;  // it waits for those that run
+    return false;
+  }
+  for (std::size_t slot = grown; slot-- > size;) free_slots_.push_back(static_cast<std::int32_t>(slot));
+  return true;
+}
+
+void Engine::Impl::open(int capacity) {
+  auto session = std::make_unique<Session::Impl>(model_, capacity, /*keeps_seen=*/false);
+  std::vector<std::int32_t> slots;
+  for (int slot = capacity; slot-- > 0;) slots.push_back(slot);
+  turn_.emplace(*session);
+  try {
+    sampler_ = session->backend().make_sampler(session->config().vocab_size, options_.max_batch_size);
+  } catch (...) {
+    turn_.reset();
+    throw;
+  }
+  session_ = std::move(session);
+  free_slots_ = std::move(slots);
+}
+
+void Engine::Impl::close_session() noexcept {
+  steps_.clear();
+  samples_.clear();
+  feeds_.clear();
+  free_slots_.clear();
+  sampler_.reset();
+  if (turn_) {
+    try {
+      session_->backend().synchronize();
+    } catch (...) {  // the device has failed: the next call says so
+    }
+  }
+  turn_.reset();
+  session_.reset();
+  cannot_grow_ = false;
+}
+
+// Gives the samples their slots, and the first slot what the sequence has seen. False: none is left, all have ended.
+bool Engine::Impl::begin(Feed& feed) {
+  const Shared& request = feed.request;
+  std::vector<int> samples;
+  for (const int index : feed.samples) {
+    const std::int32_t slot = free_slots_.back();
+    free_slots_.pop_back();
+    try {
+      std::span<const backend::SeenToken> seen;
+      if (request->given.state) seen = request->given.state->impl().progress.seen.entries();
+      sampler_->assign(slot, request->params(), request->seed, static_cast<std::uint32_t>(index), request->prompt(),
+                       request->stop_ids, seen);
+      samples.push_back(index);
+      feed.slots.push_back(slot);
+    } catch (...) {
+      free_slots_.push_back(slot);
+      end(request, index, FinishReason::error, what_of(std::current_exception()));
+    }
+  }
+  feed.samples = std::move(samples);
+  if (feed.slots.empty()) return false;
+  try {
+    if (request->given.state) {
+      const State* const states[] = {request->given.state.get()};
+      session().restore(std::span(feed.slots).first(1), states);
+    }
+    return true;
+  } catch (...) {
+    end(feed, FinishReason::error, what_of(std::current_exception()));
+    for (const std::int32_t slot : feed.slots) free_slot(slot);
+    return false;
+  }
+}
+
+// ---- steps ---------------------------------------------------------------------------------------------------------
+
+// A sample whose state is wanted is fed its last token, too.
+bool Engine::Impl::wants_step(const Sample& sample) const {
+  if (sample.finished) return sample.keeps && sample.confirmed && sample.sampled <= sample.taken;
+  if (sample.request->paused) return false;
+  return sample.keeps ? sample.sampled <= sample.most : sample.sampled < sample.most;
+}
+
+void Engine::Impl::advance() {
+  if (!session_) return;
+  if (!feeds_.empty()) {
+    while (!steps_.empty()) take();  // a step with prompts takes its tokens from the host
+    settle();
+    if (session_ && !feeds_.empty()) launch_mixed();
+    if (session_ && !session().backend().asynchronous())
+      while (!steps_.empty()) take();
+    return;
+  }
+  if (steps_.empty()) launch();
+  // One step ahead of what is known here, while nobody is to join.
+  if (session_ && !steps_.empty() && steps_.size() < 2 && session().backend().asynchronous() && !may_begin()) launch();
+  if (session_ && !steps_.empty()) take();
+}
+
+// Enqueues a step of single tokens, which a device may have recorded.
+bool Engine::Impl::launch() {
+  std::vector<std::int32_t> slots;
+  Step step;
+  for (const Sample& sample : samples_) {
+    if (!wants_step(sample)) continue;
+    slots.push_back(sample.slot);
+    step.serials.push_back(sample.serial);
+  }
+  if (slots.empty()) return false;
+  step.num_rows = static_cast<std::int64_t>(slots.size());
+  try {
+    session().reserve_step(slots);
+  } catch (...) {  // nothing has changed: those that have no memory end
+    const std::string why = what_of(std::current_exception());
+    std::vector<std::int32_t> failed;
+    for (const std::int32_t& slot : slots) {
+      try {
+        session().reserve_step({&slot, 1});
+      } catch (...) {
+        failed.push_back(slot);
+      }
+    }
+    fail_slots(failed.empty() ? slots : failed, why);
+    return false;
+  }
+  try {
+    session().step(slots, *sampler_);
+  } catch (...) {
+    const std::exception_ptr error = std::current_exception();
+    if (is_device_error(error))
+      fail_all(error);
+    else
+      fail_slots(slots, what_of(error));
+    return false;
+  }
+  for (Sample& sample : samples_)
+    if (wants_step(sample)) ++sample.sampled;
+  steps_.push_back(std::move(step));
+  return true;
+}
+
+// Tokens of a feed that a step takes, of a budget > 0: whole pieces, but for the end.
+std::int64_t Engine::Impl::piece_of(const Feed& feed, std::int64_t budget) const {
+  const Transformer& transformer = model_->impl().transformer;
+  const backend::Backend& backend = model_->impl().executors.device();
+  const bool begins = session_->num_tokens(feed.slots[0]) == 0;
+  if (begins && transformer.prefix_tokens() > 1)
+    return std::min(feed.remaining(), transformer.piece_tokens(backend, true));
+  const std::int64_t most = std::min(std::max(budget / cut_ * cut_, cut_), chunk_);
+  // A cut is at a multiple of cut_ from the prompt's start: what a sequence computes depends on it alone.
+  return std::min(feed.remaining(), most - feed.fed % cut_);
+}
+
+// A step of all samples and of pieces of prompts. All steps before are taken.
+void Engine::Impl::launch_mixed() {
+  std::vector<Session::Impl::Piece> pieces, again;
+  std::vector<Sample*> rows;
+  Step step;
+  for (Sample& sample : samples_) {
+    if (!wants_step(sample)) continue;
+    const std::span<const std::int32_t> last = std::span(sample.tokens).last(1);
+    pieces.push_back({sample.slot, last, {}});
+    if (!sample.finished) {
+      pieces.back().samplers = {&sample.slot, 1};
+      step.serials.push_back(sample.serial);
+    }
+    rows.push_back(&sample);
+  }
+  step.num_rows = static_cast<std::int64_t>(rows.size());
+
+  const Clock::time_point now = Clock::now();
+  std::ranges::sort(feeds_, [&](const Feed& a, const Feed& b) { return ranks_before(a, b, now); });
+  std::vector<std::pair<std::size_t, std::int64_t>> taken;  // of feeds_: which, tokens
+  const std::int64_t budget = budget_.tokens();
+  const bool has_short = std::ranges::any_of(feeds_, [&](const Feed& feed) { return feed.remaining() <= cut_; });
+  bool yields = false;
+  for (std::size_t i = 0; i < feeds_.size(); ++i) {
+    const Feed& feed = feeds_[i];
+    if (feed.length == 0) {
+      again.push_back({feed.slots[0], {}, feed.slots});
+      continue;
+    }
+    if (step.num_prompt >= budget) break;
+    // Who gets a first token in this step gets it sooner without the pieces of others, which have every second step.
+    if (has_short && !yielded_ && feed.remaining() > cut_) {
+      yields = true;
+      continue;
+    }
+    const std::int64_t count = piece_of(feed, budget - step.num_prompt);
+    const auto tokens = feed.tokens().subspan(static_cast<std::size_t>(feed.fed), static_cast<std::size_t>(count));
+    pieces.push_back({feed.slots[0], tokens, {}});
+    if (count == feed.remaining() && !feed.replayed) pieces.back().samplers = feed.slots;
+    taken.emplace_back(i, count);
+    step.num_prompt += count;
+  }
+  yielded_ = yields;
+  std::vector<std::int32_t> slots;
+  for (const auto& piece : pieces) slots.push_back(piece.slot);
+
+  // Sequences that go on without a prompt: a step of their own, which only samples.
+  const bool only_again = !again.empty();
+  if (only_again) {
+    slots.clear();
+    for (const auto& piece : again) slots.push_back(piece.slot);
+    step = {};
+    taken.clear();
+    rows.clear();
+    for (std::size_t i = 0; i < feeds_.size(); ++i)
+      if (feeds_[i].length == 0) taken.emplace_back(i, 0);
+  }
+  try {
+    if (!only_again) session().reserve(pieces);
+  } catch (...) {  // nothing has changed: those that have no memory end
+    const std::string why = what_of(std::current_exception());
+    std::vector<std::int32_t> failed;
+    for (const auto& piece : pieces) {
+      try {
+        session().reserve({&piece, 1});
+      } catch (...) {
+        failed.push_back(piece.slot);
+      }
+    }
+    fail_slots(failed.empty() ? slots : failed, why);
+    return;
+  }
+  try {
+    if (only_again)
+      session().sample_again(again, *sampler_);
+    else
+      session().step(pieces, *sampler_);
+  } catch (...) {
+    const std::exception_ptr error = std::current_exception();
+    if (is_device_error(error))
+      fail_all(error);
+    else
+      fail_slots(slots, what_of(error));
+    return;
+  }
+  for (Sample* sample : rows) ++sample->sampled;
+  std::vector<std::size_t> done;
+  std::vector<Sample> begun;
+  for (const auto& [i, count] : taken) {
+    Feed& feed = feeds_[i];
+    feed.fed += count;
+    if (feed.remaining() > 0) continue;
+    done.push_back(i);
+    if (feed.replayed) continue;
+    const std::int64_t before = session().num_tokens(feed.slots[0]);
+    const bool keeps = feed.request->given.keep_state;
+    for (std::size_t s = 0; s < feed.samples.size(); ++s) {
+      const std::int64_t room = room_behind(*model_, before, keeps);
+      begun.push_back({feed.request, feed.samples[s], feed.slots[s], ++last_serial_, before,
+                       std::min(room, feed.request->params().max_tokens)});
+      begun.back().keeps = keeps;
+      step.serials.push_back(last_serial_);
+    }
+  }
+  samples_.insert(samples_.end(), std::make_move_iterator(begun.begin()), std::make_move_iterator(begun.end()));
+  steps_.push_back(std::move(step));
+
+  // What follows may fail for one request and no other.
+  std::vector<Feed> ended_feeds;
+  std::ranges::sort(done, std::greater{});
+  for (const std::size_t i : done) {
+    ended_feeds.push_back(std::move(feeds_[i]));
+    feeds_.erase(feeds_.begin() + static_cast<std::ptrdiff_t>(i));
+  }
+  for (Feed& feed : ended_feeds)
+    if (session_) after_piece(feed);
+}
+
+// A feed that has come to its end: its other samples get the state, or a replayed one its own.
+void Engine::Impl::after_piece(Feed& feed) {
+  if (feed.replayed) {
+    samples_.push_back(std::move(*feed.replayed));
+    samples_.back().serial = ++last_serial_;
+    return;  // settle() does the rest
+  }
+  for (std::size_t s = 1; s < feed.slots.size(); ++s) {
+    try {
+      session().copy(feed.slots[0], feed.slots[s]);
+    } catch (...) {
+      fail_slots({&feed.slots[s], 1}, what_of(std::current_exception()));
+      if (!session_) return;
+    }
+  }
+  if (feed.request->given.keep_state && feed.request->given.every_token && !feed.request->base) {
+    try {
+      feed.request->base = session().snapshot(feed.slots[0], {});
+    } catch (...) {
+      return apply_abort(Shared(feed.request), FinishReason::error, what_of(std::current_exception()));
+    }
+  }
+  for (Sample& sample : samples_) {
+    if (sample.request != feed.request || sample.most >= 1 || sample.finished) continue;
+    end(sample, FinishReason::error, out_of_room(*model_));
+  }
+}
+
+// Waits for the oldest step and makes events of its tokens; those behind a sample's end are nobody's.
+void Engine::Impl::take() {
+  const Step step = std::move(steps_.front());
+  steps_.pop_front();
+  std::vector<backend::SampledToken> chosen;
+  try {
+    if (step.serials.empty())
+      session().backend().synchronize();
+    else
+      chosen = sampler_->take();
+  } catch (...) {  // in this step or in what was enqueued after it
+    fail_all(std::current_exception());
+    return;
+  }
+  const Clock::time_point now = Clock::now();
+  const std::chrono::duration<double> seconds = now - std::max(step.launched, last_taken_);
+  last_taken_ = now;
+  budget_.measured(step.num_rows, step.num_prompt, seconds.count());
+  ++counted_.steps;
+  counted_.step_tokens += step.num_rows + step.num_prompt;
+  for (std::size_t i = 0; i < step.serials.size(); ++i) {
+    const auto sample = std::ranges::lower_bound(samples_, step.serials[i], {}, &Sample::serial);  // serials ascend
+    if (sample != samples_.end() && sample->serial == step.serials[i] && !sample->finished)
+      take_token(*sample, chosen[i]);
+  }
+}
+
+void Engine::Impl::take_token(Sample& sample, backend::SampledToken& chosen) {
+  if (!chosen.failure.empty()) return end(sample, FinishReason::error, chosen.failure);
+  const Request& request = *sample.request;
+  EngineEvent event = event_of(sample.request, sample.index);
+  event.token = chosen.token;
+  event.logprob = chosen.logprob;
+  event.top_logprobs = std::move(chosen.top_logprobs);
+  sample.tokens.push_back(chosen.token);
+  ++sample.taken;
+  ++counted_.generated_tokens;
+  event.finish = finish_of(event.token, request.params(), request.stop_ids, sample.taken, sample.most);
+  if (event.finish == FinishReason::stop) event.stop_token = event.token;
+  if (event.finish != FinishReason::none) {
+    sample.finished = true;
+    if (sample.keeps) {
+      sample.confirmed = !request.given.reader_ends;
+      if (sample.confirmed)
+        sample.last = std::move(event);
+      else
+        emit(sample.request, std::move(event));
+      return;
+    }
+    emit(sample.request, std::move(event));
+    ended(sample.request);
+    return;
+  }
+  emit(sample.request, std::move(event));
+  if (sample.taken >= sample.most) end(sample, FinishReason::error, out_of_room(*model_));
+}
+
+// ---- ends ----------------------------------------------------------------------------------------------------------
+
+EngineEvent Engine::Impl::event_of(const Shared& request, int sample) const {
+  EngineEvent event;
+  event.request = request->id;
+  event.sample = sample;
+  event.num_cached_tokens = request->num_cached;
+  event.scheduled = request->scheduled;
+  event.time = Clock::now();
+  return event;
+}
+
+void Engine::Impl::emit(const Shared& request, EngineEvent event) {
+  if (request->ready.empty()) touched_.push_back(request);
+  request->ready.push_back(std::move(event));
+}
+
+void Engine::Impl::ended(const Shared& request) {
+  if (--request->num_running > 0) return;
+  if (request->scheduled == Clock::time_point{}) {
+    ++begun_;
+    begun_tokens_ += static_cast<std::int64_t>(request->prompt().size());
+  }
+  if (!request->given.every_token) touched_.push_back(request);  // now its events may go
+  requests_.erase(request->id);
+}
+
+// Ends a sample that has not ended, without a token and without a state.
+void Engine::Impl::end(Sample& sample, FinishReason finish, const std::string& why) {
+  if (sample.finished && !sample.keeps) return;
+  sample.finished = true;
+  sample.keeps = false;
+  end(sample.request, sample.index, finish, why);
+}
+
+void Engine::Impl::end(const Feed& feed, FinishReason finish, const std::string& why) {
+  if (feed.replayed) return end(feed.request, feed.replayed->index, finish, why);
+  for (const int index : feed.samples) end(feed.request, index, finish, why);
+}
+
+void Engine::Impl::end(const Shared& request, int index, FinishReason finish, const std::string& why) {
+  EngineEvent event = event_of(request, index);
+  event.finish = finish;
+  event.error = why;
+  emit(request, std::move(event));
+  ended(request);
+}
+
+// Takes away what has ended and has nothing more to do.
+void Engine::Impl::settle() {
+  if (!session_) return;
+  std::vector<std::int32_t> failed;
+  for (Sample& sample : samples_) {
+    if (!sample.finished || !sample.keeps || !sample.confirmed || wants_step(sample)) continue;
+    try {
+      give_state(sample);
+    } catch (...) {
+      sample.keeps = false;
+      sample.last.error = "the state could not be kept: " + what_of(std::current_exception());
+      emit(sample.request, std::move(sample.last));
+      ended(sample.request);
+    }
+  }
+  std::vector<std::int32_t> freed;
+  std::erase_if(samples_, [&](const Sample& sample) {
+    if (!sample.finished || sample.keeps) return false;
+    if (sample.slot >= 0) freed.push_back(sample.slot);
+    return true;
+  });
+  for (const std::int32_t slot : freed) free_slot(slot);
+}
+
+// Sends the last event of a sample with its state, or has its tokens fed anew where it has seen too many.
+void Engine::Impl::give_state(Sample& sample) {
+  const std::int64_t fed = session().num_tokens(sample.slot) - sample.num_before;
+  if (fed <= sample.taken) {
+    sample.last.state = session().snapshot(sample.slot, seen_by(sample));
+    sample.keeps = false;
+    emit(sample.request, std::move(sample.last));
+    ended(sample.request);
+    return;
+  }
+  const State* const states[] = {sample.request->base.get()};
+  session().restore({&sample.slot, 1}, states);
+  Feed feed{sample.request, {}, {sample.slot}};
+  feed.replayed = sample;
+  feed.replayed->sampled = sample.taken + 1;
+  feed.length = sample.taken;
+  if (feed.length == 0) return give_state(sample);
+  feeds_.push_back(std::move(feed));
+  sample.keeps = false;
+  sample.slot = -1;  // the feed's
+}
+
+SeenTokens Engine::Impl::seen_by(const Sample& sample) const {
+  SeenTokens seen;
+  const Request& request = *sample.request;
+  if (request.given.state) seen = request.given.state->impl().progress.seen;
+  seen.add_prompt(request.prompt());
+  for (std::int64_t i = 0; i < sample.taken; ++i) seen.add_output(sample.tokens[static_cast<std::size_t>(i)]);
+  return seen;
+}
+
+void Engine::Impl::free_slot(std::int32_t slot) {
+  if (!session_) return;  // another slot could not be freed
+  cannot_grow_ = false;
+  try {
+    session().reset(slot);
+    free_slots_.push_back(slot);
+  } catch (...) {
+    fail_all(std::current_exception());
+  }
+}
+
+// A step failed that these slots had a part in, or would have had.
+void Engine::Impl::fail_slots(std::span<const std::int32_t> slots, const std::string& why) {
+  const auto concerns = [&](std::int32_t slot) { return std::ranges::count(slots, slot) > 0; };
+  for (Sample& sample : samples_)
+    if (concerns(sample.slot)) end(sample, FinishReason::error, why);
+  std::vector<std::int32_t> freed;
+  std::erase_if(feeds_, [&](Feed& feed) {
+    if (!concerns(feed.slots[0])) return false;
+    end(feed, FinishReason::error, why);
+    freed.insert(freed.end(), feed.slots.begin(), feed.slots.end());
+    return true;
+  });
+  for (const std::int32_t slot : freed) free_slot(slot);
+  settle();
+}
+
+// The states are lost: all that have one end. What waits begins with new ones.
+void Engine::Impl::fail_all(const std::exception_ptr& error) noexcept {
+  const std::string why = what_of(error);
+  const bool lost = is_device_error(error);
+  if (lost) {
+    const std::lock_guard lock(mutex_);
+    if (broken_.empty()) broken_ = why;
+  }
+  for (Sample& sample : samples_) end(sample, FinishReason::error, why);
+  for (const Feed& feed : feeds_) end(feed, FinishReason::error, why);
+  if (lost) {
+    for (const Feed& feed : waiting_) end(feed, FinishReason::error, why);
+    waiting_.clear();
+  }
+  close_session();
+}
+
+// ---- events --------------------------------------------------------------------------------------------------------
+
+void Engine::Impl::deliver() {
+  for (const Shared& request : touched_) {
+    const bool has_ended = request->num_running == 0;
+    if (!request->given.every_token && !has_ended) continue;
+    const std::vector<EngineEvent> events = std::exchange(request->ready, {});
+    if (!request->given.sink || events.empty()) continue;
+    try {
+      request->given.sink(events);
+    } catch (...) {  // it was told not to
+    }
+  }
+  const bool any = !touched_.empty();
+  touched_.clear();
+  if (any && options_.after_events) {
+    try {
+      options_.after_events();
+    } catch (...) {  // it was told not to
+    }
+  }
+}
+
+void Engine::Impl::publish() {
+  counted_.running = static_cast<std::int64_t>(samples_.size());
+  for (const Feed& feed : feeds_) counted_.running += static_cast<std::int64_t>(feed.slots.size());
+  counted_.slots = session_ ? session_->batch_size() : 0;
+  counted_.max_batch_size = options_.max_batch_size;
+  counted_.step_budget = budget_.tokens();
+  const std::lock_guard lock(mutex_);
+  stats_ = counted_;
+  num_waiting_ -= std::exchange(begun_, 0);
+  waiting_tokens_ -= std::exchange(begun_tokens_, 0);
+}
+
+// ---- Engine --------------------------------------------------------------------------------------------------------
+
+namespace {
+
+[[noreturn]] void throw_in_child() {
+  throw EngineClosedError("this engine belongs to the process that forked this one: make one in this process");
+}
+
+}  // namespace
+
+Engine::Engine(std::shared_ptr<const Model> model, EngineOptions options)
+    : impl_(std::make_unique<Impl>(std::move(model), std::move(options))) {}
+
+Engine::~Engine() {
+  if (impl_->in_this_process()) return;
+  // A parent's: its thread is not here, and its locks may be held for ever. It stays in a list, so that it does not
+  // count as lost.
+  static std::atomic<Impl*> last{nullptr};
+  Impl* const impl = impl_.release();
+  impl->older = last.exchange(impl);
+}
+
+Engine::Id Engine::submit(EngineRequest request) {
+  if (!impl_->in_this_process()) throw_in_child();
+  return impl_->submit(std::move(request));
+}
+void Engine::cancel(Id id, std::string why) {
+  if (impl_->in_this_process()) impl_->cancel(id, std::move(why));
+}
+void Engine::finish(Id id, int sample, std::int64_t num_read) {
+  if (impl_->in_this_process()) impl_->finish(id, sample, num_read);
+}
+void Engine::pause(Id id, bool paused) {
+  if (impl_->in_this_process()) impl_->pause(id, paused);
+}
+EngineStats Engine::stats() const {
+  if (!impl_->in_this_process()) throw_in_child();
+  return impl_->stats();
+}
+bool Engine::shutdown(bool drain, std::optional<std::chrono::duration<double>> timeout) {
+  return !impl_->in_this_process() || impl_->shutdown(drain, timeout);
+}
+
+}  // namespace based

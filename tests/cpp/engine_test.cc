@@ -1,0 +1,449 @@
+#include "based/engine.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <map>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "based/error.h"
+#include "based/session.h"
+#include "faulty_backend.h"
+#include "tiny_model.h"
+
+namespace based {
+namespace {
+
+using namespace std::chrono_literals;
+using test::Faults;
+using test::FaultyBackend;
+using test::floats;
+using test::greedy;
+using test::random_tokens;
+using test::tiny_config;
+using test::unlimited_config;
+
+using Clock = EngineEvent::Clock;
+using Tokens = std::vector<std::int32_t>;
+using Key = std::pair<std::uint64_t, int>;  // request, sample
+
+/// Keeps events, and waits for them.
+class Reader {
+ public:
+  EngineRequest::Sink sink() {
+    return [this](std::span<const EngineEvent> events) {
+      const std::lock_guard lock(mutex_);
+      for (const EngineEvent& event : events) events_[{event.request, event.sample}].push_back(event);
+      changed_.notify_all();
+    };
+  }
+  EngineRequest request(Tokens prompt, const SamplingParams& params) {
+    EngineRequest request;
+    request.request = {std::move(prompt), params};
+    request.sink = sink();
+    return request;
+  }
+  /// Waits for the end of a sample; false after a long time.
+  bool wait(std::uint64_t id, int sample = 0) {
+    return wait_until([&] { return has_ended({id, sample}); });
+  }
+  bool wait_tokens(std::uint64_t id, std::size_t count, int sample = 0) {
+    return wait_until([&] { return events_[{id, sample}].size() >= count || has_ended({id, sample}); });
+  }
+  std::vector<EngineEvent> events(std::uint64_t id, int sample = 0) {
+    const std::lock_guard lock(mutex_);
+    return events_[{id, sample}];
+  }
+  Tokens tokens(std::uint64_t id, int sample = 0) {
+    Tokens tokens;
+    for (const EngineEvent& event : events(id, sample))
+      if (event.token >= 0) tokens.push_back(event.token);
+    return tokens;
+  }
+  void clear() {
+    const std::lock_guard lock(mutex_);
+    events_.clear();
+  }
+
+ private:
+  template <typename F>
+  bool wait_until(F&& f) {
+    std::unique_lock lock(mutex_);
+    return changed_.wait_for(lock, 60s, f);
+  }
+  bool has_ended(const Key& key) {
+    const auto& events = events_[key];
+    return !events.empty() && events.back().finish != FinishReason::none;
+  }
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::map<Key, std::vector<EngineEvent>> events_;
+};
+
+EngineOptions slots(int count, bool elastic = false) {
+  EngineOptions options;
+  options.max_batch_size = count;
+  options.elastic = elastic;
+  return options;
+}
+
+SamplingParams sampled(int n, std::int64_t max_tokens, std::uint64_t seed) {
+  SamplingParams params;
+  params.n = n;
+  params.max_tokens = max_tokens;
+  params.seed = seed;
+  params.ignore_eos = true;
+  return params;
+}
+
+std::map<int, Tokens> alone(const std::shared_ptr<const Model>& model, const GenerationRequest& request) {
+  Generator generator(model, {request}, 1);
+  std::map<int, Tokens> out;
+  while (!generator.done())
+    for (const TokenEvent& event : generator.next()) out[event.sample].push_back(event.token);
+  return out;
+}
+
+class EngineTest : public ::testing::Test {
+ protected:
+  std::shared_ptr<const Model> model_ = Model::random(tiny_config(), 21);
+  Reader reader_;
+};
+
+// Prompts of all lengths, samples, penalties: from many threads, in batches of all sizes, with the smallest steps.
+TEST_F(EngineTest, RequestsOfAnyThreadGetWhatTheyGetAlone) {
+  std::vector<GenerationRequest> requests;
+  for (int i = 0; i < 12; ++i) {
+    SamplingParams params = i % 2 == 0 ? greedy(1 + 3 * i) : sampled(1 + i % 3, 5 + i, static_cast<std::uint64_t>(i));
+    if (i % 4 == 1) params.presence_penalty = 1.5;
+    if (i % 4 == 3) params.repetition_penalty = 1.5;
+    requests.push_back({random_tokens(static_cast<std::size_t>(1 + 31 * i), static_cast<std::uint32_t>(i)), params});
+  }
+  std::vector<std::map<int, Tokens>> expected;
+  for (const auto& request : requests) expected.push_back(alone(model_, request));
+  for (const auto& [batch, elastic, budget] :
+       {std::tuple(1, false, 0), std::tuple(3, false, 64), std::tuple(32, true, 0), std::tuple(5, true, 64)}) {
+    SCOPED_TRACE(std::to_string(batch) + " slots");
+    EngineOptions options = slots(batch, elastic);
+    options.max_step_tokens = budget;
+    Engine engine(model_, options);
+    std::vector<Engine::Id> ids(requests.size());
+    std::vector<std::thread> threads;
+    for (std::size_t i = 0; i < requests.size(); ++i)
+      threads.emplace_back([&, i] {
+        EngineRequest request;
+        request.request = requests[i];
+        request.sink = reader_.sink();
+        request.every_token = i % 3 != 0;
+        ids[i] = engine.submit(std::move(request));
+      });
+    for (auto& thread : threads) thread.join();
+    for (std::size_t i = 0; i < requests.size(); ++i)
+      for (int s = 0; s < requests[i].params.n; ++s) {
+        ASSERT_TRUE(reader_.wait(ids[i], s));
+        EXPECT_EQ(reader_.tokens(ids[i], s), expected[i][s]) << i << " " << s;
+      }
+    EXPECT_TRUE(engine.shutdown(true, 60s));
+    const EngineStats stats = engine.stats();
+    EXPECT_EQ(stats.running, 0);
+    EXPECT_EQ(stats.waiting_requests, 0);
+    EXPECT_EQ(stats.waiting_tokens, 0);
+    EXPECT_GT(stats.generated_tokens, 0);
+    reader_.clear();
+  }
+}
+
+TEST_F(EngineTest, AnElasticEngineHoldsNothingWhenNothingRuns) {
+  const MemoryUse before = model_->memory();
+  Engine engine(model_, slots(16, true));
+  EXPECT_EQ(engine.stats().slots, 0);
+  std::vector<Engine::Id> ids;
+  for (int i = 0; i < 9; ++i)
+    ids.push_back(engine.submit(reader_.request(random_tokens(5, static_cast<std::uint32_t>(i)), greedy(40))));
+  for (int i = 0; i < 9; ++i) {
+    ASSERT_TRUE(reader_.wait(ids[static_cast<std::size_t>(i)]));
+    EXPECT_EQ(reader_.tokens(ids[static_cast<std::size_t>(i)]),
+              alone(model_, {random_tokens(5, static_cast<std::uint32_t>(i)), greedy(40)})[0]);
+  }
+  EXPECT_EQ(engine.stats().slots, 0);
+  EXPECT_EQ(model_->memory().states, before.states);
+  EXPECT_EQ(model_->memory().workspace, before.workspace);
+}
+
+TEST_F(EngineTest, AShortPromptDoesNotWaitForALongOne) {
+  const auto model = Model::random(unlimited_config(), 21);
+  Engine engine(model, slots(4));
+  const auto is_long = engine.submit(reader_.request(random_tokens(20'000, 1), greedy(1)));
+  std::this_thread::sleep_for(20ms);
+  const auto is_short = engine.submit(reader_.request(random_tokens(5, 2), greedy(3)));
+  ASSERT_TRUE(reader_.wait(is_short));
+  EXPECT_TRUE(reader_.events(is_long).empty());
+  EXPECT_EQ(reader_.tokens(is_short), alone(model, {random_tokens(5, 2), greedy(3)})[0]);
+  engine.cancel(is_long);
+  ASSERT_TRUE(reader_.wait(is_long));
+  EXPECT_EQ(reader_.events(is_long).back().finish, FinishReason::abort);
+  EXPECT_EQ(reader_.events(is_long).back().error, "cancelled");
+}
+
+TEST_F(EngineTest, PriorityComesBeforeWaitAndWaitBeforeLength) {
+  Engine engine(model_, slots(1));
+  const auto first = engine.submit(reader_.request(random_tokens(4, 1), greedy(400)));
+  ASSERT_TRUE(reader_.wait_tokens(first, 1));
+  std::vector<Engine::Id> ids;
+  for (const auto& [length, priority] : {std::pair(300, 0), std::pair(3, 0), std::pair(900, -1), std::pair(2, 5)}) {
+    auto request = reader_.request(random_tokens(static_cast<std::size_t>(length), 3), greedy(1));
+    request.priority = priority;
+    ids.push_back(engine.submit(std::move(request)));
+  }
+  std::vector<Clock::time_point> scheduled;
+  for (const auto id : ids) {
+    ASSERT_TRUE(reader_.wait(id));
+    scheduled.push_back(reader_.events(id).back().scheduled);
+  }
+  EXPECT_LT(scheduled[2], scheduled[1]);  // the smallest priority
+  EXPECT_LT(scheduled[1], scheduled[0]);  // few tokens
+  EXPECT_LT(scheduled[0], scheduled[3]);
+}
+
+TEST_F(EngineTest, RefusesWhatItHasNoRoomForAndWhatIsWrong) {
+  EngineOptions options = slots(1);
+  options.max_waiting_requests = 2;
+  options.max_waiting_tokens = 100;
+  Engine engine(model_, options);
+  const auto running = engine.submit(reader_.request(random_tokens(4, 1), greedy(SamplingParams::kNoLimit)));
+  ASSERT_TRUE(reader_.wait_tokens(running, 1));
+  const auto is_long = engine.submit(reader_.request(random_tokens(200, 1), greedy(1)));  // a single one may be long
+  EXPECT_THROW(engine.submit(reader_.request(random_tokens(4, 1), greedy(1))), EngineBusyError);
+  engine.cancel(is_long);
+  ASSERT_TRUE(reader_.wait(is_long));
+  engine.submit(reader_.request(random_tokens(4, 1), greedy(1)));
+  EXPECT_THROW(engine.submit(reader_.request(random_tokens(97, 1), greedy(1))), EngineBusyError);
+  engine.submit(reader_.request(random_tokens(90, 1), greedy(1)));
+  EXPECT_THROW(engine.submit(reader_.request(random_tokens(1, 1), greedy(1))), EngineBusyError);
+  EXPECT_EQ(engine.stats().waiting_requests, 2);
+  EXPECT_EQ(engine.stats().waiting_tokens, 94);
+
+  EXPECT_THROW(engine.submit(reader_.request({}, greedy(1))), InvalidArgument);
+  EXPECT_THROW(engine.submit(reader_.request({61}, greedy(1))), InvalidArgument);
+  EXPECT_THROW(engine.submit(reader_.request({1}, greedy(0))), InvalidArgument);
+  EXPECT_THROW(engine.submit(reader_.request(random_tokens(5000, 1), greedy(1))), InvalidArgument);  // max_context
+  auto other = reader_.request({1}, greedy(1));
+  Session session(Model::random(tiny_config(), 21), 1);
+  other.state = session.snapshot(0);
+  EXPECT_THROW(engine.submit(other), StateError);
+  EXPECT_THROW(engine.cancel(1000), InvalidArgument);
+  EXPECT_THROW(Engine(model_, slots(0)), InvalidArgument);
+  engine.shutdown(false);
+  EXPECT_THROW(engine.submit(reader_.request({1}, greedy(1))), EngineClosedError);
+  ASSERT_TRUE(reader_.wait(running));
+  EXPECT_EQ(reader_.events(running).back().finish, FinishReason::abort);
+  EXPECT_EQ(reader_.events(running).back().error, "the engine was shut down");
+}
+
+TEST_F(EngineTest, ADeadlineEndsWhatWaitsAndWhatRuns) {
+  Engine engine(model_, slots(1));
+  auto request = reader_.request(random_tokens(4, 1), greedy(SamplingParams::kNoLimit));
+  request.deadline = Clock::now() + 100ms;
+  const auto running = engine.submit(request);
+  request.deadline = Clock::now() + 30ms;
+  const auto waiting = engine.submit(request);
+  ASSERT_TRUE(reader_.wait(waiting));
+  ASSERT_TRUE(reader_.wait(running));
+  for (const auto id : {running, waiting}) {
+    EXPECT_EQ(reader_.events(id).back().finish, FinishReason::abort);
+    EXPECT_EQ(reader_.events(id).back().error, "its deadline has passed");
+  }
+  EXPECT_TRUE(reader_.tokens(waiting).empty());
+}
+
+TEST_F(EngineTest, SamplesThatAreFinishedMakeRoom) {
+  Engine engine(model_, slots(2));
+  const auto first = engine.submit(reader_.request(random_tokens(4, 1), sampled(2, SamplingParams::kNoLimit, 1)));
+  ASSERT_TRUE(reader_.wait_tokens(first, 3, 0));
+  const auto second = engine.submit(reader_.request(random_tokens(4, 2), greedy(3)));
+  engine.finish(first, 0, 2);
+  ASSERT_TRUE(reader_.wait(second));
+  engine.finish(first, 1, 1);
+  engine.finish(first, 1, 1);
+  EXPECT_TRUE(engine.shutdown(true, 60s));
+}
+
+TEST_F(EngineTest, APausedRequestTakesNoStep) {
+  Engine engine(model_, slots(2));
+  const auto id = engine.submit(reader_.request(random_tokens(4, 1), greedy(300)));
+  ASSERT_TRUE(reader_.wait_tokens(id, 3));
+  engine.pause(id, true);
+  const auto other = engine.submit(reader_.request(random_tokens(4, 2), greedy(20)));
+  ASSERT_TRUE(reader_.wait(other));
+  const std::size_t count = reader_.events(id).size();
+  const auto third = engine.submit(reader_.request(random_tokens(4, 2), greedy(20)));
+  ASSERT_TRUE(reader_.wait(third));
+  EXPECT_EQ(reader_.events(id).size(), count);
+  EXPECT_LT(count, 300u);
+  engine.pause(id, false);
+  ASSERT_TRUE(reader_.wait(id));
+  EXPECT_EQ(reader_.tokens(id), alone(model_, {random_tokens(4, 1), greedy(300)})[0]);
+}
+
+// ---- states --------------------------------------------------------------------------------------------------------
+
+// A state after a request is that of a session which was fed the prompt and all tokens returned.
+TEST_F(EngineTest, StatesGoOn) {
+  const Tokens prompt = random_tokens(70, 1);
+  const auto whole = alone(model_, {prompt, greedy(20)})[0];
+  Engine engine(model_, slots(3));
+  for (const bool every_token : {true, false}) {
+    auto request = reader_.request(prompt, greedy(8));
+    request.keep_state = true;
+    request.every_token = every_token;
+    const auto id = engine.submit(request);
+    ASSERT_TRUE(reader_.wait(id));
+    const auto state = reader_.events(id).back().state;
+    ASSERT_NE(state, nullptr);
+    EXPECT_EQ(reader_.events(id).back().finish, FinishReason::length);
+    EXPECT_EQ(state->num_tokens(), 78);
+    auto next = reader_.request({}, greedy(12));
+    next.state = state;
+    const auto second = engine.submit(next);
+    ASSERT_TRUE(reader_.wait(second));
+    Tokens found = reader_.tokens(id);
+    const Tokens more = reader_.tokens(second);
+    found.insert(found.end(), more.begin(), more.end());
+    EXPECT_EQ(found, whole);
+    // With another prompt, as a session does.
+    next.request.prompt = random_tokens(9, 4);
+    const auto third = engine.submit(next);
+    ASSERT_TRUE(reader_.wait(third));
+    Session session(model_, {{state}});
+    Generator generator(session, {{random_tokens(9, 4), greedy(12)}});
+    Tokens expected;
+    while (!generator.done())
+      for (const TokenEvent& event : generator.next()) expected.push_back(event.token);
+    EXPECT_EQ(reader_.tokens(third), expected);
+  }
+}
+
+// Its reader stops a sample after fewer tokens than were made: the state has seen as many.
+TEST_F(EngineTest, AStateHasSeenWhatItsReaderTook) {
+  const Tokens prompt = random_tokens(70, 1);
+  Engine engine(model_, slots(3));
+  for (const std::int64_t max_tokens : {std::int64_t{9}, SamplingParams::kNoLimit}) {
+    for (const std::int64_t num_read : {0, 1, 5, 9}) {
+      auto request = reader_.request(prompt, greedy(max_tokens));
+      request.keep_state = request.reader_ends = true;
+      const auto id = engine.submit(request);
+      ASSERT_TRUE(reader_.wait_tokens(id, 9));
+      engine.finish(id, 0, num_read);
+      engine.finish(id, 0, 3);  // too late
+      for (int i = 0; i < 2000 && reader_.events(id).back().state == nullptr; ++i) std::this_thread::sleep_for(5ms);
+      const auto state = reader_.events(id).back().state;
+      ASSERT_NE(state, nullptr);
+      ASSERT_EQ(state->num_tokens(), 70 + num_read);
+      Session session(model_, {{state}}), replay(model_, 1);
+      replay.prefill({&prompt, 1});
+      const Tokens tokens = reader_.tokens(id);
+      for (std::int64_t i = 0; i < num_read; ++i) replay.step({&tokens[static_cast<std::size_t>(i)], 1});
+      const std::int32_t probe = 5;
+      const auto found = floats(session.step({&probe, 1})), expected = floats(replay.step({&probe, 1}));
+      for (std::size_t i = 0; i < found.size(); ++i) EXPECT_NEAR(found[i], expected[i], 1e-4);
+    }
+  }
+}
+
+// ---- failures ------------------------------------------------------------------------------------------------------
+
+// Every operation fails once: who is concerned ends with an error, who is not gets its tokens, and the engine goes on.
+TEST(EngineFailures, EndTheRequestsConcerned) {
+  const auto faults = std::make_shared<Faults>();
+  RandomWeights weights(31);
+  const std::shared_ptr<const Model> model = Model::Impl::make(
+      tiny_config(), std::make_unique<FaultyBackend>(backend::make_backend({}, 1), faults), weights, DType::float32);
+  const GenerationRequest good{random_tokens(70, 1), greedy(4)};
+  const auto expected = alone(model, good)[0];
+  for (const bool sticky : {false, true}) {
+    for (int k = 0; k < 400; k += 1 + k / 16) {
+      SCOPED_TRACE("fault at operation " + std::to_string(k) + (sticky ? " and later" : ""));
+      Reader reader;
+      Engine engine(model, slots(4, true));
+      const auto first = engine.submit(reader.request(random_tokens(5, 2), sampled(2, 200, 1)));
+      ASSERT_TRUE(reader.wait_tokens(first, 1));
+      faults->arm(k, sticky);
+      const auto second = engine.submit(reader.request(good.prompt, good.params));
+      ASSERT_TRUE(reader.wait(second));
+      faults->disarm();
+      const auto last = reader.events(second).back();
+      if (last.finish == FinishReason::error)
+        EXPECT_NE(last.error.find("planted fault"), std::string::npos) << last.error;
+      else
+        EXPECT_EQ(reader.tokens(second), expected);
+      engine.cancel(first);
+      for (const int s : {0, 1}) ASSERT_TRUE(reader.wait(first, s));
+      const auto third = engine.submit(reader.request(good.prompt, good.params));
+      ASSERT_TRUE(reader.wait(third));
+      EXPECT_EQ(reader.tokens(third), expected);
+      EXPECT_TRUE(engine.shutdown(true, 60s));
+      if (::testing::Test::HasFailure()) return;
+    }
+  }
+}
+
+// ---- shutting down -------------------------------------------------------------------------------------------------
+
+TEST_F(EngineTest, DrainsOrAborts) {
+  {
+    Engine engine(model_, slots(1));
+    const auto first = engine.submit(reader_.request(random_tokens(4, 1), greedy(50)));
+    const auto second = engine.submit(reader_.request(random_tokens(4, 2), greedy(50)));
+    EXPECT_TRUE(engine.shutdown(true));
+    for (const auto id : {first, second}) EXPECT_EQ(reader_.tokens(id).size(), 50u);
+    EXPECT_TRUE(engine.shutdown(true));
+    EXPECT_TRUE(engine.shutdown(false));
+    engine.cancel(first);  // has ended
+  }
+  reader_.clear();
+  Engine engine(model_, slots(1));
+  const auto endless = engine.submit(reader_.request(random_tokens(4, 1), greedy(SamplingParams::kNoLimit)));
+  EXPECT_FALSE(engine.shutdown(true, 50ms));
+  EXPECT_TRUE(engine.shutdown(false, 60s));
+  EXPECT_EQ(reader_.events(endless).back().finish, FinishReason::abort);
+}
+
+// Every method from many threads at once, while requests come, run, end and are cancelled.
+TEST_F(EngineTest, AnyThreadMayCallAnything) {
+  Engine engine(model_, slots(3, true));
+  std::vector<std::thread> threads;
+  std::atomic<int> refused = 0;
+  for (std::uint32_t t = 0; t < 4; ++t)
+    threads.emplace_back([&, t] {
+      for (std::uint32_t i = 0; i < 25; ++i) {
+        try {
+          auto request =
+              reader_.request(random_tokens(1 + 17 * i % 90, i), sampled(1 + static_cast<int>(i % 3), 20, i));
+          request.keep_state = i % 5 == 0;
+          request.priority = static_cast<int>(i % 2);
+          const auto id = engine.submit(std::move(request));
+          if (i % 3 == 1) engine.cancel(id);
+          if (i % 3 == 2) engine.finish(id, 0, 1);
+          engine.pause(id, true);
+          engine.pause(id, false);
+          engine.stats();
+          if (t == 3 && i == 20) engine.shutdown(true, 1ms);
+        } catch (const EngineClosedError&) {
+          ++refused;
+        }
+      }
+    });
+  for (auto& thread : threads) thread.join();
+  EXPECT_TRUE(engine.shutdown(true, 60s));
+  EXPECT_GT(refused, 0);
+}
+
+}  // namespace
+}  // namespace based
