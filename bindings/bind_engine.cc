@@ -1,9 +1,11 @@
 #include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <condition_variable>
+#include <filesystem>
 #include <limits>
 #include <memory>
 #include <mutex>
@@ -148,6 +150,22 @@ py::tuple as_tuple(EngineEvent& event) {
       began ? py::object(py::float_(seconds(event.scheduled))) : py::object(py::none()), seconds(event.time), state);
 }
 
+std::size_t nbytes(const Arg<std::int64_t>& value, const std::string& name) {
+  return static_cast<std::size_t>(to_int64(value, name, 0));
+}
+
+py::dict as_dict(const StateCacheStats::Tier& tier) {
+  py::dict dict;
+  dict["num_states"] = tier.num_states;
+  dict["nbytes"] = tier.nbytes;
+  dict["max_nbytes"] = tier.max_nbytes;
+  dict["hit_tokens"] = tier.hit_tokens;
+  dict["stored_tokens"] = tier.stored_tokens;
+  dict["evicted_tokens"] = tier.evicted_tokens;
+  dict["num_evicted"] = tier.num_evicted;
+  return dict;
+}
+
 std::optional<double> timeout_of(const Arg<std::optional<double>>& value) {
   const auto timeout = value.get("timeout");
   if (timeout && !(*timeout >= 0))
@@ -159,29 +177,39 @@ std::optional<double> timeout_of(const Arg<std::optional<double>>& value) {
 
 void bind_engine(py::module_& m) {
   py::class_<QueuedEngine>(m, "Engine", "Runs the requests of any number of threads in one batch; see based.Engine.")
-      .def(py::init([](const std::shared_ptr<Model>& model, const Arg<int>& max_batch_size,
-                       const Arg<std::optional<std::int64_t>>& max_waiting_requests,
-                       const Arg<std::optional<std::int64_t>>& max_waiting_tokens,
-                       const Arg<std::optional<std::int64_t>>& max_step_tokens, const Arg<bool>& elastic) {
-             EngineOptions options;
-             options.max_batch_size = max_batch_size.get("max_batch_size");
-             options.max_waiting_requests =
-                 max_waiting_requests.get("max_waiting_requests").value_or(options.max_waiting_requests);
-             options.max_waiting_tokens =
-                 max_waiting_tokens.get("max_waiting_tokens").value_or(options.max_waiting_tokens);
-             if (const auto tokens = max_step_tokens.get("max_step_tokens")) {
-               options.max_step_tokens = *tokens;
-               if (*tokens < 1)
-                 throw py::value_error("max_step_tokens is " + std::to_string(*tokens) + ", expected ≥ 1, or None");
-             }
-             options.elastic = elastic.get("elastic");
-             const ReleaseGil nogil;
-             return std::make_unique<QueuedEngine>(model, std::move(options));
-           }),
-           py::arg("model").none(false), py::arg("max_batch_size"), py::arg("max_waiting_requests") = py::none(),
-           py::arg("max_waiting_tokens") = py::none(), py::arg("max_step_tokens") = py::none(),
-           py::arg("elastic") = false,
-           "elastic: memory for states is taken as samples need it, and given back when nothing runs.")
+      .def(
+          py::init([](const std::shared_ptr<Model>& model, const Arg<int>& max_batch_size,
+                      const Arg<std::optional<std::int64_t>>& max_waiting_requests,
+                      const Arg<std::optional<std::int64_t>>& max_waiting_tokens,
+                      const Arg<std::optional<std::int64_t>>& max_step_tokens, const Arg<bool>& elastic,
+                      const Arg<std::int64_t>& cache_bytes, const Arg<std::int64_t>& host_cache_bytes,
+                      const std::optional<std::filesystem::path>& cache_dir, const Arg<std::int64_t>& cache_dir_bytes) {
+            EngineOptions options;
+            options.cache.device_nbytes = nbytes(cache_bytes, "cache_bytes");
+            options.cache.host_nbytes = nbytes(host_cache_bytes, "host_cache_bytes");
+            if (cache_dir) {
+              options.cache.folder = *cache_dir;
+              options.cache.folder_nbytes = nbytes(cache_dir_bytes, "cache_dir_bytes");
+            }
+            options.max_batch_size = max_batch_size.get("max_batch_size");
+            options.max_waiting_requests =
+                max_waiting_requests.get("max_waiting_requests").value_or(options.max_waiting_requests);
+            options.max_waiting_tokens =
+                max_waiting_tokens.get("max_waiting_tokens").value_or(options.max_waiting_tokens);
+            if (const auto tokens = max_step_tokens.get("max_step_tokens")) {
+              options.max_step_tokens = *tokens;
+              if (*tokens < 1)
+                throw py::value_error("max_step_tokens is " + std::to_string(*tokens) + ", expected ≥ 1, or None");
+            }
+            options.elastic = elastic.get("elastic");
+            const ReleaseGil nogil;
+            return std::make_unique<QueuedEngine>(model, std::move(options));
+          }),
+          py::arg("model").none(false), py::arg("max_batch_size"), py::arg("max_waiting_requests") = py::none(),
+          py::arg("max_waiting_tokens") = py::none(), py::arg("max_step_tokens") = py::none(),
+          py::arg("elastic") = false, py::arg("cache_bytes") = 0, py::arg("host_cache_bytes") = 0,
+          py::arg("cache_dir") = py::none(), py::arg("cache_dir_bytes") = 0,
+          "elastic: memory for states is taken as samples need it, and given back when nothing runs.")
       .def(
           "submit",
           [](const QueuedEngine& self, const TokenIds& ids, const TextSamplingParams& params, const Arg<int>& priority,
@@ -258,6 +286,18 @@ void bind_engine(py::module_& m) {
             stats["generated_tokens"] = s.generated_tokens;
             stats["steps"] = s.steps;
             stats["step_tokens"] = s.step_tokens;
+            py::dict cache;
+            cache["device"] = as_dict(s.cache.device);
+            cache["host"] = as_dict(s.cache.host);
+            cache["files"] = as_dict(s.cache.files);
+            cache["query_tokens"] = s.cache.query_tokens;
+            cache["hit_tokens"] = s.cache.hit_tokens;
+            cache["num_not_stored"] = s.cache.num_not_stored;
+            cache["num_not_copied"] = s.cache.num_not_copied;
+            cache["num_failed_copies"] = s.cache.num_failed_copies;
+            cache["num_refused_files"] = s.cache.num_refused_files;
+            cache["last_error"] = message(s.cache.last_error);
+            stats["cache"] = cache;
             return stats;
           },
           "Numbers of requests, samples, tokens and steps.")

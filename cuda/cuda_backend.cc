@@ -148,6 +148,11 @@ void CudaBackend::copy_to_host(void* host, const void* device, std::size_t nbyte
   stream_->synchronize("copy_to_host");
 }
 
+std::shared_ptr<void> CudaBackend::allocate_host(std::size_t nbytes) const {
+  const UseDevice use(device_);
+  return allocate_pinned(nbytes);
+}
+
 void CudaBackend::synchronize() {
   const UseDevice use(device_);
   stream_->synchronize("synchronize");
@@ -340,6 +345,11 @@ void CudaBackend::copy_state(const backend::StatePool& from, int from_slot, back
   pool_of(to).reserve(to_slot, num_tokens);
   const auto source = pool_of(from).blocks(from_slot, num_tokens), target = pool_of(to).blocks(to_slot, num_tokens);
   for (std::size_t i = 0; i < source.size(); ++i) copy(target[i].data, source[i].data, source[i].nbytes);
+}
+
+std::vector<backend::MemoryPiece> CudaBackend::state_pieces(const backend::StatePool& states, int slot,
+                                                            std::int64_t num_tokens) const {
+  return pool_of(states).blocks(slot, num_tokens);
 }
 
 void CudaBackend::reset_state(backend::StatePool& states, int slot) {

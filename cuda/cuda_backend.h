@@ -33,17 +33,19 @@ class CudaBackend final : public backend::DeviceBackend<CudaBackend>, private Sa
   const backend::MemoryCounters& memory() const override { return *shared_->counters; }
   int num_threads() const override { return 1; }
   std::string kernel_isa() const override;
+  bool deterministic() const override { return shared_->deterministic; }
   DType activation_dtype(DType weights) const override { return weights; }
   DType projection_dtype(DType weights) const override { return weights; }
   std::int64_t chunk_tokens() const override { return 8192; }
   std::int64_t cut_tokens() const override { return kTileTokens; }
-  bool deterministic() const override { return shared_->deterministic; }
 
   backend::Buffer allocate(std::size_t nbytes, backend::MemoryKind kind) override;
   void zero(void* data, std::size_t nbytes) override;
   void copy(void* to, const void* from, std::size_t nbytes) override;
   void copy_from_host(void* device, const void* host, std::size_t nbytes) override;
   void copy_to_host(void* host, const void* device, std::size_t nbytes) override;
+  std::shared_ptr<void> allocate_host(std::size_t nbytes) const override;
+  bool shares_host_memory() const override { return false; }
   void synchronize() override;
   void trim() noexcept override;
 
@@ -87,6 +89,8 @@ class CudaBackend final : public backend::DeviceBackend<CudaBackend>, private Sa
                       std::span<const std::int64_t> num_tokens) override;
   void copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot,
                   std::int64_t num_tokens) override;
+  std::vector<backend::MemoryPiece> state_pieces(const backend::StatePool& states, int slot,
+                                                 std::int64_t num_tokens) const override;
   void reset_state(backend::StatePool& states, int slot) override;
   std::vector<backend::NamedTensor> export_state(const backend::StatePool& states, int slot,
                                                  std::int64_t num_tokens) override;

@@ -94,10 +94,7 @@ class CudaStatePool final : public backend::StatePool {
   void release(int slot, const Stream& user);
 
   /// Blocks of memory that hold the state of a sequence of num_tokens tokens, for which `slot` has memory.
-  struct Block {
-    std::byte* data;
-    std::size_t nbytes;
-  };
+  using Block = backend::MemoryPiece;
   std::vector<Block> blocks(int slot, std::int64_t num_tokens) const;
 
   /// Between copies of these blocks on the host and the saved form.

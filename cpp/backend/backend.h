@@ -229,6 +229,12 @@ class Sampler : public Identified {
   static constexpr int kMaxSteps = 4;
 };
 
+/// Some of a device's memory.
+struct MemoryPiece {
+  std::byte* data;
+  std::size_t nbytes;
+};
+
 /// Identifies what a decode step does to which memory, for Backend::replay.
 struct StepKey {
   std::int64_t rows = 0;
@@ -252,6 +258,9 @@ class Backend {
   virtual int num_threads() const = 0;
   virtual std::string kernel_isa() const = 0;
 
+  /// LoadOptions::deterministic; a CPU always is.
+  virtual bool deterministic() const = 0;
+
   /// For weights of the given dtype, that of x and of the mixers' outputs, and that of the projections that mixers
   /// read ("projection" below). Throws UnsupportedError for weights of a dtype that the device does not take.
   virtual DType activation_dtype(DType weights) const = 0;
@@ -265,9 +274,6 @@ class Backend {
   /// changes no bit. Divides chunk_tokens().
   virtual std::int64_t cut_tokens() const = 0;
 
-  /// What a sequence computes does not depend, to the bit, on the rest of its batch (LoadOptions::deterministic).
-  virtual bool deterministic() const = 0;
-
   // ---- memory ------------------------------------------------------------------------------------------------
 
   /// Uninitialised, aligned to 64 bytes, counted while it lives. Throws OutOfMemory.
@@ -280,6 +286,13 @@ class Backend {
 
   /// Gives back the memory that is only kept to be used again (scratch, recorded steps). Does not throw.
   virtual void trim() noexcept = 0;
+
+  /// Memory of the host that copies to and from the device are fastest with, aligned to 64 bytes. Any thread. Throws
+  /// OutOfMemory.
+  virtual std::shared_ptr<void> allocate_host(std::size_t nbytes) const = 0;
+
+  /// Whether the host's memory is the device's: what states take is then the same there as here.
+  virtual bool shares_host_memory() const = 0;
 
   /// Bytes that states may still take, as far as the device knows; the greatest number where it does not. Any thread.
   virtual std::size_t available_nbytes() const { return std::numeric_limits<std::size_t>::max(); }
@@ -487,6 +500,10 @@ class Backend {
   /// and dtype. Takes memory as reserve_states() does.
   virtual void copy_state(const StatePool& from, int from_slot, StatePool& to, int to_slot,
                           std::int64_t num_tokens) = 0;
+
+  /// The memory that holds the state of a sequence that has seen num_tokens tokens, for which the slot has memory: the
+  /// same bytes in the pieces of another slot, of a pool of the same config and dtype, are the same state.
+  virtual std::vector<MemoryPiece> state_pieces(const StatePool& states, int slot, std::int64_t num_tokens) const = 0;
 
   /// Makes a slot fresh, and gives back what a long part has taken.
   virtual void reset_state(StatePool& states, int slot) = 0;

@@ -12,6 +12,7 @@
 #include <deque>
 #include <exception>
 #include <mutex>
+#include <set>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -21,6 +22,7 @@
 #include "based/error.h"
 #include "session/request.h"
 #include "session/session_impl.h"
+#include "session/state_cache.h"
 #include "session/state_impl.h"
 #include "session/step_budget.h"
 
@@ -108,6 +110,7 @@ class Engine::Impl {
     std::int64_t taken = 0;  // returned
     bool finished = false;
     bool keeps = false;      // its state is wanted
+    bool complete = false;   // it was not ended by a failure or an abort
     bool confirmed = false;  // its reader has said how many tokens it has
     EngineEvent last{};      // waits for the state
     std::vector<std::int32_t> tokens{};
@@ -122,6 +125,10 @@ class Engine::Impl {
     std::int64_t fed = 0;
     std::int64_t length = 0;
     std::optional<Sample> replayed{};
+    bool caches = false;            // its states are to be kept
+    std::int64_t found = 0;         // tokens of the cached state that it began with
+    std::int64_t kept = 0;          // tokens of the last state that was kept of it
+    std::set<std::int64_t> cuts{};  // where a state is to be kept, whatever the interval
 
     std::span<const std::int32_t> tokens() const {
       return std::span(replayed ? replayed->tokens : request->prompt()).first(static_cast<std::size_t>(length));
@@ -144,7 +151,12 @@ class Engine::Impl {
   void check(const EngineRequest& given) const;
   void expire();
   void begin_waiting();
-  std::size_t best_waiting() const;
+  Feed* best_waiting();
+  bool is_held(const Feed& feed);
+  void begin_from_cache(Feed& feed);
+  void keep_state(Feed& feed) noexcept;
+  void keep_answer(const Sample& sample) noexcept;
+  bool gave_back(std::size_t nbytes) noexcept;
   bool ranks_before(const Feed& a, const Feed& b, Clock::time_point now) const;
   bool make_room(std::size_t count);
   void open(int capacity);
@@ -164,7 +176,8 @@ class Engine::Impl {
   void give_state(Sample& sample);
   SeenTokens seen_by(const Sample& sample) const;
   bool wants_step(const Sample& sample) const;
-  bool may_begin() const;
+  bool may_begin();
+  std::size_t num_used() const;
   void fail_slots(std::span<const std::int32_t> slots, const std::string& why);
   void fail_all(const std::exception_ptr& error) noexcept;
   void free_slot(std::int32_t slot);
@@ -179,6 +192,7 @@ class Engine::Impl {
   const EngineOptions options_;
   const pid_t process_ = getpid();
   const std::int64_t cut_, chunk_;
+  const bool is_exact_;  // a cached state must not change a bit
   std::thread thread_;
 
   // Shared with callers.
@@ -193,13 +207,14 @@ class Engine::Impl {
   EngineStats stats_;
 
   // Of the loop.
+  std::unique_ptr<StateCache> cache_;  // null: none
   std::unique_ptr<Session::Impl> session_;
   std::optional<Session::Impl::Turn> turn_;
   std::unique_ptr<backend::Sampler> sampler_;
   std::vector<std::int32_t> free_slots_;  // taken from the back
   bool cannot_grow_ = false;              // there was no memory for more slots
   std::unordered_map<Id, Shared> requests_;
-  std::deque<Feed> waiting_;
+  std::vector<Feed> waiting_;
   std::vector<Feed> feeds_;      // have slots
   std::vector<Sample> samples_;  // by rising serial
   std::deque<Step> steps_;       // launched, not taken
@@ -219,6 +234,7 @@ Engine::Impl::Impl(std::shared_ptr<const Model> model, EngineOptions options)
       options_(std::move(options)),
       cut_(model_->impl().executors.device().cut_tokens()),
       chunk_(model_->impl().executors.device().chunk_tokens()),
+      is_exact_(model_->impl().executors.device().deterministic()),
       budget_(cut_, chunk_, options_.max_step_tokens) {
   const auto check_least = [](std::int64_t value, std::int64_t least, const char* name) {
     if (value < least)
@@ -229,6 +245,8 @@ Engine::Impl::Impl(std::shared_ptr<const Model> model, EngineOptions options)
   check_least(options_.max_waiting_requests, 1, "max_waiting_requests");
   check_least(options_.max_waiting_tokens, 1, "max_waiting_tokens");
   check_least(options_.max_step_tokens, 0, "max_step_tokens");
+  if (options_.cache.device_nbytes > 0 || options_.cache.host_nbytes > 0 || !options_.cache.folder.empty())
+    cache_ = std::make_unique<StateCache>(model_, options_.cache);
   if (!options_.elastic) open(options_.max_batch_size);
   publish();
   try {
@@ -310,7 +328,7 @@ void Engine::Impl::finish(Id id, int index, std::int64_t num_read) {
     for (Sample& sample : self.samples_) {
       if (sample.request->id != id || sample.index != index) continue;
       if (sample.finished && (!sample.keeps || sample.confirmed)) return;
-      sample.finished = sample.confirmed = true;
+      sample.finished = sample.confirmed = sample.complete = true;
       sample.taken = std::clamp<std::int64_t>(num_read, 0, sample.taken);
       sample.last = self.event_of(sample.request, index);
       sample.last.finish = FinishReason::stop;
@@ -330,6 +348,7 @@ void Engine::Impl::pause(Id id, bool paused) {
 EngineStats Engine::Impl::stats() const {
   const std::lock_guard lock(mutex_);
   EngineStats stats = stats_;
+  if (cache_) stats.cache = cache_->stats();
   stats.waiting_requests = num_waiting_;
   stats.waiting_tokens = waiting_tokens_;
   return stats;
@@ -368,6 +387,12 @@ void Engine::Impl::run() noexcept {
     }
   }
   close_session();
+  if (cache_) {
+    try {
+      cache_->flush();
+    } catch (...) {  // what cannot be written is lost to the cache
+    }
+  }
   if (options_.after_end) options_.after_end();
   const std::lock_guard lock(mutex_);
   incoming_.clear();
@@ -480,25 +505,50 @@ bool Engine::Impl::ranks_before(const Feed& a, const Feed& b, Clock::time_point 
   return ratio_a != ratio_b ? ratio_a > ratio_b : a.request->id < b.request->id;
 }
 
-std::size_t Engine::Impl::best_waiting() const {
+// The first of those that wait; null: there is none that may begin now.
+Engine::Impl::Feed* Engine::Impl::best_waiting() {
   const Clock::time_point now = Clock::now();
-  std::size_t best = 0;
-  for (std::size_t i = 1; i < waiting_.size(); ++i)
-    if (ranks_before(waiting_[i], waiting_[best], now)) best = i;
+  Feed* best = nullptr;
+  for (Feed& feed : waiting_)
+    if ((best == nullptr || ranks_before(feed, *best, now)) && !is_held(feed)) best = &feed;
   return best;
 }
 
-// Whether the slots that are or may be free are enough for some waiting samples.
-bool Engine::Impl::may_begin() const {
+// Whether a prompt that is being read begins as this one does: its state behind what they share is waited for.
+bool Engine::Impl::is_held(const Feed& feed) {
+  if (!cache_ || feed.request->given.state) return false;
+  const auto& prompt = feed.request->prompt();
+  for (Feed& other : feeds_) {
+    if (!other.caches || feed.request->given.priority < other.request->given.priority) continue;
+    const auto& others = other.request->prompt();
+    const auto end = prompt.begin() + static_cast<std::ptrdiff_t>(std::min(prompt.size() - 1, others.size()));
+    std::int64_t shared = std::mismatch(prompt.begin(), end, others.begin()).first - prompt.begin();
+    if (shared < other.length || is_exact_) shared = shared / cut_ * cut_;
+    if (shared - other.found < cut_ || other.fed >= shared) continue;
+    if (shared < other.length) other.cuts.insert(shared);
+    return true;
+  }
+  return false;
+}
+
+std::size_t Engine::Impl::num_used() const {
+  return session_ ? static_cast<std::size_t>(session_->batch_size()) - free_slots_.size() : 0;
+}
+
+// Whether there is room for some waiting samples, or may be.
+bool Engine::Impl::may_begin() {
   if (waiting_.empty() || cannot_grow_) return false;
-  const std::size_t used = session_ ? static_cast<std::size_t>(session_->batch_size()) - free_slots_.size() : 0;
-  return waiting_[best_waiting()].samples.size() + used <= static_cast<std::size_t>(options_.max_batch_size);
+  const std::size_t used = num_used();
+  if (used >= static_cast<std::size_t>(options_.max_batch_size)) return false;
+  const Feed* const best = best_waiting();
+  return best != nullptr && best->samples.size() + used <= static_cast<std::size_t>(options_.max_batch_size);
 }
 
 void Engine::Impl::begin_waiting() {
-  while (!waiting_.empty()) {
-    const auto at = waiting_.begin() + static_cast<std::ptrdiff_t>(best_waiting());
-    Feed feed = *at;
+  while (num_used() < static_cast<std::size_t>(options_.max_batch_size)) {
+    Feed* const best = best_waiting();
+    if (best == nullptr) return;
+    Feed feed = *best;
     try {
       if (!make_room(feed.samples.size())) return;
     } catch (...) {  // nothing runs that would give memory back
@@ -506,7 +556,7 @@ void Engine::Impl::begin_waiting() {
       apply_abort(feed.request, FinishReason::error, what_of(error));
       continue;
     }
-    waiting_.erase(at);
+    waiting_.erase(waiting_.begin() + (best - waiting_.data()));
     if (feed.request->scheduled == Clock::time_point{}) {
       feed.request->scheduled = Clock::now();
       ++begun_;
@@ -527,13 +577,14 @@ bool Engine::Impl::make_room(std::size_t count) {
   }
   if (free_slots_.size() >= count) return true;
   const auto size = static_cast<std::size_t>(session().batch_size());
-  const std::size_t used = size - free_slots_.size();
+  const std::size_t used = num_used();
   if (used + count > static_cast<std::size_t>(options_.max_batch_size)) return false;
   const auto grown = std::min(static_cast<std::size_t>(options_.max_batch_size), std::max(2 * size, used + count));
   try {
     free_slots_.reserve(grown);
     session().grow(static_cast<std::int64_t>(grown));
   } catch (const std::bad_alloc&) {
+    if (gave_back(grown * model_->state_nbytes())) return make_room(count);
     if (used == 0) throw;
     cannot_grow_ = true;  // it waits for those that run
     return false;
@@ -599,11 +650,75 @@ bool Engine::Impl::begin(Feed& feed) {
     if (request->given.state) {
       const State* const states[] = {request->given.state.get()};
       session().restore(std::span(feed.slots).first(1), states);
+    } else if (cache_) {
+      begin_from_cache(feed);
     }
     return true;
   } catch (...) {
     end(feed, FinishReason::error, what_of(std::current_exception()));
     for (const std::int32_t slot : feed.slots) free_slot(slot);
+    return false;
+  }
+}
+
+// ---- cached states -------------------------------------------------------------------------------------------------
+
+// Puts the longest cached state into the feed's slot.
+void Engine::Impl::begin_from_cache(Feed& feed) {
+  feed.caches = true;
+  const StateCache::Match match = cache_->find(feed.tokens(), feed.length - 1);
+  if (match.state && !(is_exact_ && match.num_tokens % cut_ != 0)) {
+    const State* const states[] = {match.state.get()};
+    session().restore(std::span(feed.slots).first(1), states);
+    feed.fed = feed.found = feed.kept = match.num_tokens;
+    if (feed.samples.front() == 0) {
+      feed.request->num_cached = match.num_tokens;
+      counted_.cached_tokens += match.num_tokens;
+    }
+  }
+  const std::int64_t branch = is_exact_ ? match.branch / cut_ * cut_ : match.branch;
+  if (branch > feed.fed && branch < feed.length) feed.cuts.insert(branch);
+  // Where the next turn of a conversation will begin, if a state behind the answer is not exactly that of a prompt.
+  const std::int64_t last = (feed.length - 1) / cut_ * cut_;
+  if (is_exact_ && last > feed.fed && feed.length >= options_.cache.interval) feed.cuts.insert(last);
+}
+
+// After a piece. What cannot be kept is lost to the cache, and to nobody else.
+void Engine::Impl::keep_state(Feed& feed) noexcept {
+  if (!feed.caches || feed.fed < model_->impl().transformer.prefix_tokens()) return;
+  const bool is_cut = feed.cuts.erase(feed.fed) > 0;
+  if (is_exact_ && feed.fed % cut_ != 0) return;
+  if (!is_cut && (feed.fed - feed.kept < options_.cache.interval || feed.fed == feed.length)) return;
+  try {
+    const std::int32_t slot[] = {feed.slots[0]};
+    cache_->insert(feed.tokens().first(static_cast<std::size_t>(feed.fed)), session().snapshots(slot).front());
+    feed.kept = feed.fed;
+  } catch (...) {
+  }
+}
+
+// The state behind an answer. Not where a hit must give what no hit gives to the bit: single tokens are rounded
+// otherwise than a prompt.
+void Engine::Impl::keep_answer(const Sample& sample) noexcept {
+  const Request& request = *sample.request;
+  if (!cache_ || is_exact_ || request.given.state || request.params().n > 1 || sample.slot < 0) return;
+  try {
+    const std::int64_t fed = session().num_tokens(sample.slot) - sample.num_before;
+    if (fed < 1 || fed > static_cast<std::int64_t>(sample.tokens.size())) return;
+    if (sample.num_before < model_->impl().transformer.prefix_tokens()) return;
+    std::vector<std::int32_t> tokens = request.prompt();
+    tokens.insert(tokens.end(), sample.tokens.begin(), sample.tokens.begin() + fed);
+    const std::int32_t slot[] = {sample.slot};
+    cache_->insert(tokens, session().snapshots(slot).front());
+  } catch (...) {  // as keep_state
+  }
+}
+
+// Takes memory of the device from the cache. False: it has none.
+bool Engine::Impl::gave_back(std::size_t nbytes) noexcept {
+  try {
+    return cache_ && cache_->release(nbytes) > 0;
+  } catch (...) {
     return false;
   }
 }
@@ -647,6 +762,7 @@ bool Engine::Impl::launch() {
   try {
     session().reserve_step(slots);
   } catch (...) {  // nothing has changed: those that have no memory end
+    if (gave_back(model_->state_nbytes())) return false;
     const std::string why = what_of(std::current_exception());
     std::vector<std::int32_t> failed;
     for (const std::int32_t& slot : slots) {
@@ -684,7 +800,9 @@ std::int64_t Engine::Impl::piece_of(const Feed& feed, std::int64_t budget) const
     return std::min(feed.remaining(), transformer.piece_tokens(backend, true));
   const std::int64_t most = std::min(std::max(budget / cut_ * cut_, cut_), chunk_);
   // A cut is at a multiple of cut_ from the prompt's start: what a sequence computes depends on it alone.
-  return std::min(feed.remaining(), most - feed.fed % cut_);
+  const std::int64_t count = std::min(feed.remaining(), most - feed.fed % cut_);
+  const auto next = feed.cuts.upper_bound(feed.fed);
+  return next == feed.cuts.end() ? count : std::min(count, *next - feed.fed);
 }
 
 // A step of all samples and of pieces of prompts. All steps before are taken.
@@ -747,6 +865,7 @@ void Engine::Impl::launch_mixed() {
   try {
     if (!only_again) session().reserve(pieces);
   } catch (...) {  // nothing has changed: those that have no memory end
+    if (gave_back(model_->state_nbytes())) return;
     const std::string why = what_of(std::current_exception());
     std::vector<std::int32_t> failed;
     for (const auto& piece : pieces) {
@@ -778,6 +897,7 @@ void Engine::Impl::launch_mixed() {
   for (const auto& [i, count] : taken) {
     Feed& feed = feeds_[i];
     feed.fed += count;
+    keep_state(feed);
     if (feed.remaining() > 0) continue;
     done.push_back(i);
     if (feed.replayed) continue;
@@ -853,6 +973,8 @@ void Engine::Impl::take() {
   budget_.measured(step.num_rows, step.num_prompt, seconds.count());
   ++counted_.steps;
   counted_.step_tokens += step.num_rows + step.num_prompt;
+  if (cache_ && step.num_prompt >= cut_)
+    cache_->set_seconds_per_token(seconds.count() / static_cast<double>(step.num_prompt));
   for (std::size_t i = 0; i < step.serials.size(); ++i) {
     const auto sample = std::ranges::lower_bound(samples_, step.serials[i], {}, &Sample::serial);  // serials ascend
     if (sample != samples_.end() && sample->serial == step.serials[i] && !sample->finished)
@@ -873,7 +995,7 @@ void Engine::Impl::take_token(Sample& sample, backend::SampledToken& chosen) {
   event.finish = finish_of(event.token, request.params(), request.stop_ids, sample.taken, sample.most);
   if (event.finish == FinishReason::stop) event.stop_token = event.token;
   if (event.finish != FinishReason::none) {
-    sample.finished = true;
+    sample.finished = sample.complete = true;
     if (sample.keeps) {
       sample.confirmed = !request.given.reader_ends;
       if (sample.confirmed)
@@ -921,7 +1043,7 @@ void Engine::Impl::ended(const Shared& request) {
 void Engine::Impl::end(Sample& sample, FinishReason finish, const std::string& why) {
   if (sample.finished && !sample.keeps) return;
   sample.finished = true;
-  sample.keeps = false;
+  sample.keeps = sample.complete = false;
   end(sample.request, sample.index, finish, why);
 }
 
@@ -956,6 +1078,7 @@ void Engine::Impl::settle() {
   std::vector<std::int32_t> freed;
   std::erase_if(samples_, [&](const Sample& sample) {
     if (!sample.finished || sample.keeps) return false;
+    if (sample.complete) keep_answer(sample);
     if (sample.slot >= 0) freed.push_back(sample.slot);
     return true;
   });

@@ -11,7 +11,7 @@ namespace based {
 class State::Impl {
  public:
   std::shared_ptr<const Model> model;
-  std::unique_ptr<backend::StatePool> states;  // of one slot; none of a sequence that has seen nothing
+  std::shared_ptr<backend::StatePool> states;  // of one slot; none of a sequence that has seen nothing
   Progress progress;                           // `last` is this state's own, `seen` is settled
 };
 

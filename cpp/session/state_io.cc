@@ -123,6 +123,7 @@ class Arranger {
 constexpr const char* kLastHidden = "last_hidden";       // (d) activation dtype
 constexpr const char* kSeenInPrompt = "seen_in_prompt";  // (vocab_size) boolean
 constexpr const char* kSeenOutputs = "seen_outputs";     // (vocab_size) int32
+constexpr const char* kTokens = "tokens";                // (num_tokens) int32
 
 std::vector<backend::NamedTensor> export_progress(const Progress& progress, const Transformer& transformer,
                                                   backend::Backend& backend) {
@@ -177,6 +178,15 @@ TensorView take_last_hidden(io::SavedState& state, const ModelConfig& config, co
   return tensor;
 }
 
+TensorView take_tokens(io::SavedState& state, const std::string& where) {
+  const TensorView tensor = take(state, kTokens);
+  if (tensor.data == nullptr) return tensor;
+  const std::vector<std::int64_t> shape{state.num_tokens};
+  if (tensor.shape != shape) refuse(where, kTokens, "shape " + shape_str(tensor.shape), shape_str(shape));
+  if (tensor.dtype != DType::int32) refuse(where, kTokens, "dtype " + std::string(name_of(tensor.dtype)), "int32");
+  return tensor;
+}
+
 std::vector<backend::SeenToken> take_seen(io::SavedState& state, const ModelConfig& config, const std::string& where) {
   const TensorView in_prompt = take(state, kSeenInPrompt), outputs = take(state, kSeenOutputs);
   if (in_prompt.data == nullptr && outputs.data == nullptr) return {};
@@ -204,25 +214,43 @@ std::vector<backend::SeenToken> take_seen(io::SavedState& state, const ModelConf
 
 }  // namespace
 
-void save_states(const std::filesystem::path& path, const Model& model, backend::Backend& backend,
-                 std::span<const SequenceView> sequences) {
-  std::vector<io::SavedState> saved(sequences.size());
-  std::vector<backend::NamedTensor> keep;  // owns what `saved` views
+ExportedStates::ExportedStates(const Model& model, backend::Backend& backend, std::span<const SequenceView> sequences)
+    : fingerprint_(model.fingerprint()), saved_(sequences.size()) {
   std::unique_ptr<backend::StatePool> fresh;
   for (std::size_t b = 0; b < sequences.size(); ++b) {
-    const auto& [states, slot, progress] = sequences[b];
-    saved[b].num_tokens = progress->num_tokens;
+    const auto& [states, slot, progress, tokens] = sequences[b];
+    saved_[b].num_tokens = progress->num_tokens;
     if (states == nullptr && !fresh) fresh = backend.make_states(model.config(), model.dtype(), 1);
     const auto add = [&](std::vector<backend::NamedTensor> tensors) {
       for (auto& named : tensors) {
-        saved[b].tensors.push_back({named.name, named.tensor.view()});
-        keep.push_back(std::move(named));
+        saved_[b].tensors.push_back({named.name, named.tensor.view()});
+        tensors_.push_back(std::move(named));
       }
     };
     add(backend.export_state(states ? *states : *fresh, states ? slot : 0, progress->num_tokens));
     add(export_progress(*progress, model.impl().transformer, backend));
+    if (!tokens.empty()) {
+      const Tensor copy = Tensor::empty(DType::int32, {static_cast<std::int64_t>(tokens.size())});
+      std::ranges::copy(tokens, copy.data_as<std::int32_t>());
+      add({{kTokens, copy}});
+    }
   }
-  io::write_state_file(path, model.fingerprint(), saved);
+}
+
+std::size_t ExportedStates::file_nbytes() const {
+  constexpr std::size_t kHeader = 4096, kEntry = 256;  // of a tensor: its name, dtype, shape and offsets
+  std::size_t total = kHeader;
+  for (const auto& [name, tensor] : tensors_) total += kEntry + name.size() + tensor.nbytes();
+  return total;
+}
+
+void ExportedStates::write(const std::filesystem::path& path) const {
+  io::write_state_file(path, fingerprint_, saved_);
+}
+
+void save_states(const std::filesystem::path& path, const Model& model, backend::Backend& backend,
+                 std::span<const SequenceView> sequences) {
+  ExportedStates(model, backend, sequences).write(path);
 }
 
 StateFileReader::StateFileReader(const std::filesystem::path& path, const Model& model) : model_(model) {
@@ -236,6 +264,7 @@ StateFileReader::StateFileReader(const std::filesystem::path& path, const Model&
     Sequence sequence;
     sequence.num_tokens = state.num_tokens;
     sequence.last_hidden = take_last_hidden(state, model.config(), where);
+    sequence.tokens = take_tokens(state, where);
     sequence.seen = take_seen(state, model.config(), where);
     sequence.tensors = Arranger(where, state).arrange(model.config());
     sequences_.push_back(std::move(sequence));
@@ -255,6 +284,12 @@ Progress StateFileReader::read(int which, backend::Backend& backend, backend::St
     backend.copy_from_host(progress.last.rows.data.get(), hidden.data(), hidden.nbytes());
   }
   return progress;
+}
+
+bool StateFileReader::has_tokens(int which, std::span<const std::int32_t> tokens) const {
+  const TensorView& found = sequences_[static_cast<std::size_t>(which)].tokens;
+  return found.data != nullptr && found.nbytes() == tokens.size_bytes() &&
+         std::memcmp(found.data, tokens.data(), tokens.size_bytes()) == 0;
 }
 
 }  // namespace based

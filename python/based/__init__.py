@@ -36,7 +36,7 @@ from based._core import (
     build_info,
 )
 from based._devices import DeviceInfo, devices
-from based._engine import Engine, EngineRequest, EngineStats, RequestTimes
+from based._engine import CacheStats, CacheTier, Engine, EngineRequest, EngineStats, RequestTimes
 from based._loading import load
 from based._model import MemoryUse, Model
 from based._outputs import CompletionOutput, Logprob, RequestOutput, StreamChunk
@@ -46,6 +46,8 @@ from based._session import Session
 __version__: str = build_info()["version"]
 
 __all__ = [
+    "CacheStats",
+    "CacheTier",
     "Checkpoint",
     "CompletionOutput",
     "ContinuationScore",

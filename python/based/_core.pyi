@@ -8,7 +8,7 @@ import numpy
 import numpy.typing
 import os
 import typing
-__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Error', 'FinishReason', 'FormatError', 'FullAttentionConfig', 'GatedConvConfig', 'GatedDeltaNetConfig', 'GatedLinearAttentionConfig', 'Generator', 'H3Config', 'HyenaConfig', 'LinearAttentionConfig', 'MAX_CONTEXT', 'MAX_TOKEN_IDS', 'MIXERS', 'Mamba2Config', 'MixerField', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'Parameter', 'PrefixLinearAttentionConfig', 'Projection', 'Rwkv4Config', 'Rwkv7Config', 'SafetensorsFile', 'SamplingParams', 'SelectiveScanConfig', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'State', 'StateError', 'StateTensor', 'Tensor', 'TokenEvent', 'Turn', 'Turns', 'UnsupportedError', 'add_cublas_path', 'available_memory', 'build_info', 'check_batch_size', 'check_config', 'check_json', 'check_prompt', 'convert_dtype', 'cuda_problem', 'devices', 'exchange_paths', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'parse_limit', 'synchronize', 'write_safetensors']
+__all__: list[str] = ['Activation', 'Checkpoint', 'DeviceDescription', 'DeviceError', 'Engine', 'EngineBusyError', 'EngineClosedError', 'Error', 'FinishReason', 'FormatError', 'FullAttentionConfig', 'GatedConvConfig', 'GatedDeltaNetConfig', 'GatedLinearAttentionConfig', 'Generator', 'H3Config', 'HyenaConfig', 'LinearAttentionConfig', 'MAX_CONTEXT', 'MAX_TOKEN_IDS', 'MIXERS', 'Mamba2Config', 'MixerField', 'MlpConfig', 'Model', 'ModelConfig', 'NormKind', 'Parameter', 'PrefixLinearAttentionConfig', 'Projection', 'Rwkv4Config', 'Rwkv7Config', 'SafetensorsFile', 'SamplingParams', 'SelectiveScanConfig', 'Session', 'SessionBusyError', 'SlidingWindowConfig', 'State', 'StateError', 'StateTensor', 'Tensor', 'TokenEvent', 'Turn', 'Turns', 'UnsupportedError', 'add_cublas_path', 'available_memory', 'build_info', 'check_batch_size', 'check_config', 'check_json', 'check_params', 'check_prompt', 'convert_dtype', 'cuda_problem', 'devices', 'exchange_paths', 'measure_read_bandwidth', 'op_empty', 'op_gated_short_conv', 'op_sliding_window_attention', 'op_taylor_linear_attention', 'parse_limit', 'synchronize', 'write_safetensors']
 class Error(Exception):
     """
     Base of the failures that are particular to this library.
@@ -34,6 +34,14 @@ class UnsupportedError(Error, RuntimeError):
 class DeviceError(Error, RuntimeError):
     """
     A device that failed: the process can use it no more.
+    """
+class EngineBusyError(Error, RuntimeError):
+    """
+    A request that an engine has no room for now: its queue is full.
+    """
+class EngineClosedError(Error, RuntimeError):
+    """
+    A request to an engine that was shut down.
     """
 class Tensor:
     """
@@ -1501,6 +1509,7 @@ class Session:
     def state_nbytes(self) -> int:
         ...
 class FinishReason(enum.Enum):
+    abort: typing.ClassVar[FinishReason]
     error: typing.ClassVar[FinishReason]
     length: typing.ClassVar[FinishReason]
     none: typing.ClassVar[FinishReason]
@@ -1572,6 +1581,42 @@ class Generator:
         """
         Advances every running sequence by one token. Empty only when done().
         """
+class Engine:
+    """
+    Runs the requests of any number of threads in one batch; see based.Engine.
+    """
+    def __init__(self, model: Model, max_batch_size: typing.SupportsIndex, max_waiting_requests: typing.SupportsIndex | None = None, max_waiting_tokens: typing.SupportsIndex | None = None, max_step_tokens: typing.SupportsIndex | None = None, elastic: bool = False) -> None:
+        """
+        elastic: memory for states is taken as samples need it, and given back when nothing runs.
+        """
+    def cancel(self, request: typing.SupportsIndex, why: str = 'cancelled') -> None:
+        """
+        Ends a request at the next step.
+        """
+    def finish(self, request: typing.SupportsIndex, sample: typing.SupportsIndex, num_read: typing.SupportsIndex) -> None:
+        """
+        Ends one sample after num_read of its tokens.
+        """
+    def pause(self, request: typing.SupportsIndex, paused: bool) -> None:
+        """
+        A paused request takes no step.
+        """
+    def shutdown(self, drain: bool, timeout: typing.SupportsFloat | None = None) -> bool:
+        """
+        Takes no more requests; waits until all have ended. False: the time was over before.
+        """
+    def stats(self) -> dict:
+        """
+        Numbers of requests, samples, tokens and steps.
+        """
+    def submit(self, prompt: collections.abc.Sequence[int] | numpy.ndarray, params: SamplingParams, priority: typing.SupportsIndex = 0, timeout: typing.SupportsFloat | None = None, state: State = None, keep_state: bool = False, reader_ends: bool = False, every_token: bool = True) -> int:
+        """
+        The request's number. Raises EngineBusyError when the queue is full, EngineClosedError after a shutdown.
+        """
+    def wait(self, timeout: typing.SupportsFloat) -> list | None:
+        """
+        Events of all requests, as soon as there are some: (request, sample, token, logprob, top_logprobs, finish, stop_token, error, num_cached_tokens, scheduled, time, state); none when the time is over. None: the engine has ended.
+        """
 class DeviceDescription:
     """
     The CPU, or a GPU of this machine.
@@ -1619,6 +1664,10 @@ def check_config(text: str, where: str) -> str:
 def check_json(text: bytes, where: str) -> None:
     """
     Refuses what is no JSON, and JSON that would take much more memory than its text. Raises FormatError.
+    """
+def check_params(params: SamplingParams, vocab_size: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Raises ValueError, also for a token id outside the vocabulary.
     """
 def check_prompt(prompt: collections.abc.Sequence[int] | numpy.ndarray, vocab_size: typing.SupportsInt | typing.SupportsIndex, name: str) -> numpy.typing.NDArray[numpy.int32]:
     """

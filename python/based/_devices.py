@@ -46,6 +46,13 @@ def default_batch_size(device: str, state_nbytes: int) -> int:
     return max(1, min(most, memory // max(state_nbytes, 1)))
 
 
+def default_cache_bytes(device: str) -> int:
+    """Device memory for the states that an engine keeps for later prompts: what is free, and no more than is spare."""
+    if device == "cpu":
+        return available_memory() // 8
+    return next(d.free_nbytes for d in devices() if d.device == device) // 4
+
+
 def available_memory() -> int:
     """Bytes that this process may still take, by the system and its control groups."""
     return _core.available_memory()

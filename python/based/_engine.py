@@ -36,6 +36,43 @@ class RequestTimes:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheTier:
+    """States of a cache in one place: counts since the engine was made, and what it holds now."""
+
+    num_states: int
+    nbytes: int
+    max_nbytes: int
+    hit_tokens: int
+    """Found there."""
+    stored_tokens: int
+    """That its new states save, each from the nearest state before it on."""
+    evicted_tokens: int
+    """The same of the states that it gave up."""
+    num_evicted: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """A cache of states."""
+
+    device: CacheTier
+    host: CacheTier
+    files: CacheTier
+    query_tokens: int
+    """Of prompts that were looked for."""
+    hit_tokens: int
+    """Of these, that were found."""
+    num_not_stored: int
+    """States that found no room."""
+    num_not_copied: int
+    """States that were not copied to the host or to a file, since too many were waiting."""
+    num_failed_copies: int
+    num_refused_files: int
+    """Files that are damaged, or hold something else than their name says."""
+    last_error: str
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """What an engine does now, and has done since it was made."""
 
@@ -57,6 +94,7 @@ class EngineStats:
     steps: int
     step_tokens: int
     """Of all steps."""
+    cache: CacheStats
 
 
 class EngineRequest:
@@ -378,9 +416,22 @@ class Engine:
         max_waiting_tokens: int | None = None,
         max_step_tokens: int | None = None,
         elastic: bool = False,
+        cache_bytes: int = 0,
+        host_cache_bytes: int = 0,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_dir_bytes: int = 0,
     ) -> None:
         self._core = _core.Engine(
-            model, max_batch_size, max_waiting_requests, max_waiting_tokens, max_step_tokens, elastic
+            model,
+            max_batch_size,
+            max_waiting_requests,
+            max_waiting_tokens,
+            max_step_tokens,
+            elastic,
+            cache_bytes,
+            host_cache_bytes,
+            cache_dir,
+            cache_dir_bytes,
         )
         self._tokenizer = tokenizer
         self._config = model.config
@@ -495,7 +546,10 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What it does now, and has done since it was made."""
-        return EngineStats(**self._core.stats())
+        stats = self._core.stats()
+        cache = stats.pop("cache")
+        tiers = {name: CacheTier(**cache.pop(name)) for name in ("device", "host", "files")}
+        return EngineStats(**stats, cache=CacheStats(**tiers, **cache))
 
     def close(self, drain: bool = True, timeout: float | None = None) -> bool:
         """Takes no more requests and waits for those that it has.

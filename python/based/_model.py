@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import os
 import sys
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from based import _core
-from based._devices import choose_device, default_batch_size
+from based._devices import choose_device, default_batch_size, default_cache_bytes
 from based._engine import Engine, EngineRequest, astream_request, making, run_requests, stream_request
 from based._generate import (
     Params,
@@ -341,6 +342,10 @@ class Model:
         max_waiting_requests: int | None = 1024,
         max_waiting_tokens: int | None = None,
         max_step_tokens: int | None = None,
+        cache_bytes: int | None = None,
+        host_cache_bytes: int = 0,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_dir_bytes: int = 16 << 30,
     ) -> Engine:
         """An engine of this model, which runs the requests of any number of threads and event loops in one batch.
 
@@ -352,6 +357,12 @@ class Model:
                 number.
             max_waiting_tokens: The same of their prompts' tokens. A single request may always wait.
             max_step_tokens: Tokens of prompts in one step. None: as many as keep a step short, by measured times.
+            cache_bytes: Device memory for the states of prompts and answers, from which later prompts that begin alike
+                go on. None: a quarter of the GPU's free memory, an eighth of the CPU's; it is taken as it is used. 0:
+                no cache.
+            host_cache_bytes: Memory of the host for more of them, when the device is a GPU.
+            cache_dir: A folder for state files, which survive this process and are shared with others.
+            cache_dir_bytes: The most that its files may take.
         """
         return Engine(
             self._core,
@@ -360,6 +371,10 @@ class Model:
             max_waiting_requests=max_waiting_requests,
             max_waiting_tokens=max_waiting_tokens,
             max_step_tokens=max_step_tokens,
+            cache_bytes=default_cache_bytes(self.device) if cache_bytes is None else cache_bytes,
+            host_cache_bytes=host_cache_bytes,
+            cache_dir=cache_dir,
+            cache_dir_bytes=cache_dir_bytes if cache_dir is not None else 0,
         )
 
     def session(self, batch_size: int | None = None, *, states: Sequence[_core.State] | None = None) -> Session:

@@ -43,6 +43,7 @@ class Faults {
 
   int num_siblings = 0;           // backends that were made beside the first
   std::optional<std::byte> fill;  // every byte of memory that is allocated
+  bool memory_apart = false;      // says that the device's memory is not the host's
 
   void tick(const char* what) {
     const std::lock_guard lock(mutex_);
@@ -101,6 +102,8 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
   const backend::MemoryCounters& memory() const override { return inner_->memory(); }
   int num_threads() const override { return inner_->num_threads(); }
   std::string kernel_isa() const override { return inner_->kernel_isa(); }
+  bool deterministic() const override { return inner_->deterministic(); }
+  bool shares_host_memory() const override { return !faults_->memory_apart; }
   DType activation_dtype(DType weights) const override { return inner_->activation_dtype(weights); }
   std::size_t state_nbytes(const ModelConfig& config, DType dtype, std::int64_t num_tokens) const override {
     return inner_->state_nbytes(config, dtype, num_tokens);
@@ -109,7 +112,6 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
   DType projection_dtype(DType weights) const override { return inner_->projection_dtype(weights); }
   std::int64_t chunk_tokens() const override { return inner_->chunk_tokens(); }
   std::int64_t cut_tokens() const override { return inner_->cut_tokens(); }
-  bool deterministic() const override { return inner_->deterministic(); }
   std::int64_t step_rows(std::int64_t num_sequences) const override { return inner_->step_rows(num_sequences); }
   bool asynchronous() const override { return inner_->asynchronous(); }
   void trim() noexcept override { inner_->trim(); }
@@ -122,6 +124,10 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
       inner_->copy_from_host(buffer.data.get(), contents.data(), nbytes);
     }
     return buffer;
+  }
+  std::shared_ptr<void> allocate_host(std::size_t nbytes) const override {
+    faults_->tick("allocate_host");
+    return inner_->allocate_host(nbytes);
   }
   void zero(void* data, std::size_t nbytes) override {
     faults_->tick("zero");
@@ -294,6 +300,10 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
                   std::int64_t num_tokens) override {
     faults_->tick("copy_state");
     inner_->copy_state(from, from_slot, to, to_slot, num_tokens);
+  }
+  std::vector<backend::MemoryPiece> state_pieces(const backend::StatePool& states, int slot,
+                                                 std::int64_t num_tokens) const override {
+    return inner_->state_pieces(states, slot, num_tokens);
   }
   void reset_state(backend::StatePool& states, int slot) override {
     faults_->tick("reset_state");

@@ -240,11 +240,13 @@ class WithoutWindows final : public backend::DeviceBackend<WithoutWindows> {
   const backend::MemoryCounters& memory() const override { return cpu_.memory(); }
   int num_threads() const override { return 1; }
   std::string kernel_isa() const override { return cpu_.kernel_isa(); }
+  bool deterministic() const override { return cpu_.deterministic(); }
+  std::shared_ptr<void> allocate_host(std::size_t nbytes) const override { return cpu_.allocate_host(nbytes); }
+  bool shares_host_memory() const override { return cpu_.shares_host_memory(); }
   DType activation_dtype(DType weights) const override { return cpu_.activation_dtype(weights); }
   DType projection_dtype(DType weights) const override { return cpu_.projection_dtype(weights); }
   std::int64_t chunk_tokens() const override { return cpu_.chunk_tokens(); }
   std::int64_t cut_tokens() const override { return cpu_.cut_tokens(); }
-  bool deterministic() const override { return cpu_.deterministic(); }
   backend::Buffer allocate(std::size_t nbytes, backend::MemoryKind kind) override {
     return cpu_.allocate(nbytes, kind);
   }
@@ -366,6 +368,10 @@ class WithoutWindows final : public backend::DeviceBackend<WithoutWindows> {
   void copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot,
                   std::int64_t num_tokens) override {
     cpu_.copy_state(from, from_slot, to, to_slot, num_tokens);
+  }
+  std::vector<backend::MemoryPiece> state_pieces(const backend::StatePool& states, int slot,
+                                                 std::int64_t num_tokens) const override {
+    return cpu_.state_pieces(states, slot, num_tokens);
   }
   void reset_state(backend::StatePool& states, int slot) override { cpu_.reset_state(states, slot); }
   std::vector<backend::NamedTensor> export_state(const backend::StatePool& states, int slot,

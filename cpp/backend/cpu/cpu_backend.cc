@@ -86,6 +86,10 @@ backend::Buffer CpuBackend::allocate(std::size_t nbytes, backend::MemoryKind kin
   return backend::counted({std::move(data), nbytes}, counters_, kind);
 }
 
+std::shared_ptr<void> CpuBackend::allocate_host(std::size_t nbytes) const {
+  return or_out_of_memory(nbytes, [&] { return allocate_heap(nbytes); });
+}
+
 backend::Buffer CpuBackend::allocate_states(std::size_t nbytes, bool sparse) {
   auto data = or_out_of_memory(nbytes, [&] {
 #if defined(__linux__)

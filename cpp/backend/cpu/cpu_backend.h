@@ -44,11 +44,11 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
   const backend::MemoryCounters& memory() const override { return *counters_; }
   int num_threads() const override { return pool_->num_threads(); }
   std::string kernel_isa() const override;
+  bool deterministic() const override { return true; }
   DType activation_dtype(DType weights) const override;
   DType projection_dtype(DType) const override { return DType::float32; }
   std::int64_t chunk_tokens() const override { return 256; }
   std::int64_t cut_tokens() const override;
-  bool deterministic() const override { return true; }
 
   // cpu_backend.cc
   backend::Buffer allocate(std::size_t nbytes, backend::MemoryKind kind) override;
@@ -60,6 +60,8 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
   void copy(void* to, const void* from, std::size_t nbytes) override;
   void copy_from_host(void* device, const void* host, std::size_t nbytes) override;
   void copy_to_host(void* host, const void* device, std::size_t nbytes) override;
+  std::shared_ptr<void> allocate_host(std::size_t nbytes) const override;
+  bool shares_host_memory() const override { return true; }
   void synchronize() override {}
   void trim() noexcept override { scratch_ = {}; }
   void reserve_step(const ModelConfig& config, std::int64_t num_sequences) override;
@@ -154,6 +156,8 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
   void check_available(std::size_t nbytes);
   void copy_state(const backend::StatePool& from, int from_slot, backend::StatePool& to, int to_slot,
                   std::int64_t num_tokens) override;
+  std::vector<backend::MemoryPiece> state_pieces(const backend::StatePool& states, int slot,
+                                                 std::int64_t num_tokens) const override;
   void reset_state(backend::StatePool& states, int slot) override;
   std::vector<backend::NamedTensor> export_state(const backend::StatePool& states, int slot,
                                                  std::int64_t num_tokens) override;

@@ -397,6 +397,14 @@ void CpuStatePool::copy(int to_slot, const CpuStatePool& from, int from_slot, st
   keep(to_slot, num_tokens);
 }
 
+std::vector<backend::MemoryPiece> CpuStatePool::pieces(int slot, std::int64_t num_tokens) const {
+  std::vector<backend::MemoryPiece> result{{this->slot(slot), layout_.slot_nbytes()}};
+  const auto& context = pieces_[static_cast<std::size_t>(slot)];
+  for (std::size_t i = 0; i < std::min(context.size(), pieces_for(num_tokens)); ++i)
+    result.push_back({static_cast<std::byte*>(context[i].data.get()), context[i].nbytes});
+  return result;
+}
+
 void CpuStatePool::copy_context(const ContextState& state, std::size_t part, int to_slot, const CpuStatePool& from,
                                 int from_slot, std::int64_t num_tokens) const {
   const ContextLayout layout(state);
@@ -452,6 +460,11 @@ void CpuBackend::copy_state(const backend::StatePool& from, int from_slot, backe
 void CpuBackend::reserve_states(backend::StatePool& states, std::span<const std::int32_t> slots,
                                 std::span<const std::int64_t> num_tokens) {
   pool_of(states).reserve(slots, num_tokens, *this);
+}
+
+std::vector<backend::MemoryPiece> CpuBackend::state_pieces(const backend::StatePool& states, int slot,
+                                                           std::int64_t num_tokens) const {
+  return pool_of(states).pieces(slot, num_tokens);
 }
 
 void CpuBackend::reset_state(backend::StatePool& states, int slot) { pool_of(states).clear(slot, 0); }

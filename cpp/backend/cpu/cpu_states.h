@@ -83,6 +83,9 @@ class CpuStatePool final : public backend::StatePool {
   /// Makes a slot equal to another one, of a pool of this layout; see Backend::copy_state.
   void copy(int to_slot, const CpuStatePool& from, int from_slot, std::int64_t num_tokens, CpuBackend& memory);
 
+  /// See Backend::state_pieces.
+  std::vector<backend::MemoryPiece> pieces(int slot, std::int64_t num_tokens) const;
+
   std::byte* slot(int slot) const { return data_ + static_cast<std::size_t>(slot) * layout_.slot_nbytes(); }
 
   /// Of `part` in the layout, in a slot that is full.

@@ -14,6 +14,7 @@
 #include "based/generation.h"
 #include "based/model.h"
 #include "based/state.h"
+#include "based/state_cache.h"
 
 namespace based {
 
@@ -59,6 +60,8 @@ struct EngineOptions {
   /// Prompt tokens in one step, up to a rounding to whole pieces; 0: chosen from measured step times.
   std::int64_t max_step_tokens = 0;
 
+  StateCacheOptions cache = {};  // of states behind prompts and answers; without bytes: none
+
   /// Memory for states is taken as samples need it, and given back when nothing runs. false: taken at the start.
   bool elastic = false;
 
@@ -83,6 +86,7 @@ struct EngineStats {
   std::int64_t generated_tokens = 0;  // returned
   std::int64_t steps = 0;
   std::int64_t step_tokens = 0;  // of all steps
+  StateCacheStats cache;
 };
 
 /// Runs the requests of any number of threads in one batch, on a thread of its own. Each step advances every running
