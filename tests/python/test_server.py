@@ -613,7 +613,9 @@ def test_the_page_takes_nothing_from_elsewhere(server: Running) -> None:
     answer = server.ask("/")
     assert answer.status == 200 and answer.headers["content-type"].startswith("text/html")
     page = answer.body.decode()
-    assert "/v1/completions" in page and not re.search(r"https?:(?!//www\.w3\.org)|src=|@import|<link", page)
+    assert "/v1/completions" in page and not re.search(
+        r"https?:(?!//www\.w3\.org)|src=|@import|<link (?!rel=.icon. href=.data:)", page
+    )
     assert "default-src 'none'" in answer.headers["content-security-policy"]
 
 
@@ -960,12 +962,15 @@ def test_log_lines(server: Running, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "based.server")
     server.complete(prompt="secret text", max_tokens=3, **GREEDY)
     server.refused(400, "n", prompt="a", n=0)
-    lines = [record for record in caplog.records if record.name == "based.server"]
-    done = next(record for record in lines if "POST /v1/completions 200" in record.getMessage())
+
+    def lines(*words: str) -> list[logging.LogRecord]:
+        return [record for record in caplog.records if all(word in record.getMessage() for word in words)]
+
+    server.until(lambda: bool(lines("POST /v1/completions 200") and lines("POST /v1/completions 400", "n is")))
+    (done,) = lines("POST /v1/completions 200")
     assert "11 tokens" in done.getMessage() and "3 new" in done.getMessage() and "the first after" in done.getMessage()
     assert done.fields["completion_tokens"] == 3 and done.fields["status"] == 200
-    assert any("400" in record.getMessage() and "n is" in record.getMessage() for record in lines)
-    assert not any("secret" in record.getMessage() for record in lines)
+    assert not lines("secret")
 
 
 def test_log_formats() -> None:
@@ -1077,22 +1082,21 @@ def test_openai_errors(openai: Any, client: Any, model: based.Model) -> None:
 def command(*options: object) -> Iterator[tuple[subprocess.Popen[str], Running, list[str]]]:
     """`based serve` of the golden model, when it is ready; and the lines of its log so far."""
     words = [sys.executable, "-m", "based", "serve", "--port", 0, "-m", GOLDEN / "based-tiny", *options]
-    process = subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE, text=True)
     lines: list[str] = []
-    try:
-        while "is ready" not in (line := process.stderr.readline()):
-            assert line, "".join(lines)
-            lines.append(line)
-        reader = threading.Thread(target=lambda: lines.extend(process.stderr))
-        reader.start()
-        port = int(re.search(r"listening on https?://127\.0\.0\.1:(\d+)", "".join(lines))[1])
-        yield process, Running(port, None), lines
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE) == 0
-        reader.join(PATIENCE)
-    finally:
-        process.kill()
-        process.wait()
+    with subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while "is ready" not in (line := process.stderr.readline()):
+                assert line, "".join(lines)
+                lines.append(line)
+            reader = threading.Thread(target=lambda: lines.extend(process.stderr))
+            reader.start()
+            port = int(re.search(r"listening on https?://127\.0\.0\.1:(\d+)", "".join(lines))[1])
+            yield process, Running(port, None), lines
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE) == 0
+            reader.join(PATIENCE)
+        finally:
+            process.kill()
 
 
 def test_the_command_ends_in_order_and_goes_on_from_states(tmp_path: Path) -> None:
@@ -1112,7 +1116,7 @@ def test_the_command_ends_in_order_and_goes_on_from_states(tmp_path: Path) -> No
         assert server.text(**body) == text
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE) == 0
-    logged = [json.loads(line) for line in lines]
+    logged = [json.loads(line) for line in lines]  # from the first line on
     assert any(entry.get("completion_tokens") == 5 for entry in logged)
 
 
