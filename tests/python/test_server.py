@@ -665,6 +665,25 @@ def test_metrics_count_what_happened(model: based.Model) -> None:
     assert not any(name.startswith("based:") for name in found)
 
 
+def test_a_prompt_that_was_seen_is_not_computed_again(model: based.Model) -> None:
+    body = {"prompt": [index % 200 for index in range(600)], "max_tokens": 3, **GREEDY}
+    with serving(model, engine={"cache_bytes": 1 << 28}) as server:
+        first, second = server.complete(**body), server.complete(**body)
+        assert first["choices"] == second["choices"]
+        assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert 512 <= cached < 600
+        found = read_metrics(server)
+        assert found['based:prefix_cache_hits_total{model_name="tiny"}'] == cached
+        assert found['based:prefix_cache_queries_total{model_name="tiny"}'] >= cached
+        assert found['based:prompt_tokens_cached_total{model_name="tiny"}'] == cached
+        assert found['based:cached_states{model_name="tiny",tier="device"}'] > 0
+        assert found['based:request_prefill_kv_computed_tokens_sum{model_name="tiny"}'] == 1200 - cached
+    with serving(model, engine={"cache_bytes": 0}) as server:
+        for _ in range(2):
+            assert server.complete(**body)["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
 # ---- states ----------------------------------------------------------------------------------------------------------
 
 
@@ -1180,3 +1199,94 @@ def test_nothing_of_it_is_imported_before() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "server.md"
+
+
+def test_the_document_names_every_metric(server: Running) -> None:
+    names = {name.partition("{")[0] for name in read_metrics(server)}
+    ours = {re.sub("_(bucket|sum|count)$", "", name) for name in names if name.startswith("based:")}
+    text = DOCUMENT.read_text()
+    assert len(ours) > 30
+    assert [name for name in sorted(ours) if not re.search(rf"`{name.removeprefix('based:')}[`{{]", text)] == []
+
+
+def test_the_document_names_every_option_field_and_route(server: Running) -> None:
+    text = DOCUMENT.read_text()
+    for words in (["serve"], ["bench", "serve"]):
+        done = subprocess.run([sys.executable, "-m", "based", *words, "--help"], capture_output=True, text=True)
+        options = set(re.findall(r"(?<!\S)(--[a-z][a-z-]+)", done.stdout)) - {
+            "--help",
+            "--debug",
+            "--stats",
+            "--no-stats",
+        }
+        assert len(options) > 20
+        assert [option for option in sorted(options) if f"`{option}" not in text and f" {option}" not in text] == []
+    assert [field for field in FIELDS if f"`{field}`" not in text] == []
+    paths = server.ask("/openapi.json").json["paths"]
+    for path in paths:
+        assert (
+            f"`{path}`" in text or f" {path}`" in text or path.rsplit("/", 1)[1] in ("save", "load", "fork", "{name}")
+        )
+
+
+# ---- based bench serve -----------------------------------------------------------------------------------------------
+
+
+def bench_serve(server: Running, *options: object) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "based", "bench", "serve", "--port", server.port, *options]
+    return subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=120)
+
+
+def test_bench_serve_counts_what_the_server_counts(model: based.Model, tmp_path: Path) -> None:
+    with serving(model) as server:
+        options = ["--num-prompts", 9, "--random-input-len", 20, "--random-output-len", 6, "--ignore-eos", "--json",
+                   "--max-concurrency", 3, "--goodput", "ttft:60000", "e2el:0.001", "--save-detailed",
+                   "--result-dir", tmp_path, "--result-filename", "r.json"]  # fmt: skip
+        done = bench_serve(server, *options)
+        assert (done.returncode, done.stderr) == (0, "")
+        found = json.loads(done.stdout)
+        assert found["completed"] == 9 and found["failed"] == 0 and found["max_concurrent_requests"] <= 3
+        assert found["total_input_tokens"] == 180 and found["total_output_tokens"] == 54
+        assert found["request_goodput"] == 0
+        for name in ("ttft", "tpot", "itl", "e2el"):
+            assert 0 < found[f"median_{name}_ms"] <= found[f"p99_{name}_ms"]
+        assert found["median_ttft_ms"] < found["median_e2el_ms"]
+        saved = json.loads((tmp_path / "r.json").read_text())
+        assert [len(gaps) for gaps in saved["itls"]] == [5] * 9 and saved["duration"] == found["duration"]
+        metrics = read_metrics(server)
+        assert metrics['based:generation_tokens_total{model_name="tiny"}'] == 54
+
+
+def test_bench_serve_shares_prefixes(model: based.Model, tmp_path: Path) -> None:
+    with serving(model) as server:
+        done = bench_serve(
+            server, "--dataset-name", "prefix_repetition", "--num-prompts", 8, "--prefix-repetition-num-prefixes", 2,
+            "--prefix-repetition-prefix-len", 600, "--prefix-repetition-suffix-len", 10,
+            "--prefix-repetition-output-len", 2, "--max-concurrency", 1, "--json", "--no-stream", "--ignore-eos",
+        )  # fmt: skip
+        found = json.loads(done.stdout)
+        assert found["total_input_tokens"] == 8 * 610
+        assert found["total_cached_tokens"] >= 5 * 512
+        texts = tmp_path / "texts.jsonl"
+        texts.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+        done = bench_serve(server, "--dataset-name", "custom", "--dataset-path", texts, "--num-prompts", 4,
+                           "--custom-output-len", 3, "--request-rate", 50, "--ignore-eos")  # fmt: skip
+        assert done.returncode == 0
+        for line in ("Successful requests: 4", "Total input tokens: 12", "Request rate configured (RPS): 50.00"):
+            assert line in re.sub(" +", " ", done.stdout)
+        assert "Mean TTFT (ms):" in done.stdout and "P99 ITL (ms):" in done.stdout
+
+
+def test_bench_serve_says_what_went_wrong(model: based.Model) -> None:
+    with serving(model, new_tokens=4) as server:
+        done = bench_serve(server, "--num-prompts", 2, "--random-input-len", 3, "--random-output-len", 9)
+        assert done.returncode == 1 and "max_tokens is the number 9" in done.stderr
+        assert "Failed requests:                         2" in done.stdout
+        for options in (["--goodput", "x:1"], ["--request-rate", "0"], ["--dataset-name", "custom"],
+                        ["--base-url", "ftp://x"], ["--random-range-ratio", "1"]):  # fmt: skip
+            assert bench_serve(server, *options).returncode == 2
+    done = bench_serve(server, "--num-prompts", 1)
+    assert done.returncode == 1 and "Traceback" not in done.stderr

@@ -76,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host-cache-bytes", type=_bytes, default=0, metavar="BYTES", help="of more of them in the host's memory"
     )
     group.add_argument("--cache-dir", type=Path, metavar="DIR", help="of more of them in files")
+    group.add_argument(
+        "--cache-dir-bytes", type=_bytes, default=16 << 30, metavar="BYTES", help="of these files (default: 16 GiB)"
+    )
 
     group = parser.add_argument_group("states of clients")
     group.add_argument("--state-dir", type=Path, metavar="DIR", help="keep states of clients in files of this folder")
@@ -236,6 +239,7 @@ def run(args: argparse.Namespace) -> None:
             "cache_bytes": args.cache_bytes,
             "host_cache_bytes": args.host_cache_bytes,
             "cache_dir": args.cache_dir,
+            "cache_dir_bytes": args.cache_dir_bytes,
         }
         return model, model.engine(**engine)
 

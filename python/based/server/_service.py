@@ -240,7 +240,12 @@ class Service:
             return found
         model, engine, states = loaded
         stats = engine.stats()
-        cached = stats.cached_tokens
+        cached, cache = stats.cached_tokens, stats.cache
+
+        def by_tier(name: str) -> dict[tuple[tuple[str, str], ...], float]:
+            tiers = {"device": cache.device, "host": cache.host, "files": cache.files}
+            return {(("tier", tier),): getattr(found, name) for tier, found in tiers.items()}
+
         number, nbytes = states.in_memory
         found |= {
             "num_requests_running": ("gauge", "Samples that run.", stats.running),
@@ -259,8 +264,19 @@ class Service:
                     (("source", "local_cache_hit"),): cached,
                 },
             ),
-            "prefix_cache_queries_total": ("counter", "Tokens of prompts that were looked for.", stats.prompt_tokens),
-            "prefix_cache_hits_total": ("counter", "Tokens of prompts that were found.", cached),
+            "prefix_cache_queries_total": ("counter", "Tokens of prompts that were looked for.", cache.query_tokens),
+            "prefix_cache_hits_total": ("counter", "Tokens of prompts that were found.", cache.hit_tokens),
+            "cached_states": ("gauge", "States of prompts that are kept.", by_tier("num_states")),
+            "cached_states_bytes": ("gauge", "Their bytes.", by_tier("nbytes")),
+            "cached_states_max_bytes": ("gauge", "The most that they may take.", by_tier("max_nbytes")),
+            "cache_hit_tokens_total": ("counter", "Tokens that were found there.", by_tier("hit_tokens")),
+            "cache_stored_tokens_total": ("counter", "Tokens that new states save.", by_tier("stored_tokens")),
+            "cache_evicted_tokens_total": ("counter", "Tokens of states given up.", by_tier("evicted_tokens")),
+            "cache_errors_total": (
+                "counter",
+                "States that could not be copied to the host or to a file, and files that are no state.",
+                cache.num_failed_copies + cache.num_refused_files,
+            ),
             "steps_total": ("counter", "Steps of the engine.", stats.steps),
             "iteration_tokens_total": ("counter", "Tokens of all steps.", stats.step_tokens),
             "named_states": ("gauge", "States of clients in memory.", number),
