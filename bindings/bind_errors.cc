@@ -3,6 +3,7 @@
 #include <chrono>
 #include <system_error>
 
+#include "based/engine.h"
 #include "based/error.h"
 #include "bindings.h"
 

@@ -37,7 +37,6 @@ class CudaBackend final : public backend::DeviceBackend<CudaBackend>, private Sa
   DType activation_dtype(DType weights) const override { return weights; }
   DType projection_dtype(DType weights) const override { return weights; }
   std::int64_t chunk_tokens() const override { return 8192; }
-  std::int64_t cut_tokens() const override { return kTileTokens; }
 
   backend::Buffer allocate(std::size_t nbytes, backend::MemoryKind kind) override;
   void zero(void* data, std::size_t nbytes) override;

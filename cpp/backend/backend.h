@@ -270,10 +270,6 @@ class Backend {
   /// small and a layer ends within a tenth of a second, when an interrupt is heard.
   virtual std::int64_t chunk_tokens() const = 0;
 
-  /// Where else a prompt may be cut: at multiples of this from its start. On a device that is deterministic() this
-  /// changes no bit. Divides chunk_tokens().
-  virtual std::int64_t cut_tokens() const = 0;
-
   // ---- memory ------------------------------------------------------------------------------------------------
 
   /// Uninitialised, aligned to 64 bytes, counted while it lives. Throws OutOfMemory.

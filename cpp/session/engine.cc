@@ -32,6 +32,11 @@ namespace {
 
 using Clock = EngineEvent::Clock;
 
+// Prompts are cut at multiples of this from their start. Every device computes in chunks of so many tokens, counted
+// from where a call begins, so that cuts change no bit where nothing else does (tests/python/test_laws.py). It divides
+// Backend::chunk_tokens().
+constexpr std::int64_t kCut = 64;
+
 std::string what_of(const std::exception_ptr& pointer) {
   try {
     std::rethrow_exception(pointer);
@@ -191,7 +196,7 @@ class Engine::Impl {
   const std::shared_ptr<const Model> model_;
   const EngineOptions options_;
   const pid_t process_ = getpid();
-  const std::int64_t cut_, chunk_;
+  const std::int64_t chunk_;
   const bool is_exact_;  // a cached state must not change a bit
   std::thread thread_;
 
@@ -232,10 +237,9 @@ class Engine::Impl {
 Engine::Impl::Impl(std::shared_ptr<const Model> model, EngineOptions options)
     : model_(std::move(model)),
       options_(std::move(options)),
-      cut_(model_->impl().executors.device().cut_tokens()),
       chunk_(model_->impl().executors.device().chunk_tokens()),
       is_exact_(model_->impl().executors.device().deterministic()),
-      budget_(cut_, chunk_, options_.max_step_tokens) {
+      budget_(kCut, chunk_, options_.max_step_tokens) {
   const auto check_least = [](std::int64_t value, std::int64_t least, const char* name) {
     if (value < least)
       throw InvalidArgument(std::string("engine: ") + name + " is " + std::to_string(value) + ", expected at least " +
@@ -523,8 +527,8 @@ bool Engine::Impl::is_held(const Feed& feed) {
     const auto& others = other.request->prompt();
     const auto end = prompt.begin() + static_cast<std::ptrdiff_t>(std::min(prompt.size() - 1, others.size()));
     std::int64_t shared = std::mismatch(prompt.begin(), end, others.begin()).first - prompt.begin();
-    if (shared < other.length || is_exact_) shared = shared / cut_ * cut_;
-    if (shared - other.found < cut_ || other.fed >= shared) continue;
+    if (shared < other.length || is_exact_) shared = shared / kCut * kCut;
+    if (shared - other.found < kCut || other.fed >= shared) continue;
     if (shared < other.length) other.cuts.insert(shared);
     return true;
   }
@@ -667,7 +671,7 @@ bool Engine::Impl::begin(Feed& feed) {
 void Engine::Impl::begin_from_cache(Feed& feed) {
   feed.caches = true;
   const StateCache::Match match = cache_->find(feed.tokens(), feed.length - 1);
-  if (match.state && !(is_exact_ && match.num_tokens % cut_ != 0)) {
+  if (match.state && !(is_exact_ && match.num_tokens % kCut != 0)) {
     const State* const states[] = {match.state.get()};
     session().restore(std::span(feed.slots).first(1), states);
     feed.fed = feed.found = feed.kept = match.num_tokens;
@@ -676,10 +680,10 @@ void Engine::Impl::begin_from_cache(Feed& feed) {
       counted_.cached_tokens += match.num_tokens;
     }
   }
-  const std::int64_t branch = is_exact_ ? match.branch / cut_ * cut_ : match.branch;
+  const std::int64_t branch = is_exact_ ? match.branch / kCut * kCut : match.branch;
   if (branch > feed.fed && branch < feed.length) feed.cuts.insert(branch);
   // Where the next turn of a conversation will begin, if a state behind the answer is not exactly that of a prompt.
-  const std::int64_t last = (feed.length - 1) / cut_ * cut_;
+  const std::int64_t last = (feed.length - 1) / kCut * kCut;
   if (is_exact_ && last > feed.fed && feed.length >= options_.cache.interval) feed.cuts.insert(last);
 }
 
@@ -687,7 +691,7 @@ void Engine::Impl::begin_from_cache(Feed& feed) {
 void Engine::Impl::keep_state(Feed& feed) noexcept {
   if (!feed.caches || feed.fed < model_->impl().transformer.prefix_tokens()) return;
   const bool is_cut = feed.cuts.erase(feed.fed) > 0;
-  if (is_exact_ && feed.fed % cut_ != 0) return;
+  if (is_exact_ && feed.fed % kCut != 0) return;
   if (!is_cut && (feed.fed - feed.kept < options_.cache.interval || feed.fed == feed.length)) return;
   try {
     const std::int32_t slot[] = {feed.slots[0]};
@@ -798,9 +802,9 @@ std::int64_t Engine::Impl::piece_of(const Feed& feed, std::int64_t budget) const
   const bool begins = session_->num_tokens(feed.slots[0]) == 0;
   if (begins && transformer.prefix_tokens() > 1)
     return std::min(feed.remaining(), transformer.piece_tokens(backend, true));
-  const std::int64_t most = std::min(std::max(budget / cut_ * cut_, cut_), chunk_);
-  // A cut is at a multiple of cut_ from the prompt's start: what a sequence computes depends on it alone.
-  const std::int64_t count = std::min(feed.remaining(), most - feed.fed % cut_);
+  const std::int64_t most = std::min(std::max(budget / kCut * kCut, kCut), chunk_);
+  // A cut is at a multiple of kCut from the prompt's start: what a sequence computes depends on it alone.
+  const std::int64_t count = std::min(feed.remaining(), most - feed.fed % kCut);
   const auto next = feed.cuts.upper_bound(feed.fed);
   return next == feed.cuts.end() ? count : std::min(count, *next - feed.fed);
 }
@@ -826,7 +830,7 @@ void Engine::Impl::launch_mixed() {
   std::ranges::sort(feeds_, [&](const Feed& a, const Feed& b) { return ranks_before(a, b, now); });
   std::vector<std::pair<std::size_t, std::int64_t>> taken;  // of feeds_: which, tokens
   const std::int64_t budget = budget_.tokens();
-  const bool has_short = std::ranges::any_of(feeds_, [&](const Feed& feed) { return feed.remaining() <= cut_; });
+  const bool has_short = std::ranges::any_of(feeds_, [&](const Feed& feed) { return feed.remaining() <= kCut; });
   bool yields = false;
   for (std::size_t i = 0; i < feeds_.size(); ++i) {
     const Feed& feed = feeds_[i];
@@ -836,7 +840,7 @@ void Engine::Impl::launch_mixed() {
     }
     if (step.num_prompt >= budget) break;
     // Who gets a first token in this step gets it sooner without the pieces of others, which have every second step.
-    if (has_short && !yielded_ && feed.remaining() > cut_) {
+    if (has_short && !yielded_ && feed.remaining() > kCut) {
       yields = true;
       continue;
     }
@@ -973,7 +977,7 @@ void Engine::Impl::take() {
   budget_.measured(step.num_rows, step.num_prompt, seconds.count());
   ++counted_.steps;
   counted_.step_tokens += step.num_rows + step.num_prompt;
-  if (cache_ && step.num_prompt >= cut_)
+  if (cache_ && step.num_prompt >= kCut)
     cache_->set_seconds_per_token(seconds.count() / static_cast<double>(step.num_prompt));
   for (std::size_t i = 0; i < step.serials.size(); ++i) {
     const auto sample = std::ranges::lower_bound(samples_, step.serials[i], {}, &Sample::serial);  // serials ascend

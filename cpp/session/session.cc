@@ -489,31 +489,33 @@ void Session::Impl::reserve(std::span<const Piece> pieces) {
 
 void Session::Impl::step(std::span<const Piece> pieces, backend::Sampler& sampler) {
   forget_undo();
-  std::vector<std::int32_t> tokens, offsets{0}, slots, rows;
+  std::vector<std::int32_t> tokens, offsets{0}, slots, rows, others;  // rows: those that are sampled come first
   std::vector<std::int64_t> positions;
   for (const Piece& piece : pieces) {
     tokens.insert(tokens.end(), piece.tokens.begin(), piece.tokens.end());
     offsets.push_back(static_cast<std::int32_t>(tokens.size()));
     slots.push_back(piece.slot);
     positions.push_back(num_tokens(piece.slot));
-    if (!piece.samplers.empty()) rows.push_back(offsets.back() - 1);
+    (piece.samplers.empty() ? others : rows).push_back(offsets.back() - 1);
   }
   const auto count = static_cast<std::int64_t>(rows.size());
-  backend::Buffer last;
-  if (count > 0) last = backend().allocate(rows.size() * hidden_nbytes(), backend::MemoryKind::workspace);
+  rows.insert(rows.end(), others.begin(), others.end());
+  const backend::Buffer last = backend().allocate(rows.size() * hidden_nbytes(), backend::MemoryKind::workspace);
   const Tensor logits = transformer().new_logits(backend(), count);
   const backend::RaggedBatch batch{tokens, offsets, slots, positions};
   backend().begin(batch);
   change(slots, kStepFailed, [&] {
     const auto r = transformer().hidden(backend(), batch, *states_, workspace(), {});
-    std::int64_t row = 0;
+    backend::Matrix x{last.data.get(), transformer().activation_dtype(), static_cast<std::int64_t>(rows.size()),
+                      config().hidden_size};
+    transformer().final_norm(backend(), r, rows, x);
+    std::int64_t sampled = 0, other = count;
     for (const Piece& piece : pieces) {
       at(piece.slot).num_tokens.fetch_add(static_cast<std::int64_t>(piece.tokens.size()));
-      at(piece.slot).last = piece.samplers.empty() ? LastHidden{} : LastHidden{last, row++};
+      at(piece.slot).last = {last, piece.samplers.empty() ? other++ : sampled++};
     }
     if (count == 0) return;
-    const backend::Matrix x{last.data.get(), transformer().activation_dtype(), count, config().hidden_size};
-    transformer().final_norm(backend(), r, rows, x);
+    x.rows = count;
     transformer().logits(backend(), x, {logits.data(), DType::float32, count, config().padded_vocab_size});
     sample(pieces, logits, sampler);
   });

@@ -99,9 +99,9 @@ class StateFolder::Lock {
   Lock(const Lock&) = delete;
   Lock& operator=(const Lock&) = delete;
 
-  bool take(const std::atomic<bool>& stop) {
-    constexpr int kTries = 500;
-    for (int i = 0; i < kTries && !stop; ++i) {
+  // Tries 100 times a second.
+  bool take(int tries, const std::atomic<bool>& stop) {
+    for (int i = 0; i < tries && !stop; ++i) {
       if (::flock(fd_, LOCK_EX | LOCK_NB) == 0) return true;
       if (errno != EWOULDBLOCK && errno != EINTR) throw IoError(errno, "cannot lock the folder of states");
       std::this_thread::sleep_for(std::chrono::milliseconds(10));
@@ -254,7 +254,10 @@ bool StateFolder::write(std::span<const std::int32_t> tokens, const ExportedStat
     make_folder(root_);
     make_folder(folder_);
     Lock lock(root_);
-    if (!lock.take(stop)) return false;
+    constexpr int kPatience = 500;  // once: who still holds it then may be a process that stands still
+    const bool taken = lock.take(waited_in_vain_ ? 1 : kPatience, stop);
+    waited_in_vain_ = !taken;
+    if (!taken) return false;
     total = make_room(most);
     if (total + most > max_nbytes_) return false;
     if (::lstat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode))

@@ -76,6 +76,7 @@ class StateFolder {
 
   const std::filesystem::path root_, folder_;  // of all models, of this one
   const std::size_t max_nbytes_;
+  bool waited_in_vain_ = false;  // for the folder, at the last write
 
   mutable std::mutex mutex_;          // of what follows
   std::map<Key, std::size_t> files_;  // bytes

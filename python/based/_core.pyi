@@ -1585,7 +1585,7 @@ class Engine:
     """
     Runs the requests of any number of threads in one batch; see based.Engine.
     """
-    def __init__(self, model: Model, max_batch_size: typing.SupportsIndex, max_waiting_requests: typing.SupportsIndex | None = None, max_waiting_tokens: typing.SupportsIndex | None = None, max_step_tokens: typing.SupportsIndex | None = None, elastic: bool = False) -> None:
+    def __init__(self, model: Model, max_batch_size: typing.SupportsIndex, max_waiting_requests: typing.SupportsIndex | None = None, max_waiting_tokens: typing.SupportsIndex | None = None, max_step_tokens: typing.SupportsIndex | None = None, elastic: bool = False, cache_bytes: typing.SupportsIndex = 0, host_cache_bytes: typing.SupportsIndex = 0, cache_dir: os.PathLike | str | bytes | None = None, cache_dir_bytes: typing.SupportsIndex = 0) -> None:
         """
         elastic: memory for states is taken as samples need it, and given back when nothing runs.
         """

@@ -357,6 +357,92 @@ TEST_F(EngineTest, AStateHasSeenWhatItsReaderTook) {
   }
 }
 
+// ---- cached states -------------------------------------------------------------------------------------------------
+
+EngineOptions caching(int count) {
+  EngineOptions options = slots(count);
+  options.cache.device_nbytes = std::size_t{1} << 30;
+  return options;
+}
+
+Tokens joined(std::initializer_list<Tokens> parts) {
+  Tokens all;
+  for (const Tokens& part : parts) all.insert(all.end(), part.begin(), part.end());
+  return all;
+}
+
+// Requests that begin alike and come together: the first one reads what they share, and the others wait for its state.
+TEST_F(EngineTest, ASharedPrefixIsReadOnce) {
+  for (const int shared : {640, 600}) {
+    Reader reader;
+    Engine engine(model_, caching(16));
+    const Tokens prefix = random_tokens(static_cast<std::size_t>(shared), 1);
+    std::vector<Engine::Id> ids;
+    std::vector<Tokens> prompts;
+    for (std::uint32_t i = 0; i < 8; ++i) {
+      prompts.push_back(joined({prefix, {static_cast<std::int32_t>(i)}, random_tokens(100 + i, 2 + i)}));
+      ids.push_back(engine.submit(reader.request(prompts.back(), greedy(6))));
+    }
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      ASSERT_TRUE(reader.wait(ids[i]));
+      EXPECT_EQ(reader.tokens(ids[i]), alone(model_, {prompts[i], greedy(6)})[0]);
+    }
+    EXPECT_TRUE(engine.shutdown(true, 60s));
+    const EngineStats stats = engine.stats();
+    EXPECT_EQ(stats.cached_tokens, 7 * (shared / 64 * 64));
+    EXPECT_EQ(stats.cache.hit_tokens, stats.cached_tokens);
+    EXPECT_EQ(stats.step_tokens, stats.prompt_tokens - stats.cached_tokens + 8 * 5);
+  }
+}
+
+// A hit gives what no hit gives, whatever is in the cache: the same prompts again, their beginnings, and longer ones.
+TEST_F(EngineTest, AHitGivesTheSameTokens) {
+  ModelConfig with_prefix = tiny_config();
+  for (MixerConfig& layer : with_prefix.layers)
+    if (auto* mixer = std::get_if<PrefixLinearAttentionConfig>(&layer)) mixer->enc_length = 100;
+  for (const auto& model : {model_, Model::random(with_prefix, 5)}) {
+    Reader reader;
+    EngineOptions options = caching(3);
+    options.cache.interval = 64;
+    Engine engine(model, options);
+    const Tokens text = random_tokens(900, 1);
+    std::int64_t hits = 0;
+    for (const std::size_t length : {900, 30, 300, 300, 900, 65, 64, 550, 899, 120, 640}) {
+      for (const bool changed : {false, true}) {
+        Tokens prompt(text.begin(), text.begin() + static_cast<std::ptrdiff_t>(length));
+        if (changed) prompt[length * 3 / 4] = (prompt[length * 3 / 4] + 1) % 61;
+        const SamplingParams params = sampled(2, 5, length);
+        const auto id = engine.submit(reader.request(prompt, params));
+        auto expected = alone(model, {prompt, params});
+        for (const int s : {0, 1}) {
+          ASSERT_TRUE(reader.wait(id, s));
+          EXPECT_EQ(reader.tokens(id, s), expected[s]) << length;
+        }
+        hits += reader.events(id).back().num_cached_tokens;
+      }
+    }
+    EXPECT_GT(hits, 4000);
+    EXPECT_EQ(engine.stats().cached_tokens, hits);
+  }
+}
+
+// Without room for more than a state, requests run as without a cache.
+TEST_F(EngineTest, RunningDoesNotNeedTheCache) {
+  Reader reader;
+  EngineOptions options = caching(4);
+  options.cache.device_nbytes = model_->state_nbytes(256) + 4096;
+  Engine engine(model_, options);
+  const Tokens prompt = random_tokens(700, 1);
+  std::vector<Engine::Id> ids;
+  for (int i = 0; i < 8; ++i) ids.push_back(engine.submit(reader.request(prompt, greedy(5))));
+  for (const auto id : ids) {
+    ASSERT_TRUE(reader.wait(id));
+    EXPECT_EQ(reader.tokens(id), alone(model_, {prompt, greedy(5)})[0]);
+  }
+  const StateCacheStats stats = engine.stats().cache;
+  EXPECT_GT(stats.num_not_stored + stats.device.num_evicted, 0);
+}
+
 // ---- failures ------------------------------------------------------------------------------------------------------
 
 // Every operation fails once: who is concerned ends with an error, who is not gets its tokens, and the engine goes on.
@@ -371,7 +457,10 @@ TEST(EngineFailures, EndTheRequestsConcerned) {
     for (int k = 0; k < 400; k += 1 + k / 16) {
       SCOPED_TRACE("fault at operation " + std::to_string(k) + (sticky ? " and later" : ""));
       Reader reader;
-      Engine engine(model, slots(4, true));
+      EngineOptions options = slots(4, true);
+      if (k % 2 == 1) options.cache.device_nbytes = std::size_t{1} << 26;
+      options.cache.interval = 64;
+      Engine engine(model, options);
       const auto first = engine.submit(reader.request(random_tokens(5, 2), sampled(2, 200, 1)));
       ASSERT_TRUE(reader.wait_tokens(first, 1));
       faults->arm(k, sticky);

@@ -111,7 +111,6 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
   std::size_t available_nbytes() const override { return inner_->available_nbytes(); }
   DType projection_dtype(DType weights) const override { return inner_->projection_dtype(weights); }
   std::int64_t chunk_tokens() const override { return inner_->chunk_tokens(); }
-  std::int64_t cut_tokens() const override { return inner_->cut_tokens(); }
   std::int64_t step_rows(std::int64_t num_sequences) const override { return inner_->step_rows(num_sequences); }
   bool asynchronous() const override { return inner_->asynchronous(); }
   void trim() noexcept override { inner_->trim(); }

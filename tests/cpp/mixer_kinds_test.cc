@@ -246,7 +246,6 @@ class WithoutWindows final : public backend::DeviceBackend<WithoutWindows> {
   DType activation_dtype(DType weights) const override { return cpu_.activation_dtype(weights); }
   DType projection_dtype(DType weights) const override { return cpu_.projection_dtype(weights); }
   std::int64_t chunk_tokens() const override { return cpu_.chunk_tokens(); }
-  std::int64_t cut_tokens() const override { return cpu_.cut_tokens(); }
   backend::Buffer allocate(std::size_t nbytes, backend::MemoryKind kind) override {
     return cpu_.allocate(nbytes, kind);
   }

@@ -1,7 +1,10 @@
 // The cache of states: what it finds, what it gives up, and its tiers.
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/file.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -670,6 +673,22 @@ TEST_F(Files, AFullDiskIsCounted) {
   EXPECT_EQ(files().size(), 1u);
 }
 
+TEST_F(Files, AProcessThatHoldsTheFolderDelaysNoMoreThanOneFile) {
+  StateCache cache(model_, options());
+  const int held = ::open((folder_ / "states/.lock").c_str(), O_RDWR | O_CREAT, 0600);
+  ASSERT_EQ(::flock(held, LOCK_EX), 0);
+  for (int i = 0; i < 4; ++i) cache.insert(tokens(i), state_after(model_, tokens(i)));
+  const auto begin = std::chrono::steady_clock::now();
+  cache.flush();
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(12));
+  EXPECT_EQ(cache.stats().num_not_copied, 4);
+  EXPECT_TRUE(files().empty());
+  ::close(held);
+  cache.insert(tokens(4), state_after(model_, tokens(4)));
+  cache.flush();
+  EXPECT_EQ(files().size(), 1u) << cache.stats().last_error;
+}
+
 TEST_F(Files, AFolderThatIsDeletedIsMadeAgain) {
   StateCache cache(model_, options());
   std::filesystem::remove_all(folder_ / "states");
@@ -864,7 +883,7 @@ TEST_P(LongSharedPrefix, IsFoundWithLittleMemory) {
   EXPECT_GE(static_cast<double>(hits(12, 64)), 0.97 * possible(shared / 64 * 64));
 }
 
-constexpr std::pair kLong[] = {std::pair(1600, 600), {1500, 700}, {1000, 40}};
+constexpr std::pair<int, int> kLong[] = {{1600, 600}, {1500, 700}, {1000, 40}};
 INSTANTIATE_TEST_SUITE_P(StateCache, SharedPrefix, ::testing::ValuesIn(kLong));
 INSTANTIATE_TEST_SUITE_P(OfFewTokens, SharedPrefix, ::testing::Values(std::pair(40, 600)));
 INSTANTIATE_TEST_SUITE_P(StateCache, LongSharedPrefix, ::testing::ValuesIn(kLong));

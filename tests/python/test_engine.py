@@ -237,6 +237,46 @@ def test_samples_share_what_they_begin_with(engine):
     assert engine.stats().step_tokens - before.step_tokens == 100 + 4
 
 
+# ---- cached states ---------------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_reads_only_what_is_new(model, tmp_path):
+    """Each turn computes its own tokens, the answer before it, and at most what lies behind a multiple of 64."""
+    text = list(np.random.default_rng(0).integers(0, 256, 2000))
+    params = greedy(max_tokens=10, ignore_eos=True)
+    known = 0
+    for turn in range(4):
+        if turn % 2 == 0:  # the states survive an engine in the folder
+            engine = model.engine(2, cache_dir=tmp_path)
+        length = len(text)
+        request = engine.submit(text, params)
+        (output,) = request.result().outputs
+        assert [output] == model.generate([text], params)[0].outputs
+        if turn > 0:
+            assert request.num_cached_tokens >= known // 64 * 64 - 64
+        known = length
+        text += [*output.token_ids, *np.random.default_rng(turn).integers(0, 256, 300)]
+        if turn % 2 == 1:
+            assert engine.close()
+    assert engine.stats().cache.hit_tokens > 0
+    assert engine.stats().cached_tokens == engine.stats().cache.hit_tokens
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) > model.state_nbytes
+
+
+def test_no_cache(model):
+    with model.engine(2, cache_bytes=0) as engine:
+        for _ in range(3):
+            request = engine.submit([1] * 1000, greedy(max_tokens=1))
+            request.result()
+            assert request.num_cached_tokens == 0
+        assert engine.stats().cache.query_tokens == 0
+    for options, error in (({"cache_bytes": -1}, ValueError), ({"cache_bytes": 1.5}, TypeError)):
+        with pytest.raises(error, match="cache_bytes"):
+            model.engine(2, **options)
+    with pytest.raises(ValueError, match="host_nbytes"):
+        model.engine(2, host_cache_bytes=1 << 20)
+
+
 # ---- cancelling, slow readers ----------------------------------------------------------------------------------------
 
 

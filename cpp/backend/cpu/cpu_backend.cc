@@ -13,7 +13,6 @@
 #endif
 
 #include "backend/cpu/cpu_operands.h"
-#include "backend/cpu/kernels/linear_attention.h"
 #include "based/error.h"
 
 namespace based::cpu {
@@ -71,8 +70,6 @@ CpuBackend::CpuBackend(std::shared_ptr<ThreadPool> pool, Isa isa, std::shared_pt
 std::unique_ptr<backend::Backend> CpuBackend::sibling() const {
   return std::make_unique<CpuBackend>(pool_, isa_, counters_);
 }
-
-std::int64_t CpuBackend::cut_tokens() const { return kTaylorChunk; }
 
 std::string CpuBackend::kernel_isa() const { return std::string(name_of(isa_)); }
 

@@ -48,7 +48,6 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
   DType activation_dtype(DType weights) const override;
   DType projection_dtype(DType) const override { return DType::float32; }
   std::int64_t chunk_tokens() const override { return 256; }
-  std::int64_t cut_tokens() const override;
 
   // cpu_backend.cc
   backend::Buffer allocate(std::size_t nbytes, backend::MemoryKind kind) override;

@@ -11,12 +11,25 @@
 #include <string>
 #include <vector>
 
+#include "based/error.h"
 #include "based/generation.h"
 #include "based/model.h"
 #include "based/state.h"
 #include "based/state_cache.h"
 
 namespace based {
+
+/// A request that an engine has no room for now.                    based.EngineBusyError
+class EngineBusyError : public Error {
+ public:
+  using Error::Error;
+};
+
+/// A request to an engine that was shut down.                       based.EngineClosedError
+class EngineClosedError : public Error {
+ public:
+  using Error::Error;
+};
 
 /// What one step adds to one sample of a request, or how the sample ended.
 struct EngineEvent {

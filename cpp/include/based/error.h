@@ -57,18 +57,6 @@ class DeviceError : public Error {
   using Error::Error;
 };
 
-/// A request that an engine has no room for now.                    based.EngineBusyError
-class EngineBusyError : public Error {
- public:
-  using Error::Error;
-};
-
-/// A request to an engine that was shut down.                       based.EngineClosedError
-class EngineClosedError : public Error {
- public:
-  using Error::Error;
-};
-
 /// Memory that a device does not have: what() gives the bytes needed and free.   MemoryError
 class OutOfMemory : public std::bad_alloc {
  public:
