@@ -690,11 +690,11 @@ class _EventStream(Response):
                     await send(_body(answer.echo_event(number, index)))
         if running.requests:
             async with contextlib.aclosing(running.chunks()) as chunks:
-                async for number, chunk in chunks:
+                async for ready in chunks:
                     if self._is_gone:
                         return
                     usage = _usage(running) if completion.continuous_usage else None
-                    await send(_body(answer.event(number, chunk, usage)))
+                    await send(_body(b"".join(answer.event(number, chunk, usage) for number, chunk in ready)))
         name = await running.keep_state()
         if completion.include_usage or name is not None:
             usage = _usage(running) if completion.include_usage else None

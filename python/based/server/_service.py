@@ -357,12 +357,17 @@ class Running:
                     self._service.metrics.count_tokens_not_streamed(times.end - times.first_token, count)
         return outputs
 
-    async def chunks(self) -> AsyncGenerator[tuple[int, StreamChunk], None]:
-        """(prompt, chunk) as they come."""
+    async def chunks(self) -> AsyncGenerator[list[tuple[int, StreamChunk]], None]:
+        """(prompt, chunk) as they come; several at once where they came faster than they were taken."""
         if len(self.requests) == 1:
-            async for chunk in self.requests[0]:
-                self._count(0, chunk)
-                yield 0, chunk
+            request = self.requests[0]
+            async for chunk in request:
+                ready = [(0, chunk)]
+                while not self.completion.continuous_usage and (more := request._take()) is not None:
+                    ready.append((0, more))
+                for each in ready:
+                    self._count(*each)
+                yield ready
             return
         queue: asyncio.Queue[tuple[int, StreamChunk] | BaseException | None] = asyncio.Queue()
 
@@ -386,7 +391,7 @@ class Running:
                     raise item
                 else:
                     self._count(*item)
-                    yield item
+                    yield [item]
         finally:
             for task in pumps:
                 task.cancel()
