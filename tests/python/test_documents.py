@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ SHELL = {
     r"based recall -o (\S+).*": r"based recall -o \1 --quick --families window --epochs 1 --device cpu",
     r"based demo.*": "based demo --help",  # half a minute
     r"based eval.*": "based eval --help",  # the harness is an extra
+    r"based bench serve.*": "based bench serve --port 8000 --num-prompts 2 --random-input-len 4 --random-output-len 2",
+    r"based serve.*": "based serve --help",  # a server is there already
+    r"\b8000\b": "${PORT}",
     r"based train config.yaml.*": "based train config.yaml --set training.steps=2 --set training.batch_size=1 "
     "--set optimizer.warmup_steps=1 --set training.device=cpu",
 }
@@ -102,14 +106,35 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The port of a server, as docs/server.md starts it; $PORT, too."""
+    pytest.importorskip("openai")
+    words = [sys.executable, "-m", "based.cli", "serve", "-m", MODELS[0], "--state-dir", "states", "--port", "0"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        log = ""
+        while "is ready" not in (line := process.stderr.readline()):
+            assert line, log
+            log += line
+        port = re.search(r"listening on http://127.0.0.1:(\d+)", log)
+        assert port is not None
+        monkeypatch.setenv("PORT", port[1])
+        yield int(port[1])
+        process.terminate()
+        process.communicate()
+        assert process.returncode == 0
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_the_examples_run(document: Path, folder: Path) -> None:
+def test_the_examples_run(document: Path, folder: Path, request: pytest.FixtureRequest) -> None:
+    port = request.getfixturevalue("server") if document.name == "server.md" else 8000
     names: dict[str, Any] = dict(GIVEN)
     for block in blocks_of(document):
         where = f"{document.name}:{block.line}"
         if block.language == "python":
             text = block.text
-            for old, new in PYTHON.items():
+            for old, new in (PYTHON | {":8000": f":{port}"}).items():
                 text = text.replace(old, new)
             tree = compile("\n" * block.line + text, str(document), "exec", dont_inherit=True)
             if block.reason is None:

@@ -30,6 +30,7 @@ COMMANDS = {
     "train": "train a model, or go on with it",
     "recall": "measure recall over bytes of state: the recall frontier",
     "eval": "measure a model with lm-evaluation-harness",
+    "serve": "answer completions over HTTP",
 }
 """Subcommand, which is the module of this package that has it, and its line of help."""
 
@@ -44,6 +45,11 @@ class _CommandParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         command = self.prog.rsplit(" ", 1)[-1]
         module = importlib.import_module(f"based.cli.{command}")
+        part = args[0] if args else None
+        if part in (parts := getattr(module, "PARTS", {})):  # such as `based bench serve`
+            module = importlib.import_module(parts[part])
+            self.prog += f" {part}"
+            args = args[1:]
         self.description = module.__doc__
         module.add_arguments(self)
         self.set_defaults(run=module.run, parser=self)

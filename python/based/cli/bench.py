@@ -4,6 +4,7 @@ Every combination of -b, -d and -t is measured for every -p (prefill of a prompt
 time); lists are separated by commas. --size makes a model of a named shape with seeded random weights, so that no
 model file is needed. Decoding is the library's own generation loop, greedy sampling included. --plot draws the results
 beside a transformer of the same width and depth. --claim compares BASED, a transformer and Mamba. See docs/cli.md.
+`based bench serve` measures a server instead.
 """
 
 import argparse
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from based import _core
+
+PARTS = {"serve": "based.cli._bench_serve"}
+"""What stands behind the command's name, and the module that has it."""
 
 _BUFFER_BYTES = 1 << 30  # many times any last-level cache
 _CLAIM = ("1.3b", "attn-1b", "mamba-1b")

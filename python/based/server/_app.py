@@ -1,0 +1,705 @@
+"""The routes."""
+
+import asyncio
+import contextlib
+import hmac
+import secrets
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import based
+from based.server import _logs
+from based.server._answers import DONE, Answer, Usage
+from based.server._bodies import (
+    Body,
+    check_fields,
+    describe,
+    get_bool,
+    get_text,
+    parse_object,
+    refuse_media_type,
+)
+from based.server._errors import ApiError, invalid, to_json
+from based.server._requests import FIELDS, check_model
+from based.server._service import ClientGoneError, Running, Service
+from based.server._states import check_name, new_name
+
+_PAGE = Path(__file__).with_name("page.html")
+_OPEN_PATHS = {"/", "/health", "/ping", "/metrics"}
+"""What is answered without an API key: nothing of it tells what clients ask."""
+
+_CLIENT_GONE = 499
+"""The status of an answer that nobody gets, in the log."""
+
+_OTHER_ROUTES = {
+    "/v1/chat/completions": "chat",
+    "/v1/responses": "chat",
+    "/v1/messages": "chat",
+    "/api/chat": "chat",
+    "/v1/conversations": "chat",
+    "/v1/assistants": "chat",
+    "/v1/threads": "chat",
+    "/v1/embeddings": "embeddings",
+    "/v1/rerank": "ranking",
+    "/v1/moderations": "moderation",
+    "/v1/audio/transcriptions": "audio",
+    "/v1/images/generations": "images",
+}
+
+_STATE_FIELDS = {
+    "save": {"to": {"type": ["string", "null"], "description": "The file's name; by default the state's."}},
+    "fork": {"to": {"type": ["string", "null"], "description": "The other name; by default a new one."}},
+    "load": {},
+}
+_TOKENIZE: dict[str, Body] = {
+    "model": FIELDS["model"],
+    "prompt": {"type": "string", "description": "The text."},
+    "add_special_tokens": {"type": ["boolean", "null"], "description": "As a prompt begins.", "default": True},
+    "split_special_tokens": FIELDS["split_special_tokens"],
+    "return_token_strs": {"type": ["boolean", "null"], "description": "Also the tokens' texts.", "default": False},
+}
+_DETOKENIZE: dict[str, Body] = {
+    "model": FIELDS["model"],
+    "tokens": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+}
+
+
+def make_app(service: Service) -> ASGIApp:
+    """The application, in its layers: log and errors, size and key, CORS, routes."""
+    app = FastAPI(
+        title="based",
+        version=based.__version__,
+        docs_url=None,  # those pages take scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    _add_errors(app)
+    _add_routes(app, service)
+    layered: ASGIApp = _Guard(app, service)
+    if service.options.allowed_origins:
+        layered = CORSMiddleware(
+            layered,
+            allow_origins=service.options.allowed_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    return _Outermost(layered, service)
+
+
+# ---- around the routes -----------------------------------------------------------------------------------------------
+
+
+class _Outermost:
+    """Gives each answer the request's id, counts and logs it, and makes an error of what nobody caught."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1003})
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begin = time.perf_counter()
+        identity = _request_id(scope)
+        scope["based.id"], scope["based.log"] = identity, {}
+        status, is_whole = 0, False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status, is_whole
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", identity.encode())]
+            is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            _logs.LOGGER.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
+            if status == 0:
+                await _error_response(_server_error(error))(scope, receive, send_with_id)
+            elif not is_whole:  # cut off: a client must not take it for whole
+                raise
+        finally:
+            self._log(scope, status, time.perf_counter() - begin)
+
+    def _log(self, scope: Scope, status: int, seconds: float) -> None:
+        fields: dict[str, Any] = scope["based.log"]
+        route = getattr(scope.get("route"), "path", None) or "other"
+        self._service.metrics.count_response(route, status)
+        if not self._service.options.log_requests or (status == 200 and scope["path"] in ("/health", "/metrics")):
+            return
+        client = scope.get("client")
+        line = f"{scope['method']} {scope['path'][:200]} {status or 'unanswered'} in {_duration(seconds)}"
+        if "prompt_tokens" in fields:
+            cached = f" ({fields['cached_tokens']} cached)" if fields["cached_tokens"] else ""
+            line += f", {fields['prompt_tokens']} tokens{cached} + {fields['completion_tokens']} new"
+        if fields.get("first_token_seconds") is not None:
+            line += f", the first after {_duration(fields['first_token_seconds'])}"
+        for name in ("error", "note"):
+            if name in fields:
+                line += f": {fields[name][:300]}"
+        line += f" [{scope['based.id']}]"
+        about = {
+            "method": scope["method"],
+            "path": scope["path"][:200],
+            "status": status,
+            "seconds": round(seconds, 6),
+            "request_id": scope["based.id"],
+            "client": None if client is None else client[0],
+        }
+        _logs.info(line, about | fields)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _request_id(scope: Scope) -> str:
+    """The one of the client, if an answer's header may hold it, or a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and 0 < len(value) <= 128 and all(0x21 <= byte < 0x7F for byte in value):
+            text: str = value.decode()
+            return text
+    return secrets.token_hex(8)
+
+
+class _Guard:
+    """Refuses a request without the key, or with too large headers, before anything of it is read."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in service.options.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._keys and scope["path"] not in _OPEN_PATHS:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            kind, _, key = given.partition(b" ")
+            # All keys are compared, each in constant time: time tells nothing about them.
+            right = [hmac.compare_digest(key.strip(), each) for each in self._keys]
+            if kind.lower() != b"bearer" or not any(right):
+                error = ApiError(
+                    401,
+                    "the API key is wrong"
+                    if given
+                    else "there is no API key: send the header Authorization: Bearer KEY",
+                    code="invalid_api_key",
+                    headers={"www-authenticate": "Bearer"},
+                )
+                await _error_response(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _add_errors(app: FastAPI) -> None:
+    async def on_api_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        request.scope["based.log"]["error"] = error.message
+        return _error_response(error)
+
+    async def on_http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        path = request.url.path
+        message = f"there is nothing at {path[:200]}"
+        if (what := _OTHER_ROUTES.get(path.rstrip("/"))) is not None:
+            message = f"{path} is not served: this is a base model, which has no {what}; POST /v1/completions"
+        elif error.status_code == 405:
+            message = f"{path[:200]} takes no {request.method}"
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        api_error = ApiError(
+            error.status_code, message if code else str(error.detail), code=code, headers=dict(error.headers or {})
+        )
+        return await on_api_error(request, api_error)
+
+    async def on_validation_error(request: Request, error: Exception) -> Response:
+        return await on_api_error(request, invalid(str(error)))
+
+    async def on_client_gone(request: Request, error: Exception) -> Response:
+        request.scope["based.log"]["note"] = "the client went away"
+        return Response(status_code=_CLIENT_GONE)
+
+    async def on_failure(request: Request, error: Exception) -> Response:
+        return _error_response(_server_error(error))
+
+    app.add_exception_handler(ApiError, on_api_error)
+    app.add_exception_handler(ClientGoneError, on_client_gone)
+    app.add_exception_handler(Exception, on_failure)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(RequestValidationError, on_validation_error)
+
+
+def _error_response(error: ApiError) -> Response:
+    return Response(to_json(error.body()), error.status, error.headers, "application/json")
+
+
+def _server_error(error: BaseException) -> ApiError:
+    """What is our own fault, or the machine's."""
+    kind = type(error).__name__
+    if isinstance(error, MemoryError):
+        return ApiError(503, f"memory is short: {error}", code="out_of_memory", headers={"retry-after": "5"})
+    message = f"{kind}: {error}" if isinstance(error, based.Error | OSError) else f"an error of the server: {kind}"
+    return ApiError(500, message, code="server_error")
+
+
+def _json_response(value: Any, status: int = 200) -> Response:
+    return Response(to_json(value), status, media_type="application/json")
+
+
+async def _read(request: Request, service: Service, *, needs_body: bool = True) -> bytes:
+    """The body, of a bounded size and in a bounded time."""
+    limits = service.options.limits
+    data = bytearray()
+
+    async def read() -> None:
+        async for piece in request.stream():
+            data.extend(piece)
+            if len(data) > limits.body_bytes:
+                raise too_large
+
+    too_large = ApiError(
+        413,
+        f"the body has more than {limits.body_bytes} bytes, the most of this server",
+        code="body_too_large",
+        headers={"connection": "close"},  # the rest of it is not read
+    )
+    length = request.headers.get("content-length", "")
+    if length.isascii() and length.isdigit() and (len(length) > 18 or int(length) > limits.body_bytes):
+        raise too_large
+    try:
+        await asyncio.wait_for(read(), limits.read_seconds)
+    except TimeoutError:
+        raise ApiError(
+            408,
+            f"the body did not arrive within {limits.read_seconds:g} s",
+            code="timeout",
+            headers={"connection": "close"},
+        ) from None
+    except Exception as error:
+        if type(error).__name__ == "ClientDisconnect":
+            raise ClientGoneError from None
+        raise
+    if data or needs_body:
+        refuse_media_type(request.headers.get("content-type", ""))
+    return bytes(data)
+
+
+async def _until_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+# ---- routes ----------------------------------------------------------------------------------------------------------
+
+
+def _body_schema(properties: dict[str, Body], required: list[str] | None = None) -> dict[str, Any]:
+    schema: Body = {"type": "object", "properties": properties, "additionalProperties": False}
+    if required:
+        schema["required"] = required
+    content = {"application/json": {"schema": schema}}
+    return {"requestBody": {"required": bool(required), "content": content}}
+
+
+def _responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    error = {"type": "object", "required": ["error"], "properties": {"error": {"type": "object"}}}
+    texts = {400: "A field is wrong", 401: "The API key is wrong", 404: "No such model or state", 408: "Too slow",
+             409: "The state is taken, or another model's", 413: "The body is too large", 415: "No JSON",
+             429: "Too many requests at once", 503: "Loading, or shutting down", 507: "No room for states"}  # fmt: skip
+    return {
+        status: {"description": texts[status], "content": {"application/json": {"schema": error}}}
+        for status in (400, 401, 408, 413, 415, *statuses)
+    }
+
+
+def _add_routes(app: FastAPI, service: Service) -> None:
+    options = service.options
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        policy = (
+            "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+        headers = {"content-security-policy": policy, "x-content-type-options": "nosniff"}
+        return Response(_PAGE.read_bytes(), headers=headers, media_type="text/html; charset=utf-8")
+
+    @app.get("/health", responses={503: {"description": "Loading, or shutting down"}})
+    async def health() -> Response:
+        """200 when requests are taken."""
+        status = "ok" if service.is_ready else "shutting down" if service.is_draining else "loading"
+        return _json_response({"status": status}, 200 if service.is_ready else 503)
+
+    @app.get("/ping", include_in_schema=False)
+    async def ping() -> Response:
+        return await health()
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Numbers for Prometheus."""
+        text = await service.in_thread(service.metrics.text)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/version", include_in_schema=False)
+    async def version() -> Response:
+        return _json_response({"version": based.__version__})
+
+    def model_card() -> dict[str, Any]:
+        model, _, _ = service.require()
+        return {
+            "id": options.model_name,
+            "object": "model",
+            "created": int(service.started),
+            "owned_by": "based",
+            "root": options.model_name,
+            "parent": None,
+            "max_model_len": model.max_context,
+        }
+
+    @app.get("/v1/models", responses=_responses(503))
+    async def models() -> Response:
+        """The model that is served."""
+        return _json_response({"object": "list", "data": [model_card()]})
+
+    @app.get("/v1/models/{name:path}", responses=_responses(404, 503))
+    async def one_model(name: str) -> Response:
+        """The same, by its name."""
+        check_model({"model": name}, options.model_name)
+        return _json_response(model_card())
+
+    @app.post(
+        "/v1/completions", responses=_responses(404, 409, 429, 503), openapi_extra=_body_schema(FIELDS, ["prompt"])
+    )
+    async def completions(request: Request) -> Response:
+        """Continues prompts."""
+        service.require()
+        data = await _read(request, service)
+        service.enter()
+        stays = False
+        try:
+            running = await service.begin(data)
+            try:
+                if running.completion.stream:
+                    stays = True
+                    return _EventStream(service, running)
+                return await _answer(service, running, request)
+            finally:
+                if not stays:
+                    running.end()
+                    _note(request.scope, running)
+        finally:
+            if not stays:
+                service.leave()
+
+    @app.get("/server_info", responses=_responses(503))
+    async def server_info() -> Response:
+        """What runs, and its limits."""
+        model, engine, states = service.require()
+        stats = engine.stats()
+        limits = options.limits
+        number, nbytes = await service.in_thread(lambda: states.in_memory)
+        return _json_response(
+            {
+                "version": based.__version__,
+                "uptime_seconds": round(time.time() - service.started, 3),
+                "model": {
+                    "id": options.model_name,
+                    "num_parameters": model.num_parameters,
+                    "dtype": model.dtype,
+                    "device": model.device,
+                    "kernel_isa": model.kernel_isa,
+                    "fingerprint": model.fingerprint,
+                    "vocab_size": model.config.vocab_size,
+                    "state_nbytes": model.state_nbytes,
+                    "max_model_len": model.max_context,
+                },
+                "engine": {
+                    "max_batch_size": stats.max_batch_size,
+                    "running": stats.running,
+                    "waiting_requests": stats.waiting_requests,
+                    "waiting_tokens": stats.waiting_tokens,
+                },
+                "states": {"in_memory": number, "nbytes": nbytes, "files": options.state_dir is not None},
+                "limits": {name: getattr(limits, name) for name in limits.__slots__},
+            }
+        )
+
+    _add_tokenizer_routes(app, service)
+    _add_state_routes(app, service)
+
+
+def _add_tokenizer_routes(app: FastAPI, service: Service) -> None:
+    def tokenizer() -> Any:
+        model, _, _ = service.require()
+        if model.tokenizer is None:
+            raise invalid("this model has no tokenizer: give token ids", code="no_tokenizer")
+        return model.tokenizer
+
+    @app.post("/tokenize", responses=_responses(404, 503), openapi_extra=_body_schema(_TOKENIZE, ["prompt"]))
+    async def tokenize(request: Request) -> Response:
+        """Token ids of a text."""
+        service.require()
+        data = await _read(request, service)
+        return _json_response(await service.in_thread(partial(do_tokenize, data)))
+
+    def do_tokenize(data: bytes) -> dict[str, Any]:
+        model, _, _ = service.require()
+        body = parse_object(data)
+        check_fields(body, _TOKENIZE)
+        check_model(body, service.options.model_name)
+        text = get_text(body, "prompt")
+        if text is None:
+            raise invalid("prompt is missing: give a text", param="prompt")
+        at_start = get_bool(body, "add_special_tokens", True)
+        of = tokenizer()
+        ids = []
+        if text or at_start:
+            try:
+                split = get_bool(body, "split_special_tokens")
+                ids = model.encode(text, at_start=at_start, split_special_tokens=split)
+            except ValueError as error:
+                raise invalid(str(error), param="prompt") from None
+        names = [of.id_to_token(token) for token in ids] if get_bool(body, "return_token_strs") else None
+        return {"count": len(ids), "max_model_len": model.max_context, "tokens": ids, "token_strs": names}
+
+    @app.post("/detokenize", responses=_responses(404, 503), openapi_extra=_body_schema(_DETOKENIZE, ["tokens"]))
+    async def detokenize(request: Request) -> Response:
+        """The text of token ids."""
+        service.require()
+        data = await _read(request, service)
+        return _json_response(await service.in_thread(partial(do_detokenize, data)))
+
+    def do_detokenize(data: bytes) -> dict[str, Any]:
+        model, _, _ = service.require()
+        body = parse_object(data)
+        check_fields(body, _DETOKENIZE)
+        check_model(body, service.options.model_name)
+        tokens = body.get("tokens")
+        if not isinstance(tokens, list):
+            raise invalid(f"tokens is {describe(tokens)}, expected a list of token ids", param="tokens")
+        of = tokenizer()
+        if tokens:
+            try:
+                tokens = based._core.check_prompt(tokens, model.config.vocab_size, "tokens").tolist()
+            except (TypeError, ValueError) as error:
+                raise invalid(str(error), param="tokens") from None
+        return {"prompt": of.decode(tokens, skip_special_tokens=False)}
+
+    @app.get("/tokenizer_info", responses=_responses(503))
+    async def tokenizer_info() -> Response:
+        """Special tokens, and how texts begin."""
+        model, _, _ = service.require()
+        of = tokenizer()
+        config = model.config
+
+        def name(token: int | None) -> str | None:
+            return None if token is None or token >= config.vocab_size else of.id_to_token(token)
+
+        special = {str(id): token.content for id, token in of.get_added_tokens_decoder().items() if token.special}
+        bos, eos = name(config.bos_token_id), name(config.eos_token_id)
+        return _json_response(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "vocab_size": config.vocab_size,
+                "model_max_length": model.max_context,
+                "bos_token": bos,
+                "bos_token_id": config.bos_token_id,
+                "eos_token": eos,
+                "eos_token_id": config.eos_token_id,
+                "pad_token": eos,
+                "special_tokens": special,
+                "chat_template": None,
+            }
+        )
+
+
+def _add_state_routes(app: FastAPI, service: Service) -> None:
+    def store() -> Any:
+        return service.require()[2]
+
+    @app.get("/v1/states", responses=_responses(503))
+    async def list_states() -> Response:
+        """All states that have names."""
+        found = await service.in_thread(store().everything)
+        return _json_response({"object": "list", "data": found})
+
+    @app.get("/v1/states/{name}", responses=_responses(404, 503))
+    async def one_state(name: str) -> Response:
+        """What there is of one."""
+        found = await service.in_thread(partial(store().info, check_name(name, "id")))
+        return _json_response(found)
+
+    @app.delete("/v1/states/{name}", responses=_responses(404, 503))
+    async def delete_state(name: str) -> Response:
+        """Forgets one, and its file."""
+        await service.in_thread(partial(store().delete, check_name(name, "id")))
+        return _json_response({"id": name, "object": "state.deleted", "deleted": True})
+
+    async def read(request: Request, verb: str) -> str | None:
+        """The field `to`."""
+        data = await _read(request, service, needs_body=False)
+        body = parse_object(data) if data else {}
+        check_fields(body, _STATE_FIELDS[verb])
+        return None if body.get("to") is None else check_name(body["to"], "to")
+
+    def schema(verb: str) -> dict[str, Any]:
+        return _body_schema(_STATE_FIELDS[verb])
+
+    @app.post("/v1/states/{name}/save", responses=_responses(404, 409, 503, 507), openapi_extra=schema("save"))
+    async def save_state(name: str, request: Request) -> Response:
+        """Writes one to a file, in the server's folder of states."""
+        states = store()
+        to = await read(request, "save")
+        return _json_response(await service.in_thread(partial(states.save, check_name(name, "id"), to)))
+
+    @app.post("/v1/states/{name}/load", responses=_responses(404, 409, 503), openapi_extra=schema("load"))
+    async def load_state(name: str, request: Request) -> Response:
+        """Takes one from its file into memory."""
+        states = store()
+        await read(request, "load")
+        return _json_response(await service.in_thread(partial(states.load, check_name(name, "id"))))
+
+    @app.post("/v1/states/{name}/fork", responses=_responses(404, 409, 503), openapi_extra=schema("fork"))
+    async def fork_state(name: str, request: Request) -> Response:
+        """Gives one a second name."""
+        states = store()
+        to = await read(request, "fork") or new_name()
+        return _json_response(await service.in_thread(partial(states.fork, check_name(name, "id"), to)))
+
+
+# ---- completions -----------------------------------------------------------------------------------------------------
+
+
+def _answer_of(service: Service, running: Running, echoed: Any) -> Answer:
+    identity = f"cmpl-{secrets.token_hex(12)}"
+    return Answer(running.completion, running.model, service.options.model_name, identity, echoed)
+
+
+def _usage(running: Running) -> Usage:
+    usage = Usage()
+    usage.prompt_tokens = running.num_prompt_tokens
+    usage.completion_tokens = running.num_generated
+    usage.cached_tokens = running.num_cached_tokens
+    return usage
+
+
+def _note(scope: Scope, running: Running) -> None:
+    """What the log says of a request."""
+    first = running.first_token
+    scope["based.log"] |= {
+        "prompt_tokens": running.num_prompt_tokens,
+        "cached_tokens": running.num_cached_tokens,
+        "completion_tokens": running.num_generated,
+        "first_token_seconds": None if first is None else round(first - running.arrival, 6),
+    }
+
+
+async def _answer(service: Service, running: Running, request: Request) -> Response:
+    """The whole answer. A client that goes away ends the request."""
+
+    async def work() -> bytes:
+        echoed = await service.echoed(running)
+        outputs: Any = [[] for _ in running.completion.prompts]
+        if running.requests:
+            outputs = [output.outputs for output in await running.outputs()]
+        else:
+            outputs = [running.nothing() for _ in running.completion.prompts]
+        samples = [sample for output in outputs for sample in output]
+        if all(sample.finish_reason == "error" and not sample.token_ids for sample in samples):
+            raise ApiError(500, samples[0].error or "the request failed", code="generation_failed")
+        name = await running.keep_state()
+        usage = _usage(running)
+        answer = _answer_of(service, running, echoed)
+        if running.completion.logprobs is None and usage.completion_tokens < 10_000:
+            return answer.whole(outputs, usage, name)
+        return await service.in_thread(partial(answer.whole, outputs, usage, name))
+
+    working = asyncio.create_task(work())
+    watching = asyncio.create_task(_until_disconnect(request.receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            running.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+            raise ClientGoneError
+        return Response(await working, media_type="application/json")
+    finally:
+        watching.cancel()
+
+
+class _EventStream(Response):
+    """Server-sent events, one for each token."""
+
+    def __init__(self, service: Service, running: Running) -> None:
+        super().__init__(media_type="text/event-stream")
+        self._service = service
+        self._running = running
+        self._is_gone = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        running = self._running
+        watching = asyncio.create_task(self._watch(receive))
+        try:
+            headers = [
+                (b"content-type", b"text/event-stream; charset=utf-8"),
+                (b"cache-control", b"no-cache"),
+                (b"x-accel-buffering", b"no"),
+            ]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            try:
+                await self._send_events(send)
+            except Exception as error:
+                if self._is_gone:
+                    raise ClientGoneError from None
+                _logs.LOGGER.error("a stream failed", exc_info=error)
+                failed = error if isinstance(error, ApiError) else _server_error(error)
+                scope["based.log"]["error"] = failed.message
+                await send(_body(b"data: " + to_json(failed.body()) + b"\n\n"))
+            if self._is_gone:
+                scope["based.log"]["note"] = "the client went away"
+            await send(_body(DONE, more=False))
+        finally:
+            watching.cancel()
+            running.end()
+            self._service.leave()
+            _note(scope, running)
+
+    async def _watch(self, receive: Receive) -> None:
+        await _until_disconnect(receive)
+        self._is_gone = True
+        self._running.cancel()
+
+    async def _send_events(self, send: Send) -> None:
+        running, completion = self._running, self._running.completion
+        answer = _answer_of(self._service, running, await self._service.echoed(running))
+        if completion.echo:
+            for number in range(len(completion.prompts)):
+                for index in range(completion.n):
+                    await send(_body(answer.echo_event(number, index)))
+        if running.requests:
+            async with contextlib.aclosing(running.chunks()) as chunks:
+                async for ready in chunks:
+                    if self._is_gone:
+                        return
+                    usage = _usage(running) if completion.continuous_usage else None
+                    await send(_body(b"".join(answer.event(number, chunk, usage) for number, chunk in ready)))
+        name = await running.keep_state()
+        if completion.include_usage or name is not None:
+            usage = _usage(running) if completion.include_usage else None
+            await send(_body(answer.last_event(usage, name)))
+
+
+def _body(data: bytes, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": data, "more_body": more}

@@ -1,0 +1,54 @@
+"""What `based serve` can be told."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+"""The names that states may have: they are names of files, too."""
+
+
+@dataclass(slots=True)
+class Limits:
+    """What one request, and all of them together, may take. Beyond that a request is refused, and told the limit."""
+
+    body_bytes: int = 16 << 20
+    header_bytes: int = 64 << 10
+    prompt_tokens: int | None = None
+    """Of one prompt; None: any number."""
+    new_tokens: int | None = None
+    """max_tokens of a request; None: any number."""
+    prompts: int = 1024
+    n: int = 128
+    logprobs: int = 20
+    requests: int = 4096
+    """Requests that compute or wait for it at once."""
+    read_seconds: float = 60.0
+    """Time for a request to arrive as a whole."""
+    request_seconds: float | None = None
+    """Time for a request to be answered; it then ends with what it has. None: any time."""
+
+
+@dataclass(slots=True)
+class Options:
+    """Where and how to serve, but for the model and its engine."""
+
+    model_name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: list[str] = field(default_factory=list)
+    allowed_origins: list[str] = field(default_factory=list)
+    certificate: Path | None = None
+    key: Path | None = None
+    ca_certificates: Path | None = None
+    """Clients must have a certificate of these."""
+    metrics_prefix: str = "based"
+    state_dir: Path | None = None
+    max_states: int = 1024
+    """States in memory."""
+    max_state_bytes: int = 1 << 30
+    max_state_files: int = 10_000
+    drain_seconds: float = 30.0
+    log_json: bool = False
+    log_requests: bool = True
+    limits: Limits = field(default_factory=Limits)

@@ -1,0 +1,230 @@
+"""Opens the socket, loads the model, serves until a signal, and ends in order."""
+
+import asyncio
+import contextlib
+import http
+import signal
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from based.server import _logs
+from based.server._app import make_app
+from based.server._errors import ApiError, to_json
+from based.server._options import Options
+from based.server._service import Service
+
+if TYPE_CHECKING:
+    from based import Engine, Model
+
+_SECONDS_TO_LEAVE = 5  # for connections, behind the last answer
+
+
+def serve(
+    load: "Callable[[], tuple[Model, Engine]]",
+    options: Options,
+    *,
+    when_listening: Callable[[str], None] | None = None,
+) -> None:
+    """Serves until SIGTERM or SIGINT, and then until what runs has ended.
+
+    Args:
+        load: Gives the model and its engine; called in a thread, while the socket is open.
+        options: Where and how.
+        when_listening: Called with the server's address.
+
+    Raises:
+        OSError: The address cannot be used, or a file of the options not be read.
+        BaseException: What `load` raised.
+    """
+    _logs.set_up(options.log_json)
+    service = Service(load, options)
+    with contextlib.closing(_listen(options)) as sock:
+        server = make_server(service)
+        host, port = sock.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        address = f"{'http' if options.certificate is None else 'https'}://{shown}:{port}"
+        _logs.info(f"listening on {address}, loading {options.model_name}")
+        if when_listening is not None:
+            when_listening(address)
+        asyncio.run(server.serve([sock]))
+    service.close()
+    if service.failure is not None:
+        raise service.failure
+
+
+def make_server(service: Service) -> "Server":
+    """The server of a service, which has not begun. Raises OSError for files of TLS."""
+    options = service.options
+    tls: dict[str, Any] = {}
+    if options.certificate is not None:
+        tls = {"ssl_certfile": options.certificate, "ssl_keyfile": options.key}
+        if options.ca_certificates is not None:
+            tls |= {"ssl_ca_certs": options.ca_certificates, "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    config = uvicorn.Config(
+        make_app(service),
+        http=protocol_class(options.limits.header_bytes, options.limits.read_seconds),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=_SECONDS_TO_LEAVE,
+        **tls,
+    )
+    config.load()
+    return Server(config, service)
+
+
+def _listen(options: Options) -> socket.socket:
+    """A socket that takes connections. Raises OSError."""
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(2048)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, f"{error.strerror}: {options.host}:{options.port}") from error
+    return sock
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which loads the model when it has begun, and drains it at the end."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._num_signals = 0
+        self._is_urgent = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to load when the socket is open."""
+        await super().startup(sockets)
+        loop = asyncio.get_running_loop()
+
+        def when_failed() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self.stop)
+
+        self._service.start(lambda: None, when_failed)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Takes no more requests, and waits for those that run."""
+        for server in self.servers:
+            server.close()
+        await self._service.drain(self._is_urgent)
+        await super().shutdown(sockets)
+
+    def stop(self) -> None:
+        """Makes it end as a signal does. On the event loop."""
+        self.should_exit = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """The first signal drains, the second one ends what runs at once."""
+        loop = asyncio.get_running_loop()
+
+        def on_signal(number: int) -> None:
+            self._num_signals += 1
+            _logs.info(f"{signal.Signals(number).name}: shutting down")
+            self.stop()
+            if self._num_signals > 1:
+                self._is_urgent.set()
+
+        signals: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
+        try:
+            for each in signals:
+                loop.add_signal_handler(each, on_signal, each)
+        except (ValueError, RuntimeError):  # not the main thread, which alone gets signals
+            signals = ()
+        try:
+            yield
+        finally:
+            for each in signals:
+                loop.remove_signal_handler(each)
+
+
+def protocol_class(max_header_bytes: int, seconds: float) -> type[HttpToolsProtocol]:
+    """The HTTP protocol of uvicorn, with a bound on the bytes of a request's head and on the time that it takes."""
+
+    class Protocol(HttpToolsProtocol):
+        _head_bytes = 0
+        _deadline: asyncio.TimerHandle | None = None
+        _is_in_head = True
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._await_head()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._head_is_here()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if self.transport.is_closing():
+                return
+            if self._is_in_head:
+                self._head_bytes += len(data)
+                if self._head_bytes > max_header_bytes:
+                    # What counts are the bytes of the head: with it, much of a body may have come.
+                    head = data.find(b"\r\n\r\n")
+                    seen = self._head_bytes - len(data) + (len(data) if head < 0 else head)
+                    if seen > max_header_bytes:
+                        self._refuse(431, f"the head of the request has more than {max_header_bytes} bytes")
+                        return
+            super().data_received(data)
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            if not self._is_in_head:  # another request on this connection
+                self._is_in_head, self._head_bytes = True, 0
+                self._await_head()
+
+        def on_headers_complete(self) -> None:
+            self._head_is_here()
+            super().on_headers_complete()
+
+        def send_400_response(self, msg: str) -> None:
+            self._refuse(400, "this is no valid HTTP/1.1 request")
+
+        def _refuse(self, status: int, message: str) -> None:
+            phrase = http.HTTPStatus(status).phrase
+            body = to_json(ApiError(status, message, code="invalid_http").body())
+            head = (
+                f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            )
+            self._head_is_here()
+            if self.cycle is None or self.cycle.response_complete:  # else its answer is on the way
+                self.transport.write(head.encode() + body)
+            self.transport.close()
+
+        def _await_head(self) -> None:
+            self._head_is_here()
+            self._is_in_head = True
+            self._deadline = self.loop.call_later(seconds, self._head_is_late)
+
+        def _head_is_late(self) -> None:
+            if not self.transport.is_closing():
+                if self._head_bytes:
+                    self._refuse(408, f"the head of the request did not arrive within {seconds:g} s")
+                else:
+                    self.transport.close()
+
+        def _head_is_here(self) -> None:
+            self._is_in_head = False
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+
+    return Protocol
