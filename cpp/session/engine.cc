@@ -1216,7 +1216,7 @@ void Engine::Impl::give_state(Sample& sample) {
   const State* const states[] = {sample.request->base.get()};
   session().restore({&sample.slot, 1}, states);
   Feed feed{sample.request, {}, {sample.slot}};
-  feed.replayed = sample;
+  feed.replayed.emplace(sample);
   feed.replayed->sampled = sample.taken + 1;
   feed.length = sample.taken;
   if (feed.length == 0) return give_state(sample);
