@@ -312,6 +312,12 @@ void CudaBackend::gated_delta_net(const GatedDeltaNetConfig& config, const backe
                                   const RaggedBatch& batch, const Matrix& u, backend::StatePool& states, int layer,
                                   const Matrix& out) {
   const UseDevice use(device_);
+  const std::size_t needed = gated_delta_net_shared_bytes(config);
+  if (const int most = device_info().max_shared_bytes; needed > static_cast<std::size_t>(most))
+    throw UnsupportedError("gated_delta_net: heads of " + std::to_string(config.key_dim) + " × " +
+                           std::to_string(config.head_dim) + " take " + std::to_string(needed) +
+                           " bytes of shared memory, and this GPU has " + std::to_string(most) +
+                           ": run the model on the CPU");
   const DeviceBatch& tokens = device_batch(batch);
   const CudaStatePool& pool = pool_of(states);
   const std::size_t qkv_nbytes =

@@ -150,6 +150,9 @@ void gated_delta_net(cudaStream_t stream, const GatedDeltaNetConfig& config, DTy
                      const void* qkv, const DeviceBatch& batch, StateView state, void* out, void* scratch);
 std::size_t gated_delta_net_scratch(const GatedDeltaNetConfig& config, DType dtype, const DeviceBatch& batch);
 
+/// Shared memory of a block that steps: with more than DeviceInfo::max_shared_bytes, heads are too large.
+std::size_t gated_delta_net_shared_bytes(const GatedDeltaNetConfig& config);
+
 // ---- linear_attention.cu -------------------------------------------------------------------------------------------
 
 /// q, k (…, f) and v (…, head_dim) of token n and head h at q + n · q_token + h · q_head, and so on.

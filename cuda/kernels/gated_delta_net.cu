@@ -2,9 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <string>
-
-#include "based/error.h"
 
 // The gated delta rule, per head: S ← α S, u = β (v − Sᵀk), S ← S + k uᵀ, y = Sᵀq, then RMSNorm and the output gate. q
 // and k have length 1 (q: 1 / √key_dim), which is not stored: they stay as the convolution made them, T, and their
@@ -746,24 +743,19 @@ __global__ void __launch_bounds__(256) delta_norm_kernel(DeltaArguments a) {
 constexpr const char* kName = "gated_delta_net";
 
 /// The model alone chooses the threads, which the sums follow.
-WalkShape walk_shape(const DeltaArguments& a, int vec) {
+WalkShape walk_shape(int dk, int dv, int vec) {
   WalkShape shape{};
-  shape.threads = static_cast<std::int64_t>(a.dk) * a.dv > 256 * kWalkHeld * 4 ? 512 : 256;
-  shape.column_threads = std::min((a.dv + vec - 1) / vec, shape.threads);
-  shape.row_groups = std::max(1, std::min(shape.threads / shape.column_threads, a.dk));
+  shape.threads = static_cast<std::int64_t>(dk) * dv > 256 * kWalkHeld * 4 ? 512 : 256;
+  shape.column_threads = std::min((dv + vec - 1) / vec, shape.threads);
+  shape.row_groups = std::max(1, std::min(shape.threads / shape.column_threads, dk));
   return shape;
 }
 
 template <typename T>
 void launch_walk(cudaStream_t stream, const DeltaArguments& a, bool longs) {
   const int vec = a.dv % 4 == 0 && is_aligned(a.state.data, 16) && a.state.slot_stride % 16 == 0 ? 4 : 1;
-  const WalkShape shape = walk_shape(a, vec);
+  const WalkShape shape = walk_shape(a.dk, a.dv, vec);
   const int sequences = longs ? a.batch.num_longs : a.batch.num_singles;
-  if (const std::size_t nbytes = walk_shared_bytes(shape, a.dk, a.dv, vec);
-      nbytes > static_cast<std::size_t>(device_info().max_shared_bytes))
-    throw UnsupportedError("gated_delta_net: heads of " + std::to_string(a.dk) + " × " + std::to_string(a.dv) +
-                           " take " + std::to_string(nbytes) + " bytes of shared memory, and this GPU has " +
-                           std::to_string(device_info().max_shared_bytes) + ": run the model on the CPU");
   launch(stream, kName, vec == 4 ? delta_walk_kernel<T, 4> : delta_walk_kernel<T, 1>,
          dim3(blocks_for(static_cast<std::int64_t>(sequences) * a.num_heads, 1)),
          dim3(static_cast<unsigned>(shape.threads)), walk_shared_bytes(shape, a.dk, a.dv, vec), a, longs, shape);
@@ -814,6 +806,12 @@ struct ScratchPlan {
 };
 
 }  // namespace
+
+std::size_t gated_delta_net_shared_bytes(const GatedDeltaNetConfig& config) {
+  const int dk = static_cast<int>(config.key_dim), dv = static_cast<int>(config.head_dim);
+  return std::max(walk_shared_bytes(walk_shape(dk, dv, 1), dk, dv, 1),
+                  walk_shared_bytes(walk_shape(dk, dv, 4), dk, dv, 4));
+}
 
 std::size_t gated_delta_net_scratch(const GatedDeltaNetConfig& config, DType dtype, const DeviceBatch& batch) {
   return batch.num_longs == 0 || scan_stages(config, size_of(dtype)) == 0 ? 0 : ScratchPlan(config, batch).nbytes;

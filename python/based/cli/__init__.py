@@ -29,6 +29,7 @@ COMMANDS = {
     "bench": "measure prefill and decoding speed",
     "train": "train a model, or go on with it",
     "recall": "measure recall over bytes of state: the recall frontier",
+    "batch": "answer a file of prompts",
     "eval": "measure a model with lm-evaluation-harness",
     "serve": "answer completions over HTTP",
 }
