@@ -125,6 +125,7 @@ class EngineRequest:
         self._news = threading.Condition()
         self._waiter: asyncio.Future[None] | None = None
         self._reads = self._paused = self._cancelled = False
+        self._pausing = threading.Lock()
         self._on_chunk: Callable[[StreamChunk], None] | None = None
         self._on_end: Callable[[EngineRequest], None] | None = None
         self._states: list[_core.State | None] = [None] * request.params.n
@@ -235,9 +236,17 @@ class EngineRequest:
         return chunk
 
     def _resume(self) -> None:
-        if self._paused:
-            self._paused = False
-            self._engine._core.pause(self._id, False)
+        with self._pausing:
+            if self._paused:
+                self._paused = False
+                self._engine._core.pause(self._id, False)
+
+    def _pause(self) -> None:
+        with self._pausing:
+            self._paused = True
+            self._engine._core.pause(self._id, True)
+        if len(self._chunks) < _MOST_UNREAD // 4 or self._engine._is_draining:  # read, or closed, meanwhile
+            self._resume()
 
     def _output(self) -> RequestOutput:
         self._raise_failure()
@@ -314,9 +323,9 @@ class EngineRequest:
                 self._engine._core.finish(self._id, index, sample.num_tokens)
             sample.waits_for_state = reader_ends
             self._count((*event[:5], None if reader_ends else chunk.finish_reason, *event[6:]))
-        if self._reads and not self._paused and len(self._chunks) > _MOST_UNREAD and not self.ended:
-            self._paused = True
-            self._engine._core.pause(self._id, True)
+        stands_still = self._reads and len(self._chunks) > _MOST_UNREAD
+        if stands_still and not (self._paused or self.ended or self._engine._is_draining):
+            self._pause()
 
     def _read_raw(self) -> None:
         """Makes chunks of events."""
@@ -445,6 +454,7 @@ class Engine:
         self._eos_token_id = model.config.eos_token_id
         self._inbox = _Inbox()
         self._pump_thread: threading.Thread | None = None
+        self._is_draining = False  # no reader holds a request back
         self._process = os.getpid()
         self.max_batch_size = max_batch_size
         """Samples that run at once."""
@@ -559,16 +569,23 @@ class Engine:
         return EngineStats(**stats)
 
     def close(self, drain: bool = True, timeout: float | None = None) -> bool:
-        """Takes no more requests and waits for those that it has.
+        """Takes no more requests and waits for those that it has. Leaving a `with` block does so.
 
         Args:
-            drain: They run to their ends. False: they end at the next step, with finish_reason "abort".
+            drain: They run to their ends, also those whose readers stand still. False: they end at the next step, with
+                finish_reason "abort".
             timeout: Seconds to wait; None: as long as it takes. What runs then goes on: close(drain=False) ends it.
 
         Returns:
             Whether all have ended.
         """
-        return self.is_parents or self._core.shutdown(drain, timeout)
+        if self.is_parents:
+            return True
+        self._is_draining = True
+        for reference in list(self._inbox.requests.values()):
+            if (request := reference()) is not None:
+                request._resume()
+        return self._core.shutdown(drain, timeout)
 
     async def aclose(self, drain: bool = True, timeout: float | None = None) -> bool:
         """As close, for an event loop."""

@@ -280,6 +280,15 @@ def test_no_cache(model):
 # ---- cancelling, slow readers ----------------------------------------------------------------------------------------
 
 
+def test_closing_does_not_wait_for_a_reader_who_stands_still(model):
+    """Leaving the block lets the request finish, though its only reader is in there."""
+    with model.engine(2) as engine:
+        request = engine.submit("a", based.SamplingParams(max_tokens=1500, ignore_eos=True))
+        first = next(request)
+        time.sleep(0.2)  # it may pause meanwhile
+    assert len(first.token_ids) + sum(len(chunk.token_ids) for chunk in request) == 1500
+
+
 def test_cancelling(model, engine):
     request = engine.submit("a", ENDLESS)
     chunks = [next(request) for _ in range(3)]

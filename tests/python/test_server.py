@@ -23,6 +23,7 @@ import based
 import numpy as np
 import pytest
 from based import SamplingParams
+from based.server import _logs
 from based.server._requests import FIELDS, SAMPLING, UNSUPPORTED
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -975,6 +976,19 @@ def test_a_time_limit_ends_what_runs(model: based.Model, tmp_path: Path) -> None
 
 
 # ---- log -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_message_is_one_line() -> None:
+    """A path cannot make a line of its own; a traceback has its lines."""
+    forged = "POST /v1/states/x\n01:00:00 POST /v1/states/bank 200\x1b[1m"
+    record = logging.LogRecord("based.server", logging.INFO, "", 0, "%s", (forged,), None)
+    (line,) = _logs._Lines().format(record).split("\n")
+    assert line.endswith("POST /v1/states/x\\n01:00:00 POST /v1/states/bank 200\\x1b[1m")
+    try:
+        raise ValueError(forged)
+    except ValueError:
+        record.exc_info = sys.exc_info()
+    assert len(_logs._Lines().format(record).splitlines()) > 3
 
 
 def test_log_lines(server: Running, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,16 +10,16 @@ LOGGER = logging.getLogger("based.server")
 
 
 class _Lines(logging.Formatter):
-    """A time, the level where it is not usual, the message; control characters as escapes."""
+    """A time, the level where it is not usual, the message; control characters as escapes, so that it is one line."""
 
     def format(self, record: logging.LogRecord) -> str:
         when = time.strftime("%H:%M:%S", time.localtime(record.created))
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-        text = record.getMessage()
+        lines = [record.getMessage()]
         if record.exc_info:
-            text += "\n" + self.formatException(record.exc_info)
-        shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-        return f"{when} {level}{shown}"
+            lines += self.formatException(record.exc_info).splitlines()
+        shown = ("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line) for line in lines)
+        return f"{when} {level}" + "\n".join(shown)
 
 
 class _Json(logging.Formatter):

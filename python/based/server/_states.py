@@ -79,7 +79,7 @@ class StateStore:
         self.num_evicted = 0
         """States that were lost for want of room."""
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # conversations are their owner's
             probe = folder / f".probe-{os.getpid()}"
             probe.write_bytes(b"")
             probe.unlink()
