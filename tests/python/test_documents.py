@@ -91,6 +91,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "texts").mkdir()
     for index in range(3):
         (tmp_path / "texts" / f"{index}.txt").write_text("Once upon a time there was a state. " * 60)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Once", "max_tokens": 2}\n')
     (tmp_path / "book.txt").write_text("Once upon a time there was a state. " * 20)
     for block in blocks_of(ROOT / "docs" / "training.md"):
         if block.language == "yaml":
