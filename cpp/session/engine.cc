@@ -187,7 +187,10 @@ class Engine::Impl {
   bool wants_step(const Sample& sample) const;
   bool may_begin();
   std::size_t num_used() const;
+  template <typename Part, typename Reserve>
+  bool reserved(std::span<const Part> parts, std::span<const std::int32_t> slots, Reserve&& reserve);
   void fail_slots(std::span<const std::int32_t> slots, const std::string& why);
+  void fail_step(std::span<const std::int32_t> slots, const std::exception_ptr& error);
   void fail_all(const std::exception_ptr& error) noexcept;
   void free_slot(std::int32_t slot);
   void emit(const Shared& request, EngineEvent event);
@@ -781,6 +784,29 @@ void Engine::Impl::advance() {
   if (session_ && !steps_.empty()) take();
 }
 
+// Memory for a step of `parts`, of which parts[i] is of slots[i]. False: there is too little, and nothing has changed
+// but that the cache gave some back, or that those without memory have ended.
+template <typename Part, typename Reserve>
+bool Engine::Impl::reserved(std::span<const Part> parts, std::span<const std::int32_t> slots, Reserve&& reserve) {
+  try {
+    reserve(parts);
+    return true;
+  } catch (...) {
+    if (gave_back(model_->state_nbytes())) return false;
+    const std::string why = what_of(std::current_exception());
+    std::vector<std::int32_t> failed;
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+      try {
+        reserve(parts.subspan(i, 1));
+      } catch (...) {
+        failed.push_back(slots[i]);
+      }
+    }
+    fail_slots(failed.empty() ? slots : failed, why);
+    return false;
+  }
+}
+
 // Enqueues a step of single tokens, which a device may have recorded.
 bool Engine::Impl::launch() {
   std::vector<std::int32_t> slots;
@@ -792,30 +818,11 @@ bool Engine::Impl::launch() {
   }
   if (slots.empty()) return false;
   step.num_rows = static_cast<std::int64_t>(slots.size());
-  try {
-    session().reserve_step(slots);
-  } catch (...) {  // nothing has changed: those that have no memory end
-    if (gave_back(model_->state_nbytes())) return false;
-    const std::string why = what_of(std::current_exception());
-    std::vector<std::int32_t> failed;
-    for (const std::int32_t& slot : slots) {
-      try {
-        session().reserve_step({&slot, 1});
-      } catch (...) {
-        failed.push_back(slot);
-      }
-    }
-    fail_slots(failed.empty() ? slots : failed, why);
-    return false;
-  }
+  if (!reserved<std::int32_t>(slots, slots, [this](auto part) { session().reserve_step(part); })) return false;
   try {
     session().step(slots, *sampler_);
   } catch (...) {
-    const std::exception_ptr error = std::current_exception();
-    if (is_device_error(error))
-      fail_all(error);
-    else
-      fail_slots(slots, what_of(error));
+    fail_step(slots, std::current_exception());
     return false;
   }
   for (Sample& sample : samples_)
@@ -897,34 +904,15 @@ void Engine::Impl::launch_mixed() {
     for (std::size_t i = 0; i < feeds_.size(); ++i)
       if (feeds_[i].length == 0) taken.emplace_back(i, 0);
   }
-  try {
-    if (!only_again) session().reserve(pieces);
-  } catch (...) {  // nothing has changed: those that have no memory end
-    if (gave_back(model_->state_nbytes())) return;
-    const std::string why = what_of(std::current_exception());
-    std::vector<std::int32_t> failed;
-    for (const auto& piece : pieces) {
-      try {
-        session().reserve({&piece, 1});
-      } catch (...) {
-        failed.push_back(piece.slot);
-      }
-    }
-    fail_slots(failed.empty() ? slots : failed, why);
+  if (!only_again && !reserved<Session::Impl::Piece>(pieces, slots, [this](auto part) { session().reserve(part); }))
     return;
-  }
   try {
     if (only_again)
       session().sample_again(again, *sampler_);
     else
       session().step(pieces, *sampler_);
   } catch (...) {
-    const std::exception_ptr error = std::current_exception();
-    if (is_device_error(error))
-      fail_all(error);
-    else
-      fail_slots(slots, what_of(error));
-    return;
+    return fail_step(slots, std::current_exception());
   }
   for (Sample* sample : rows) ++sample->sampled;
   std::vector<std::size_t> done;
@@ -1259,6 +1247,14 @@ void Engine::Impl::fail_slots(std::span<const std::int32_t> slots, const std::st
   });
   for (const std::int32_t slot : freed) free_slot(slot);
   settle();
+}
+
+// A step of these slots failed, alone or with the device.
+void Engine::Impl::fail_step(std::span<const std::int32_t> slots, const std::exception_ptr& error) {
+  if (is_device_error(error))
+    fail_all(error);
+  else
+    fail_slots(slots, what_of(error));
 }
 
 // The states are lost: all that have one end. What waits begins with new ones.
