@@ -36,6 +36,10 @@ using Clock = EngineEvent::Clock;
 // from where a call begins, so that cuts change no bit where nothing else does (tests/python/test_laws.py). It divides
 // Backend::chunk_tokens().
 constexpr std::int64_t kCut = 64;
+// Between two attempts to find memory for more sequences than there was memory for.
+constexpr std::chrono::milliseconds kGrowPause{100};
+// What the states of more sequences than need be must leave to the steps' scratch memory.
+constexpr std::size_t kHeadroom = std::size_t{64} << 20;
 
 std::string what_of(const std::exception_ptr& pointer) {
   try {
@@ -164,7 +168,9 @@ class Engine::Impl {
   bool gave_back(std::size_t nbytes) noexcept;
   bool ranks_before(const Feed& a, const Feed& b, Clock::time_point now) const;
   bool make_room(std::size_t count);
-  void open(int capacity);
+  template <typename Make>
+  std::size_t as_many_as_fit(std::size_t least, std::size_t most, Make&& make);
+  void open(std::size_t capacity, std::size_t headroom);
   void close_session() noexcept;
   bool begin(Feed& feed);
   void advance();
@@ -186,6 +192,7 @@ class Engine::Impl {
   SeenTokens seen_by(const Sample& sample) const;
   bool wants_step(const Sample& sample) const;
   bool may_begin();
+  bool may_grow() const;
   std::size_t num_used() const;
   template <typename Part, typename Reserve>
   bool reserved(std::span<const Part> parts, std::span<const std::int32_t> slots, Reserve&& reserve);
@@ -224,7 +231,7 @@ class Engine::Impl {
   std::optional<Session::Impl::Turn> turn_;
   std::unique_ptr<backend::Sampler> sampler_;
   std::vector<std::int32_t> free_slots_;  // taken from the back
-  bool cannot_grow_ = false;              // there was no memory for more slots
+  Clock::time_point grows_from_{};        // there was no memory for more slots: not tried again before
   std::unordered_map<Id, Shared> requests_;
   std::vector<Feed> waiting_;
   std::vector<Feed> feeds_;      // have slots
@@ -269,7 +276,7 @@ Engine::Impl::Impl(std::shared_ptr<const Model> model, EngineOptions options)
   check_least(options_.max_step_tokens, 0, "max_step_tokens");
   if (options_.cache.device_nbytes > 0 || options_.cache.host_nbytes > 0 || !options_.cache.folder.empty())
     cache_ = std::make_unique<StateCache>(model_, options_.cache);
-  if (!options_.elastic) open(options_.max_batch_size);
+  if (!options_.elastic) open(static_cast<std::size_t>(options_.max_batch_size), 0);
   publish();
   try {
     thread_ = std::thread([this] { run(); });
@@ -457,6 +464,7 @@ bool Engine::Impl::receive() {
       std::optional<Clock::time_point> next;
       for (const auto& [id, request] : requests_)
         if (request->given.deadline && (!next || *request->given.deadline < *next)) next = request->given.deadline;
+      if (!waiting_.empty() && !may_grow() && (!next || grows_from_ < *next)) next = grows_from_;
       const auto wakes = [&] { return has_news() || (closing_ && requests_.empty()); };
       if (next)
         work_.wait_until(lock, *next, wakes);
@@ -564,12 +572,18 @@ std::size_t Engine::Impl::num_used() const {
 
 // Whether there is room for some waiting samples, or may be.
 bool Engine::Impl::may_begin() {
-  if (waiting_.empty() || cannot_grow_) return false;
+  if (waiting_.empty()) return false;
   const std::size_t used = num_used();
   if (used >= static_cast<std::size_t>(options_.max_batch_size)) return false;
   const Feed* const best = best_waiting();
-  return best != nullptr && best->samples.size() + used <= static_cast<std::size_t>(options_.max_batch_size);
+  if (best == nullptr) return false;
+  const std::size_t count = best->samples.size();
+  if (session_ && free_slots_.size() >= count) return true;
+  return count + used <= static_cast<std::size_t>(options_.max_batch_size) && may_grow();
 }
+
+// Asking for memory that is not there costs a device milliseconds.
+bool Engine::Impl::may_grow() const { return num_used() == 0 || Clock::now() >= grows_from_; }
 
 void Engine::Impl::begin_waiting() {
   while (num_used() < static_cast<std::size_t>(options_.max_batch_size)) {
@@ -596,38 +610,63 @@ void Engine::Impl::begin_waiting() {
 
 // Makes `count` slots free, if there can be. Throws when there cannot be, ever.
 bool Engine::Impl::make_room(std::size_t count) {
+  const auto most = static_cast<std::size_t>(options_.max_batch_size);
   if (!session_) {
     std::size_t wanted = 0;
     for (const Feed& feed : waiting_) wanted += feed.samples.size();
-    if (!options_.elastic) wanted = static_cast<std::size_t>(options_.max_batch_size);
-    open(static_cast<int>(std::clamp<std::size_t>(wanted, count, static_cast<std::size_t>(options_.max_batch_size))));
+    const std::size_t least = options_.elastic ? count : most;
+    as_many_as_fit(least, std::clamp(wanted, least, most),
+                   [&](std::size_t size) { open(size, size > least ? kHeadroom : 0); });
   }
   if (free_slots_.size() >= count) return true;
   const auto size = static_cast<std::size_t>(session().batch_size());
   const std::size_t used = num_used();
-  if (used + count > static_cast<std::size_t>(options_.max_batch_size)) return false;
+  if (used + count > most) return false;
   if (long_ != nullptr) return false;  // its step is under way in the states that there are
-  const auto grown = std::min(static_cast<std::size_t>(options_.max_batch_size), std::max(2 * size, used + count));
+  if (used == 0) {
+    close_session();  // not both at once, the old states and the new
+    return make_room(count);
+  }
+  if (!may_grow()) return false;
   try {
-    free_slots_.reserve(grown);
-    session().grow(static_cast<std::int64_t>(grown));
-  } catch (const std::bad_alloc&) {
-    if (gave_back(grown * model_->state_nbytes())) return make_room(count);
-    if (used == 0) throw;
-    cannot_grow_ = true;  // it waits for those that run
+    const std::size_t grown =
+        as_many_as_fit(used + count, std::min(most, std::max(2 * size, used + count)), [this](std::size_t n) {
+          free_slots_.reserve(n);
+          session().grow(static_cast<std::int64_t>(n));
+        });
+    for (std::size_t slot = grown; slot-- > size;) free_slots_.push_back(static_cast<std::int32_t>(slot));
+    return true;
+  } catch (const std::bad_alloc&) {  // it waits for those that run
+    grows_from_ = Clock::now() + kGrowPause;
     return false;
   }
-  for (std::size_t slot = grown; slot-- > size;) free_slots_.push_back(static_cast<std::int32_t>(slot));
-  return true;
 }
 
-void Engine::Impl::open(int capacity) {
-  auto session = std::make_unique<Session::Impl>(model_, capacity, /*keeps_seen=*/false);
+// Calls make(n) for the first n of most, …, least for which there is memory, what is above `least` halved each time,
+// and returns n. The cache gives its memory back first. Throws std::bad_alloc when there is none for `least`.
+template <typename Make>
+std::size_t Engine::Impl::as_many_as_fit(std::size_t least, std::size_t most, Make&& make) {
+  for (std::size_t count = most;;) {
+    try {
+      make(count);
+      return count;
+    } catch (const std::bad_alloc&) {
+      if (gave_back(count * model_->state_nbytes())) continue;
+      if (count == least) throw;
+      count = least + (count - least) / 2;
+    }
+  }
+}
+
+// Throws std::bad_alloc, too, when the states do not leave `headroom` bytes of the device's memory.
+void Engine::Impl::open(std::size_t capacity, std::size_t headroom) {
+  auto session = std::make_unique<Session::Impl>(model_, static_cast<int>(capacity), /*keeps_seen=*/false);
   std::vector<std::int32_t> slots;
-  for (int slot = capacity; slot-- > 0;) slots.push_back(slot);
+  for (std::size_t slot = capacity; slot-- > 0;) slots.push_back(static_cast<std::int32_t>(slot));
   turn_.emplace(*session);
   try {
     sampler_ = session->backend().make_sampler(session->config().vocab_size, options_.max_batch_size);
+    if (headroom > 0) session->backend().allocate(headroom, backend::MemoryKind::workspace);
   } catch (...) {
     turn_.reset();
     throw;
@@ -650,7 +689,6 @@ void Engine::Impl::close_session() noexcept {
   }
   turn_.reset();
   session_.reset();
-  cannot_grow_ = false;
 }
 
 // Gives the samples their slots, and the first slot what the sequence has seen. False: none is left, all have ended.
@@ -1224,7 +1262,6 @@ SeenTokens Engine::Impl::seen_by(const Sample& sample) const {
 
 void Engine::Impl::free_slot(std::int32_t slot) {
   if (!session_) return;  // another slot could not be freed
-  cannot_grow_ = false;
   try {
     session().reset(slot);
     free_slots_.push_back(slot);

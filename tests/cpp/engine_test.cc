@@ -483,6 +483,46 @@ TEST(EngineFailures, EndTheRequestsConcerned) {
   }
 }
 
+// Where there is memory for few sequences, the others wait: at the start, and beside those that run.
+TEST(EngineFailures, AsManyRunAsThereIsMemoryFor) {
+  const auto faults = std::make_shared<Faults>();
+  RandomWeights weights(31);
+  const std::shared_ptr<const Model> model = Model::Impl::make(
+      tiny_config(), std::make_unique<FaultyBackend>(backend::make_backend({}, 1), faults), weights, DType::float32);
+  const GenerationRequest request{random_tokens(70, 1), greedy(4)};
+  const auto expected = alone(model, request)[0];
+  for (const int max_states : {1, 2, 3, 5}) {
+    SCOPED_TRACE("memory for " + std::to_string(max_states));
+    faults->max_states = max_states;
+    Reader reader;
+    Engine engine(model, slots(16, true));
+    for (const bool is_busy : {false, true}) {
+      std::atomic<bool> is_open = false;
+      EngineRequest gate = reader.request(random_tokens(5, 2), sampled(1, is_busy ? 400 : 1, 1));
+      gate.sink = [&, sink = gate.sink](std::span<const EngineEvent> events) {
+        is_open.wait(false);  // the engine's thread: what is submitted meanwhile arrives together
+        sink(events);
+      };
+      const auto first = engine.submit(std::move(gate));
+      std::vector<std::uint64_t> ids;
+      for (int i = 0; i < 12; ++i) ids.push_back(engine.submit(reader.request(request.prompt, request.params)));
+      is_open = true;
+      is_open.notify_all();
+      for (const auto id : ids) {
+        ASSERT_TRUE(reader.wait(id));
+        EXPECT_EQ(reader.tokens(id), expected) << reader.events(id).back().error;
+      }
+      ASSERT_TRUE(reader.wait(first));
+    }
+    // Samples of one request run together: two are one more than a memory for one holds.
+    const auto both = engine.submit(reader.request(request.prompt, sampled(2, 4, 1)));
+    for (const int s : {0, 1}) {
+      ASSERT_TRUE(reader.wait(both, s));
+      EXPECT_EQ(reader.events(both, s).back().finish, max_states < 2 ? FinishReason::error : FinishReason::length);
+    }
+  }
+}
+
 // ---- shutting down -------------------------------------------------------------------------------------------------
 
 TEST_F(EngineTest, DrainsOrAborts) {

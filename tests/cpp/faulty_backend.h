@@ -3,6 +3,7 @@
 // A backend that fails on purpose: at the k-th operation or allocation from when it is armed. It also hands out memory
 // with contents that a test chooses.
 
+#include <climits>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -43,6 +44,7 @@ class Faults {
 
   int num_siblings = 0;           // backends that were made beside the first
   std::optional<std::byte> fill;  // every byte of memory that is allocated
+  int max_states = INT_MAX;       // of one pool: there is no memory for more
   bool memory_apart = false;      // says that the device's memory is not the host's
 
   void tick(const char* what) {
@@ -288,6 +290,7 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
   }
   std::unique_ptr<backend::StatePool> make_states(const ModelConfig& config, DType dtype, int capacity) override {
     faults_->tick("make_states");
+    if (capacity > faults_->max_states) throw OutOfMemory("out of memory: planted");
     return inner_->make_states(config, dtype, capacity);
   }
   void reserve_states(backend::StatePool& states, std::span<const std::int32_t> slots,
