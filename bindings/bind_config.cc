@@ -33,6 +33,30 @@ struct MixerField {
 template <>
 inline constexpr bool is_bound<MixerField> = true;
 
+/// What a method of a mixer's config is called on: any kind of mixer.
+struct Self {
+  MixerConfig mixer;
+};
+
+}  // namespace based::python
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<based::python::Self> {
+  PYBIND11_TYPE_CASTER(based::python::Self, const_name("typing.Self"));
+  bool load(handle source, bool convert) {
+    make_caster<based::MixerConfig> caster;
+    if (!caster.load(source, convert)) return false;
+    value.mixer = cast_op<const based::MixerConfig&>(caster);
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail
+
+namespace based::python {
+
 namespace {
 
 MixerField describe_field(std::string_view key, const domain::Integer& range, std::string_view meaning) {
@@ -101,59 +125,143 @@ std::string class_name(std::string_view mixer) {
   return name + "Config";
 }
 
-// Copies, pickles and hashes of a config struct, of its fields by name: each_field(config, visit) calls
-// visit(name, a reference to the member) for every one.
-template <class Config, class EachField>
-void def_state(py::class_<Config>& type, EachField each_field) {
-  const auto get = [each_field](const Config& config) {
-    py::dict state;
-    each_field(config, [&](std::string_view name, const auto& value) { state[py::str(name)] = value; });
-    return state;
-  };
-  const auto set = [each_field](const py::dict& state) {
-    Config config;
-    each_field(config, [&](std::string_view name, auto& value) {
-      value = state[py::str(name)].template cast<std::remove_reference_t<decltype(value)>>();
-    });
-    return config;
-  };
-  type.def(py::pickle(get, set));
-  type.def("__hash__", [get](const Config& config) { return py::hash(py::tuple(get(config).attr("items")())); });
+py::dict dict_of(const MlpConfig& c) {
+  return py::dict(py::arg("gated") = c.gated, py::arg("activation") = c.activation,
+                  py::arg("inner_size") = c.inner_size, py::arg("fc1_bias") = c.fc1_bias,
+                  py::arg("fc2_bias") = c.fc2_bias);
 }
 
-// The Python class of a mixer's config struct, from its description (based/mixers/description.h).
-template <class Config>
-py::object bind_mixer(py::module_& m) {
-  py::class_<Config> type(m, class_name(Config::kName).c_str(), Config::kAbout);
-  type.def_property_readonly_static("mixer", [](const py::object&) { return Config::kName; })
-      .def_property_readonly_static("letter", [](const py::object&) { return std::string(1, Config::kLetter); })
+MlpConfig mlp_of(const py::dict& dict) {
+  return {.gated = dict["gated"].cast<bool>(),
+          .activation = dict["activation"].cast<Activation>(),
+          .inner_size = dict["inner_size"].cast<std::int64_t>(),
+          .fc1_bias = dict["fc1_bias"].cast<bool>(),
+          .fc2_bias = dict["fc2_bias"].cast<bool>()};
+}
+
+// ---- mixers: all that follows from their descriptions (based/mixers/description.h) --------------------------------
+//
+// Every function that pybind11 is given takes it a fraction of a second to compile. So none is written for each kind of
+// mixer: the members are written once, for MixerConfig, and given to the Python class of every kind.
+
+using FieldValue = std::variant<std::int64_t, double, bool>;
+
+std::vector<MixerField> fields_of(const MixerConfig& mixer) {
+  std::vector<MixerField> fields;
+  const auto visit = [&](std::string_view key, auto, const auto& domain, std::string_view meaning) {
+    fields.push_back(describe_field(key, domain, meaning));
+  };
+  std::visit([&](const auto& config) { config.fields(visit); }, mixer);
+  return fields;
+}
+
+// In the order of the fields.
+std::vector<FieldValue> values_of(const MixerConfig& mixer) {
+  std::vector<FieldValue> values;
+  std::visit(
+      [&](const auto& config) {
+        config.fields([&](std::string_view, auto member, const auto&, std::string_view) {
+          values.push_back(FieldValue(config.*member));
+        });
+      },
+      mixer);
+  return values;
+}
+
+py::dict dict_of(const MixerConfig& mixer) {
+  py::dict dict;
+  const std::vector<MixerField> fields = fields_of(mixer);
+  const std::vector<FieldValue> values = values_of(mixer);
+  for (std::size_t i = 0; i < fields.size(); ++i) dict[py::str(fields[i].key)] = values[i];
+  return dict;
+}
+
+template <class T>
+void read_value(const py::dict& dict, std::string_view key, T& value) {
+  value = dict[py::str(key)].cast<T>();
+}
+
+// The config struct of the kind of `mixer`, with the values of a dict, on the heap.
+void* new_config(MixerConfig mixer, const py::dict& dict) {
+  return std::visit(
+      [&]<class Config>(Config& config) -> void* {
+        config.fields([&](std::string_view key, auto member, const auto&, std::string_view) {
+          read_value(dict, key, config.*member);
+        });
+        return new Config(config);
+      },
+      mixer);
+}
+
+std::string letter_of(const MixerConfig& mixer) {
+  return std::visit([](const auto& config) { return std::string(1, config.kLetter); }, mixer);
+}
+
+std::string summary_of(const MixerConfig& mixer) {
+  return std::visit([](const auto& config) { return config.summary(); }, mixer);
+}
+
+std::optional<std::int64_t> num_features_of(const MixerConfig& mixer) {
+  return std::visit(
+      [](const auto& config) -> std::optional<std::int64_t> {
+        if constexpr (requires { config.num_features(); }) return config.num_features();
+        return std::nullopt;
+      },
+      mixer);
+}
+
+// The members of the class of a kind, of which `kind` is any config.
+void def_mixer(py::class_<MixerConfig> type, const MixerConfig& kind) {
+  const auto of_kind = [index = kind.index()](const Self& self) -> const MixerConfig& {
+    if (self.mixer.index() != index) throw py::reference_cast_error();  // raises TypeError that shows the signature
+    return self.mixer;
+  };
+  type.def_property_readonly_static("mixer", [name = mixer_name(kind)](const py::object&) { return name; })
+      .def_property_readonly_static("letter", [kind](const py::object&) { return letter_of(kind); })
       .def_static(
-          "fields",
-          [] {
-            std::vector<MixerField> fields;
-            Config{}.fields([&](std::string_view key, auto, const auto& domain, std::string_view meaning) {
-              fields.push_back(describe_field(key, domain, meaning));
-            });
-            return fields;
+          "fields", [kind] { return fields_of(kind); }, "The keys of config.json beside \"mixer\", in order.")
+      .def(
+          "projections",
+          [of_kind](const Self& self, std::int64_t hidden_size) {
+            return mixer_projections(of_kind(self), hidden_size);
           },
-          "The keys of config.json beside \"mixer\", in order.")
-      .def("projections", &Config::projections, py::arg("hidden_size"),
-           "The matrices that each token is multiplied by, in order.")
-      .def_property_readonly("parameters", &Config::parameters, "The other tensors of its weights.")
+          py::arg("hidden_size"), "The matrices that each token is multiplied by, in order.")
       .def_property_readonly(
-          "state", [](const Config& config) { return state_tensors(config.state()); },
+          "parameters", [of_kind](const Self& self) { return mixer_parameters(of_kind(self)); },
+          "The other tensors of its weights.")
+      .def_property_readonly(
+          "state", [of_kind](const Self& self) { return state_tensors(mixer_state(of_kind(self))); },
           "The tensors of a layer in a state file.")
-      .def_property_readonly("summary", &Config::summary, "The shape, in words.")
-      .def(py::self == py::self);
-  Config{}.fields([&](std::string_view key, auto member, const auto&, std::string_view meaning) {
-    type.def_readonly(std::string(key).c_str(), member, std::string(meaning).c_str());
-  });
-  def_state(type, [](auto& config, auto visit) {
-    config.fields(
-        [&](std::string_view key, auto member, const auto&, std::string_view) { visit(key, config.*member); });
-  });
-  if constexpr (requires { &Config::num_features; }) type.def_property_readonly("num_features", &Config::num_features);
-  return type;
+      .def_property_readonly(
+          "summary", [of_kind](const Self& self) { return summary_of(of_kind(self)); }, "The shape, in words.");
+
+  const std::vector<MixerField> fields = fields_of(kind);
+  const std::vector<FieldValue> values = values_of(kind);
+  for (std::size_t i = 0; i < fields.size(); ++i) {
+    std::visit(
+        [&]<class T>(T) {
+          type.def_property_readonly(
+              std::string(fields[i].key).c_str(),
+              [of_kind, i](const Self& self) { return std::get<T>(values_of(of_kind(self))[i]); },
+              std::string(fields[i].meaning).c_str());
+        },
+        values[i]);
+  }
+  if (num_features_of(kind))
+    type.def_property_readonly("num_features", [of_kind](const Self& self) { return *num_features_of(of_kind(self)); });
+
+  type.def(
+          "__eq__", [of_kind](const Self& self, const Self& other) { return of_kind(self) == other.mixer; },
+          py::is_operator())
+      .def("__hash__",
+           [of_kind](const Self& self) { return py::hash(py::tuple(dict_of(of_kind(self)).attr("items")())); })
+      .def("__getstate__", [of_kind](const Self& self) { return dict_of(of_kind(self)); })
+      .def(
+          "__setstate__",
+          [kind](py::detail::value_and_holder& self, const py::dict& state) {
+            self.value_ptr() = new_config(kind, state);
+          },
+          py::detail::is_new_style_constructor());
 }
 
 }  // namespace
@@ -205,7 +313,11 @@ void bind_config(py::module_& m) {
                     "First extent of a ring: rows of a full one; of pending and context: 0.");
 
   py::list mixers;
-  for_each_mixer([&]<class Config>(std::type_identity<Config>) { mixers.append(bind_mixer<Config>(m)); });
+  for_each_mixer([&]<class Config>(std::type_identity<Config>) {
+    const py::object type = py::class_<Config>(m, class_name(Config::kName).c_str(), Config::kAbout);
+    def_mixer(type, Config{});
+    mixers.append(type);
+  });
   m.attr("MIXERS") = py::tuple(mixers);
 
   py::class_<MlpConfig> mlp(m, "MlpConfig");
@@ -215,13 +327,8 @@ void bind_config(py::module_& m) {
       .def_readonly("fc1_bias", &MlpConfig::fc1_bias)
       .def_readonly("fc2_bias", &MlpConfig::fc2_bias)
       .def(py::self == py::self);
-  def_state(mlp, [](auto& config, auto visit) {
-    visit("gated", config.gated);
-    visit("activation", config.activation);
-    visit("inner_size", config.inner_size);
-    visit("fc1_bias", config.fc1_bias);
-    visit("fc2_bias", config.fc2_bias);
-  });
+  mlp.def("__hash__", [](const MlpConfig& c) { return py::hash(py::tuple(dict_of(c).attr("items")())); })
+      .def(py::pickle([](const MlpConfig& c) { return dict_of(c); }, &mlp_of));
 
   py::class_<ModelConfig>(m, "ModelConfig", "Every number that the maths needs: a model directory's config.json.")
       .def_static(

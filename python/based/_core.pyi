@@ -211,15 +211,15 @@ class GatedConvConfig:
         """
         The keys of config.json beside "mixer", in order.
         """
-    def __eq__(self, arg0: GatedConvConfig) -> bool:
+    def __eq__(self: typing.Self, arg0: typing.Self) -> bool:
         ...
-    def __getstate__(self) -> dict:
+    def __getstate__(self: typing.Self) -> dict:
         ...
-    def __hash__(self) -> int:
+    def __hash__(self: typing.Self) -> int:
         ...
     def __setstate__(self, arg0: dict) -> None:
         ...
-    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+    def projections(self: typing.Self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
         """
         The matrices that each token is multiplied by, in order.
         """
@@ -264,15 +264,15 @@ class LinearAttentionConfig:
         """
         The keys of config.json beside "mixer", in order.
         """
-    def __eq__(self, arg0: LinearAttentionConfig) -> bool:
+    def __eq__(self: typing.Self, arg0: typing.Self) -> bool:
         ...
-    def __getstate__(self) -> dict:
+    def __getstate__(self: typing.Self) -> dict:
         ...
-    def __hash__(self) -> int:
+    def __hash__(self: typing.Self) -> int:
         ...
     def __setstate__(self, arg0: dict) -> None:
         ...
-    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+    def projections(self: typing.Self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
         """
         The matrices that each token is multiplied by, in order.
         """
@@ -325,15 +325,15 @@ class SlidingWindowConfig:
         """
         The keys of config.json beside "mixer", in order.
         """
-    def __eq__(self, arg0: SlidingWindowConfig) -> bool:
+    def __eq__(self: typing.Self, arg0: typing.Self) -> bool:
         ...
-    def __getstate__(self) -> dict:
+    def __getstate__(self: typing.Self) -> dict:
         ...
-    def __hash__(self) -> int:
+    def __hash__(self: typing.Self) -> int:
         ...
     def __setstate__(self, arg0: dict) -> None:
         ...
-    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+    def projections(self: typing.Self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
         """
         The matrices that each token is multiplied by, in order.
         """
@@ -413,15 +413,15 @@ class PrefixLinearAttentionConfig:
         """
         The keys of config.json beside "mixer", in order.
         """
-    def __eq__(self, arg0: PrefixLinearAttentionConfig) -> bool:
+    def __eq__(self: typing.Self, arg0: typing.Self) -> bool:
         ...
-    def __getstate__(self) -> dict:
+    def __getstate__(self: typing.Self) -> dict:
         ...
-    def __hash__(self) -> int:
+    def __hash__(self: typing.Self) -> int:
         ...
     def __setstate__(self, arg0: dict) -> None:
         ...
-    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+    def projections(self: typing.Self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
         """
         The matrices that each token is multiplied by, in order.
         """
@@ -476,15 +476,15 @@ class FullAttentionConfig:
         """
         The keys of config.json beside "mixer", in order.
         """
-    def __eq__(self, arg0: FullAttentionConfig) -> bool:
+    def __eq__(self: typing.Self, arg0: typing.Self) -> bool:
         ...
-    def __getstate__(self) -> dict:
+    def __getstate__(self: typing.Self) -> dict:
         ...
-    def __hash__(self) -> int:
+    def __hash__(self: typing.Self) -> int:
         ...
     def __setstate__(self, arg0: dict) -> None:
         ...
-    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+    def projections(self: typing.Self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
         """
         The matrices that each token is multiplied by, in order.
         """
@@ -559,15 +559,15 @@ class SelectiveScanConfig:
         """
         The keys of config.json beside "mixer", in order.
         """
-    def __eq__(self, arg0: SelectiveScanConfig) -> bool:
+    def __eq__(self: typing.Self, arg0: typing.Self) -> bool:
         ...
-    def __getstate__(self) -> dict:
+    def __getstate__(self: typing.Self) -> dict:
         ...
-    def __hash__(self) -> int:
+    def __hash__(self: typing.Self) -> int:
         ...
     def __setstate__(self, arg0: dict) -> None:
         ...
-    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+    def projections(self: typing.Self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
         """
         The matrices that each token is multiplied by, in order.
         """
@@ -627,15 +627,15 @@ class GatedDeltaNetConfig:
         """
         The keys of config.json beside "mixer", in order.
         """
-    def __eq__(self, arg0: GatedDeltaNetConfig) -> bool:
+    def __eq__(self: typing.Self, arg0: typing.Self) -> bool:
         ...
-    def __getstate__(self) -> dict:
+    def __getstate__(self: typing.Self) -> dict:
         ...
-    def __hash__(self) -> int:
+    def __hash__(self: typing.Self) -> int:
         ...
     def __setstate__(self, arg0: dict) -> None:
         ...
-    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+    def projections(self: typing.Self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
         """
         The matrices that each token is multiplied by, in order.
         """
@@ -700,15 +700,15 @@ class Rwkv4Config:
         """
         The keys of config.json beside "mixer", in order.
         """
-    def __eq__(self, arg0: Rwkv4Config) -> bool:
+    def __eq__(self: typing.Self, arg0: typing.Self) -> bool:
         ...
-    def __getstate__(self) -> dict:
+    def __getstate__(self: typing.Self) -> dict:
         ...
-    def __hash__(self) -> int:
+    def __hash__(self: typing.Self) -> int:
         ...
     def __setstate__(self, arg0: dict) -> None:
         ...
-    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+    def projections(self: typing.Self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
         """
         The matrices that each token is multiplied by, in order.
         """
@@ -748,15 +748,15 @@ class H3Config:
         """
         The keys of config.json beside "mixer", in order.
         """
-    def __eq__(self, arg0: H3Config) -> bool:
+    def __eq__(self: typing.Self, arg0: typing.Self) -> bool:
         ...
-    def __getstate__(self) -> dict:
+    def __getstate__(self: typing.Self) -> dict:
         ...
-    def __hash__(self) -> int:
+    def __hash__(self: typing.Self) -> int:
         ...
     def __setstate__(self, arg0: dict) -> None:
         ...
-    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+    def projections(self: typing.Self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
         """
         The matrices that each token is multiplied by, in order.
         """
@@ -806,15 +806,15 @@ class HyenaConfig:
         """
         The keys of config.json beside "mixer", in order.
         """
-    def __eq__(self, arg0: HyenaConfig) -> bool:
+    def __eq__(self: typing.Self, arg0: typing.Self) -> bool:
         ...
-    def __getstate__(self) -> dict:
+    def __getstate__(self: typing.Self) -> dict:
         ...
-    def __hash__(self) -> int:
+    def __hash__(self: typing.Self) -> int:
         ...
     def __setstate__(self, arg0: dict) -> None:
         ...
-    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+    def projections(self: typing.Self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
         """
         The matrices that each token is multiplied by, in order.
         """
@@ -864,15 +864,15 @@ class Mamba2Config:
         """
         The keys of config.json beside "mixer", in order.
         """
-    def __eq__(self, arg0: Mamba2Config) -> bool:
+    def __eq__(self: typing.Self, arg0: typing.Self) -> bool:
         ...
-    def __getstate__(self) -> dict:
+    def __getstate__(self: typing.Self) -> dict:
         ...
-    def __hash__(self) -> int:
+    def __hash__(self: typing.Self) -> int:
         ...
     def __setstate__(self, arg0: dict) -> None:
         ...
-    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+    def projections(self: typing.Self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
         """
         The matrices that each token is multiplied by, in order.
         """
@@ -937,15 +937,15 @@ class GatedLinearAttentionConfig:
         """
         The keys of config.json beside "mixer", in order.
         """
-    def __eq__(self, arg0: GatedLinearAttentionConfig) -> bool:
+    def __eq__(self: typing.Self, arg0: typing.Self) -> bool:
         ...
-    def __getstate__(self) -> dict:
+    def __getstate__(self: typing.Self) -> dict:
         ...
-    def __hash__(self) -> int:
+    def __hash__(self: typing.Self) -> int:
         ...
     def __setstate__(self, arg0: dict) -> None:
         ...
-    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+    def projections(self: typing.Self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
         """
         The matrices that each token is multiplied by, in order.
         """
@@ -1005,15 +1005,15 @@ class Rwkv7Config:
         """
         The keys of config.json beside "mixer", in order.
         """
-    def __eq__(self, arg0: Rwkv7Config) -> bool:
+    def __eq__(self: typing.Self, arg0: typing.Self) -> bool:
         ...
-    def __getstate__(self) -> dict:
+    def __getstate__(self: typing.Self) -> dict:
         ...
-    def __hash__(self) -> int:
+    def __hash__(self: typing.Self) -> int:
         ...
     def __setstate__(self, arg0: dict) -> None:
         ...
-    def projections(self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
+    def projections(self: typing.Self, hidden_size: typing.SupportsInt | typing.SupportsIndex) -> list[Projection]:
         """
         The matrices that each token is multiplied by, in order.
         """
