@@ -221,7 +221,8 @@ class Engine::Impl {
   std::vector<std::function<void(Impl&)>> commands_;
   std::string broken_;  // why it takes no more requests
   bool closing_ = false, aborting_ = false, has_ended_ = false;
-  std::int64_t num_waiting_ = 0, waiting_tokens_ = 0;
+  std::int64_t num_waiting_ = 0, waiting_tokens_ = 0, waiting_samples_ = 0;
+  std::int64_t room_ = 0;  // samples that could begin, when the loop looked last
   Id last_id_ = 0;
   EngineStats stats_;
 
@@ -323,9 +324,11 @@ Engine::Id Engine::Impl::submit(EngineRequest given) {
   const std::lock_guard lock(mutex_);
   if (!broken_.empty()) throw DeviceError("submit: the engine takes no more requests: " + broken_);
   if (closing_) throw EngineClosedError("submit: this engine was shut down");
-  if (num_waiting_ >= options_.max_waiting_requests)
-    throw EngineBusyError(std::to_string(num_waiting_) + " requests are waiting, which is max_waiting_requests");
-  if (num_waiting_ > 0 && waiting_tokens_ + length > options_.max_waiting_tokens)
+  // Those that no free slot is about to take: they have at most as many samples as have no slot.
+  const std::int64_t num_left = std::clamp<std::int64_t>(waiting_samples_ - room_, 0, num_waiting_);
+  if (num_left >= options_.max_waiting_requests)
+    throw EngineBusyError(std::to_string(num_left) + " requests are waiting, which is max_waiting_requests");
+  if (num_left > 0 && waiting_tokens_ + length > options_.max_waiting_tokens)
     throw EngineBusyError("requests of " + std::to_string(waiting_tokens_) + " tokens are waiting, and with " +
                           std::to_string(length) + " more they exceed max_waiting_tokens, " +
                           std::to_string(options_.max_waiting_tokens));
@@ -333,6 +336,7 @@ Engine::Id Engine::Impl::submit(EngineRequest given) {
   request->id = ++last_id_;
   ++num_waiting_;
   waiting_tokens_ += length;
+  waiting_samples_ += request->params().n;
   work_.notify_one();
   return request->id;
 }
@@ -1345,7 +1349,14 @@ void Engine::Impl::publish() {
   counted_.slots = session_ ? session_->batch_size() : 0;
   counted_.max_batch_size = options_.max_batch_size;
   counted_.step_budget = budget_.tokens();
+  const std::size_t room =
+      may_grow() ? static_cast<std::size_t>(options_.max_batch_size) - num_used() : free_slots_.size();
+  std::int64_t samples = 0;
+  for (const Feed& feed : waiting_) samples += std::ssize(feed.samples);
   const std::lock_guard lock(mutex_);
+  for (const Shared& request : incoming_) samples += request->params().n;
+  room_ = static_cast<std::int64_t>(room);
+  waiting_samples_ = samples;
   stats_ = counted_;
   num_waiting_ -= std::exchange(begun_, 0);
   waiting_tokens_ -= std::exchange(begun_tokens_, 0);

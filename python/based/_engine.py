@@ -1,7 +1,6 @@
 """Continuous batching: one loop in the core runs the requests of all threads and event loops in one batch."""
 
 import contextlib
-import math
 import os
 import queue
 import threading
@@ -22,8 +21,14 @@ if TYPE_CHECKING:
     import asyncio
 
 _PUMP_WAIT = 60.0  # seconds; the end of an engine wakes its pump
+_LONGEST_WAIT = threading.TIMEOUT_MAX / 2  # seconds; what a condition can wait for
 _MOST_UNREAD = 256
 """Chunks that a reader who has begun may leave unread before its request stops to take steps."""
+
+
+def _check_timeout(timeout: float | None) -> None:
+    if timeout is not None and not (isinstance(timeout, (int, float)) and timeout >= 0):  # NaN is not
+        raise ValueError(f"timeout is {timeout!r}, expected seconds, at least 0, or None")
 
 
 @dataclass(slots=True)
@@ -164,7 +169,8 @@ class EngineRequest:
 
     def result(self, timeout: float | None = None) -> RequestOutput:
         """Waits for the end; what was read as chunks is in it, too. Raises TimeoutError after `timeout` seconds."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        _check_timeout(timeout)
+        deadline = None if timeout is None else time.monotonic() + min(timeout, _LONGEST_WAIT)
         with self._news:
             while self._num_open and self._failure is None:
                 left = None if deadline is None else deadline - time.monotonic()
@@ -497,8 +503,7 @@ class Engine:
             params = _core.SamplingParams()
         if not isinstance(params, _core.SamplingParams):
             raise TypeError(f"params must be SamplingParams, not {type(params).__name__}")
-        if timeout is not None and not (isinstance(timeout, (int, float)) and math.isfinite(timeout)):
-            raise ValueError(f"timeout is {timeout!r}, expected a finite number of seconds, or None")
+        _check_timeout(timeout)
         prompt = as_array(prompt)
         if state is None:
             request = reader.new_sequence(0, prompt, params, may_fail=False)
@@ -581,6 +586,7 @@ class Engine:
         """
         if self.is_parents:
             return True
+        _check_timeout(timeout)
         self._is_draining = True
         for reference in list(self._inbox.requests.values()):
             if (request := reference()) is not None:

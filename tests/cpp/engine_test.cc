@@ -230,6 +230,22 @@ TEST_F(EngineTest, RefusesWhatItHasNoRoomForAndWhatIsWrong) {
   EXPECT_EQ(engine.stats().waiting_requests, 2);
   EXPECT_EQ(engine.stats().waiting_tokens, 94);
 
+  // What free slots are about to take does not wait: one more than they hold does.
+  Engine roomy(model_, [&] {
+    EngineOptions with_room = slots(4);
+    with_room.max_waiting_requests = with_room.max_waiting_tokens = 1;
+    return with_room;
+  }());
+  for (int round = 0; round < 50; ++round) {
+    std::vector<std::uint64_t> ids;
+    for (int i = 0; i < 2; ++i)
+      ids.push_back(roomy.submit(reader_.request(random_tokens(8, 1), sampled(2, SamplingParams::kNoLimit, 1))));
+    ids.push_back(roomy.submit(reader_.request(random_tokens(8, 1), greedy(1))));
+    EXPECT_THROW(roomy.submit(reader_.request(random_tokens(8, 1), greedy(1))), EngineBusyError);
+    for (const auto id : ids) roomy.cancel(id);
+    for (const auto id : ids) ASSERT_TRUE(reader_.wait(id));
+  }
+
   EXPECT_THROW(engine.submit(reader_.request({}, greedy(1))), InvalidArgument);
   EXPECT_THROW(engine.submit(reader_.request({61}, greedy(1))), InvalidArgument);
   EXPECT_THROW(engine.submit(reader_.request({1}, greedy(0))), InvalidArgument);

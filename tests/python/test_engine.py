@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -334,7 +335,28 @@ def test_result_times_out(engine):
     request = engine.submit("a", ENDLESS)
     with pytest.raises(TimeoutError, match=r"0\.05 seconds"):
         request.result(timeout=0.05)
+    for wrong in (math.nan, -1, "soon"):
+        with pytest.raises(ValueError, match=r"timeout is .*, expected seconds"):
+            request.result(timeout=wrong)
     request.cancel()
+    for long in (math.inf, 10**400):
+        assert request.result(timeout=long).outputs[0].finish_reason == "abort"
+
+
+def test_a_wrong_timeout_does_not_close(model):
+    with model.engine(max_batch_size=1) as engine:
+        with pytest.raises(ValueError, match="timeout is nan"):
+            engine.close(timeout=math.nan)
+        assert engine.submit("a", based.SamplingParams(max_tokens=1)).result().outputs
+
+
+def test_what_free_slots_take_does_not_wait(model):
+    """A step is under way while requests come: those that have room are not refused."""
+    with model.engine(max_batch_size=12, max_waiting_requests=1, max_waiting_tokens=10) as engine:
+        for _ in range(20):
+            burst = [engine.submit([1] * 8, based.SamplingParams(max_tokens=2, n=2)) for _ in range(6)]
+            for request in burst:
+                request.result(60)
 
 
 def test_an_event_loop_is_not_blocked(model):

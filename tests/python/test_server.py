@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import http.client
 import json
 import logging
@@ -24,6 +25,7 @@ import numpy as np
 import pytest
 from based import SamplingParams
 from based.server import _logs
+from based.server._app import _EventStream
 from based.server._requests import FIELDS, SAMPLING, UNSUPPORTED
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -423,6 +425,7 @@ BODIES = [
     b'{"prompt": "a", "prompt": "b"}',
     b'{"prompt": "a", "temperature": NaN}',
     b'{"prompt": "a", "temperature": Infinity}',
+    b'{"prompt": "a", "temperature": 1e999}',
     b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
     b'{"prompt": "\xff"}',
     b'{"prompt": "\xed\xa0\x80"}',
@@ -442,6 +445,40 @@ def test_bodies_that_are_no_request(server: Running, path: str, data: bytes) -> 
     answer = server.ask(path, data)
     assert answer.status == (404 if path.endswith("fork") and not data else 400)
     assert answer.error["message"]
+
+
+def test_a_packed_body_is_refused(server: Running) -> None:
+    data = gzip.compress(b'{"prompt": "a"}')
+    for path in ("/v1/completions", "/tokenize", "/v1/states/a/fork"):
+        answer = server.ask(path, data, headers={"content-encoding": "gzip"})
+        assert answer.status == 415 and answer.error["code"] == "unsupported_encoding"
+        assert "'gzip'" in answer.error["message"]
+    plain = {"content-encoding": "identity"}
+    assert server.ask("/v1/completions", {"prompt": "a", "max_tokens": 1}, headers=plain).status == 200
+
+
+def test_messages_speak_of_json(server: Running) -> None:
+    """Not of Python's types, which the client did not send."""
+    for field, value, message in (
+        ("temperature", "hot", "temperature is the text 'hot', expected a number"),
+        ("temperature", True, "temperature is true, expected a number"),
+        ("temperature", -1, "temperature is the number -1, expected 0 … 1e+308"),
+        ("top_p", 0, "top_p is the number 0, expected above 0 and at most 1"),
+        ("top_k", 0.5, "top_k is the number 0.5, expected an integer"),
+        ("seed", 2**64, "seed is the number 18446744073709551616, expected 0 … 18446744073709551615"),
+        ("ignore_eos", 1, "ignore_eos is the number 1, expected true or false"),
+        ("stop_token_ids", [None], "stop_token_ids[0] is null, expected a token id, 0 … 257"),
+        ("stop", [""], "stop[0] is an empty text, which would stop everything"),
+        ("logit_bias", {"1": True}, "logit_bias of token 1 is true, expected a number, -100 … 100"),
+        ("prompt", [5, 1.0], "prompt[1] is the number 1.0, expected a token id, 0 … 257"),
+        ("prompt", [[1], [258]], "prompt[1][0] is the number 258, expected a token id, 0 … 257"),
+        ("timeout", 0, "timeout is the number 0, expected above 0 and at most 1e+09"),
+    ):
+        assert server.refused(400, field, **({"prompt": "a"} | {field: value}))["message"] == message
+    words = re.compile(r"\b(str|float|bool|int|dict|NoneType|True|False|None)\b")
+    for field, value in WRONG:
+        message = server.refused(400, field, **({"prompt": "a"} | {field: value}))["message"]
+        assert not words.search(message), message
 
 
 def test_a_body_must_say_that_it_is_json(server: Running) -> None:
@@ -548,6 +585,29 @@ def test_no_bytes_are_one(small_server: Running, data: bytes) -> None:
 # ---- the other routes ------------------------------------------------------------------------------------------------
 
 
+def test_head_is_get_without_a_body(server: Running) -> None:
+    for path in ("/", "/health", "/ping", "/metrics", "/v1/models", "/v1/models/tiny", "/server_info", "/v1/states",
+                 "/tokenizer_info", "/openapi.json", "/v1/states/none", "/nothing"):  # fmt: skip
+        with_body, answer = server.ask(path), server.ask(path, method="HEAD")
+        assert answer.status == with_body.status and not answer.body and answer.headers["x-request-id"]
+        assert answer.headers["content-type"] == with_body.headers["content-type"]
+    assert "head" not in server.ask("/openapi.json").json["paths"]["/health"]
+
+
+def test_allow_names_all_methods_of_a_path(server: Running) -> None:
+    for path, method, allow in (
+        ("/v1/completions", "GET", "POST"),
+        ("/v1/completions", "HEAD", "POST"),
+        ("/health", "POST", "GET, HEAD"),
+        ("/v1/states/a", "PUT", "DELETE, GET, HEAD"),
+        ("/v1/states/a/fork", "DELETE", "POST"),
+        ("/v1/models", "DELETE", "GET, HEAD"),
+    ):
+        answer = server.ask(path, method=method)
+        assert (answer.status, answer.headers["allow"]) == (405, allow)
+        assert method == "HEAD" or answer.error["message"].endswith(f"takes no {method}, expected {allow}")
+
+
 def test_models(server: Running, models: Any) -> None:
     listed = server.ask("/v1/models").json
     (card,) = listed["data"]
@@ -631,6 +691,17 @@ def test_request_ids(server: Running) -> None:
     assert answer.status == 400 and answer.headers["x-request-id"] == "mine-2"
 
 
+def test_refused_heads_have_request_ids(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "based.server")
+    for head, status in ((b"nonsense\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nx: " + b"a" * 70_000 + b"\r\n\r\n", 431)):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+            connection.sendall(head)
+            received = b"".join(iter(lambda c=connection: c.recv(1 << 16), b"")).decode()
+        assert received.startswith(f"HTTP/1.1 {status} ")
+        identity = re.search(r"\r\nx-request-id: ([0-9a-f]{16})\r\n", received)[1]
+        assert any(identity in record.getMessage() for record in caplog.records)
+
+
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 
 
@@ -707,6 +778,41 @@ def test_a_state_in_a_stream(server: Running) -> None:
     events = server.ask("/v1/completions", body).events
     assert events[-1]["state_id"] == "streamed" and events[-1]["choices"] == []
     assert server.ask("/v1/states/streamed").json["num_tokens"] == len(PROMPT) + 3
+
+
+def test_a_whole_answer_leaves_its_state_though_nobody_reads_it(
+    model: based.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a client goes away, the state stays if the answer had come to its end before."""
+    send_events = _EventStream._send_events
+
+    async def send_when_gone(self: _EventStream, send: Any) -> None:
+        while not self._is_gone:
+            await asyncio.sleep(0.005)
+        await send_events(self, send)
+
+    with serving(model) as server:
+        connection, response = begin_stream(server, save_state="cut")
+        connection.sock.shutdown(socket.SHUT_RDWR)
+        connection.close()
+        server.until(lambda: server.service._num_requests == 0)
+        assert server.ask("/v1/states/cut").status == 404
+        assert "state_id" not in server.complete(prompt="x", max_tokens=10**9, timeout=0.2, save_state="late", **GREEDY)
+        assert server.ask("/v1/states/late").status == 404
+
+        monkeypatch.setattr(_EventStream, "_send_events", send_when_gone)
+        generated = server.engine.stats().generated_tokens
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+        body = {"prompt": PROMPT, "max_tokens": 40, "stream": True, "save_state": "whole", **GREEDY}
+        connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+        response = connection.getresponse()
+        server.until(lambda: server.engine.stats().generated_tokens == generated + 40)
+        server.until(lambda: server.engine.stats().running == 0)
+        connection.sock.shutdown(socket.SHUT_RDWR)
+        response.close()
+        connection.close()
+        server.until(lambda: server.service._num_requests == 0)
+        assert server.ask("/v1/states/whole").json["num_tokens"] == len(PROMPT) + 40
 
 
 def test_fork_and_rollback(server: Running) -> None:
@@ -814,6 +920,34 @@ def test_api_keys(model: based.Model) -> None:
         assert [server.ask(path).status for path in ("/", "/health", "/metrics")] == [200] * 3
 
 
+def test_other_names_of_this_machine_are_refused(model: based.Model, server: Running) -> None:
+    """A page of another site whose name was made to mean this machine must not read what the server answers."""
+
+    def status(server: Running, host: str, path: str = "/v1/models") -> int:
+        answer = server.ask(path, headers={"host": host})
+        if answer.status == 403:
+            assert answer.error["code"] == "host_not_allowed" and "--allowed-host" in answer.error["message"]
+        return answer.status
+
+    ours = ("localhost", "LOCALHOST:8000", "127.0.0.1:1", "127.0.0.2", "[::1]", "[::1]:80", "localhost.:80")
+    others = ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "10.0.0.1",
+              "[::2]", "[::1].evil.example", "[::1", "", "0.0.0.0", "a:b:c")  # fmt: skip
+    assert [status(server, host) for host in ours] == [200] * len(ours)
+    assert [status(server, host) for host in others] == [403] * len(others)
+    assert [status(server, "evil.example", path) for path in ("/", "/health", "/metrics", "/nothing")] == [403] * 4
+    with serving(model, allowed_hosts=["box.example", "[::2]"]) as named:
+        hosts = ("box.example:8000", "Box.Example", "[::2]:1", "localhost", "evil.example")
+        assert [status(named, host) for host in hosts] == [200, 200, 200, 200, 403]
+    with serving(model, allowed_hosts=["*"]) as open_server:
+        assert status(open_server, "evil.example") == 200
+    with serving(model, api_keys=["k"]) as with_key:
+        assert status(with_key, "evil.example") == 401  # the key is what a page does not have
+    with serving(model, host="0.0.0.0") as everywhere:
+        assert status(everywhere, "box.example") == 200
+    with serving(model, api_keys=["k"], allowed_hosts=["box.example"]) as both:
+        assert [status(both, host) for host in ("box.example", "evil.example")] == [401, 403]
+
+
 def test_cors(model: based.Model, server: Running) -> None:
     asked = {"origin": "https://a.example", "access-control-request-method": "POST",
              "access-control-request-headers": "content-type"}  # fmt: skip
@@ -861,13 +995,14 @@ def chunked(server: Running, pieces: list[bytes]) -> Answer:
 
 def test_slow_requests_are_given_up(model: based.Model) -> None:
     with serving(model, read_seconds=0.3) as server:
-        for sent in (b"", b"POST /v1/completions HT", b"POST /v1/completions HTTP/1.1\r\nhost: a\r\n",
-                     b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+        for sent in (b"", b"POST /v1/completions HT", b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n",
+                     b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
                      b"content-length: 50\r\n\r\n{"):  # fmt: skip
             with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
                 connection.sendall(sent)
                 received = b"".join(iter(lambda c=connection: c.recv(1 << 16), b""))
             assert received.startswith(b"HTTP/1.1 408 ") if sent else not received
+            assert not sent or b"\r\nx-request-id: " in received
 
 
 def test_a_context_that_is_too_long(models: Any) -> None:
@@ -1159,7 +1294,11 @@ def test_a_second_signal_ends_what_runs() -> None:
     with command("--drain-timeout", 1000) as (process, server, _):
         connection, response = begin_stream(server)
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        server.until(lambda: server.ask("/health").status == 503)
+        for path, body in (("/v1/completions", {"prompt": "a"}), ("/v1/models", None)):  # over new connections
+            answer = server.ask(path, body)
+            assert answer.status == 503 and answer.error["code"] == "shutting_down"
+            assert answer.headers["retry-after"] == "5" and answer.headers["connection"] == "close"
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         with contextlib.closing(connection), response:

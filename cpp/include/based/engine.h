@@ -66,7 +66,8 @@ struct EngineRequest {
 struct EngineOptions {
   int max_batch_size = 1;  // samples that run at once
 
-  // What may wait; submit() throws EngineBusyError beyond. One request may always wait, however long it is.
+  // What may wait for others to end; submit() throws EngineBusyError beyond. One request may always wait, however long
+  // it is, and what free slots are about to take does not count.
   std::int64_t max_waiting_requests = std::numeric_limits<std::int64_t>::max();
   std::int64_t max_waiting_tokens = std::numeric_limits<std::int64_t>::max();  // of their prompts
 

@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dataset-path", type=Path, metavar="FILE", help="of custom: lines of JSON objects with a prompt"
     )
-    for flag, default, text in (
+    _common.add_counts(
+        group,
         ("--num-prompts", 1000, "requests"),
         ("--random-input-len", 1024, "tokens of a prompt of random"),
         ("--random-output-len", 128, "tokens generated behind it"),
@@ -57,12 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--prefix-repetition-num-prefixes", 10, "different beginnings"),
         ("--prefix-repetition-output-len", 128, "tokens generated behind a prompt"),
         ("--custom-output-len", 256, "tokens generated behind a prompt of custom"),
-    ):
-        group.add_argument(
-            flag, type=_common.positive, default=default, metavar="N", help=f"{text} (default: {default})"
-        )
+    )
     group.add_argument(
-        "--random-prefix-len", type=_not_negative, default=0, metavar="N", help="tokens before it that all share"
+        "--random-prefix-len", type=_common.not_negative, default=0, metavar="N", help="tokens before it that all share"
     )
     group.add_argument(
         "--random-range-ratio",
@@ -93,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--max-concurrency", type=_common.positive, metavar="N", help="requests at once (default: any)")
     group.add_argument(
-        "--num-warmups", type=_not_negative, default=0, metavar="N", help="requests before, that do not count"
+        "--num-warmups", type=_common.not_negative, default=0, metavar="N", help="requests before, that do not count"
     )
     group.add_argument("--no-stream", action="store_true", help="whole answers: end-to-end latency alone is measured")
 
@@ -101,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ignore-eos", action="store_true", help="generate all the tokens that are asked for")
     group.add_argument("--temperature", type=float, metavar="T", help="default: the server's")
     group.add_argument("--top-p", type=float, metavar="P", help="default: the server's")
-    group.add_argument("--logprobs", type=_not_negative, metavar="N", help="ask for log-probabilities")
+    group.add_argument("--logprobs", type=_common.not_negative, metavar="N", help="ask for log-probabilities")
     group.add_argument(
         "--extra-body", type=_object, default={}, metavar="JSON", help="more fields of each request, a JSON object"
     )
@@ -129,13 +127,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--result-filename", metavar="NAME", help="default: made of rate, model and time")
     group.add_argument("--json", action="store_true", help="the figures as JSON on stdout, instead of the table")
     _common.add_statistics_argument(parser)
-
-
-def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is not ≥ 0")
-    return value
 
 
 def _rate(text: str) -> float:

@@ -214,6 +214,20 @@ def positive(text: str) -> int:
     return value
 
 
+def not_negative(text: str) -> int:
+    """An argument that is an integer ≥ 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is not ≥ 0")
+    return value
+
+
+def add_counts(group: "argparse._ArgumentGroup", *flags: tuple[str, int, str]) -> None:
+    """Arguments (flag, default, text) that are integers ≥ 1."""
+    for flag, default, text in flags:
+        group.add_argument(flag, type=positive, default=default, metavar="N", help=f"{text} (default: {default})")
+
+
 def seconds(text: str) -> float:
     """An argument that is a finite number > 0."""
     value = float(text)

@@ -19,7 +19,6 @@ from array import array
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -298,12 +297,11 @@ class _Batch:
         Raises ApiError, ValueError, TypeError and MemoryError.
         """
         from based import EngineBusyError
-        from based._outputs import CompletionOutput
         from based.server._answers import Answer, Usage
-        from based.server._errors import ApiError, invalid
+        from based.server._errors import invalid
         from based.server._options import Limits
         from based.server._requests import read_completion
-        from based.server._scoring import prompt_logprobs
+        from based.server._scoring import echoed_logprobs
 
         def no_state(_: str, param: str) -> "State":
             raise invalid(f"{param}: a batch has no states to go on from", param=param)
@@ -317,18 +315,9 @@ class _Batch:
         completion = await asyncio.to_thread(
             read_completion, body, self._model, name if isinstance(name, str) else self._name, limits, no_state
         )
-        echoed: list[Any] = [None] * len(completion.prompts)
-        if completion.echo and completion.logprobs is not None:
-            for index, prompt in enumerate(completion.prompts):
-                score = partial(prompt_logprobs, self._model, prompt.token_ids, completion.logprobs)
-                echoed[index] = await asyncio.to_thread(score)
+        echoed = await echoed_logprobs(self._model, completion, asyncio.to_thread)
         usage = Usage()
         usage.prompt_tokens = sum(len(prompt.token_ids) for prompt in completion.prompts)
-        outputs: list[list[CompletionOutput]] = []
-        if completion.max_tokens == 0:
-            none: Any = None if completion.logprobs is None else []
-            nothing = [CompletionOutput(i, "", [], 0.0, none, "length", None) for i in range(completion.n)]
-            outputs = [nothing] * len(completion.prompts)
         requests = []
         for prompt in completion.prompts if completion.max_tokens else ():
             while True:
@@ -345,13 +334,9 @@ class _Batch:
                     break
                 except EngineBusyError:  # a line may have more prompts than a queue
                     await asyncio.sleep(0.05)
-        for request in requests:
-            outputs.append((await request.wait()).outputs)
-            usage.cached_tokens += request.num_cached_tokens or 0
-        samples = [sample for output in outputs for sample in output]
-        if all(sample.finish_reason == "error" and not sample.token_ids for sample in samples):
-            raise ApiError(500, samples[0].error or "the request failed", code="generation_failed")
-        usage.completion_tokens = sum(len(sample.token_ids) for sample in samples)
+        outputs = [await request.wait() for request in requests]
+        usage.cached_tokens = sum(request.num_cached_tokens or 0 for request in requests)
+        usage.completion_tokens = sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
         answer = Answer(completion, self._model, self._name, f"line_{line.number}", echoed)
         return answer.whole(outputs, usage, None), usage.completion_tokens
 

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _common.add_compute_arguments(parser)
     parser.add_argument("--limit", type=_common.positive, metavar="N", help="documents of each task (default: all)")
     parser.add_argument(
-        "--num-fewshot", type=_at_least_0, metavar="N", help="examples before a question (default: the task's)"
+        "--num-fewshot", type=_common.not_negative, metavar="N", help="examples before a question (default: the task's)"
     )
     parser.add_argument(
         "--batch-size", type=_common.positive, metavar="N", help="sequences that run at once (default: as generate)"
@@ -119,10 +119,3 @@ def _names(text: str) -> list[str]:
     if not names:
         raise argparse.ArgumentTypeError(f"{text!r} names no task")
     return names
-
-
-def _at_least_0(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is not ≥ 0")
-    return value

@@ -40,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="clients must send one of these; may be repeated (default: $BASED_API_KEY, if set)",
     )
     group.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="clients may ask by this name (the header Host), too; * for any; may be repeated",
+    )
+    group.add_argument(
         "--allowed-origin",
         action="append",
         default=[],
@@ -56,12 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-batch-size", type=_common.positive, metavar="N", help="sequences that run at once (default: as generate)"
     )
-    group.add_argument(
-        "--max-waiting-requests",
-        type=_common.positive,
-        default=1024,
-        metavar="N",
-        help="prompts that may wait; more are refused with status 429 (default: 1024)",
+    _common.add_counts(
+        group, ("--max-waiting-requests", 1024, "prompts that may wait; more are refused with status 429")
     )
     group.add_argument(
         "--max-waiting-tokens", type=_common.positive, metavar="N", help="tokens of the prompts that may wait"
@@ -82,9 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("states of clients")
     group.add_argument("--state-dir", type=Path, metavar="DIR", help="keep states of clients in files of this folder")
-    group.add_argument(
-        "--max-states", type=_common.positive, default=1024, metavar="N", help="states in memory (default: 1024)"
-    )
+    _common.add_counts(group, ("--max-states", 1024, "states in memory"))
     group.add_argument(
         "--max-state-bytes",
         type=_bytes,
@@ -92,9 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BYTES",
         help="their bytes; beyond, those used last stay (default: 1G)",
     )
-    group.add_argument(
-        "--max-state-files", type=_common.positive, default=10_000, metavar="N", help="files (default: 10000)"
-    )
+    _common.add_counts(group, ("--max-state-files", 10_000, "files"))
 
     group = parser.add_argument_group("limits")
     group.add_argument(
@@ -105,15 +104,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--max-prompt-tokens", type=_common.positive, metavar="N", help="of a prompt (default: any)")
     group.add_argument("--max-tokens", type=_common.positive, metavar="N", help="new ones of a sample (default: any)")
-    for flag, default, text in (
+    _common.add_counts(
+        group,
         ("--max-prompts", 1024, "prompts of a request"),
         ("--max-n", 128, "samples of a prompt"),
         ("--max-logprobs", 20, "likeliest tokens that are given at each place"),
         ("--max-requests", 4096, "requests under way at once; more are refused with status 429"),
-    ):
-        group.add_argument(
-            flag, type=_common.positive, default=default, metavar="N", help=f"{text} (default: {default})"
-        )
+    )
     group.add_argument(
         "--read-timeout",
         type=_common.seconds,
@@ -187,6 +184,7 @@ def run(args: argparse.Namespace) -> None:
         host=args.host,
         port=args.port,
         api_keys=args.api_key or ([key] if key else []),
+        allowed_hosts=args.allowed_host,
         allowed_origins=args.allowed_origin,
         certificate=args.ssl_certfile,
         key=args.ssl_keyfile,

@@ -5,10 +5,11 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from based._outputs import CompletionOutput, Logprob, StreamChunk
+from based._outputs import CompletionOutput, Logprob, RequestOutput, StreamChunk
 from based._text import IncrementalDecoder
-from based.server._errors import to_json
+from based.server._errors import ApiError, to_json
 from based.server._requests import Completion, Prompt
+from based.server._scoring import PromptLogprobs
 
 if TYPE_CHECKING:
     from based import Model
@@ -45,7 +46,7 @@ class Answer:
         model: "Model",
         model_name: str,
         identity: str,
-        echoed: Sequence[list[dict[int, Logprob] | None] | None],
+        echoed: Sequence[PromptLogprobs | None],
     ) -> None:
         """echoed: Of each prompt, the log-probabilities of its tokens, where they are asked for."""
         self._completion = completion
@@ -62,14 +63,26 @@ class Answer:
         self._offsets: dict[int, _Offsets] = {}
         self._is_plain = completion.logprobs is None and not completion.return_token_ids
 
-    def whole(self, outputs: Sequence[Sequence[CompletionOutput]], usage: Usage, state: str | None) -> bytes:
-        """The answer as one object. outputs: of each prompt, its samples."""
+    def whole(self, outputs: Sequence[RequestOutput], usage: Usage, state: str | None) -> bytes:
+        """The answer as one object. outputs: of each prompt; none where nothing is generated.
+
+        Raises ApiError when every sample failed without a token.
+        """
+        samples_of = [output.outputs for output in outputs] or [self._nothing()] * len(self._completion.prompts)
+        all_samples = [sample for samples in samples_of for sample in samples]
+        if all(sample.finish_reason == "error" and not sample.token_ids for sample in all_samples):
+            raise ApiError(500, all_samples[0].error or "the request failed", code="generation_failed")
         choices = []
-        for number, (prompt, samples) in enumerate(zip(self._completion.prompts, outputs, strict=True)):
+        for number, (prompt, samples) in enumerate(zip(self._completion.prompts, samples_of, strict=True)):
             for index, sample in enumerate(self._likeliest(samples)):
                 choices.append(self._choice(number * self._completion.n + index, number, prompt, sample))
         answer = self._head | {"choices": choices, "usage": usage.to_dict()}
         return to_json(answer | ({} if state is None else {"state_id": state}))
+
+    def _nothing(self) -> list[CompletionOutput]:
+        """The samples of a prompt behind which nothing is generated."""
+        logprobs: list[dict[int, Logprob]] | None = None if self._completion.logprobs is None else []
+        return [CompletionOutput(i, "", [], 0.0, logprobs, "length", None) for i in range(self._completion.n)]
 
     def event(self, number: int, chunk: StreamChunk, usage: Usage | None) -> bytes:
         """The event of a chunk of prompt `number`. usage: where each event has it."""

@@ -3,17 +3,21 @@
 import asyncio
 import contextlib
 import hmac
+import ipaddress
+import re
 import secrets
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import based
@@ -26,12 +30,16 @@ from based.server._bodies import (
     get_bool,
     get_text,
     parse_object,
+    read_ids,
     refuse_media_type,
 )
 from based.server._errors import ApiError, invalid, to_json
 from based.server._requests import FIELDS, check_model
 from based.server._service import ClientGoneError, Running, Service
 from based.server._states import check_name, new_name
+
+if TYPE_CHECKING:
+    from based import Model
 
 _PAGE = Path(__file__).with_name("page.html")
 _OPEN_PATHS = {"/", "/health", "/ping", "/metrics"}
@@ -89,7 +97,7 @@ def make_app(service: Service) -> ASGIApp:
         layered = CORSMiddleware(
             layered,
             allow_origins=service.options.allowed_origins,
-            allow_methods=["GET", "POST", "DELETE"],
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
@@ -123,6 +131,8 @@ class _Outermost:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", identity.encode())]
+                if self._service.is_draining:
+                    message["headers"].append((b"connection", b"close"))
             is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
@@ -179,30 +189,79 @@ def _request_id(scope: Scope) -> str:
 
 
 class _Guard:
-    """Refuses a request without the key, or with too large headers, before anything of it is read."""
+    """Refuses a request to another host, or without the key, before anything of it is read."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
-        self._keys = [key.encode() for key in service.options.api_keys]
+        options = service.options
+        self._keys = [key.encode() for key in options.api_keys]
+        self._hosts: set[str] | None = None
+        """Names of this server, beside those of this machine; None: any name is right."""
+        if options.allowed_hosts or (not self._keys and _is_this_machine(options.host.lower())):
+            self._hosts = {_host_name(name) for name in (options.host, *options.allowed_hosts)}
+        if "*" in options.allowed_hosts:
+            self._hosts = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._keys and scope["path"] not in _OPEN_PATHS:
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            kind, _, key = given.partition(b" ")
-            # All keys are compared, each in constant time: time tells nothing about them.
-            right = [hmac.compare_digest(key.strip(), each) for each in self._keys]
-            if kind.lower() != b"bearer" or not any(right):
-                error = ApiError(
-                    401,
-                    "the API key is wrong"
-                    if given
-                    else "there is no API key: send the header Authorization: Bearer KEY",
-                    code="invalid_api_key",
-                    headers={"www-authenticate": "Bearer"},
-                )
+        if scope["type"] == "http":
+            try:
+                self._check_host(scope)
+                self._check_key(scope)
+            except ApiError as error:
+                scope["based.log"]["error"] = error.message
                 await _error_response(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+    def _check_host(self, scope: Scope) -> None:
+        """Refuses a request that names another host.
+
+        A page of another site can have that site's name mean this machine, and then read what it asks for. A request
+        that names no host comes from no browser.
+        """
+        if self._hosts is None:
+            return
+        for header, value in scope["headers"]:
+            if header != b"host":
+                continue
+            name = _host_name(value.decode("latin-1"))
+            if name not in self._hosts and not _is_this_machine(name):
+                raise ApiError(
+                    403,
+                    f"the header Host names {name[:100]!r}, and this server does not answer to that name: ask it as "
+                    "localhost, or start based serve with --allowed-host NAME (* for any) or with an --api-key",
+                    code="host_not_allowed",
+                )
+
+    def _check_key(self, scope: Scope) -> None:
+        if not self._keys or scope["path"] in _OPEN_PATHS:
+            return
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        kind, _, key = given.partition(b" ")
+        # All keys are compared, each in constant time: time tells nothing about them.
+        right = [hmac.compare_digest(key.strip(), each) for each in self._keys]
+        if kind.lower() != b"bearer" or not any(right):
+            raise ApiError(
+                401,
+                "the API key is wrong" if given else "there is no API key: send the header Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+
+
+def _host_name(value: str) -> str:
+    """The name or address in a header Host, without its port and in small letters."""
+    value = value.strip().lower()
+    found = re.fullmatch(r"\[(.+)\](?::\d*)?|([^:]+):\d*", value)
+    return ((found[1] or found[2]) if found else value).removesuffix(".")
+
+
+def _is_this_machine(name: str) -> bool:
+    """Whether nobody can make this name mean another machine."""
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost"
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -215,14 +274,14 @@ def _add_errors(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         path = request.url.path
         message = f"there is nothing at {path[:200]}"
+        allow = ", ".join(_methods_at(app, request.scope))
         if (what := _OTHER_ROUTES.get(path.rstrip("/"))) is not None:
             message = f"{path} is not served: this is a base model, which has no {what}; POST /v1/completions"
         elif error.status_code == 405:
-            message = f"{path[:200]} takes no {request.method}"
+            message = f"{path[:200]} takes no {request.method}, expected {allow}"
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-        api_error = ApiError(
-            error.status_code, message if code else str(error.detail), code=code, headers=dict(error.headers or {})
-        )
+        headers = dict(error.headers or {}) | ({"allow": allow} if error.status_code == 405 else {})
+        api_error = ApiError(error.status_code, message if code else str(error.detail), code=code, headers=headers)
         return await on_api_error(request, api_error)
 
     async def on_validation_error(request: Request, error: Exception) -> Response:
@@ -240,6 +299,15 @@ def _add_errors(app: FastAPI) -> None:
     app.add_exception_handler(Exception, on_failure)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
+
+
+def _methods_at(app: FastAPI, scope: Scope) -> list[str]:
+    """What the routes of a path take, together."""
+    found: set[str] = set()
+    for route in app.routes:
+        if route.matches(scope)[0] is not Match.NONE:
+            found |= getattr(route, "methods", set())
+    return sorted(found)
 
 
 def _error_response(error: ApiError) -> Response:
@@ -263,6 +331,13 @@ async def _read(request: Request, service: Service, *, needs_body: bool = True) 
     """The body, of a bounded size and in a bounded time."""
     limits = service.options.limits
     data = bytearray()
+    encoding = ", ".join(request.headers.getlist("content-encoding")).strip()
+    if encoding.lower() not in ("", "identity"):
+        raise ApiError(
+            415,
+            f"the body's Content-Encoding is {encoding[:100]!r}, expected none: send the JSON as it is",
+            code="unsupported_encoding",
+        )
 
     async def read() -> None:
         async for piece in request.stream():
@@ -438,6 +513,11 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     _add_tokenizer_routes(app, service)
     _add_state_routes(app, service)
+    app.openapi()  # kept from here on: HEAD is no operation of its own there
+    for route in app.routes:
+        methods: set[str] = getattr(route, "methods", set())
+        if "GET" in methods:
+            methods.add("HEAD")
 
 
 def _add_tokenizer_routes(app: FastAPI, service: Service) -> None:
@@ -447,18 +527,25 @@ def _add_tokenizer_routes(app: FastAPI, service: Service) -> None:
             raise invalid("this model has no tokenizer: give token ids", code="no_tokenizer")
         return model.tokenizer
 
+    async def answer(request: Request, fields: dict[str, Body], work: Callable[["Model", Body], Any]) -> Response:
+        """What `work`, in a thread, makes of the body."""
+        model, _, _ = service.require()
+        data = await _read(request, service)
+
+        def in_thread() -> Any:
+            body = parse_object(data)
+            check_fields(body, fields)
+            check_model(body, service.options.model_name)
+            return work(model, body)
+
+        return _json_response(await service.in_thread(in_thread))
+
     @app.post("/tokenize", responses=_responses(404, 503), openapi_extra=_body_schema(_TOKENIZE, ["prompt"]))
     async def tokenize(request: Request) -> Response:
         """Token ids of a text."""
-        service.require()
-        data = await _read(request, service)
-        return _json_response(await service.in_thread(partial(do_tokenize, data)))
+        return await answer(request, _TOKENIZE, do_tokenize)
 
-    def do_tokenize(data: bytes) -> dict[str, Any]:
-        model, _, _ = service.require()
-        body = parse_object(data)
-        check_fields(body, _TOKENIZE)
-        check_model(body, service.options.model_name)
+    def do_tokenize(model: "Model", body: Body) -> dict[str, Any]:
         text = get_text(body, "prompt")
         if text is None:
             raise invalid("prompt is missing: give a text", param="prompt")
@@ -477,24 +564,15 @@ def _add_tokenizer_routes(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize", responses=_responses(404, 503), openapi_extra=_body_schema(_DETOKENIZE, ["tokens"]))
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        service.require()
-        data = await _read(request, service)
-        return _json_response(await service.in_thread(partial(do_detokenize, data)))
+        return await answer(request, _DETOKENIZE, do_detokenize)
 
-    def do_detokenize(data: bytes) -> dict[str, Any]:
-        model, _, _ = service.require()
-        body = parse_object(data)
-        check_fields(body, _DETOKENIZE)
-        check_model(body, service.options.model_name)
+    def do_detokenize(model: "Model", body: Body) -> dict[str, Any]:
         tokens = body.get("tokens")
         if not isinstance(tokens, list):
             raise invalid(f"tokens is {describe(tokens)}, expected a list of token ids", param="tokens")
         of = tokenizer()
         if tokens:
-            try:
-                tokens = based._core.check_prompt(tokens, model.config.vocab_size, "tokens").tolist()
-            except (TypeError, ValueError) as error:
-                raise invalid(str(error), param="tokens") from None
+            tokens = read_ids(tokens, model.config.vocab_size, "tokens", "tokens").tolist()
         return {"prompt": of.decode(tokens, skip_special_tokens=False)}
 
     @app.get("/tokenizer_info", responses=_responses(503))
@@ -611,14 +689,7 @@ async def _answer(service: Service, running: Running, request: Request) -> Respo
 
     async def work() -> bytes:
         echoed = await service.echoed(running)
-        outputs: Any = [[] for _ in running.completion.prompts]
-        if running.requests:
-            outputs = [output.outputs for output in await running.outputs()]
-        else:
-            outputs = [running.nothing() for _ in running.completion.prompts]
-        samples = [sample for output in outputs for sample in output]
-        if all(sample.finish_reason == "error" and not sample.token_ids for sample in samples):
-            raise ApiError(500, samples[0].error or "the request failed", code="generation_failed")
+        outputs = await running.outputs()
         name = await running.keep_state()
         usage = _usage(running)
         answer = _answer_of(service, running, echoed)
@@ -691,12 +762,12 @@ class _EventStream(Response):
         if running.requests:
             async with contextlib.aclosing(running.chunks()) as chunks:
                 async for ready in chunks:
-                    if self._is_gone:
-                        return
+                    if self._is_gone:  # what is left of it comes with the next step; its end says whether it is whole
+                        continue
                     usage = _usage(running) if completion.continuous_usage else None
                     await send(_body(b"".join(answer.event(number, chunk, usage) for number, chunk in ready)))
         name = await running.keep_state()
-        if completion.include_usage or name is not None:
+        if not self._is_gone and (completion.include_usage or name is not None):
             usage = _usage(running) if completion.include_usage else None
             await send(_body(answer.last_event(usage, name)))
 

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -21,7 +22,11 @@ def parse_object(data: bytes) -> Body:
         if len(data) > _LARGE:  # lists of lists take 30 times their text
             _core.check_json(data, "the body")
         value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_int=_integer,
+            parse_float=_float,
         )
     except RecursionError:
         raise invalid("the body's JSON is nested too deeply", code="invalid_json") from None
@@ -51,6 +56,13 @@ def _integer(digits: str) -> int:
     if len(digits) > _MOST_DIGITS:
         raise ValueError(f"a number of {len(digits)} digits, expected at most {_MOST_DIGITS}")
     return int(digits)
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return value
 
 
 def describe(value: Any) -> str:
@@ -128,14 +140,31 @@ def get_int(body: Mapping[str, Any], name: str, low: int, high: int | None, why:
     return value
 
 
-def get_seconds(body: Mapping[str, Any], name: str) -> float | None:
-    """A field that is a time, more than 0 seconds. Raises ApiError."""
+def get_number(body: Mapping[str, Any], name: str, schema: Mapping[str, Any]) -> float | None:
+    """A field that is a number within its schema's bounds. Raises ApiError."""
     value = body.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e9:
-        raise invalid(f"{name} is {describe(value)}, expected seconds, above 0 and at most 1e9", param=name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise invalid(f"{name} is {describe(value)}, expected a number", param=name)
+    is_open = "exclusiveMinimum" in schema
+    low, high = schema["exclusiveMinimum" if is_open else "minimum"], schema["maximum"]
+    if value < low or (is_open and value == low) or value > high:
+        domain = f"above {low:g} and at most {high:g}" if is_open else f"{low:g} … {high:g}"
+        raise invalid(f"{name} is {describe(value)}, expected {domain}", param=name)
     return float(value)
+
+
+def read_ids(value: list[Any], vocab_size: int, name: str, param: str) -> Any:
+    """Token ids, at least one, as an integer array. Raises ApiError, which names the first wrong one."""
+    try:
+        return _core.check_prompt(value, vocab_size, name)
+    except (TypeError, ValueError) as error:
+        for index, item in enumerate(value):
+            if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < vocab_size:
+                message = f"{name}[{index}] is {describe(item)}, expected a token id, 0 … {vocab_size - 1}"
+                raise invalid(message, param=param) from None
+        raise invalid(str(error), param=param) from None
 
 
 def get_object(body: Mapping[str, Any], name: str) -> Body | None:

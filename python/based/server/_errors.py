@@ -39,10 +39,18 @@ class ApiError(Exception):
         return {"error": error}
 
 
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "service_unavailable",
+}
+
+
 def _kind(status: int) -> str:
     """The error's `type`, as OpenAI names it."""
-    named = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "service_unavailable"}
-    return named.get(status) or ("invalid_request_error" if status < 500 else "server_error")
+    return _KINDS.get(status) or ("invalid_request_error" if status < 500 else "server_error")
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:

@@ -37,6 +37,9 @@ class Options:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: list[str] = field(default_factory=list)
+    allowed_hosts: list[str] = field(default_factory=list)
+    """Names by which clients may ask, beside `host` and those of this machine; "*": any. Without any, names are checked
+    where the host is this machine alone and there are no API keys."""
     allowed_origins: list[str] = field(default_factory=list)
     certificate: Path | None = None
     key: Path | None = None

@@ -12,10 +12,11 @@ from based.server._bodies import (
     describe,
     get_bool,
     get_int,
+    get_number,
     get_object,
-    get_seconds,
     get_text,
     named_field,
+    read_ids,
 )
 from based.server._errors import ApiError, invalid
 from based.server._options import Limits
@@ -25,12 +26,15 @@ if TYPE_CHECKING:
     from based import Model, State
 
 _MOST_STOPS, _LONGEST_STOP = 64, 1024
+_MOST = (1 << 63) - 1  # of an integer
+_MOST_BIAS = 100
 
 _INTEGER: Body = {"type": ["integer", "null"]}
 _NUMBER: Body = {"type": ["number", "null"]}
 _BOOLEAN: Body = {"type": ["boolean", "null"]}
 _TEXT: Body = {"type": ["string", "null"]}
 _IDS: Body = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_STOP: Body = {"type": "string", "minLength": 1, "maxLength": _LONGEST_STOP}
 
 
 def _described(schema: Body, text: str, **more: Any) -> Body:
@@ -39,18 +43,24 @@ def _described(schema: Body, text: str, **more: Any) -> Body:
 
 SAMPLING: dict[str, Body] = {
     "n": _described(_INTEGER, "Samples of each prompt.", default=1, minimum=1),
-    "max_tokens": _described(_INTEGER, "Tokens to generate at most; 0 only with echo.", default=16, minimum=0),
-    "min_tokens": _described(_INTEGER, "Nothing stops a sample before so many tokens.", default=0, minimum=0),
-    "temperature": _described(_NUMBER, "0 is greedy.", default=1.0, minimum=0),
+    "max_tokens": _described(
+        _INTEGER, "Tokens to generate at most; 0 only with echo.", default=16, minimum=0, maximum=_MOST
+    ),
+    "min_tokens": _described(
+        _INTEGER, "Nothing stops a sample before so many tokens.", default=0, minimum=0, maximum=_MOST
+    ),
+    "temperature": _described(_NUMBER, "0 is greedy.", default=1.0, minimum=0, maximum=1e308),
     "top_p": _described(_NUMBER, "Above 0, at most 1.", default=1.0, exclusiveMinimum=0, maximum=1),
-    "top_k": _described(_INTEGER, "0 or -1: all tokens.", default=0, minimum=-1),
+    "top_k": _described(_INTEGER, "0 or -1: all tokens.", default=0, minimum=-1, maximum=_MOST),
     "min_p": _described(_NUMBER, "0 … 1.", default=0.0, minimum=0, maximum=1),
-    "repetition_penalty": _described(_NUMBER, "Above 0; counts tokens of prompt and output.", exclusiveMinimum=0),
+    "repetition_penalty": _described(
+        _NUMBER, "Above 0; counts tokens of prompt and output.", default=1.0, exclusiveMinimum=0, maximum=1e308
+    ),
     "presence_penalty": _described(_NUMBER, "-2 … 2.", default=0.0, minimum=-2, maximum=2),
     "frequency_penalty": _described(_NUMBER, "-2 … 2.", default=0.0, minimum=-2, maximum=2),
-    "seed": _described(_INTEGER, "The same seed gives the same samples.", minimum=0),
+    "seed": _described(_INTEGER, "The same seed gives the same samples.", minimum=0, maximum=(1 << 64) - 1),
     "stop": {
-        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}],
+        "anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": _MOST_STOPS}, {"type": "null"}],
         "description": "Texts that end a sample, which is cut before them.",
     },
     "stop_token_ids": {"anyOf": [_IDS, {"type": "null"}], "description": "Tokens that end a sample."},
@@ -58,7 +68,7 @@ SAMPLING: dict[str, Body] = {
     "logprobs": _described(_INTEGER, "Log-probabilities of each token and of this many likeliest ones.", minimum=0),
     "logit_bias": {
         "type": ["object", "null"],
-        "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+        "additionalProperties": {"type": "number", "minimum": -_MOST_BIAS, "maximum": _MOST_BIAS},
         "description": "Number that is added to a token's logit, by token id.",
     },
     "include_stop_str_in_output": _described(_BOOLEAN, "Cut behind what ended the sample instead.", default=False),
@@ -87,8 +97,10 @@ FIELDS: dict[str, Body] = {
         "description": "include_usage: numbers of tokens in an event at the end. continuous_usage_stats: in each one.",
     },
     "user": _described(_TEXT, "Whom the request is for. Nothing depends on it."),
-    "priority": _described(_INTEGER, "Smaller ones go first.", default=0),
-    "timeout": _described(_NUMBER, "Seconds, after which the samples end as they are.", exclusiveMinimum=0),
+    "priority": _described(_INTEGER, "Smaller ones go first.", default=0, minimum=-(1 << 31), maximum=(1 << 31) - 1),
+    "timeout": _described(
+        _NUMBER, "Seconds, after which the samples end as they are.", exclusiveMinimum=0, maximum=1e9
+    ),
     "state_id": _described(_TEXT, "The state to go on from; the prompt stands behind what it has seen."),
     "save_state": {
         "type": ["boolean", "string", "null"],
@@ -174,14 +186,15 @@ def read_completion(
     if save_as is not None and best_of > 1:
         raise invalid(f"save_state keeps the state of one sample: n is {best_of}, expected 1", param="save_state")
     logprobs = get_int(body, "logprobs", 0, limits.logprobs, ", the most that this server gives")
-    max_tokens = get_int(body, "max_tokens", 0, limits.new_tokens, ", the most that this server generates")
+    most = _MOST if limits.new_tokens is None else limits.new_tokens
+    max_tokens = get_int(body, "max_tokens", 0, most, ", the most that this server generates")
     if max_tokens is None:
         max_tokens = 16 if limits.new_tokens is None else min(16, limits.new_tokens)
     if max_tokens == 0 and (not echo or save_as is not None):
         raise invalid("max_tokens is 0, expected at least 1: without new tokens there is only echo", param="max_tokens")
     state_name = body.get("state_id")
     state = None if state_name is None else get_state(check_name(state_name, "state_id"), "state_id")
-    params = _sampling(body, best_of, max_tokens)
+    params = _sampling(body, best_of, max_tokens, model.config.vocab_size)
     prompts = _prompts(body, model, limits, state)
     if len(prompts) > 1 and (state is not None or save_as is not None):
         name = "state_id" if state is not None else "save_state"
@@ -190,8 +203,8 @@ def read_completion(
         _check_echo(model, prompts, logprobs, state)
     for prompt in prompts:
         _check_length(model, prompt, limits, state, max_tokens)
-    priority = get_int(body, "priority", -(1 << 31), (1 << 31) - 1) or 0
-    timeout = get_seconds(body, "timeout")
+    priority = _integer(body, "priority") or 0
+    timeout = get_number(body, "timeout", FIELDS["timeout"])
     if limits.request_seconds is not None:
         timeout = limits.request_seconds if timeout is None else min(timeout, limits.request_seconds)
     return Completion(
@@ -244,8 +257,20 @@ def _save_as(body: Body) -> str | None:
     return new_name() if value is True else check_name(value, "save_state")
 
 
-def _sampling(body: Body, best_of: int, max_tokens: int) -> _core.SamplingParams:
+def _integer(body: Body, name: str) -> int | None:
+    return get_int(body, name, FIELDS[name]["minimum"], FIELDS[name]["maximum"])
+
+
+def _sampling(body: Body, best_of: int, max_tokens: int, vocab_size: int) -> _core.SamplingParams:
     given = {name: body[name] for name in SAMPLING if body.get(name) is not None}
+    for name in given.keys() - {"n", "max_tokens", "logprobs"}:  # which are read
+        kind = SAMPLING[name].get("type", [""])[0]
+        if kind == "integer":
+            _integer(body, name)
+        elif kind == "number":
+            get_number(body, name, SAMPLING[name])
+        elif kind == "boolean":
+            get_bool(body, name)
     given |= {"n": best_of, "max_tokens": max(max_tokens, 1)}
     stops = given.get("stop", [])
     stops = stops if isinstance(stops, list) else [stops]
@@ -255,33 +280,42 @@ def _sampling(body: Body, best_of: int, max_tokens: int) -> _core.SamplingParams
         if not isinstance(stop, str):
             raise invalid(f"stop[{index}] is {describe(stop)}, expected a text", param="stop")
         check_letters(stop, f"stop[{index}]", "stop")
+        if not stop:
+            raise invalid(f"stop[{index}] is an empty text, which would stop everything", param="stop")
         if len(stop) > _LONGEST_STOP:
             raise invalid(f"stop[{index}] has {len(stop)} letters, expected at most {_LONGEST_STOP}", param="stop")
+    if (ids := given.get("stop_token_ids")) is not None:
+        if not isinstance(ids, list):
+            raise invalid(f"stop_token_ids is {describe(ids)}, expected a list of token ids", param="stop_token_ids")
+        if ids:
+            read_ids(ids, vocab_size, "stop_token_ids", "stop_token_ids")
     if "logit_bias" in given:
-        given["logit_bias"] = _logit_bias(given["logit_bias"])
+        given["logit_bias"] = _logit_bias(given["logit_bias"], vocab_size)
     try:
         return _core.SamplingParams(**given)
-    except OverflowError:  # it does not say of which
-        name = next(name for name, value in given.items() if isinstance(value, int) and value.bit_length() > 1000)
-        raise invalid(f"{name} is {describe(given[name])}, which is too large", param=name) from None
     except (TypeError, ValueError) as error:
         raise sampling_error(error) from None
 
 
 def sampling_error(error: Exception) -> ApiError:
     """What SamplingParams, or the engine, says of them."""
-    message = str(error).removeprefix("SamplingParams: ")
+    message = str(error).removeprefix("SamplingParams: ").removeprefix("submit: ")
     return invalid(message, param=named_field(message, SAMPLING))
 
 
-def _logit_bias(value: Any) -> dict[int, Any]:
+def _logit_bias(value: Any, vocab_size: int) -> dict[int, float]:
     if not isinstance(value, dict):
         raise invalid(f"logit_bias is {describe(value)}, expected an object", param="logit_bias")
     result = {}
     for token, bias in value.items():
-        if not (token.isascii() and token.isdigit() and len(token) <= 10):
-            shown = token if len(token) <= 40 else token[:40] + "…"
-            raise invalid(f"logit_bias: the key {shown!r} is no token id", param="logit_bias")
+        if not (token.isascii() and token.isdigit() and len(token) <= 10 and int(token) < vocab_size):
+            message = f"logit_bias: the key {token[:40]!r} is no token id, expected 0 … {vocab_size - 1}"
+            raise invalid(message, param="logit_bias")
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -_MOST_BIAS <= bias <= _MOST_BIAS:
+            raise invalid(
+                f"logit_bias of token {token} is {describe(bias)}, expected a number, -{_MOST_BIAS} … {_MOST_BIAS}",
+                param="logit_bias",
+            )
         result[int(token)] = bias
     return result
 
@@ -318,16 +352,19 @@ def _prompt(value: Any, name: str, model: "Model", limits: Limits, at_start: boo
     most = limits.prompt_tokens
     if most is not None and isinstance(value, list) and len(value) > most:
         raise _too_long(name, len(value), most)
-    try:
-        ids: Any = value
-        if isinstance(value, str):
-            ids = model.encode(value, at_start=at_start, split_special_tokens=split) if value or at_start else []
-        elif not value and at_start:
+    vocab_size = model.config.vocab_size
+    ids: Any = []
+    if isinstance(value, list):
+        if not value and at_start:
             raise invalid(f"{name} has no tokens, expected at least one", param="prompt")
-        if len(ids):
-            ids = _core.check_prompt(ids, model.config.vocab_size, name)
-    except (TypeError, ValueError) as error:
-        raise invalid(str(error), param="prompt") from None
+        if value:
+            ids = read_ids(value, vocab_size, name, "prompt")
+    elif value or at_start:
+        try:
+            ids = model.encode(value, at_start=at_start, split_special_tokens=split)
+            ids = _core.check_prompt(ids, vocab_size, name) if ids else []
+        except ValueError as error:
+            raise invalid(str(error), param="prompt") from None
     if most is not None and len(ids) > most:
         raise _too_long(name, len(ids), most)
     return Prompt(value if isinstance(value, str) else None, ids)

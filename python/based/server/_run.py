@@ -67,7 +67,7 @@ def make_server(service: Service) -> "Server":
             tls |= {"ssl_ca_certs": options.ca_certificates, "ssl_cert_reqs": ssl.CERT_REQUIRED}
     config = uvicorn.Config(
         make_app(service),
-        http=protocol_class(options.limits.header_bytes, options.limits.read_seconds),
+        http=protocol_class(options.limits.header_bytes, options.limits.read_seconds, service.head_refused),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -119,14 +119,13 @@ class Server(uvicorn.Server):
         self._service.start(lambda: None, when_failed)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Takes no more requests, and waits for those that run."""
-        for server in self.servers:
-            server.close()
+        """Answers new requests with 503 until those that run have ended, and closes the socket then."""
         await self._service.drain(self._is_urgent)
         await super().shutdown(sockets)
 
     def stop(self) -> None:
         """Makes it end as a signal does. On the event loop."""
+        self._service.is_draining = True
         self.should_exit = True
 
     @contextlib.contextmanager
@@ -154,8 +153,13 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(each)
 
 
-def protocol_class(max_header_bytes: int, seconds: float) -> type[HttpToolsProtocol]:
-    """The HTTP protocol of uvicorn, with a bound on the bytes of a request's head and on the time that it takes."""
+def protocol_class(
+    max_header_bytes: int, seconds: float, when_refused: Callable[[int, str], str]
+) -> type[HttpToolsProtocol]:
+    """The HTTP protocol of uvicorn, with a bound on the bytes of a request's head and on the time that it takes.
+
+    when_refused: Told the status and the message of a head that is refused; gives the request's id.
+    """
 
     class Protocol(HttpToolsProtocol):
         _head_bytes = 0
@@ -198,14 +202,14 @@ def protocol_class(max_header_bytes: int, seconds: float) -> type[HttpToolsProto
             self._refuse(400, "this is no valid HTTP/1.1 request")
 
         def _refuse(self, status: int, message: str) -> None:
-            phrase = http.HTTPStatus(status).phrase
-            body = to_json(ApiError(status, message, code="invalid_http").body())
-            head = (
-                f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\n"
-                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            )
             self._head_is_here()
             if self.cycle is None or self.cycle.response_complete:  # else its answer is on the way
+                body = to_json(ApiError(status, message, code="invalid_http").body())
+                head = (
+                    f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+                    f"content-length: {len(body)}\r\nx-request-id: {when_refused(status, message)}\r\n"
+                    "connection: close\r\n\r\n"
+                )
                 self.transport.write(head.encode() + body)
             self.transport.close()
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import math
+import secrets
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -11,14 +12,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import based
-from based._outputs import CompletionOutput, Logprob, RequestOutput, StreamChunk
+from based._outputs import RequestOutput, StreamChunk
 from based.server import _logs
 from based.server._bodies import parse_object
 from based.server._errors import ApiError, invalid
 from based.server._metrics import Metrics
 from based.server._options import Options
 from based.server._requests import Completion, read_completion, sampling_error
-from based.server._scoring import prompt_logprobs
+from based.server._scoring import PromptLogprobs, echoed_logprobs
 from based.server._states import StateStore
 
 if TYPE_CHECKING:
@@ -211,19 +212,24 @@ class Service:
         mean = total / count if count else 1.0
         return min(max(math.ceil(mean / max(self._num_requests, 1)), 1), _LONGEST_WAIT)
 
-    async def echoed(self, running: "Running") -> list[list[dict[int, Logprob] | None] | None]:
-        """Of each prompt, its tokens' log-probabilities, where echo and logprobs ask for them."""
-        completion = running.completion
-        if not completion.echo or completion.logprobs is None:
-            return [None] * len(completion.prompts)
-        loop = asyncio.get_running_loop()
-        found: list[list[dict[int, Logprob] | None] | None] = []
-        for prompt in completion.prompts:
+    async def echoed(self, running: "Running") -> list[PromptLogprobs | None]:
+        """As echoed_logprobs. Raises ClientGoneError when the request was cancelled."""
+
+        async def score(work: Callable[[], PromptLogprobs]) -> PromptLogprobs:
             if running.is_cancelled:
                 raise ClientGoneError
-            score = partial(prompt_logprobs, running.model, prompt.token_ids, completion.logprobs)
-            found.append(await loop.run_in_executor(self._scoring, score))
-        return found
+            return await asyncio.get_running_loop().run_in_executor(self._scoring, work)
+
+        return await echoed_logprobs(running.model, running.completion, score)
+
+    def head_refused(self, status: int, message: str) -> str:
+        """Counts and logs a request whose head is no HTTP, too large or too slow; the request's id."""
+        identity = secrets.token_hex(8)
+        self.metrics.count_response("other", status)
+        if self.options.log_requests:
+            fields = {"status": status, "request_id": identity, "error": message}
+            _logs.info(f"a request refused with {status}: {message} [{identity}]", fields)
+        return identity
 
     def ended(self, running: "Running") -> None:
         """Counts a request at its end, however it ended."""
@@ -338,11 +344,6 @@ class Running:
     def num_generated(self) -> int:
         """Tokens so far."""
         return sum(sum(samples.values()) for samples in self.num_tokens)
-
-    def nothing(self) -> list[CompletionOutput]:
-        """The samples of a prompt behind which nothing is generated."""
-        logprobs: list[dict[int, Logprob]] | None = None if self.completion.logprobs is None else []
-        return [CompletionOutput(i, "", [], 0.0, logprobs, "length", None) for i in range(self.completion.n)]
 
     async def outputs(self) -> list[RequestOutput]:
         """Waits for all of it. Raises what the engine raises."""
