@@ -64,6 +64,7 @@ class Service:
                     max_bytes=options.max_state_bytes,
                     max_files=options.max_state_files,
                     warn=lambda line: _logs.LOGGER.warning("%s", line),
+                    shared=options.shared_states,
                 )
                 _ = model.tokenizer  # found out now whether it can be read
                 self._loaded = model, engine, states
@@ -159,6 +160,8 @@ class Service:
     def _begin(self, data: bytes, model: "Model", engine: "Engine", states: StateStore) -> "Running":
         body = parse_object(data)
         completion = read_completion(body, model, self.options.model_name, self.options.limits, states.get)
+        if completion.save_as is not None:
+            states.require_folder()
         running = Running(self, model, states, completion)
         if completion.max_tokens == 0:
             return running
