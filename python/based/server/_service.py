@@ -160,8 +160,6 @@ class Service:
     def _begin(self, data: bytes, model: "Model", engine: "Engine", states: StateStore) -> "Running":
         body = parse_object(data)
         completion = read_completion(body, model, self.options.model_name, self.options.limits, states.get)
-        if completion.save_as is not None:
-            states.require_folder()
         running = Running(self, model, states, completion)
         if completion.max_tokens == 0:
             return running

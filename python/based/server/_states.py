@@ -87,7 +87,19 @@ class StateStore:
         warn: Any,
         shared: bool = False,
     ) -> None:
-        """warn: Called with a line, when a state is lost. Raises OSError when the folder cannot be used."""
+        """Raises OSError when the folder cannot be used, ValueError when there is none to share.
+
+        Args:
+            model: Of the states.
+            folder: Where their files are; None: states are in memory alone.
+            max_states: In memory.
+            max_bytes: Of them.
+            max_files: In the folder.
+            warn: Called with a line, when a state is lost.
+            shared: Other processes use the folder, too.
+        """
+        if shared and folder is None:
+            raise ValueError("shared states need a folder: --state-dir")
         self._model = model
         self._folder = folder
         self._max_states, self._max_bytes, self._max_files = max_states, max_bytes, max_files
@@ -120,16 +132,10 @@ class StateStore:
     def _add(self, name: str, state: "State", *, is_new: bool = False) -> None:
         entry = _Entry(state, time.time(), saved=False)
         if self._shared:
-            self.require_folder()
             entry.stamp, entry.saved = self._write(name, state, is_new=is_new), True
         self._entries.pop(name, None)
         self._entries[name] = entry
         self._make_room()
-
-    def require_folder(self) -> None:
-        """Raises ApiError where a state that is kept now could not be found by the other processes."""
-        if self._shared and self._folder is None:
-            raise self._no_folder()
 
     def get(self, name: str, param: str = "id") -> "State":
         """The state, from memory or else from its file. Raises ApiError."""
