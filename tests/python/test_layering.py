@@ -88,6 +88,16 @@ def test_torch_is_imported_only_for_training() -> None:
     assert importers == {"torch"}
 
 
+def test_ray_is_imported_only_in_its_own_package() -> None:
+    package = ROOT / "python" / "based"
+    importers = {
+        path.relative_to(package).parts[0]
+        for path in package.rglob("*.py")
+        if re.search(r"^\s*(import|from) (ray|based\.ray)\b|^\s*from based import .*\bray\b", path.read_text(), re.M)
+    }
+    assert importers == {"ray"}
+
+
 def test_nothing_ends_the_process_on_user_input() -> None:
     for folder in ("cpp", "bindings"):
         for path in (ROOT / folder).rglob("*"):

@@ -26,6 +26,7 @@ import pytest
 from based import SamplingParams
 from based.server import _logs
 from based.server._app import _EventStream
+from based.server._errors import ApiError
 from based.server._requests import FIELDS, SAMPLING, UNSUPPORTED
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -885,6 +886,34 @@ def test_states_without_a_folder(server: Running) -> None:
     for verb in ("save", "load"):
         answer = server.ask(f"/v1/states/here/{verb}", method="POST")
         assert answer.status == 409 and answer.error["code"] == "no_state_dir"
+
+
+def test_servers_that_share_their_states(model: based.Model, tmp_path: Path) -> None:
+    """What one of them keeps, changes or deletes is so for the other at once."""
+    options: dict[str, Any] = {"state_dir": tmp_path / "states", "shared_states": True}
+    with serving(model, **options) as one, serving(model, **options) as two:
+        one.complete(prompt="My name is Ada.", max_tokens=4, save_state="ada", temperature=0)
+        expected = one.complete(state_id="ada", prompt=" You", max_tokens=6, temperature=0)["choices"][0]["text"]
+        assert two.text(state_id="ada", prompt=" You", max_tokens=6, temperature=0) == expected
+        assert two.ask("/v1/states/ada").json["num_tokens"] == one.ask("/v1/states/ada").json["num_tokens"]
+        # Another state of this name takes the place of the one that the other server has in memory.
+        before = one.ask("/v1/states/ada").json["num_tokens"]
+        two.complete(state_id="ada", prompt=" More", max_tokens=3, save_state="ada", ignore_eos=True)
+        assert one.ask("/v1/states/ada").json["num_tokens"] > before
+        assert one.service._loaded is not None
+        assert one.service._loaded[2].get("ada").num_tokens == two.service._loaded[2].get("ada").num_tokens
+        # A name is given once.
+        assert one.ask("/v1/states/ada/fork", {"to": "bob"}).status == 200
+        assert two.ask("/v1/states/ada/fork", {"to": "bob"}).status == 409
+        with pytest.raises(ApiError, match="already"):  # also where both find that it is free
+            two.service._loaded[2]._add("bob", two.service._loaded[2].get("ada"), is_new=True)
+        assert {state["id"] for state in one.ask("/v1/states").json["data"]} == {"ada", "bob"}
+        assert two.ask("/v1/states/bob", method="DELETE").status == 200
+        one.refused(404, "state_id", state_id="bob", prompt="a", max_tokens=1)
+        assert {state["id"] for state in one.ask("/v1/states").json["data"]} == {"ada"}
+        assert sorted(file.name for file in (tmp_path / "states").iterdir()) == ["ada.safetensors"]
+    with serving(model, **options) as three:
+        three.complete(state_id="ada", prompt="a", max_tokens=1)
 
 
 def test_memory_for_states_is_bounded(model: based.Model, tmp_path: Path, caplog: Any) -> None:

@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
 from based.cli import UsageError, _common
 
 if TYPE_CHECKING:
@@ -53,15 +55,15 @@ def run(args: argparse.Namespace) -> None:
     if len(ids) < 2:
         raise ValueError(f"{where}: no token can be predicted from another: expected a longer text")
 
-    start = time.perf_counter()
-    total = 0.0
-    for begin, first, end in _windows(len(ids), window or len(ids), stride):
-        logprobs: npt.NDArray[np.float32] = model.score(ids[begin:end])
-        total -= float(logprobs[first - begin - 1 :].sum(dtype="float64"))
-        if _common.wants_statistics(args) and end < len(ids):
-            print(f"\r{first}/{len(ids)} tokens", end="", file=sys.stderr)
-    seconds = time.perf_counter() - start
     counted = len(ids) - 1
+    total = 0.0
+    with tqdm(total=counted, unit=" tokens", disable=not _common.wants_statistics(args), file=sys.stderr) as bar:
+        start = time.perf_counter()
+        for begin, first, end in _windows(len(ids), window or len(ids), stride):
+            logprobs: npt.NDArray[np.float32] = model.score(ids[begin:end])
+            total -= float(logprobs[first - begin - 1 :].sum(dtype="float64"))
+            bar.update(end - first)
+        seconds = time.perf_counter() - start
 
     found = {
         "tokens": counted,
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"bits per byte  {found['bits_per_byte']:.4f}")
         print(f"perplexity     {found['perplexity']:.4f} per token")
     if _common.wants_statistics(args):
-        print(f"\r{counted / seconds:.1f} tok/s, {model.dtype}, {model.kernel_isa}", file=sys.stderr)
+        print(f"{counted / seconds:.1f} tok/s, {model.dtype}, {model.kernel_isa}", file=sys.stderr)
 
 
 def _sequence(model: "Model", text: str) -> tuple[list[int], int]:

@@ -85,6 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("states of clients")
     group.add_argument("--state-dir", type=Path, metavar="DIR", help="keep states of clients in files of this folder")
+    group.add_argument(
+        "--shared-states", action="store_true", help="other servers use the same --state-dir at the same time"
+    )
     _common.add_counts(group, ("--max-states", 1024, "states in memory"))
     group.add_argument(
         "--max-state-bytes",
@@ -175,6 +178,8 @@ def run(args: argparse.Namespace) -> None:
         raise ImportError(f'based serve needs {error.name}: pip install ".[server]" installs it') from error
     if args.ssl_certfile is None and (args.ssl_keyfile is not None or args.ssl_ca_certs is not None):
         raise UsageError("--ssl-keyfile and --ssl-ca-certs go with --ssl-certfile")
+    if args.shared_states and args.state_dir is None:
+        raise UsageError("--shared-states are in files: give --state-dir, the folder that the servers share")
     for file in (args.ssl_certfile, args.ssl_keyfile, args.ssl_ca_certs):
         if file is not None:
             file.open("rb").close()  # its name is in the error
@@ -191,6 +196,7 @@ def run(args: argparse.Namespace) -> None:
         ca_certificates=args.ssl_ca_certs,
         metrics_prefix=args.metrics_prefix,
         state_dir=args.state_dir,
+        shared_states=args.shared_states,
         max_states=args.max_states,
         max_state_bytes=args.max_state_bytes,
         max_state_files=args.max_state_files,

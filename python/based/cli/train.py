@@ -53,5 +53,7 @@ def run(args: argparse.Namespace) -> None:
         if training.is_first_process():
             print(f"based: {stop}", file=sys.stderr)
         raise SystemExit(128 + stop.signal) from None
+    finally:
+        meter.close()
     if training.is_first_process():
         print(_common.to_json(asdict(result), default=str) if args.json else result.model)

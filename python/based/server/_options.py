@@ -51,6 +51,8 @@ class Options:
     """States in memory."""
     max_state_bytes: int = 1 << 30
     max_state_files: int = 10_000
+    shared_states: bool = False
+    """Other processes use the same state_dir: it then has all states at all times."""
     drain_seconds: float = 30.0
     log_json: bool = False
     log_requests: bool = True

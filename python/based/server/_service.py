@@ -65,6 +65,7 @@ class Service:
                     max_bytes=options.max_state_bytes,
                     max_files=options.max_state_files,
                     warn=lambda line: _logs.LOGGER.warning("%s", line),
+                    shared=options.shared_states,
                 )
                 _ = model.tokenizer  # found out now whether it can be read
                 self._loaded = model, engine, states

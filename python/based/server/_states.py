@@ -27,6 +27,8 @@ class _Entry:
     state: "State"
     created: float
     saved: bool
+    stamp: tuple[int, int] | None = None
+    """Of the file that holds this very state; where the folder is shared."""
 
 
 def check_name(name: Any, param: str) -> str:
@@ -47,6 +49,11 @@ def new_name() -> str:
     return f"state-{secrets.token_hex(12)}"
 
 
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    """What another file of this name would not have, with very little chance."""
+    return status.st_ino, status.st_mtime_ns
+
+
 def _num_tokens(file: Path | None) -> int | None:
     """What a state's file says of its length; None when it is none."""
     try:
@@ -64,16 +71,40 @@ class StateStore:
     Memory holds the states used last, up to a number and to a number of bytes. One that has to go is written to the
     folder first; without a folder it is lost, and who names it later is told that there is none. A state in memory
     does not change: a name that is given again names another state from then on.
+
+    Several processes may share the folder (`shared`). Then the files say which states there are: each state is written
+    when it comes, and what memory holds is used as long as the file of its name is the one that was read or written.
     """
 
     def __init__(
-        self, model: "Model", folder: Path | None, *, max_states: int, max_bytes: int, max_files: int, warn: Any
+        self,
+        model: "Model",
+        folder: Path | None,
+        *,
+        max_states: int,
+        max_bytes: int,
+        max_files: int,
+        warn: Any,
+        shared: bool = False,
     ) -> None:
-        """warn: Called with a line, when a state is lost. Raises OSError when the folder cannot be used."""
+        """Raises OSError when the folder cannot be used, ValueError when there is none to share.
+
+        Args:
+            model: Of the states.
+            folder: Where their files are; None: states are in memory alone.
+            max_states: In memory.
+            max_bytes: Of them.
+            max_files: In the folder.
+            warn: Called with a line, when a state is lost.
+            shared: Other processes use the folder, too.
+        """
+        if shared and folder is None:
+            raise ValueError("shared states need a folder: --state-dir")
         self._model = model
         self._folder = folder
         self._max_states, self._max_bytes, self._max_files = max_states, max_bytes, max_files
         self._warn = warn
+        self._shared = shared
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # used last: last
         self._lock = threading.RLock()
         self.num_evicted = 0
@@ -91,16 +122,25 @@ class StateStore:
             return len(self._entries), sum(entry.state.nbytes for entry in self._entries.values())
 
     def add(self, name: str, state: "State") -> None:
-        """Keeps a state; another one of this name is forgotten, its file as soon as this one is saved."""
+        """Keeps a state; another one of this name is forgotten, its file as soon as this one is saved.
+
+        Raises ApiError and OSError where the folder is shared and has no room.
+        """
         with self._lock:
-            self._entries.pop(name, None)
-            self._entries[name] = _Entry(state, time.time(), saved=False)
-            self._make_room()
+            self._add(name, state)
+
+    def _add(self, name: str, state: "State", *, is_new: bool = False) -> None:
+        entry = _Entry(state, time.time(), saved=False)
+        if self._shared:
+            entry.stamp, entry.saved = self._write(name, state, is_new=is_new), True
+        self._entries.pop(name, None)
+        self._entries[name] = entry
+        self._make_room()
 
     def get(self, name: str, param: str = "id") -> "State":
         """The state, from memory or else from its file. Raises ApiError."""
         with self._lock:
-            entry = self._entries.get(name)
+            entry = self._entry(name)
             if entry is not None:
                 self._entries.move_to_end(name)
                 return entry.state
@@ -120,10 +160,11 @@ class StateStore:
             target = name if to is None else to
             if self._folder is None:
                 raise self._no_folder()
-            self._write(target, state)
+            stamp = self._write(target, state)
             if target in self._entries:
                 entry = self._entries[target]
                 entry.saved = entry.state is state
+                entry.stamp = stamp if entry.saved else None
             return self.info(target)
 
     def fork(self, name: str, to: str) -> dict[str, Any]:
@@ -131,8 +172,8 @@ class StateStore:
         with self._lock:
             state = self.get(name)
             if self._exists(to):
-                raise ApiError(409, f"there is a state {to!r} already: delete it first", param="to", code="name_taken")
-            self.add(to, state)
+                raise self._taken(to)
+            self._add(to, state, is_new=True)
             return self.info(to)
 
     def delete(self, name: str) -> None:
@@ -157,7 +198,7 @@ class StateStore:
     def info(self, name: str) -> dict[str, Any]:
         """What there is of a state. Raises ApiError."""
         with self._lock:
-            entry = self._entries.get(name)
+            entry = self._entry(name)
             file = None if self._folder is None else self._folder / (name + _SUFFIX)
             try:
                 status = None if file is None else file.stat()
@@ -204,24 +245,51 @@ class StateStore:
 
         path = self._path(name, param=param)
         try:
+            status = path.stat()  # first: a file that takes its place now is read again next time
             state = State.load(path, self._model)
         except FileNotFoundError:
             raise self._missing(name, param) from None
         except (StateError, FormatError) as error:
             raise ApiError(409, f"state {name!r}: {error}", param=param, code="wrong_state") from error
         self._entries.pop(name, None)
-        self._entries[name] = _Entry(state, path.stat().st_mtime, saved=True)
+        self._entries[name] = _Entry(state, status.st_mtime, saved=True, stamp=_stamp(status))
         self._make_room()
         return state
 
-    def _write(self, name: str, state: "State") -> None:
+    def _entry(self, name: str) -> _Entry | None:
+        """What memory holds of this name, unless another process has changed it."""
+        entry = self._entries.get(name)
+        if entry is None or not self._shared:
+            return entry
+        with contextlib.suppress(ApiError, FileNotFoundError):
+            if _stamp(self._path(name).stat()) == entry.stamp:
+                return entry
+        del self._entries[name]
+        return None
+
+    def _write(self, name: str, state: "State", *, is_new: bool = False) -> tuple[int, int] | None:
         path = self._path(name)
         if not path.exists() and len(self._files()) >= self._max_files:
             raise ApiError(
                 507, f"the folder of states holds {self._max_files} files: delete some first", code="too_many_states"
             )
         try:
-            state.save(path)
+            if not self._shared:
+                state.save(path)
+                return None
+            draft = path.with_name(f".{name}-{secrets.token_hex(6)}{_SUFFIX}")
+            try:
+                state.save(draft)
+                stamp = _stamp(draft.stat())
+                if is_new:
+                    os.link(draft, path)  # of two processes that make the same name, one fails
+                else:
+                    draft.replace(path)
+                return stamp
+            finally:
+                draft.unlink(missing_ok=True)
+        except FileExistsError:
+            raise self._taken(name) from None
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise ApiError(507, f"state {name!r}: {error.strerror}", code="no_space") from error
@@ -250,7 +318,9 @@ class StateStore:
         return [name for name in names if NAME.fullmatch(name)]
 
     def _exists(self, name: str) -> bool:
-        return name in self._entries or (self._folder is not None and (self._folder / (name + _SUFFIX)).exists())
+        return (name in self._entries and not self._shared) or (
+            self._folder is not None and (self._folder / (name + _SUFFIX)).exists()
+        )
 
     def _path(self, name: str, *, param: str = "id", must_exist: bool = False) -> Path:
         if self._folder is None:
@@ -259,6 +329,9 @@ class StateStore:
         if must_exist and not path.exists():
             raise self._missing(name, param)
         return path
+
+    def _taken(self, name: str) -> ApiError:
+        return ApiError(409, f"there is a state {name!r} already: delete it first", param="to", code="name_taken")
 
     def _no_folder(self) -> ApiError:
         return ApiError(409, "this server keeps no files of states: start it with --state-dir", code="no_state_dir")

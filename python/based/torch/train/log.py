@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from based.torch._running import replaced_file
 
 TRAIN = ("step", "loss", "gradient_norm", "learning_rate", "tokens_per_second")
@@ -72,34 +74,30 @@ class Meter:
 
     def __init__(self, *, wanted: bool) -> None:
         self._wanted = wanted and sys.stderr is not None
-        self._bar = self._wanted and sys.stderr.isatty()
-        self._shown = False
+        self._bar: Any = None
 
     def note(self, text: str) -> None:
         """A line for its own."""
         if self._wanted:
-            self._end_bar()
-            print(text, file=sys.stderr, flush=True)
+            tqdm.write(text, file=sys.stderr)
 
     def show(self, step: int, steps: int, loss: float, rate: float, seconds_left: float) -> None:
         """How far the run is."""
         if not self._wanted:
             return
         text = f"step {step}/{steps}  loss {loss:.4f}  {rate:,.0f} tokens/s  {duration(seconds_left)} left"
-        if self._bar:
-            width = 20 * step // steps
-            text = f"\r[{'#' * width}{'.' * (20 - width)}] {text}\x1b[K"
-        print(text, end="" if self._bar else "\n", file=sys.stderr, flush=True)
-        self._shown = self._bar
+        if not sys.stderr.isatty():
+            self.note(text)
+            return
+        if self._bar is None:
+            self._bar = tqdm(total=steps, bar_format="[{bar:20}] {desc}", ascii=".#", file=sys.stderr)
+        self._bar.n = step  # a run that is resumed does not begin at 0
+        self._bar.set_description_str(text)
 
     def close(self) -> None:
         """Leaves the bar as it is, on a line of its own."""
-        self._end_bar()
-
-    def _end_bar(self) -> None:
-        if self._shown:
-            print(file=sys.stderr, flush=True)
-            self._shown = False
+        if self._bar is not None:
+            self._bar.close()
 
 
 def duration(seconds: float) -> str:
