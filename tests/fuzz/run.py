@@ -124,16 +124,18 @@ def work(target: str, seconds: float, seed: int) -> int:
     with kept.open("w+b") as file:  # what runs now: there whatever ends the process
         file.truncate(MAX_BYTES + 8)
         now = mmap.mmap(file.fileno(), 0)
-        rng, runs, end = random.Random(seed), 0, time.monotonic() + seconds
+        rng, runs = random.Random(seed), 0
 
-        def run(data: bytes) -> None:
+        def run(data: bytes, timeout: int = TIMEOUT) -> None:
             now[:8] = len(data).to_bytes(8, "little")
             now[8 : 8 + len(data)] = data
-            signal.alarm(TIMEOUT)
+            signal.alarm(timeout)
             call(data)
             signal.alarm(0)
 
         try:
+            run(b"", timeout=0)  # without a limit: the first run imports what the target needs
+            end = time.monotonic() + seconds
             for data in corpus:
                 run(data[:MAX_BYTES])
             while time.monotonic() < end:
