@@ -125,18 +125,31 @@ std::string class_name(std::string_view mixer) {
   return name + "Config";
 }
 
-py::dict dict_of(const MlpConfig& c) {
-  return py::dict(py::arg("gated") = c.gated, py::arg("activation") = c.activation,
-                  py::arg("inner_size") = c.inner_size, py::arg("fc1_bias") = c.fc1_bias,
-                  py::arg("fc2_bias") = c.fc2_bias);
+template <class T>
+void read_value(const py::dict& dict, std::string_view key, T& value) {
+  value = dict[py::str(key)].cast<T>();
+}
+
+// Calls visit(name, member) for every field.
+template <class Visit>
+void each_field(Visit visit) {
+  visit("gated", &MlpConfig::gated);
+  visit("activation", &MlpConfig::activation);
+  visit("inner_size", &MlpConfig::inner_size);
+  visit("fc1_bias", &MlpConfig::fc1_bias);
+  visit("fc2_bias", &MlpConfig::fc2_bias);
+}
+
+py::dict dict_of(const MlpConfig& mlp) {
+  py::dict dict;
+  each_field([&](const char* name, auto member) { dict[name] = mlp.*member; });
+  return dict;
 }
 
 MlpConfig mlp_of(const py::dict& dict) {
-  return {.gated = dict["gated"].cast<bool>(),
-          .activation = dict["activation"].cast<Activation>(),
-          .inner_size = dict["inner_size"].cast<std::int64_t>(),
-          .fc1_bias = dict["fc1_bias"].cast<bool>(),
-          .fc2_bias = dict["fc2_bias"].cast<bool>()};
+  MlpConfig mlp;
+  each_field([&](const char* name, auto member) { read_value(dict, name, mlp.*member); });
+  return mlp;
 }
 
 // ---- mixers: all that follows from their descriptions (based/mixers/description.h) --------------------------------
@@ -174,11 +187,6 @@ py::dict dict_of(const MixerConfig& mixer) {
   const std::vector<FieldValue> values = values_of(mixer);
   for (std::size_t i = 0; i < fields.size(); ++i) dict[py::str(fields[i].key)] = values[i];
   return dict;
-}
-
-template <class T>
-void read_value(const py::dict& dict, std::string_view key, T& value) {
-  value = dict[py::str(key)].cast<T>();
 }
 
 // The config struct of the kind of `mixer`, with the values of a dict, on the heap.
@@ -321,13 +329,9 @@ void bind_config(py::module_& m) {
   m.attr("MIXERS") = py::tuple(mixers);
 
   py::class_<MlpConfig> mlp(m, "MlpConfig");
-  mlp.def_readonly("gated", &MlpConfig::gated)
-      .def_readonly("activation", &MlpConfig::activation)
-      .def_readonly("inner_size", &MlpConfig::inner_size)
-      .def_readonly("fc1_bias", &MlpConfig::fc1_bias)
-      .def_readonly("fc2_bias", &MlpConfig::fc2_bias)
-      .def(py::self == py::self);
-  mlp.def("__hash__", [](const MlpConfig& c) { return py::hash(py::tuple(dict_of(c).attr("items")())); })
+  each_field([&](const char* name, auto member) { mlp.def_readonly(name, member); });
+  mlp.def(py::self == py::self)
+      .def("__hash__", [](const MlpConfig& c) { return py::hash(py::tuple(dict_of(c).attr("items")())); })
       .def(py::pickle([](const MlpConfig& c) { return dict_of(c); }, &mlp_of));
 
   py::class_<ModelConfig>(m, "ModelConfig", "Every number that the maths needs: a model directory's config.json.")

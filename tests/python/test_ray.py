@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,8 @@ def test_a_batch_of_wrong_rows_and_an_empty_one(completer: Any) -> None:
     assert len(completer({"prompt": column(), "params": column()})["completion"]) == 0
     with pytest.raises(ValueError, match="no column 'prompt'"):
         completer({"text": column("a")})
+    with pytest.raises(ValueError, match=r"no column 'params' .* row_params="):
+        completer({"prompt": column("a")})
 
 
 MARKED = """
@@ -83,7 +87,14 @@ complete.main(*sys.argv[1:], batch_size=5)
 """
 
 
-def test_two_workers(tmp_path: Path) -> None:
+@pytest.fixture
+def short_folder() -> Iterator[str]:
+    """A temporary folder with a name so short that sockets in it have names of at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+def test_two_workers(tmp_path: Path, short_folder: str) -> None:
     """The example, on a cluster of its own: a row that is wrong has an error, all others are answered."""
     pytest.importorskip("ray.data", reason="the extra `ray` is missing")
     rows: list[dict[str, Any]] = [{"prompt": f"x{i} = "} for i in range(20)]
@@ -93,7 +104,7 @@ def test_two_workers(tmp_path: Path) -> None:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join((str(Path(based.__file__).parents[1]), str(ROOT / "examples" / "ray"))),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TMPDIR": str(Path("/tmp")),  # sockets have short names
+        "RAY_TMPDIR": short_folder,
         "BASED_DEVICE": "cpu",
     }
     words = [sys.executable, "-c", MARKED, str(tmp_path / "in.jsonl"), str(tmp_path / "out")]

@@ -1460,8 +1460,8 @@ def test_the_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     meter.note("a line")
     meter.close()
     bar = "[##########..........] step 5/10  loss 1.5000  1,234 tokens/s  1:01:40 left"
-    shown = [line.strip() for line in capsys.readouterr().err.replace("\r", "\n").split("\n")]
-    assert "a line" in shown and [line for line in shown if "[" in line and "step" in line][-1] == bar
+    # The bar; it makes way for the line, and comes back below; its end, on a line of its own.
+    assert capsys.readouterr().err == f"\r{bar}\r{' ' * len(bar)}\ra line\n\r{bar}\r{bar}\n"
     silent = Meter(wanted=False)
     silent.show(5, 10, 1.5, 1234, 3700)
     silent.note("a line")

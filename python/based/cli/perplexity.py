@@ -14,8 +14,6 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from based.cli import UsageError, _common
 
 if TYPE_CHECKING:
@@ -54,6 +52,8 @@ def run(args: argparse.Namespace) -> None:
     ids, num_bytes = _sequence(model, text)
     if len(ids) < 2:
         raise ValueError(f"{where}: no token can be predicted from another: expected a longer text")
+
+    from tqdm import tqdm
 
     counted = len(ids) - 1
     total = 0.0

@@ -47,8 +47,11 @@ class Completer:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch (columns as NumPy arrays) with four more columns."""
-        if self._prompt not in batch:
-            raise ValueError(f"there is no column {self._prompt!r} of prompts among {sorted(batch)}: name it, prompt=")
+        for argument, needed in (("prompt", self._prompt), ("row_params", self._row_params)):
+            if needed is not None and needed not in batch:
+                raise ValueError(
+                    f"there is no column {needed!r} among {sorted(batch)}: name the right one, {argument}="
+                )
         size = len(batch[self._prompt])
         errors: list[str | None] = [None] * size
         params: list[SamplingParams] = []

@@ -274,13 +274,13 @@ def _add_errors(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         path = request.url.path
         message = f"there is nothing at {path[:200]}"
-        allow = ", ".join(_methods_at(app, request.scope))
+        headers = dict(error.headers or {})
         if (what := _OTHER_ROUTES.get(path.rstrip("/"))) is not None:
             message = f"{path} is not served: this is a base model, which has no {what}; POST /v1/completions"
         elif error.status_code == 405:
-            message = f"{path[:200]} takes no {request.method}, expected {allow}"
+            headers["allow"] = ", ".join(_methods_at(app, request.scope))
+            message = f"{path[:200]} takes no {request.method}, expected {headers['allow']}"
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-        headers = dict(error.headers or {}) | ({"allow": allow} if error.status_code == 405 else {})
         api_error = ApiError(error.status_code, message if code else str(error.detail), code=code, headers=headers)
         return await on_api_error(request, api_error)
 

@@ -89,9 +89,12 @@ class Meter:
         if not sys.stderr.isatty():
             self.note(text)
             return
-        if self._bar is None:
-            self._bar = tqdm(total=steps, bar_format="[{bar:20}] {desc}", ascii=".#", file=sys.stderr)
-        self._bar.n = step  # a run that is resumed does not begin at 0
+        if self._bar is None:  # a run that is resumed does not begin at 0
+            self._bar = tqdm(
+                desc=text, total=steps, initial=step, bar_format="[{bar:20}] {desc}", ascii=".#", file=sys.stderr
+            )
+            return
+        self._bar.n = step
         self._bar.set_description_str(text)
 
     def close(self) -> None:
