@@ -26,9 +26,13 @@ _MOST_UNREAD = 256
 """Chunks that a reader who has begun may leave unread before its request stops to take steps."""
 
 
-def _check_timeout(timeout: float | None) -> None:
-    if timeout is not None and not (isinstance(timeout, (int, float)) and timeout >= 0):  # NaN is not
+def _bounded(timeout: float | None) -> float | None:
+    """Seconds that can be waited for. Raises ValueError."""
+    if timeout is None:
+        return None
+    if not (isinstance(timeout, (int, float)) and timeout >= 0):  # NaN is not
         raise ValueError(f"timeout is {timeout!r}, expected seconds, at least 0, or None")
+    return min(timeout, _LONGEST_WAIT)
 
 
 @dataclass(slots=True)
@@ -169,8 +173,8 @@ class EngineRequest:
 
     def result(self, timeout: float | None = None) -> RequestOutput:
         """Waits for the end; what was read as chunks is in it, too. Raises TimeoutError after `timeout` seconds."""
-        _check_timeout(timeout)
-        deadline = None if timeout is None else time.monotonic() + min(timeout, _LONGEST_WAIT)
+        seconds = _bounded(timeout)
+        deadline = None if seconds is None else time.monotonic() + seconds
         with self._news:
             while self._num_open and self._failure is None:
                 left = None if deadline is None else deadline - time.monotonic()
@@ -503,7 +507,7 @@ class Engine:
             params = _core.SamplingParams()
         if not isinstance(params, _core.SamplingParams):
             raise TypeError(f"params must be SamplingParams, not {type(params).__name__}")
-        _check_timeout(timeout)
+        timeout = _bounded(timeout)
         prompt = as_array(prompt)
         if state is None:
             request = reader.new_sequence(0, prompt, params, may_fail=False)
@@ -586,7 +590,7 @@ class Engine:
         """
         if self.is_parents:
             return True
-        _check_timeout(timeout)
+        timeout = _bounded(timeout)
         self._is_draining = True
         for reference in list(self._inbox.requests.values()):
             if (request := reference()) is not None:

@@ -341,6 +341,8 @@ def test_result_times_out(engine):
     request.cancel()
     for long in (math.inf, 10**400):
         assert request.result(timeout=long).outputs[0].finish_reason == "abort"
+        one = engine.submit("a", based.SamplingParams(max_tokens=1, ignore_eos=True), timeout=long)
+        assert one.result().outputs[0].finish_reason == "length"
 
 
 def test_a_wrong_timeout_does_not_close(model):
@@ -348,6 +350,7 @@ def test_a_wrong_timeout_does_not_close(model):
         with pytest.raises(ValueError, match="timeout is nan"):
             engine.close(timeout=math.nan)
         assert engine.submit("a", based.SamplingParams(max_tokens=1)).result().outputs
+        assert engine.close(timeout=10**400)
 
 
 def test_what_free_slots_take_does_not_wait(model):
