@@ -1451,6 +1451,30 @@ def test_bench_serve_counts_what_the_server_counts(model: based.Model, tmp_path:
         assert metrics['based:generation_tokens_total{model_name="tiny"}'] == 54
 
 
+@pytest.mark.parametrize("head", ["", "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n",
+                                  "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nda",
+                                  "HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{"])  # fmt: skip
+def test_bench_serve_says_when_an_answer_is_cut_off(head: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(head.encode())
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        done = subprocess.run(
+            [sys.executable, "-m", "based", "bench", "serve", "--port", str(listening.getsockname()[1]), "--model", "m",
+             "--vocab-size", "9", "--num-prompts", "1", "--num-warmups", "0"],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        thread.join()
+    assert done.returncode == 1
+    assert "a request failed: the server closed the connection before its answer was whole" in done.stderr
+
+
 def test_bench_serve_shares_prefixes(model: based.Model, tmp_path: Path) -> None:
     with serving(model) as server:
         done = bench_serve(

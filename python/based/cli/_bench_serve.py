@@ -280,7 +280,7 @@ class Client:
             status = int(head[0].split(" ")[1])
             fields = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in head)}
             if fields.get("transfer-encoding", "").lower() == "chunked":
-                while size := int((await reader.readline()).split(b";")[0], 16):
+                while size := int((await reader.readuntil(b"\n")).split(b";")[0], 16):
                     yield status, (await reader.readexactly(size + 2))[:-2]
             elif "content-length" in fields:
                 yield status, await reader.readexactly(int(fields["content-length"]))
@@ -320,8 +320,11 @@ class Client:
                 raise ValueError("the stream had no tokens")
             else:
                 found.end = last
-        except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
+        except EOFError:
+            found.error = "the server closed the connection before its answer was whole"
+        except (OSError, ValueError, asyncio.LimitOverrunError) as error:
             found.error = str(error) or type(error).__name__
+        if found.error is not None:
             found.end = time.perf_counter()
         return found
 
