@@ -11,6 +11,7 @@
 #include <condition_variable>
 #include <deque>
 #include <exception>
+#include <limits>
 #include <mutex>
 #include <set>
 #include <string>
@@ -40,6 +41,7 @@ constexpr std::int64_t kCut = 64;
 constexpr std::chrono::milliseconds kGrowPause{100};
 // What the states of more sequences than need be must leave to the steps' scratch memory.
 constexpr std::size_t kHeadroom = std::size_t{64} << 20;
+constexpr std::size_t kAll = std::numeric_limits<std::size_t>::max();
 
 std::string what_of(const std::exception_ptr& pointer) {
   try {
@@ -148,8 +150,9 @@ class Engine::Impl {
   // Which sample each entry of a step belongs to.
   struct Step {
     std::vector<std::uint64_t> serials{};
-    std::int64_t num_rows = 0;    // samples that were fed
-    std::int64_t num_prompt = 0;  // tokens of prompts
+    std::int64_t num_rows = 0;      // samples that were fed
+    std::int64_t num_prompt = 0;    // tokens of prompts
+    std::int64_t num_expected = 0;  // samples that run now or soon
     Clock::time_point launched = Clock::now();
   };
 
@@ -175,7 +178,8 @@ class Engine::Impl {
   bool begin(Feed& feed);
   void advance();
   bool launch();
-  void launch_mixed();
+  void launch_mixed(std::size_t most_parts = kAll);
+  std::int64_t num_expected() const;
   bool is_long(const Feed& feed) const;
   void read_long();
   void between_layers();
@@ -195,7 +199,7 @@ class Engine::Impl {
   bool may_grow() const;
   std::size_t num_used() const;
   template <typename Part, typename Reserve>
-  bool reserved(std::span<const Part> parts, std::span<const std::int32_t> slots, Reserve&& reserve);
+  std::size_t reserved(std::span<const Part> parts, std::span<const std::int32_t> slots, Reserve&& reserve);
   void fail_slots(std::span<const std::int32_t> slots, const std::string& why);
   void fail_step(std::span<const std::int32_t> slots, const std::exception_ptr& error);
   void fail_all(const std::exception_ptr& error) noexcept;
@@ -265,7 +269,8 @@ Engine::Impl::Impl(std::shared_ptr<const Model> model, EngineOptions options)
       options_(std::move(options)),
       chunk_(model_->impl().executors.device().chunk_tokens()),
       is_exact_(model_->impl().executors.device().deterministic()),
-      budget_(kCut, chunk_, options_.max_step_tokens) {
+      budget_(kCut, chunk_, options_.max_step_tokens,
+              static_cast<double>(model_->state_nbytes(chunk_)) / static_cast<double>(model_->weight_nbytes())) {
   const auto check_least = [](std::int64_t value, std::int64_t least, const char* name) {
     if (value < least)
       throw InvalidArgument(std::string("engine: ") + name + " is " + std::to_string(value) + ", expected at least " +
@@ -806,7 +811,10 @@ void Engine::Impl::advance() {
   if (!session_) return;
   const bool asynchronous = session().backend().asynchronous();
   const auto joins = [&](const Feed& feed) { return asynchronous || !is_long(feed); };
-  if (std::ranges::any_of(feeds_, joins)) {
+  const bool measures =  // how long a step without prompts takes
+      asynchronous && !budget_.knows_plain() &&
+      std::ranges::any_of(samples_, [this](const Sample& s) { return wants_step(s); });
+  if (!measures && std::ranges::any_of(feeds_, joins)) {
     while (!steps_.empty()) take();  // a step with prompts takes its tokens from the host
     settle();
     if (session_ && std::ranges::any_of(feeds_, joins)) launch_mixed();
@@ -826,26 +834,23 @@ void Engine::Impl::advance() {
   if (session_ && !steps_.empty()) take();
 }
 
-// Memory for a step of `parts`, of which parts[i] is of slots[i]. False: there is too little, and nothing has changed
-// but that the cache gave some back, or that those without memory have ended.
+// Finds memory for a step of the first of `parts`, of which parts[i] is of slots[i], and returns how many these are:
+// what of a step has no memory has a step of its own later. 0: nothing has changed but that the cache gave memory back,
+// or that the first part has ended, for which there is none at all.
 template <typename Part, typename Reserve>
-bool Engine::Impl::reserved(std::span<const Part> parts, std::span<const std::int32_t> slots, Reserve&& reserve) {
-  try {
-    reserve(parts);
-    return true;
-  } catch (...) {
-    if (gave_back(model_->state_nbytes())) return false;
-    const std::string why = what_of(std::current_exception());
-    std::vector<std::int32_t> failed;
-    for (std::size_t i = 0; i < parts.size(); ++i) {
-      try {
-        reserve(parts.subspan(i, 1));
-      } catch (...) {
-        failed.push_back(slots[i]);
-      }
+std::size_t Engine::Impl::reserved(std::span<const Part> parts, std::span<const std::int32_t> slots,
+                                   Reserve&& reserve) {
+  for (std::size_t count = parts.size();; count = (count + 1) / 2) {
+    try {
+      reserve(parts.first(count));
+      return count;
+    } catch (...) {
+      const std::exception_ptr error = std::current_exception();
+      if (gave_back(model_->state_nbytes())) return 0;
+      if (count > 1 && !is_device_error(error)) continue;
+      fail_step(slots.first(1), error);
+      return 0;
     }
-    fail_slots(failed.empty() ? slots : failed, why);
-    return false;
   }
 }
 
@@ -859,16 +864,23 @@ bool Engine::Impl::launch() {
     step.serials.push_back(sample.serial);
   }
   if (slots.empty()) return false;
+  slots.resize(reserved<std::int32_t>(slots, slots, [this](auto part) { session().reserve_step(part); }));
+  if (slots.empty()) return false;
+  step.serials.resize(slots.size());
   step.num_rows = static_cast<std::int64_t>(slots.size());
-  if (!reserved<std::int32_t>(slots, slots, [this](auto part) { session().reserve_step(part); })) return false;
   try {
     session().step(slots, *sampler_);
   } catch (...) {
     fail_step(slots, std::current_exception());
     return false;
   }
-  for (Sample& sample : samples_)
-    if (wants_step(sample)) ++sample.sampled;
+  auto serial = step.serials.begin();
+  for (Sample& sample : samples_) {  // serials ascend
+    if (serial == step.serials.end()) break;
+    if (sample.serial != *serial) continue;
+    ++sample.sampled;
+    ++serial;
+  }
   steps_.push_back(std::move(step));
   return true;
 }
@@ -887,13 +899,14 @@ std::int64_t Engine::Impl::piece_of(const Feed& feed, std::int64_t budget) const
   return next == feed.cuts.end() ? count : std::min(count, *next - feed.fed);
 }
 
-// A step of all samples and of pieces of prompts. All steps before are taken.
-void Engine::Impl::launch_mixed() {
+// A step of all samples and of pieces of prompts, of the first `most_parts` of these. All steps before are taken.
+void Engine::Impl::launch_mixed(std::size_t most_parts) {
   std::vector<Session::Impl::Piece> pieces, again;
   std::vector<Sample*> rows;
   Step step;
   for (Sample& sample : samples_) {
     if (!wants_step(sample)) continue;
+    if (pieces.size() == most_parts) break;
     const std::span<const std::int32_t> last = std::span(sample.tokens).last(1);
     pieces.push_back({sample.slot, last, {}});
     if (!sample.finished) {
@@ -918,7 +931,7 @@ void Engine::Impl::launch_mixed() {
       continue;
     }
     if (!asynchronous && is_long(feed)) continue;  // it has steps of its own
-    if (step.num_prompt >= budget) break;
+    if (step.num_prompt >= budget || pieces.size() == most_parts) break;
     // Who gets a first token in this step gets it sooner without the pieces of others, which have every second step.
     if (has_short && !yielded_ && feed.remaining() > kCut) {
       yields = true;
@@ -946,8 +959,13 @@ void Engine::Impl::launch_mixed() {
     for (std::size_t i = 0; i < feeds_.size(); ++i)
       if (feeds_[i].length == 0) taken.emplace_back(i, 0);
   }
-  if (!only_again && !reserved<Session::Impl::Piece>(pieces, slots, [this](auto part) { session().reserve(part); }))
-    return;
+  if (!only_again) {
+    const std::size_t count =
+        reserved<Session::Impl::Piece>(pieces, slots, [this](auto part) { session().reserve(part); });
+    if (count == 0) return;
+    if (count < pieces.size()) return launch_mixed(count);
+    step.num_expected = num_expected();
+  }
   try {
     if (only_again)
       session().sample_again(again, *sampler_);
@@ -991,6 +1009,13 @@ void Engine::Impl::begin_samples(Feed& feed, Step& step) {
   }
 }
 
+// Samples that run, and that will when the prompts that are here are read.
+std::int64_t Engine::Impl::num_expected() const {
+  std::size_t count = num_used();
+  for (const Feed& feed : waiting_) count += feed.samples.size();
+  return static_cast<std::int64_t>(std::min(count, static_cast<std::size_t>(options_.max_batch_size)));
+}
+
 bool Engine::Impl::is_long(const Feed& feed) const { return feed.remaining() > kCut; }
 
 // A piece of a long prompt, alone. On a CPU 64 tokens take several times as long as a step of a few rows, which others
@@ -1010,6 +1035,7 @@ void Engine::Impl::read_long() {
   std::exception_ptr error;
   Step step;
   step.num_prompt = count;
+  step.num_expected = std::ssize(samples_);
   aside_total_ = {};
   aside_ended_ = step.launched;
   try {
@@ -1118,7 +1144,7 @@ void Engine::Impl::take() {
   const Clock::time_point now = Clock::now();
   const std::chrono::duration<double> seconds = now - std::max(step.launched, last_taken_);
   last_taken_ = now;
-  budget_.measured(step.num_rows, step.num_prompt, seconds.count());
+  budget_.measured(step.num_rows, step.num_prompt, step.num_expected, seconds.count());
   ++counted_.steps;
   counted_.step_tokens += step.num_rows + step.num_prompt;
   if (cache_ && step.num_prompt >= kCut)

@@ -113,7 +113,8 @@ class Soak:
                         break
         except TimeoutError:
             self.fault(f"{kind}: no answer in {PATIENCE:g} s")
-        except (ConnectionError, EOFError, asyncio.IncompleteReadError) as error:
+        except (ConnectionError, EOFError) as error:
+            status = 0  # not a whole answer
             if self.server.process.poll() is None:
                 self.fault(f"{kind}: {type(error).__name__} {error}")
         finally:
@@ -392,10 +393,10 @@ async def soak(args: argparse.Namespace, folder: Path) -> None:
         bars.at_most("samples that still run, prompts that wait", engine["running"] + engine["waiting_requests"], 0)
         await asyncio.sleep(6)  # requests that never came whole are given up
         bars.at_most("descriptors more than at the start", server.num_files() - num_files, 4)
-        third = len(memory) // 3
-        before, after = statistics.median(memory[third : 2 * third]), statistics.median(memory[2 * third :])
-        print(f"  memory of the server: {before / 2**20:.1f} MiB in the second third, {after / 2**20:.1f} in the last")
-        bars.at_most("growth of memory, last third to the second", 100 * (after / before - 1), 1, "%")
+        tenths = [statistics.median(memory[len(memory) * i // 10 : len(memory) * (i + 1) // 10]) for i in range(10)]
+        print(f"  memory of the server, MiB, by tenths of the time: {', '.join(f'{m / 2**20:.1f}' for m in tenths)}")
+        growth = statistics.mean(tenths[7:]) / statistics.mean(tenths[4:7]) - 1
+        bars.at_most("growth of memory, tenths 8 to 10 to 5 to 7", 100 * growth, 1, "%")
         await killing
         missing, repeated = batch.missing_and_repeated()
         print(f"  batch of {batch.lines} lines, killed {batch.num_killed} times")

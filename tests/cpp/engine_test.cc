@@ -16,6 +16,7 @@
 #include "based/error.h"
 #include "based/session.h"
 #include "faulty_backend.h"
+#include "session/step_budget.h"
 #include "tiny_model.h"
 
 namespace based {
@@ -126,14 +127,21 @@ TEST_F(EngineTest, RequestsOfAnyThreadGetWhatTheyGetAlone) {
     if (i % 4 == 3) params.repetition_penalty = 1.5;
     requests.push_back({random_tokens(static_cast<std::size_t>(1 + 31 * i), static_cast<std::uint32_t>(i)), params});
   }
+  const auto faults = std::make_shared<Faults>();
+  RandomWeights weights(31);
+  const std::shared_ptr<const Model> model = Model::Impl::make(
+      tiny_config(), std::make_unique<FaultyBackend>(backend::make_backend({}, 2), faults), weights, DType::float32);
   std::vector<std::map<int, Tokens>> expected;
-  for (const auto& request : requests) expected.push_back(alone(model_, request));
-  for (const auto& [batch, elastic, budget] :
-       {std::tuple(1, false, 0), std::tuple(3, false, 64), std::tuple(32, true, 0), std::tuple(5, true, 64)}) {
-    SCOPED_TRACE(std::to_string(batch) + " slots");
+  for (const auto& request : requests) expected.push_back(alone(model, request));
+  for (const auto& [batch, elastic, budget, asynchronous] :
+       {std::tuple(1, false, 0, false), std::tuple(3, false, 64, false), std::tuple(32, true, 0, false),
+        std::tuple(5, true, 64, false), std::tuple(1, false, 0, true), std::tuple(3, false, 64, true),
+        std::tuple(32, true, 0, true)}) {
+    SCOPED_TRACE(std::to_string(batch) + " slots" + (asynchronous ? ", a step ahead" : ""));
+    faults->asynchronous = asynchronous;
     EngineOptions options = slots(batch, elastic);
     options.max_step_tokens = budget;
-    Engine engine(model_, options);
+    Engine engine(model, options);
     std::vector<Engine::Id> ids(requests.size());
     std::vector<std::thread> threads;
     for (std::size_t i = 0; i < requests.size(); ++i)
@@ -537,6 +545,107 @@ TEST(EngineFailures, AsManyRunAsThereIsMemoryFor) {
       EXPECT_EQ(reader.events(both, s).back().finish, max_states < 2 ? FinishReason::error : FinishReason::length);
     }
   }
+}
+
+// Where there is memory for a step of some and not of all, they take turns, and none fails.
+TEST(EngineFailures, AStepOfAsManyAsThereIsMemoryFor) {
+  const GenerationRequest request{random_tokens(60, 1), greedy(5)};
+  for (const bool asynchronous : {false, true}) {
+    int num_apart = 0;  // limits that a step of eight meets, and a step of one does not
+    for (std::size_t limit = std::size_t{1} << 22; limit > 1024; limit -= limit / 6) {
+      SCOPED_TRACE(std::to_string(limit) + " bytes" + (asynchronous ? ", a step ahead" : ""));
+      const auto run = [&](int count, const Tokens* expected) {
+        const auto faults = std::make_shared<Faults>();
+        faults->asynchronous = asynchronous;
+        RandomWeights weights(31);
+        const std::shared_ptr<const Model> model =
+            Model::Impl::make(tiny_config(), std::make_unique<FaultyBackend>(backend::make_backend({}, 1), faults),
+                              weights, DType::float32);
+        Reader reader;
+        Engine engine(model, slots(8));
+        faults->max_workspace = limit;
+        std::vector<Engine::Id> ids;
+        for (int i = 0; i < count; ++i) ids.push_back(engine.submit(reader.request(request.prompt, request.params)));
+        Tokens tokens;
+        for (const auto id : ids) {
+          EXPECT_TRUE(reader.wait(id));
+          tokens = reader.tokens(id);
+          const std::vector<EngineEvent> events = reader.events(id);
+          if (expected != nullptr) {
+            EXPECT_EQ(tokens, *expected) << (events.empty() ? "" : events.back().error);
+          }
+        }
+        EXPECT_TRUE(engine.shutdown(true, 60s));
+        num_apart += count > 1 && faults->num_refused > 0;
+        return tokens;
+      };
+      const Tokens expected = run(1, nullptr);
+      if (expected.size() < 5) break;  // too little for one
+      run(8, &expected);
+      if (::testing::Test::HasFailure()) return;
+    }
+    EXPECT_GT(num_apart, 0);
+  }
+}
+
+// ---- steps' lengths ------------------------------------------------------------------------------------------------
+
+// A device that takes `fixed` seconds for a step, so many for a sample and for a token of a prompt.
+struct Timing {
+  double fixed, row, token;
+  double step(std::int64_t rows, std::int64_t prompt) const {
+    return fixed + row * static_cast<double>(rows) + token * static_cast<double>(prompt);
+  }
+};
+
+constexpr Timing kTiming{1.2e-3, 7.5e-6, 5e-6};
+constexpr double kRowCost = 7.5e-6 / 1.2e-3;
+
+TEST(StepBudget, FewSamplesWaitForShortSteps) {
+  StepBudget budget(64, 8192, 0, kRowCost);
+  EXPECT_FALSE(budget.knows_plain());
+  budget.measured(1, 0, 1, 0.2);  // recorded: not its length
+  for (int i = 0; i < 3; ++i) budget.measured(1, 0, 1, kTiming.step(1, 0));
+  EXPECT_TRUE(budget.knows_plain());
+  for (int i = 0; i < 30; ++i) budget.measured(1, budget.tokens(), 1, kTiming.step(1, budget.tokens()));
+  EXPECT_LE(kTiming.step(1, budget.tokens()), 5.1e-3);
+  EXPECT_GE(kTiming.step(1, budget.tokens()), 4e-3);
+}
+
+// Prompts that come all at once are read in steps that are short for the samples that they will be, not for those that
+// run already.
+TEST(StepBudget, ManyPromptsAtOnceAreReadInLongSteps) {
+  StepBudget budget(64, 8192, 0, kRowCost);
+  for (int i = 0; i < 3; ++i) budget.measured(1, 0, 1, kTiming.step(1, 0));
+  std::int64_t prompt = 256 * 1024;
+  double seconds = 0, longest = 0;
+  while (prompt > 0) {
+    const std::int64_t rows = 256 - (prompt + 1023) / 1024;
+    const std::int64_t tokens = std::min(budget.tokens(), prompt);
+    const double step = kTiming.step(rows, tokens);
+    budget.measured(rows, tokens, 256, step);
+    prompt -= tokens;
+    seconds += step;
+    longest = std::max(longest, step);
+  }
+  EXPECT_LE(longest, 3 * kTiming.step(256, 0));
+  EXPECT_LE(seconds, 1.6 * kTiming.token * 256 * 1024);
+  // The same with few that wait: those who run have waited long enough.
+  for (int i = 0; i < 40; ++i) budget.measured(1, budget.tokens(), 1, kTiming.step(1, budget.tokens()));
+  EXPECT_LE(kTiming.step(1, budget.tokens()), 5.1e-3);
+}
+
+TEST(StepBudget, KeepsItsBounds) {
+  StepBudget fixed(64, 8192, 100, kRowCost);
+  fixed.measured(1, 100, 1, 1);
+  EXPECT_EQ(fixed.tokens(), 100);
+  StepBudget budget(64, 8192, 0, kRowCost);
+  for (int i = 0; i < 50; ++i) budget.measured(1, budget.tokens(), 1, 1e-6);
+  EXPECT_EQ(budget.tokens(), 8192);
+  for (int i = 0; i < 50; ++i) budget.measured(1, budget.tokens(), 1, 10);
+  EXPECT_EQ(budget.tokens(), 64);
+  budget.measured(1, 63, 1, 1e-9);  // less than it may be says nothing
+  EXPECT_EQ(budget.tokens(), 64);
 }
 
 // ---- shutting down -------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 // A backend that fails on purpose: at the k-th operation or allocation from when it is armed. It also hands out memory
 // with contents that a test chooses.
 
+#include <atomic>
 #include <climits>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -46,6 +48,9 @@ class Faults {
   std::optional<std::byte> fill;  // every byte of memory that is allocated
   int max_states = INT_MAX;       // of one pool: there is no memory for more
   bool memory_apart = false;      // says that the device's memory is not the host's
+  bool asynchronous = false;      // says that steps are under way when they have been enqueued
+  std::atomic<int> num_refused = 0;
+  std::size_t max_workspace = std::numeric_limits<std::size_t>::max();  // bytes at once: there are no more
 
   void tick(const char* what) {
     const std::lock_guard lock(mutex_);
@@ -114,11 +119,15 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
   DType projection_dtype(DType weights) const override { return inner_->projection_dtype(weights); }
   std::int64_t chunk_tokens() const override { return inner_->chunk_tokens(); }
   std::int64_t step_rows(std::int64_t num_sequences) const override { return inner_->step_rows(num_sequences); }
-  bool asynchronous() const override { return inner_->asynchronous(); }
+  bool asynchronous() const override { return faults_->asynchronous || inner_->asynchronous(); }
   void trim() noexcept override { inner_->trim(); }
 
   backend::Buffer allocate(std::size_t nbytes, backend::MemoryKind kind) override {
     faults_->tick("allocate");
+    if (kind == backend::MemoryKind::workspace && nbytes > faults_->max_workspace) {
+      ++faults_->num_refused;
+      throw OutOfMemory("out of memory: planted");
+    }
     backend::Buffer buffer = inner_->allocate(nbytes, kind);
     if (faults_->fill) {
       const std::vector<std::byte> contents(nbytes, *faults_->fill);
