@@ -270,16 +270,10 @@ class Soak:
             with contextlib.suppress(ConnectionError):  # of a server that was killed just now
                 await self.random.choices(names, weights)[0]()
 
-    async def load(self, seconds: float, clients: int) -> list[int]:
-        """So many clients. Returns the server's memory, twice a second."""
+    async def load(self, seconds: float, clients: int) -> None:
+        """So many clients."""
         until = time.monotonic() + seconds
-        tasks = [asyncio.create_task(self.client_loop(until)) for _ in range(clients)]
-        memory = []
-        while not all(task.done() for task in tasks):
-            memory.append(self.server.resident())
-            await asyncio.sleep(0.5)
-        await asyncio.gather(*tasks)
-        return memory
+        await asyncio.gather(*(self.client_loop(until) for _ in range(clients)))
 
     async def load_until_killed(self, clients: int) -> None:
         """So many clients, while the server is there."""
@@ -388,15 +382,17 @@ async def soak(args: argparse.Namespace, folder: Path) -> None:
         num_files = server.num_files()
 
         killing = asyncio.create_task(batch.run(time.monotonic() + 0.8 * args.seconds, random.Random(args.seed)))
-        memory = await clients.load(0.9 * args.seconds, args.clients)
-        engine = await clients.until_idle()
+        memory = []
+        for _ in range(30):
+            await clients.load(0.9 * args.seconds / 30, args.clients)
+            engine = await clients.until_idle()
+            memory.append(server.resident())
         bars.at_most("samples that still run, prompts that wait", engine["running"] + engine["waiting_requests"], 0)
         await asyncio.sleep(6)  # requests that never came whole are given up
         bars.at_most("descriptors more than at the start", server.num_files() - num_files, 4)
-        tenths = [statistics.median(memory[len(memory) * i // 10 : len(memory) * (i + 1) // 10]) for i in range(10)]
-        print(f"  memory of the server, MiB, by tenths of the time: {', '.join(f'{m / 2**20:.1f}' for m in tenths)}")
-        growth = statistics.mean(tenths[7:]) / statistics.mean(tenths[4:7]) - 1
-        bars.at_most("growth of memory, tenths 8 to 10 to 5 to 7", 100 * growth, 1, "%")
+        print(f"  memory of the server, MiB, when it is idle: {' '.join(f'{m / 2**20:.1f}' for m in memory)}")
+        growth = statistics.mean(memory[20:]) / statistics.mean(memory[10:20]) - 1
+        bars.at_most("growth of memory, last third to the second", 100 * growth, 1, "%")
         await killing
         missing, repeated = batch.missing_and_repeated()
         print(f"  batch of {batch.lines} lines, killed {batch.num_killed} times")
