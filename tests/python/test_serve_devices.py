@@ -252,10 +252,16 @@ def test_states_are_everybodys(server: Devices) -> None:
     assert server.ask("/v1/states/ada/fork", {"to": "eve"}).json["id"] == "eve"
     listed = {state["id"]: state for state in server.ask("/v1/states").json["data"]}
     assert set(listed) == {"ada", "eve"} and listed["ada"]["in_memory"] and listed["ada"]["saved"]
-    for worker in range(4):  # of a name that no worker was sent: any of them finds the file
-        assert server.ask("/v1/states/ada/fork", {"to": f"copy-{worker}"}).status == 200
-        assert server.text(state_id=f"copy-{worker}", prompt=" and", max_tokens=6, **GREEDY) == expected
-        assert server.ask(f"/v1/states/copy-{worker}", method="DELETE").json["deleted"]
+    for number in range(4):
+        assert server.ask("/v1/states/ada/fork", {"to": f"copy-{number}"}).status == 200
+    before = server.completions
+    for number in range(4):  # names that no worker was asked for: each finds the files
+        assert server.text(state_id=f"copy-{number}", prompt=" and", max_tokens=6, **GREEDY) == expected
+        assert server.ask(f"/v1/states/copy-{number}", method="DELETE").json["deleted"]
+    assert {worker for worker, count in server.completions.items() if count > before.get(worker, 0)} == {
+        "cpu-0",
+        "cpu-1",
+    }
     assert server.ask("/v1/states/ada", method="DELETE").json["deleted"]
     for _ in range(2):
         server.refused(404, "state_id", state_id="ada", prompt="a")

@@ -35,7 +35,7 @@ from based.server._bodies import (
 )
 from based.server._errors import ApiError, invalid, to_json
 from based.server._requests import FIELDS, check_model
-from based.server._service import ClientGoneError, Host, Running, Service
+from based.server._service import ClientGoneError, Face, Running, Service
 from based.server._states import check_name, new_name
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def make_app(service: Service) -> ASGIApp:
     return layers(app, service)
 
 
-def layers(app: FastAPI, service: Host) -> ASGIApp:
+def layers(app: FastAPI, service: Face) -> ASGIApp:
     """An application's routes, and what is around them."""
     layered: ASGIApp = _Guard(app, service)
     if service.options.allowed_origins:
@@ -115,7 +115,7 @@ def layers(app: FastAPI, service: Host) -> ASGIApp:
 class _Outermost:
     """Gives each answer the request's id, counts and logs it, and makes an error of what nobody caught."""
 
-    def __init__(self, app: ASGIApp, service: Host) -> None:
+    def __init__(self, app: ASGIApp, service: Face) -> None:
         self._app = app
         self._service = service
 
@@ -198,7 +198,7 @@ def _request_id(scope: Scope) -> str:
 class _Guard:
     """Refuses a request to another host, or without the key, before anything of it is read."""
 
-    def __init__(self, app: ASGIApp, service: Host) -> None:
+    def __init__(self, app: ASGIApp, service: Face) -> None:
         self._app = app
         options = service.options
         self._keys = [key.encode() for key in options.api_keys]
@@ -334,7 +334,7 @@ def _json_response(value: Any, status: int = 200) -> Response:
     return Response(to_json(value), status, media_type="application/json")
 
 
-async def _read(request: Request, service: Host, *, needs_body: bool = True) -> bytes:
+async def _read(request: Request, service: Face, *, needs_body: bool = True) -> bytes:
     """The body, of a bounded size and in a bounded time."""
     limits = service.options.limits
     data = bytearray()

@@ -26,6 +26,7 @@ from based.server._options import Options
 from based.server._relay import Ask, Front, Head, Told, make_front_app, not_ready, worker_ended, worker_options
 from based.server._routing import Prefixes
 from based.server._run import serve, serve_host, short_address
+from based.server._service import Host
 
 if TYPE_CHECKING:
     from based import Engine, Model
@@ -84,7 +85,7 @@ class _Worker:
     num_requests: int = 0
 
 
-class Devices(Front):
+class Devices(Front, Host):
     """The workers of this machine, and who of them answers."""
 
     def __init__(
@@ -136,7 +137,10 @@ class Devices(Front):
         """Starts a worker, and again whenever it ends."""
         num_failed = 0
         while not self.is_draining:
-            failure = await self._run(worker)
+            try:
+                failure = await self._run(worker)
+            except OSError as error:  # no process, for want of memory
+                failure = error
             if self.is_draining:
                 return
             if worker.is_ready:
@@ -185,7 +189,7 @@ class Devices(Front):
             worker.process = None
             worker.socket.unlink(missing_ok=True)
         status = process.returncode or 0
-        if told:
+        if status == 1 and told:
             failure: Exception = pickle.loads(told)
             return failure
         how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"

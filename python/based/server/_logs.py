@@ -12,7 +12,7 @@ LOGGER = logging.getLogger("based.server")
 class _Lines(logging.Formatter):
     """A time, the level where it is not usual, the message; control characters as escapes, so that it is one line."""
 
-    def __init__(self, worker: str | None) -> None:
+    def __init__(self, worker: str | None = None) -> None:
         super().__init__()
         self._worker = "" if worker is None else f"{worker}: "
 
@@ -29,7 +29,7 @@ class _Lines(logging.Formatter):
 class _Json(logging.Formatter):
     """One object a line: time (seconds since 1970), level, message, and the fields of a request."""
 
-    def __init__(self, worker: str | None) -> None:
+    def __init__(self, worker: str | None = None) -> None:
         super().__init__()
         self._worker = {} if worker is None else {"worker": worker}
 

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import json
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from based.server._errors import ApiError, to_json
 from based.server._metrics import Metrics
 from based.server._options import Options
 from based.server._routing import fingerprints, of_state
-from based.server._service import Host
+from based.server._service import Face
 
 _LARGE = 1 << 18  # bytes of a body that the event loop does not parse
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
@@ -60,7 +60,7 @@ class Told(NamedTuple):
     body: bytes
 
 
-class Front(Host):
+class Front(Face, ABC):
     """What stands between clients and workers."""
 
     def __init__(self, options: Options) -> None:

@@ -31,28 +31,14 @@ T = TypeVar("T")
 _LONGEST_WAIT = 60  # seconds that Retry-After names
 
 
-class Host(ABC):
-    """What is served: one model in this process, or several workers."""
+class Face:
+    """What clients meet: one model in this process, or several workers."""
 
     def __init__(self, options: Options, metrics: Metrics) -> None:
         self.options = options
         self.started = time.time()
         self.metrics = metrics
-        self.failure: BaseException | None = None
-        """Why the model could not be loaded."""
         self.is_draining = False
-
-    @abstractmethod
-    def start(self, when_loaded: Callable[[], None], when_failed: Callable[[], None]) -> None:
-        """Begins to load, on the event loop; calls one of the two, from any thread, when that is done."""
-
-    @abstractmethod
-    async def drain(self, is_urgent: asyncio.Event) -> None:
-        """Waits for what runs, for at most `drain_seconds` or until it is urgent, and ends the rest."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """The end, behind the event loop. Blocks."""
 
     def require(self) -> Any:
         """Raises ApiError when the server is about to end."""
@@ -67,6 +53,25 @@ class Host(ABC):
             fields = {"status": status, "request_id": identity, "error": message}
             _logs.info(f"a request refused with {status}: {message} [{identity}]", fields)
         return identity
+
+
+class Host(Face, ABC):
+    """The same with a life of its own: what a server of this process loads and ends."""
+
+    failure: BaseException | None = None
+    """Why the model could not be loaded."""
+
+    @abstractmethod
+    def start(self, when_loaded: Callable[[], None], when_failed: Callable[[], None]) -> None:
+        """Begins to load, on the event loop; calls one of the two, from any thread, when that is done."""
+
+    @abstractmethod
+    async def drain(self, is_urgent: asyncio.Event) -> None:
+        """Waits for what runs, for at most `drain_seconds` or until it is urgent, and ends the rest."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """The end, behind the event loop. Blocks."""
 
 
 class Service(Host):
