@@ -75,10 +75,16 @@ def test_a_batch_of_wrong_rows_and_an_empty_one(completer: Any) -> None:
 
 
 MARKED = """
-import os, sys, complete
+import os, sys, time, pathlib, complete
 
 class Marked(complete.Completer):
     def __call__(self, batch):
+        workers = pathlib.Path(os.environ["WORKERS"])
+        (workers / str(os.getpid())).touch()
+        end = time.monotonic() + 300
+        while len(list(workers.iterdir())) < 2:  # the first worker waits for the second one's first batch
+            assert time.monotonic() < end, "the second worker did not come"
+            time.sleep(0.05)
         found = super().__call__(batch)
         return found | {"process": [os.getpid()] * len(found["error"])}
 
@@ -108,16 +114,18 @@ def environment(short_folder: str) -> dict[str, str]:
 def test_two_workers(tmp_path: Path, short_folder: str) -> None:
     """The example, on a cluster of its own: a row that is wrong has an error, all others are answered."""
     pytest.importorskip("ray.data", reason="the extra `ray` is missing")
-    rows: list[dict[str, Any]] = [{"prompt": f"x{i} = "} for i in range(20)]
+    rows: list[dict[str, Any]] = [{"prompt": f"x{i} = "} for i in range(60)]
     rows[7]["params"] = {"max_tokens": 3}
     rows[9]["params"] = {"max_tokens": -3}
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "workers").mkdir()
+    given = environment(short_folder) | {"WORKERS": str(tmp_path / "workers")}
     words = [sys.executable, "-c", MARKED, str(tmp_path / "in.jsonl"), str(tmp_path / "out")]
-    done = subprocess.run(words, env=environment(short_folder), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, env=given, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for file in (tmp_path / "out").iterdir() for line in file.read_text().splitlines()]
     by_prompt = {row["prompt"]: row for row in found}
-    assert len(found) == 20 and set(by_prompt) == {row["prompt"] for row in rows}
+    assert len(found) == 60 and set(by_prompt) == {row["prompt"] for row in rows}
     assert by_prompt["x3 = "]["completion"] == expected("x3 = ", max_tokens=32, temperature=0)
     assert len({row["process"] for row in found}) == 2
     assert by_prompt["x7 = "]["error"] is None, by_prompt["x7 = "]["error"]
