@@ -17,6 +17,7 @@ pytest.importorskip("fastapi", reason="the extra `server` is missing")
 pytest.importorskip("prometheus_client", reason="the extra `server` is missing")
 
 from based.server import _run
+from based.server._app import make_app
 from based.server._options import Limits, Options
 from based.server._service import Service
 
@@ -119,7 +120,7 @@ def serving(
 
     service = Service(default_load if isinstance(load, based.Model) else load, given)
     sock = _run._listen(given)
-    server = _run.make_server(service)
+    server = _run.make_server(service, make_app(service))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve([sock])))
     thread.start()

@@ -6,7 +6,10 @@ Ctrl-C let what runs come to its end. A page to try it with is at /. See docs/se
 
 import argparse
 import os
+import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--served-model-name", metavar="NAME", help="the model's name to clients (default: what --model says)"
     )
     _common.add_compute_arguments(parser)
+    parser.add_argument(
+        "--devices",
+        type=_devices,
+        metavar="LIST",
+        help="several, such as cuda:0,cuda:1: a process with the model on each, behind one address",
+    )
     parser.add_argument(
         "--deterministic", action="store_true", help="on a GPU: answers do not depend on what else runs; slower"
     )
@@ -140,6 +149,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _devices(text: str) -> list[str]:
+    """Names with commas between them."""
+    names = text.split(",")
+    for name in names:
+        if not re.fullmatch(r"cpu|cuda:\d+", name):
+            raise argparse.ArgumentTypeError(f"{name!r} in {text!r} is neither cpu nor cuda:N")
+    return names
+
+
 def _port(text: str) -> int:
     value = int(text)
     if not 0 <= value < 65536:
@@ -178,6 +196,8 @@ def run(args: argparse.Namespace) -> None:
         raise ImportError(f'based serve needs {error.name}: pip install ".[server]" installs it') from error
     if args.ssl_certfile is None and (args.ssl_keyfile is not None or args.ssl_ca_certs is not None):
         raise UsageError("--ssl-keyfile and --ssl-ca-certs go with --ssl-certfile")
+    if args.devices is not None and args.device != "auto":
+        raise UsageError(f"--device {args.device} and --devices {','.join(args.devices)}: give one of them")
     if args.shared_states and args.state_dir is None:
         raise UsageError("--shared-states are in files: give --state-dir, the folder that the servers share")
     for file in (args.ssl_certfile, args.ssl_keyfile, args.ssl_ca_certs):
@@ -222,29 +242,70 @@ def run(args: argparse.Namespace) -> None:
             file=sys.stderr,
         )
 
-    def load() -> "tuple[Model, Engine]":
-        import based
+    load: dict[str, Any] = {
+        "device": args.device,
+        "dtype": args.dtype,
+        "num_threads": args.threads,
+        "deterministic": args.deterministic,
+        "max_context": args.max_context,
+        "revision": args.revision,
+        "tokenizer": args.tokenizer,
+    }
+    engine: dict[str, Any] = {
+        "max_batch_size": args.max_batch_size,
+        "max_waiting_requests": args.max_waiting_requests,
+        "max_waiting_tokens": args.max_waiting_tokens,
+        "max_step_tokens": args.max_step_tokens,
+        "cache_bytes": args.cache_bytes,
+        "host_cache_bytes": args.host_cache_bytes,
+        "cache_dir": args.cache_dir,
+        "cache_dir_bytes": args.cache_dir_bytes,
+    }
+    if args.devices is None:
+        serve(partial(_load, args.model, load, engine), options)
+        return
+    from based.server._devices import serve_devices
 
-        model = based.load(
-            args.model,
-            device=args.device,
-            dtype=args.dtype,
-            num_threads=args.threads,
-            deterministic=args.deterministic,
-            max_context=args.max_context,
-            revision=args.revision,
-            tokenizer=args.tokenizer,
-        )
-        engine: dict[str, Any] = {
-            "max_batch_size": args.max_batch_size,
-            "max_waiting_requests": args.max_waiting_requests,
-            "max_waiting_tokens": args.max_waiting_tokens,
-            "max_step_tokens": args.max_step_tokens,
-            "cache_bytes": args.cache_bytes,
-            "host_cache_bytes": args.host_cache_bytes,
-            "cache_dir": args.cache_dir,
-            "cache_dir_bytes": args.cache_dir_bytes,
-        }
-        return model, model.engine(**engine)
+    threads = max(1, len(os.sched_getaffinity(0)) // max(1, args.devices.count("cpu")))
+    loads: list[tuple[str, Callable[[], tuple[Model, Engine]]]] = []
+    for device in args.devices:
+        own = {"device": device} | ({"num_threads": threads} if device == "cpu" and args.threads is None else {})
+        loads.append((device, partial(_load, args.model, load | own, engine)))
+    serve_devices(loads, partial(_prepare, args.devices, args.model, args.revision, args.tokenizer), options)
 
-    serve(load, options)
+
+def _load(model: str, options: dict[str, Any], engine: dict[str, Any]) -> "tuple[Model, Engine]":
+    import based
+
+    loaded = based.load(model, **options)
+    return loaded, loaded.engine(**engine)
+
+
+def _prepare(devices: list[str], model: str, revision: str | None, tokenizer: str | None) -> None:
+    """Refuses what no process could do, and fetches and converts the model once for all of them."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    import based
+    from based._loading import find_tokenizer, model_directory
+
+    if any(device != "cpu" for device in devices):
+        # By a process that ends: who asks a GPU how it is keeps some of its memory.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            if problem := pool.submit(_problem, devices).result():
+                raise based.UnsupportedError(f"--devices {','.join(devices)}: {problem}")
+    find_tokenizer(model, revision, tokenizer)
+    model_directory(model, revision)
+
+
+def _problem(devices: list[str]) -> str | None:
+    """Why one of them cannot be used."""
+    import based
+
+    known = {each.device: each.problem for each in based.devices()}
+    for device in devices:
+        if device not in known:
+            return based._core.cuda_problem() or f"there is no {device}, but {', '.join(known)}"
+        if problem := known[device]:
+            return f"{device}: {problem}"
+    return None

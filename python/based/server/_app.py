@@ -35,7 +35,7 @@ from based.server._bodies import (
 )
 from based.server._errors import ApiError, invalid, to_json
 from based.server._requests import FIELDS, check_model
-from based.server._service import ClientGoneError, Running, Service
+from based.server._service import ClientGoneError, Face, Running, Service
 from based.server._states import check_name, new_name
 
 if TYPE_CHECKING:
@@ -92,6 +92,11 @@ def make_app(service: Service) -> ASGIApp:
     )
     _add_errors(app)
     _add_routes(app, service)
+    return layers(app, service)
+
+
+def layers(app: FastAPI, service: Face) -> ASGIApp:
+    """An application's routes, and what is around them."""
     layered: ASGIApp = _Guard(app, service)
     if service.options.allowed_origins:
         layered = CORSMiddleware(
@@ -110,7 +115,7 @@ def make_app(service: Service) -> ASGIApp:
 class _Outermost:
     """Gives each answer the request's id, counts and logs it, and makes an error of what nobody caught."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Face) -> None:
         self._app = app
         self._service = service
 
@@ -149,6 +154,8 @@ class _Outermost:
 
     def _log(self, scope: Scope, status: int, seconds: float) -> None:
         fields: dict[str, Any] = scope["based.log"]
+        if fields.pop("relayed", False):  # the worker that answered has counted and logged it
+            return
         route = getattr(scope.get("route"), "path", None) or "other"
         self._service.metrics.count_response(route, status)
         if not self._service.options.log_requests or (status == 200 and scope["path"] in ("/health", "/metrics")):
@@ -191,7 +198,7 @@ def _request_id(scope: Scope) -> str:
 class _Guard:
     """Refuses a request to another host, or without the key, before anything of it is read."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Face) -> None:
         self._app = app
         options = service.options
         self._keys = [key.encode() for key in options.api_keys]
@@ -327,7 +334,7 @@ def _json_response(value: Any, status: int = 200) -> Response:
     return Response(to_json(value), status, media_type="application/json")
 
 
-async def _read(request: Request, service: Service, *, needs_body: bool = True) -> bytes:
+async def _read(request: Request, service: Face, *, needs_body: bool = True) -> bytes:
     """The body, of a bounded size and in a bounded time."""
     limits = service.options.limits
     data = bytearray()

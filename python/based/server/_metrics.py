@@ -57,13 +57,28 @@ class Histogram:
 class Metrics:
     """All of them. Requests are counted on the event loop; engine and states are asked when /metrics is."""
 
-    def __init__(self, prefix: str, model_name: str, gauges: Callable[[], dict[str, tuple[str, str, Any]]]) -> None:
-        """gauges: name → ("gauge" or "counter", help, value or {labels: value}), asked whenever metrics are read."""
+    def __init__(
+        self,
+        prefix: str,
+        model_name: str,
+        gauges: Callable[[], dict[str, tuple[str, str, Any]]],
+        *,
+        of_requests: bool = True,
+    ) -> None:
+        """What there is to tell.
+
+        Args:
+            prefix: Of the names.
+            model_name: A label.
+            gauges: Name → ("gauge" or "counter", help, value or {labels: value}), asked whenever metrics are read.
+            of_requests: Whether this process runs completions, and has times of them.
+        """
         from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
         self._prefix = prefix
         self._model_name = model_name
         self._gauges = gauges
+        self._of_requests = of_requests
         self.histograms = {name: Histogram(bounds) for name, (_, bounds) in HISTOGRAMS.items()}
         self.finished = dict.fromkeys(FINISHED, 0)
         self.responses: dict[tuple[str, str], int] = {}
@@ -85,7 +100,28 @@ class Metrics:
 
     def collect(self) -> Iterator[Any]:
         """The families, for prometheus_client."""
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        model = [self._model_name]
+        if self._of_requests:
+            yield from self._collect_requests()
+        counter = CounterMetricFamily(
+            f"{self._prefix}:http_responses", "Answers, by route and status.", labels=["route", "status"]
+        )
+        for labels, count in sorted(self.responses.items()):
+            counter.add_metric(list(labels), count)
+        yield counter
+        for name, (kind, text, value) in self._gauges().items():
+            by_label: dict[tuple[tuple[str, str], ...], float] = value if isinstance(value, dict) else {(): value}
+            keys = ["model_name", *(key for key, _ in next(iter(by_label)))]
+            make = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
+            gauge = make(f"{self._prefix}:{name.removesuffix('_total')}", text, labels=keys)
+            for by, number in by_label.items():
+                gauge.add_metric([*model, *(label for _, label in by)], number)
+            yield gauge
+
+    def _collect_requests(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
         model = [self._model_name]
         for name, (text, _) in HISTOGRAMS.items():
@@ -101,20 +137,6 @@ class Metrics:
         for reason, count in self.finished.items():
             counter.add_metric([*model, reason], count)
         yield counter
-        counter = CounterMetricFamily(
-            f"{self._prefix}:http_responses", "Answers, by route and status.", labels=["route", "status"]
-        )
-        for labels, count in sorted(self.responses.items()):
-            counter.add_metric(list(labels), count)
-        yield counter
-        for name, (kind, text, value) in self._gauges().items():
-            by_label: dict[tuple[tuple[str, str], ...], float] = value if isinstance(value, dict) else {(): value}
-            keys = ["model_name", *(key for key, _ in next(iter(by_label)))]
-            make = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
-            gauge = make(f"{self._prefix}:{name.removesuffix('_total')}", text, labels=keys)
-            for by, number in by_label.items():
-                gauge.add_metric([*model, *(label for _, label in by)], number)
-            yield gauge
 
     def count_response(self, route: str, status: int) -> None:
         """Counts an answer."""

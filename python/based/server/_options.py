@@ -56,4 +56,8 @@ class Options:
     drain_seconds: float = 30.0
     log_json: bool = False
     log_requests: bool = True
+    worker: str | None = None
+    """The name of this process, one of several behind one address, in its log."""
+    socket: Path | None = None
+    """Where such a process listens, in place of host and port: a Unix socket in a folder that is its owner's alone."""
     limits: Limits = field(default_factory=Limits)

@@ -3,20 +3,23 @@
 import asyncio
 import contextlib
 import http
+import os
 import signal
 import socket
 import ssl
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from based.server import _logs
 from based.server._app import make_app
 from based.server._errors import ApiError, to_json
 from based.server._options import Options
-from based.server._service import Service
+from based.server._service import Host, Service
 
 if TYPE_CHECKING:
     from based import Engine, Model
@@ -29,6 +32,7 @@ def serve(
     options: Options,
     *,
     when_listening: Callable[[str], None] | None = None,
+    when_loaded: Callable[[], None] = lambda: None,
 ) -> None:
     """Serves until SIGTERM or SIGINT, and then until what runs has ended.
 
@@ -36,29 +40,43 @@ def serve(
         load: Gives the model and its engine; called in a thread, while the socket is open.
         options: Where and how.
         when_listening: Called with the server's address.
+        when_loaded: Called in a thread when requests are taken.
 
     Raises:
         OSError: The address cannot be used, or a file of the options not be read.
         BaseException: What `load` raised.
     """
-    _logs.set_up(options.log_json)
+    _logs.set_up(options.log_json, options.worker)
     service = Service(load, options)
+    serve_host(service, make_app(service), when_listening=when_listening, when_loaded=when_loaded)
+
+
+def serve_host(
+    host: Host,
+    app: ASGIApp,
+    *,
+    when_listening: Callable[[str], None] | None = None,
+    when_loaded: Callable[[], None] = lambda: None,
+) -> None:
+    """As serve(), of anything that is served; app: its application."""
+    options = host.options
     with contextlib.closing(_listen(options)) as sock:
-        server = make_server(service)
-        host, port = sock.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        address = f"{'http' if options.certificate is None else 'https'}://{shown}:{port}"
-        _logs.info(f"listening on {address}, loading {options.model_name}")
-        if when_listening is not None:
-            when_listening(address)
+        server = make_server(host, app, when_loaded)
+        if options.socket is None:
+            address, port = sock.getsockname()[:2]
+            shown = f"[{address}]" if ":" in address else address
+            url = f"{'http' if options.certificate is None else 'https'}://{shown}:{port}"
+            _logs.info(f"listening on {url}, loading {options.model_name}")
+            if when_listening is not None:
+                when_listening(url)
         asyncio.run(server.serve([sock]))
-    service.close()
-    if service.failure is not None:
-        raise service.failure
+    host.close()
+    if host.failure is not None:
+        raise host.failure
 
 
-def make_server(service: Service) -> "Server":
-    """The server of a service, which has not begun. Raises OSError for files of TLS."""
+def make_server(service: Host, app: ASGIApp, when_loaded: Callable[[], None] = lambda: None) -> "Server":
+    """The server of an application, which has not begun. Raises OSError for files of TLS."""
     options = service.options
     tls: dict[str, Any] = {}
     if options.certificate is not None:
@@ -66,23 +84,31 @@ def make_server(service: Service) -> "Server":
         if options.ca_certificates is not None:
             tls |= {"ssl_ca_certs": options.ca_certificates, "ssl_cert_reqs": ssl.CERT_REQUIRED}
     config = uvicorn.Config(
-        make_app(service),
+        app,
         http=protocol_class(options.limits.header_bytes, options.limits.read_seconds, service.head_refused),
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
-        proxy_headers=False,
+        proxy_headers=options.socket is not None,  # whoever may use it says for which client it asks
+        forwarded_allow_ips="*",
         server_header=False,
         timeout_graceful_shutdown=_SECONDS_TO_LEAVE,
         **tls,
     )
     config.load()
-    return Server(config, service)
+    return Server(config, service, when_loaded)
 
 
 def _listen(options: Options) -> socket.socket:
     """A socket that takes connections. Raises OSError."""
+    if options.socket is not None:
+        with short_address(options.socket) as path:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.bind(path)
+        sock.listen(2048)
+        sock.setblocking(False)
+        return sock
     family, kind, protocol, _, address = socket.getaddrinfo(
         options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
@@ -98,12 +124,23 @@ def _listen(options: Options) -> socket.socket:
     return sock
 
 
+@contextlib.contextmanager
+def short_address(path: Path) -> Iterator[str]:
+    """Another name of a Unix socket, in less than the 108 bytes that it may have."""
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
+
+
 class Server(uvicorn.Server):
     """uvicorn's, which loads the model when it has begun, and drains it at the end."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Host, when_loaded: Callable[[], None]) -> None:
         super().__init__(config)
         self._service = service
+        self._when_loaded = when_loaded
         self._num_signals = 0
         self._is_urgent = asyncio.Event()
 
@@ -116,7 +153,7 @@ class Server(uvicorn.Server):
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(self.stop)
 
-        self._service.start(lambda: None, when_failed)
+        self._service.start(self._when_loaded, when_failed)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Answers new requests with 503 until those that run have ended, and closes the socket then."""

@@ -6,6 +6,7 @@ import math
 import secrets
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -30,16 +31,54 @@ T = TypeVar("T")
 _LONGEST_WAIT = 60  # seconds that Retry-After names
 
 
-class Service:
+class Face:
+    """What clients meet: one model in this process, or several workers."""
+
+    def __init__(self, options: Options, metrics: Metrics) -> None:
+        self.options = options
+        self.started = time.time()
+        self.metrics = metrics
+        self.is_draining = False
+
+    def require(self) -> Any:
+        """Raises ApiError when the server is about to end."""
+        if self.is_draining:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"retry-after": "5"})
+
+    def head_refused(self, status: int, message: str) -> str:
+        """Counts and logs a request whose head is no HTTP, too large or too slow; the request's id."""
+        identity = secrets.token_hex(8)
+        self.metrics.count_response("other", status)
+        if self.options.log_requests:
+            fields = {"status": status, "request_id": identity, "error": message}
+            _logs.info(f"a request refused with {status}: {message} [{identity}]", fields)
+        return identity
+
+
+class Host(Face, ABC):
+    """The same with a life of its own: what a server of this process loads and ends."""
+
+    failure: BaseException | None = None
+    """Why the model could not be loaded."""
+
+    @abstractmethod
+    def start(self, when_loaded: Callable[[], None], when_failed: Callable[[], None]) -> None:
+        """Begins to load, on the event loop; calls one of the two, from any thread, when that is done."""
+
+    @abstractmethod
+    async def drain(self, is_urgent: asyncio.Event) -> None:
+        """Waits for what runs, for at most `drain_seconds` or until it is urgent, and ends the rest."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """The end, behind the event loop. Blocks."""
+
+
+class Service(Host):
     """One model, loaded while the server answers already that it is loading."""
 
     def __init__(self, load: "Callable[[], tuple[Model, Engine]]", options: Options) -> None:
-        self.options = options
-        self.started = time.time()
-        self.metrics = Metrics(options.metrics_prefix, options.model_name, self._gauges)
-        self.failure: BaseException | None = None
-        """Why the model could not be loaded."""
-        self.is_draining = False
+        super().__init__(options, Metrics(options.metrics_prefix, options.model_name, self._gauges))
         self._load = load
         self._loaded: tuple[Model, Engine, StateStore] | None = None
         self._loading: threading.Thread | None = None
@@ -89,8 +128,7 @@ class Service:
 
     def require(self) -> "tuple[Model, Engine, StateStore]":
         """What is loaded. Raises ApiError while it is not, and when the server is about to end."""
-        if self.is_draining:
-            raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"retry-after": "5"})
+        super().require()
         if self._loaded is None:
             raise ApiError(503, "the model is being loaded", code="loading", headers={"retry-after": "2"})
         return self._loaded
@@ -222,15 +260,6 @@ class Service:
             return await asyncio.get_running_loop().run_in_executor(self._scoring, work)
 
         return await echoed_logprobs(running.model, running.completion, score)
-
-    def head_refused(self, status: int, message: str) -> str:
-        """Counts and logs a request whose head is no HTTP, too large or too slow; the request's id."""
-        identity = secrets.token_hex(8)
-        self.metrics.count_response("other", status)
-        if self.options.log_requests:
-            fields = {"status": status, "request_id": identity, "error": message}
-            _logs.info(f"a request refused with {status}: {message} [{identity}]", fields)
-        return identity
 
     def ended(self, running: "Running") -> None:
         """Counts a request at its end, however it ended."""

@@ -1,0 +1,287 @@
+"""One application for several workers of one model: a worker answers, and what is asked of all is joined.
+
+A worker is a process of this machine (`_devices`), or a replica of Ray's (`based.ray`).
+"""
+
+import asyncio
+import contextlib
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import based
+from based.server import _app
+from based.server._answers import DONE
+from based.server._errors import ApiError, to_json
+from based.server._metrics import Metrics
+from based.server._options import Options
+from based.server._routing import fingerprints, of_state
+from based.server._service import Face
+
+_LARGE = 1 << 18  # bytes of a body that the event loop does not parse
+_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+
+FRONT = "front"
+"""The label `worker` of this process's own numbers."""
+
+
+class Head(NamedTuple):
+    """How an answer begins."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request, as a worker gets it."""
+
+    method: str
+    target: str
+    """Path and query, as the client has sent them."""
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    beginnings: list[bytes] = field(default_factory=list)
+    """Of a completion's prompt: `fingerprints`."""
+
+
+class Told(NamedTuple):
+    """A worker's answer to what is asked of all."""
+
+    worker: str
+    status: int
+    body: bytes
+
+
+class Front(Face, ABC):
+    """What stands between clients and workers."""
+
+    def __init__(self, options: Options) -> None:
+        metrics = Metrics(options.metrics_prefix, options.model_name, self.gauges, of_requests=False)
+        super().__init__(options, metrics)
+        self.num_requests = 0
+        """That wait for a worker's answer."""
+
+    @abstractmethod
+    def answer(self, ask: Ask) -> AsyncGenerator[Head | bytes, None]:
+        """A worker's answer: its head, then pieces of its body as they come.
+
+        Where the client goes away it is closed, and then the worker ends the request. Raises ApiError when the worker
+        does not answer, or not to the end.
+        """
+
+    @abstractmethod
+    async def statuses(self) -> dict[str, str]:
+        """Of each worker: "ok", or what it does instead."""
+
+    @abstractmethod
+    async def ask_all(self, path: str) -> list[Told]:
+        """GETs a path of each worker that is there."""
+
+    def gauges(self) -> dict[str, tuple[str, str, Any]]:
+        """As Metrics wants them."""
+        return {}
+
+
+def make_front_app(front: Front) -> ASGIApp:
+    """The application: one server's, of which a worker answers all but what is about all workers."""
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
+    _app._add_errors(app)
+
+    @app.api_route("/health", methods=["GET", "HEAD"])
+    @app.api_route("/ping", methods=["GET", "HEAD"])
+    async def health() -> Response:
+        found = await front.statuses()
+        is_ready = "ok" in found.values() and not front.is_draining
+        status = "ok" if is_ready else "shutting down" if front.is_draining else "loading"
+        return _app._json_response({"status": status, "workers": found}, 200 if is_ready else 503)
+
+    @app.api_route("/metrics", methods=["GET", "HEAD"])
+    async def metrics() -> Response:
+        pages = [(told.worker, told.body) for told in await front.ask_all("/metrics") if told.status == 200]
+        pages.append((FRONT, await asyncio.to_thread(front.metrics.text)))
+        text = await asyncio.to_thread(joined_metrics, pages)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.api_route("/server_info", methods=["GET", "HEAD"])
+    async def server_info() -> Response:
+        front.require()
+        told = await front.ask_all("/server_info")
+        workers = [{"worker": one.worker, **json.loads(one.body)} for one in told if one.status == 200]
+        if not workers:
+            raise not_ready()
+        return _app._json_response(_joined_info(workers, time.time() - front.started))
+
+    @app.api_route("/v1/states", methods=["GET", "HEAD"])
+    async def states() -> Response:
+        front.require()
+        lists = [json.loads(one.body)["data"] for one in await front.ask_all("/v1/states") if one.status == 200]
+        if not lists:
+            raise not_ready()
+        found: dict[str, Any] = {}
+        for state in (state for each in lists for state in each):
+            if state["in_memory"] or state["id"] not in found:  # who has it in memory knows its bytes there
+                found[state["id"]] = state
+        data = sorted(found.values(), key=lambda state: (-state["created"], state["id"]))
+        return _app._json_response({"object": "list", "data": data})
+
+    @app.api_route("/{path:path}", methods=_METHODS)
+    async def relay(request: Request) -> Response:
+        front.require()
+        body = await _app._read(request, front, needs_body=False) if request.method == "POST" else b""
+        beginnings: list[bytes] = []
+        path = request.url.path
+        if path.startswith("/v1/states/"):
+            beginnings = [of_state(path.split("/")[3])]
+        elif path == "/v1/completions":
+            in_thread = len(body) > _LARGE
+            beginnings = await asyncio.to_thread(fingerprints, body) if in_thread else fingerprints(body)
+        front.require()  # again: reading took its time
+        return _Relayed(front, _ask(request, body, beginnings))
+
+    return _app.layers(app, front)
+
+
+def _ask(request: Request, body: bytes, beginnings: list[bytes]) -> Ask:
+    scope = request.scope
+    raw: bytes = scope.get("raw_path") or request.url.path.encode()
+    query: bytes = scope["query_string"]
+    headers = {"x-request-id": scope["based.id"]}
+    if (kind := request.headers.get("content-type")) is not None:
+        headers["content-type"] = kind
+    if scope.get("client"):
+        headers["x-forwarded-for"] = scope["client"][0]
+    return Ask(scope["method"], (raw + (b"?" + query if query else b"")).decode("latin-1"), headers, body, beginnings)
+
+
+def not_ready() -> ApiError:
+    """No worker can answer now."""
+    return ApiError(503, "the model is being loaded", code="loading", headers={"retry-after": "2"})
+
+
+def worker_ended(name: str) -> ApiError:
+    """What a client is told whose request a worker has not answered to the end."""
+    return ApiError(
+        503,
+        f"the process of {name}, which answered this request, has ended; another one takes its place: send it again",
+        code="worker_ended",
+        headers={"retry-after": "1"},
+    )
+
+
+class _Relayed(Response):
+    """A worker's answer, passed on piece by piece."""
+
+    def __init__(self, front: Front, ask: Ask) -> None:
+        super().__init__()
+        self._front = front
+        self._ask = ask
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._front.num_requests += 1
+        passing = asyncio.create_task(self._pass_on(scope, send))
+        watching = asyncio.create_task(_app._until_disconnect(receive))
+        try:
+            await asyncio.wait({passing, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if passing.done():
+                await passing
+            else:
+                scope["based.log"]["relayed"] = True  # the worker sees that the client went away, and says so
+        finally:
+            passing.cancel()
+            watching.cancel()
+            await asyncio.gather(passing, watching, return_exceptions=True)
+            self._front.num_requests -= 1
+
+    async def _pass_on(self, scope: Scope, send: Send) -> None:
+        is_stream, held = False, b""
+        try:
+            async with contextlib.aclosing(self._front.answer(self._ask)) as pieces:
+                async for piece in pieces:
+                    if isinstance(piece, Head):
+                        is_stream = dict(piece.headers).get(b"content-type", b"").startswith(b"text/event-stream")
+                        scope["based.log"]["relayed"] = True
+                        await send({"type": "http.response.start", "status": piece.status, "headers": piece.headers})
+                    elif not is_stream:
+                        await send(_app._body(piece))
+                    else:  # whole events, so that an error may follow any of them
+                        held += piece
+                        end = held.rfind(b"\n\n") + 2
+                        if end > 1:
+                            await send(_app._body(held[:end]))
+                            held = held[end:]
+        except ApiError as error:
+            scope["based.log"].pop("relayed", None)
+            if not is_stream:  # without an answer, or cut off: a client must not take it for whole
+                raise
+            scope["based.log"]["error"] = error.message
+            held = b"data: " + to_json(error.body()) + b"\n\n" + DONE
+        await send(_app._body(held, more=False))
+
+
+def _joined_info(workers: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """/server_info of all: what is alike once, what each does added up, and each by itself."""
+    first = workers[0]
+    sums = {
+        part: {name: sum(worker[part][name] for worker in workers) for name in first[part]}
+        for part in ("engine", "states")
+    }
+    sums["states"]["files"] = first["states"]["files"]
+    devices = ",".join(worker["model"]["device"] for worker in workers)
+    own = [{name: worker[name] for name in ("worker", "uptime_seconds", "engine", "states")} for worker in workers]
+    for each, worker in zip(own, workers, strict=True):
+        each["device"] = worker["model"]["device"]
+    return {
+        "version": based.__version__,
+        "uptime_seconds": round(seconds, 3),
+        "model": first["model"] | {"device": devices},
+        **sums,
+        "limits": first["limits"],
+        "workers": own,
+    }
+
+
+class _Families:
+    """What prometheus_client writes."""
+
+    def __init__(self, families: Iterable[Any]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Any]:
+        return self._families
+
+
+def joined_metrics(pages: list[tuple[str, bytes]]) -> bytes:
+    """One page of several, in which each number has its worker as a label."""
+    from prometheus_client import generate_latest
+    from prometheus_client.parser import text_string_to_metric_families
+
+    families: dict[str, Any] = {}
+    for name, page in pages:
+        for family in text_string_to_metric_families(page.decode()):
+            samples = [sample._replace(labels={"worker": name, **sample.labels}) for sample in family.samples]
+            family.samples = families[family.name].samples + samples if family.name in families else samples
+            families[family.name] = family
+    registry: Any = _Families(families.values())
+    return generate_latest(registry)
+
+
+def worker_options(options: Options) -> Options:
+    """The options of a worker, which does not do again what the front does."""
+    return replace(
+        options,
+        host="127.0.0.1",
+        api_keys=[],
+        allowed_hosts=[],
+        allowed_origins=[],
+        certificate=None,
+        key=None,
+        ca_certificates=None,
+    )
