@@ -418,7 +418,7 @@ def test_the_description_refuses_what_the_server_refuses(server: Running) -> Non
 
 def test_the_description_has_the_servers_own_bounds(model: based.Model) -> None:
     limits = {"n": 3, "logprobs": 2, "new_tokens": 7, "prompts": 2, "prompt_tokens": 20}
-    with serving(model, api_keys=["k"], shared_states=False, **limits) as server:
+    with serving(model, api_keys=["k"], **limits) as server:
         server.headers["authorization"] = "Bearer k"
         document = server.ask("/openapi.json").json
         (scheme,) = document["components"]["securitySchemes"].values()
@@ -437,6 +437,7 @@ def test_the_description_has_the_servers_own_bounds(model: based.Model) -> None:
             ({"best_of": 3}, {"best_of": 4}),
             ({"logprobs": 2}, {"logprobs": 3}),
             ({"max_tokens": 7}, {"max_tokens": 8}),
+            ({"min_tokens": 7}, {"min_tokens": 8}),
             ({"model": "tiny"}, {"model": "other"}),
             ({"stop_token_ids": [257]}, {"stop_token_ids": [258]}),
             ({"suffix": None}, {"suffix": "x"}),

@@ -430,6 +430,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         (404, 409, 429, *([507] if options.shared_states else [])),
         body="completion",
         needs_body=True,
+        state="state_id",
     )
 
     @app.post("/v1/completions", openapi_extra={"about": completes})
@@ -644,7 +645,7 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
         await read(request, "load")
         return _json_response(await service.in_thread(partial(states.load, check_name(name, "id"))))
 
-    forks = about("State", 404, 409, *([507] if service.options.shared_states else []), body="fork")
+    forks = about("State", 404, 409, *([507] if service.options.shared_states else []), body="fork", state="id")
 
     @app.post("/v1/states/{name}/fork", openapi_extra=forks)
     async def fork_state(name: str, request: Request) -> Response:

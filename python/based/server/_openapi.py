@@ -49,6 +49,7 @@ class About:
         body: The name of a body of `bodies()`; None: it takes none.
         needs_body: The body may not be left out.
         unhealthy: The schema of a 503 that is not an error object.
+        state: The field of the answer that names a state.
     """
 
     content: Mapping[str, Body | str]
@@ -56,6 +57,7 @@ class About:
     body: str | None = None
     needs_body: bool = False
     unhealthy: str | None = None
+    state: str | None = None
 
 
 def about(answer: Body | str, *errors: int, **more: Any) -> dict[str, About]:
@@ -80,16 +82,21 @@ def document(
         open_paths: What is answered without a key; None: no keys are asked for.
     """
     paths: dict[str, Any] = {}
-    for route in routes:
-        found = (getattr(route, "openapi_extra", None) or {}).get("about")
-        if found is None:
-            continue
+    described = [route for route in routes if "about" in (getattr(route, "openapi_extra", None) or {})]
+    of_states = [route.name for route in described if route.path_format.startswith("/v1/states/")]
+    for route in described:
+        found = route.openapi_extra["about"]
         path = route.path_format
         more = [403] if names_are_checked else []
         is_closed = open_paths is not None and path not in open_paths
         operation = _operation(route, found, bodies, [*more, 401] if is_closed else more)
         if is_closed:
             operation["security"] = [{"key": []}]
+        if found.state is not None:
+            named = {"name": f"$response.body#/{found.state}"}
+            operation["responses"]["200"]["links"] = {
+                name: {"operationId": name, "parameters": named} for name in of_states
+            }
         (method,) = route.methods - {"HEAD"}
         paths.setdefault(path, {})[method.lower()] = operation
     return {

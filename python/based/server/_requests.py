@@ -1,6 +1,6 @@
 """From the body of a completion to what the engine is asked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +157,7 @@ def _bounds(limits: Limits) -> dict[str, Body]:
         "n": FIELDS["n"] | {"maximum": limits.n},
         "best_of": FIELDS["best_of"] | {"maximum": limits.n},
         "logprobs": FIELDS["logprobs"] | {"maximum": limits.logprobs},
+        "min_tokens": FIELDS["min_tokens"] | {"maximum": most},
         "max_tokens": FIELDS["max_tokens"] | {"maximum": most, "default": min(FIELDS["max_tokens"]["default"], most)},
     }
 
@@ -173,12 +174,11 @@ def bodies(limits: Limits, model_name: str, vocab_size: int | None) -> dict[str,
         "stop_token_ids": FIELDS["stop_token_ids"] | {"anyOf": [ids, {"type": "null"}]},
     }
     refused = {name: {"type": "null", "description": f"Not supported: {why}."} for name, why in UNSUPPORTED.items()}
-    texts = {name: own.get(name, schema) for name, schema in TOKENIZE.items()}
     return {
         "completion": _object(
             {**FIELDS, **own, **refused}, anyOf=[{"required": ["prompt"]}, {"required": ["state_id"]}]
         ),
-        "tokenize": _object(texts, required=["prompt"]),
+        "tokenize": _object(TOKENIZE | {"model": own["model"]}, required=["prompt"]),
         "detokenize": _object({"model": own["model"], "tokens": DETOKENIZE["tokens"] | ids}, required=["tokens"]),
         **{verb: _object(fields) for verb, fields in STATE_FIELDS.items()},
     }
@@ -250,7 +250,7 @@ def read_completion(
         raise invalid("max_tokens is 0, expected at least 1: without new tokens there is only echo", param="max_tokens")
     state_name = body.get("state_id")
     state = None if state_name is None else get_state(check_name(state_name, "state_id"), "state_id")
-    params = _sampling(body, best_of, max_tokens, model.config.vocab_size)
+    params = _sampling(body, SAMPLING | bounds, best_of, max_tokens, model.config.vocab_size)
     prompts = _prompts(body, model, limits, state)
     if len(prompts) > 1 and (state is not None or save_as is not None):
         name = "state_id" if state is not None else "save_state"
@@ -313,14 +313,16 @@ def _save_as(body: Body) -> str | None:
     return new_name() if value is True else check_name(value, "save_state")
 
 
-def _sampling(body: Body, best_of: int, max_tokens: int, vocab_size: int) -> _core.SamplingParams:
+def _sampling(
+    body: Body, fields: Mapping[str, Body], best_of: int, max_tokens: int, vocab_size: int
+) -> _core.SamplingParams:
     given = {name: body[name] for name in SAMPLING if body.get(name) is not None}
     for name in given.keys() - {"n", "max_tokens", "logprobs"}:  # which are read
-        kind = SAMPLING[name].get("type", [""])[0]
+        kind = fields[name].get("type", [""])[0]
         if kind == "integer":
-            get_int(body, name, SAMPLING[name])
+            get_int(body, name, fields[name])
         elif kind == "number":
-            get_number(body, name, SAMPLING[name])
+            get_number(body, name, fields[name])
         elif kind == "boolean":
             get_bool(body, name)
     given |= {"n": best_of, "max_tokens": max(max_tokens, 1)}
