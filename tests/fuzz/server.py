@@ -138,7 +138,7 @@ def serving(folder: Path) -> Iterator[int]:
     """`based serve`; its port. Raises RuntimeError if it does not begin, or ends with an error."""
     words = [sys.executable, "-m", "based", "serve", "--port", "0", "-m", str(ROOT / "tests" / "golden" / "based-tiny")]
     words += ["--api-key", KEY, "--max-tokens", "4", "--max-n", "3", "--max-prompts", "4", "--no-log-requests"]
-    words += ["--state-dir", str(folder), "--max-states", "20", "--max-state-files", "60"]
+    words += ["--state-dir", str(folder), "--max-states", "20", "--max-state-files", "1000000"]
     log = folder / "log"
     with log.open("w") as file, subprocess.Popen(words, stderr=file) as process:
         try:
