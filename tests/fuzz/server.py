@@ -30,10 +30,9 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
-sys.path[:0] = [str(FOLDER), str(ROOT)]
+sys.path.insert(0, str(ROOT))
 
-from run import mutate
-
+from tests.fuzz.run import mutate
 from tests.python.description import Description
 
 KEY = "k"
@@ -112,6 +111,19 @@ REQUESTS = [
     b"GET /health HTTP/1.1\r\n" + b"".join(b"x-%d: a\r\n" % i for i in range(9000)) + b"\r\n",
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
 ]
+# JSON that is odd, and some that is none.
+VALUES = rb"null true -0 0 1 2 1.0 -1 1e2 0.5 1e308 1e309 1e-400 NaN 01 +1 0x1 [] [[]] {}".split()
+VALUES += rb'"" "a" "s" "\u0000" "\ud800" "\x" ["a",1] [1,2] {"include_usage":true} {"97":1}'.split()
+VALUES += [b"9" * 400, b"9" * 401, b"-1e" + b"9" * 30]
+VALUES += [b"[" * 600 + b"]" * 600, b'{"a":' * 600 + b"1" + b"}" * 600, b'"\xff"', b'"\0"', b'"\xed\xa0\x80"', b"'a'"]
+
+
+def body_of(names: list[str], rng: random.Random) -> bytes:
+    """An object of some fields, a few of them odd; the same one may come twice."""
+    fields = [b'"prompt":"a"', b'"max_tokens":1']
+    for _ in range(rng.randint(0, 2)):
+        fields.insert(rng.randint(0, 2), b'"%s":%s' % (rng.choice(names).encode(), rng.choice(VALUES)))
+    return b"{" + b" , ".join(fields) + b"}"
 
 
 def main() -> int:
@@ -177,6 +189,7 @@ def damaged(port: int, number: int, seed: int) -> list[str]:
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)) as connection:
         connection.request("GET", "/openapi.json", headers={"authorization": f"Bearer {KEY}"})
         description = Description(json.loads(connection.getresponse().read()))
+    names = sorted(description.body("/v1/completions").schema["properties"])
     error = description.validator({"$ref": "#/components/schemas/Error"})
     counts: Counter[str] = Counter()
 
@@ -184,10 +197,12 @@ def damaged(port: int, number: int, seed: int) -> list[str]:
         rng = random.Random(f"{seed} {index}")
         if index < len(REQUESTS):
             data = REQUESTS[index]
-        elif index % 2:
+        elif index % 3 == 0:
             data = mutate(rng.choice(REQUESTS), REQUESTS, rng)
-        else:
+        elif index % 3 == 1:
             data = request(mutate(rng.choice(BODIES[:8]), BODIES, rng), rng.choice(PATHS))
+        else:
+            data = request(body_of(names, rng))
         try:
             for status, kind, body in answers(port, data):
                 counts[str(status)] += 1
@@ -201,6 +216,9 @@ def damaged(port: int, number: int, seed: int) -> list[str]:
 
     with concurrent.futures.ThreadPoolExecutor(24) as pool:
         faults = [fault for fault in pool.map(one, range(number)) if fault is not None]
+    statuses = [status for status, _, _ in answers(port, request(b'{"prompt":"a","max_tokens":1}'))]
+    if statuses != [200]:
+        faults.append(f"then, a right request is answered by {statuses}")
     found = ", ".join(f"{count} × {status}" for status, count in sorted(counts.items()))
     print(f"{number} damaged requests, {len(faults)} faults; answers: {found}", flush=True)
     return faults
