@@ -393,7 +393,7 @@ def test_wrong_usage(status: int, fragment: str, args: list[str], capsys: pytest
 CHOICE_TASK = """
 task: local_choice
 dataset_path: json
-dataset_kwargs: {data_files: DATA}
+dataset_kwargs: {data_files: DATA/questions.jsonl, cache_dir: DATA/cache}
 test_split: train
 output_type: multiple_choice
 doc_to_text: "{{question}}"
@@ -404,7 +404,7 @@ metric_list: [{metric: acc}, {metric: acc_norm}]
 TEXT_TASK = """
 task: local_text
 dataset_path: json
-dataset_kwargs: {data_files: DATA}
+dataset_kwargs: {data_files: DATA/questions.jsonl, cache_dir: DATA/cache}
 test_split: train
 output_type: generate_until
 doc_to_text: "{{question}}"
@@ -420,7 +420,7 @@ QUESTIONS = [
 ]
 
 
-def test_the_harness_client_of_servers(bundled: based.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_harness_client_of_servers(bundled: based.Model, tmp_path: Path) -> None:
     """`lm_eval --model local-completions` finds at `based serve` what `based eval` finds."""
     for name in ("aiohttp", "tenacity", "requests"):
         pytest.importorskip(name, reason='the harness\' client of servers needs it: pip install "lm_eval[api]"')
@@ -430,12 +430,9 @@ def test_the_harness_client_of_servers(bundled: based.Model, tmp_path: Path, mon
 
     from tests.python.serving import serving
 
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    data = tmp_path / "questions.jsonl"
-    data.write_text("".join(json.dumps(each) + "\n" for each in QUESTIONS))
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(each) + "\n" for each in QUESTIONS))
     for name, text in (("choice", CHOICE_TASK), ("text", TEXT_TASK)):
-        (tmp_path / f"{name}.yaml").write_text(text.replace("DATA", str(data)))
+        (tmp_path / f"{name}.yaml").write_text(text.replace("DATA", str(tmp_path)))
 
     def results(lm: Any) -> tuple[list[Any], list[Any]]:
         """Metrics, and the answers themselves, by task and document."""
@@ -456,7 +453,7 @@ def test_the_harness_client_of_servers(bundled: based.Model, tmp_path: Path, mon
     metrics, answers = results(BasedLM(bundled, progress=False))
     assert len(answers) == 8
     with serving(bundled) as server:
-        for options in ({}, {"batch_size": 3}, {"num_concurrent": 3}, {"tokenized_requests": False}):
+        for options in ({"batch_size": 3}, {"num_concurrent": 3, "tokenized_requests": False}):
             client = LocalCompletionsAPI(f"{server.url}/v1/completions", model="tiny", max_retries=1, **options)
             assert client.tokenizer_backend == "remote"  # found by itself: the tokenizer is the server's, too
             theirs, given = results(client)
