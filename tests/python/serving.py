@@ -21,6 +21,8 @@ from based.server._app import make_app
 from based.server._options import Limits, Options
 from based.server._service import Service
 
+from tests.python.description import Description
+
 PATIENCE = 60.0  # seconds
 
 
@@ -59,6 +61,7 @@ class Running:
     port: int
     service: Service
     headers: dict[str, str] = field(default_factory=dict)
+    description: Description | None = None
 
     @property
     def url(self) -> str:
@@ -71,12 +74,23 @@ class Running:
     def ask(
         self, path: str, body: Any = None, *, method: str | None = None, headers: dict[str, str] | None = None
     ) -> Answer:
-        """One request. body: bytes as they are, anything else as JSON."""
+        """One request, whose answer must be one of /openapi.json. body: bytes as they are, anything else as JSON."""
+        if self.description is None:
+            keys = [] if self.service is None else self.service.options.api_keys
+            key = {"authorization": f"Bearer {keys[0]}"} if keys else {}
+            self.description = Description(self._ask("/openapi.json", None, "GET", self.headers | key).json)
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         given = ({} if data is None else {"content-type": "application/json"}) | self.headers | (headers or {})
+        method = method or ("GET" if data is None else "POST")
+        answer = self._ask(path, data, method, given)
+        if method != "OPTIONS":  # which CORS answers
+            self.description.check(method, path, answer.status, answer.headers, answer.body)
+        return answer
+
+    def _ask(self, path: str, data: bytes | None, method: str, headers: dict[str, str]) -> Answer:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         with contextlib.closing(connection):
-            connection.request(method or ("GET" if data is None else "POST"), path, data, given)
+            connection.request(method, path, data, headers)
             response = connection.getresponse()
             return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
 

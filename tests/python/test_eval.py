@@ -386,3 +386,79 @@ def test_wrong_usage(status: int, fragment: str, args: list[str], capsys: pytest
     assert cli.main(["eval", *args]) == status
     printed = capsys.readouterr()
     assert printed.out == "" and fragment in printed.err.splitlines()[-1]
+
+
+# ---- the harness as a client of `based serve` ------------------------------------------------------------------------
+
+CHOICE_TASK = """
+task: local_choice
+dataset_path: json
+dataset_kwargs: {data_files: DATA/questions.jsonl, cache_dir: DATA/cache}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+TEXT_TASK = """
+task: local_text
+dataset_path: json
+dataset_kwargs: {data_files: DATA/questions.jsonl, cache_dir: DATA/cache}
+test_split: train
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[answer]}}"
+generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 12, do_sample: false}
+metric_list: [{metric: exact_match}]
+"""
+QUESTIONS = [
+    {"question": "def f(x):", "choices": ["\n    return", " x", "🙂"], "answer": 0},
+    {"question": "Grüße, 世界", "choices": ["!", " and", "?"], "answer": 1},
+    {"question": "import ", "choices": ["os", "sys", "re\n"], "answer": 1},
+    {"question": "x " * 300, "choices": ["x", "y", "xx"], "answer": 0},
+]
+
+
+def test_the_harness_client_of_servers(bundled: based.Model, tmp_path: Path) -> None:
+    """`lm_eval --model local-completions` finds at `based serve` what `based eval` finds."""
+    for name in ("aiohttp", "tenacity", "requests"):
+        pytest.importorskip(name, reason='the harness\' client of servers needs it: pip install "lm_eval[api]"')
+    import lm_eval
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from lm_eval.tasks import TaskManager
+
+    from tests.python.serving import serving
+
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(each) + "\n" for each in QUESTIONS))
+    for name, text in (("choice", CHOICE_TASK), ("text", TEXT_TASK)):
+        (tmp_path / f"{name}.yaml").write_text(text.replace("DATA", str(tmp_path)))
+
+    def results(lm: Any) -> tuple[list[Any], list[Any]]:
+        """Metrics, and the answers themselves, by task and document."""
+        found = lm_eval.simple_evaluate(
+            lm,
+            tasks=["local_choice", "local_text"],
+            task_manager=TaskManager(include_defaults=False, include_path=str(tmp_path)),
+            bootstrap_iters=0,
+            random_seed=None,
+        )
+        answers = [
+            sample["filtered_resps"]
+            for task in ("local_choice", "local_text")
+            for sample in sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
+        ]
+        return [found["results"][task] for task in ("local_choice", "local_text")], answers
+
+    metrics, answers = results(BasedLM(bundled, progress=False))
+    assert len(answers) == 8
+    with serving(bundled) as server:
+        for options in ({"batch_size": 3}, {"num_concurrent": 3, "tokenized_requests": False}):
+            client = LocalCompletionsAPI(f"{server.url}/v1/completions", model="tiny", max_retries=1, **options)
+            assert client.tokenizer_backend == "remote"  # found by itself: the tokenizer is the server's, too
+            theirs, given = results(client)
+            assert theirs == metrics
+            assert given[4:] == answers[4:]  # texts
+            for ours, choices in zip(answers[:4], given[:4], strict=True):
+                for (logprob, is_greedy), (found, greedy) in zip(ours, choices, strict=True):
+                    assert found == pytest.approx(logprob, abs=1e-3) and greedy == is_greedy

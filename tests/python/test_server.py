@@ -32,6 +32,8 @@ from based.server._requests import FIELDS, SAMPLING, UNSUPPORTED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.fuzz.server import damaged
+from tests.python.description import Description
 from tests.python.serving import PATIENCE, Answer, Running, serving
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -401,6 +403,55 @@ def test_wrong_fields_are_named(server: Running, field: str, value: Any) -> None
         assert field in error["message"]
 
 
+def test_the_description_refuses_what_the_server_refuses(server: Running) -> None:
+    """Before it is asked: each wrong value is wrong by the schema, but for those that only the other fields make so."""
+    validator = Description(server.ask("/openapi.json").json).body("/v1/completions")
+    right = {"prompt": "a", "state_id": None, "save_state": "s", "stop": ["x"], "logit_bias": {"1": -5}, "top_k": -1}
+    assert validator.is_valid(right) and validator.is_valid({"state_id": "s"})
+    assert not validator.is_valid({}) and not validator.is_valid({"prompt": "a", "stream_options": {"include": True}})
+    passed = [(field, value) for field, value in WRONG if validator.is_valid({"prompt": "a"} | {field: value})]
+    contradictions = [("prompt", None), ("prompt", []), ("prompt", [[]]), ("min_tokens", 99),
+                      ("logit_bias", {"258": 1}), ("stream_options", {"include_usage": True})]  # fmt: skip
+    fractions = [("prompt", [1.0]), ("max_tokens", 1.0)]  # integers, to a schema
+    surrogates = [(field, value) for field, value in passed if re.search(r"\\ud[89a-f]", json.dumps(value))]
+    assert sorted(map(repr, passed)) == sorted(map(repr, [*contradictions, *fractions, *surrogates]))
+
+
+def test_the_description_has_the_servers_own_bounds(model: based.Model) -> None:
+    limits = {"n": 3, "logprobs": 2, "new_tokens": 7, "prompts": 2, "prompt_tokens": 20}
+    with serving(model, api_keys=["k"], **limits) as server:
+        server.headers["authorization"] = "Bearer k"
+        document = server.ask("/openapi.json").json
+        (scheme,) = document["components"]["securitySchemes"].values()
+        assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+        for path, operations in document["paths"].items():
+            for operation in operations.values():
+                is_open = path in ("/", "/health", "/ping", "/metrics")
+                assert ("security" not in operation) == ("401" not in operation["responses"]) == is_open
+                assert "403" not in operation["responses"] and "422" not in operation["responses"]
+                assert ("requestBody" in operation) == ("413" in operation["responses"])
+        validator = Description(document).body("/v1/completions")
+        for right, wrong in (
+            ({"prompt": [257] * 20}, {"prompt": [258]}),
+            ({"prompt": ["a", [1]]}, {"prompt": ["a"] * 3}),
+            ({"n": 3}, {"n": 4}),
+            ({"best_of": 3}, {"best_of": 4}),
+            ({"logprobs": 2}, {"logprobs": 3}),
+            ({"max_tokens": 7}, {"max_tokens": 8}),
+            ({"min_tokens": 7}, {"min_tokens": 8}),
+            ({"model": "tiny"}, {"model": "other"}),
+            ({"stop_token_ids": [257]}, {"stop_token_ids": [258]}),
+            ({"suffix": None}, {"suffix": "x"}),
+        ):
+            assert server.ask("/v1/completions", {"prompt": "a"} | right).status == 200
+            assert server.ask("/v1/completions", {"prompt": "a"} | wrong).status in (400, 404)
+            assert validator.is_valid({"prompt": "a"} | right) and not validator.is_valid({"prompt": "a"} | wrong)
+        properties = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"][
+            "schema"
+        ]
+        assert properties["properties"]["max_tokens"]["default"] == 7
+
+
 def test_every_field_is_tried_with_a_wrong_value() -> None:
     assert {field for field, _ in WRONG} >= set(FIELDS)
 
@@ -533,6 +584,8 @@ def small_server(model: based.Model) -> Iterator[Running]:
 def test_no_request_is_an_error_of_the_server(small_server: Running, body: dict[str, Any]) -> None:
     answer = small_server.ask("/v1/completions", body)
     assert answer.status in (200, 400, 404), answer.body
+    message = "" if answer.status == 200 else answer.error["message"]
+    small_server.description.check_body("/v1/completions", body, answer.status, message)
     if answer.status != 200:
         assert answer.error["type"] in ("invalid_request_error", "not_found_error")
         return
@@ -564,6 +617,10 @@ def test_no_body_is_an_error_of_the_server(small_server: Running, data: bytes) -
 def test_no_other_request_is_one(small_server: Running, path: str, body: Any) -> None:
     answer = small_server.ask(path, body)
     assert answer.status == 200 or (answer.status in (400, 404, 409) and answer.error)
+    if answer.status != 409:
+        message = "" if answer.status == 200 else answer.error["message"]
+        template = re.sub("/s/", "/{name}/", path)
+        small_server.description.check_body(template, body, answer.status, message)
 
 
 @settings(max_examples=200)
@@ -574,14 +631,8 @@ def test_no_path_is_one(small_server: Running, path: str) -> None:
         assert answer.status in (200, 400, 404, 405, 409), answer.body
 
 
-@settings(max_examples=200)
-@given(data=st.binary(min_size=1, max_size=200))
-def test_no_bytes_are_one(small_server: Running, data: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", small_server.port), timeout=20) as connection:
-        connection.sendall(data + b"\r\n\r\n")
-        connection.shutdown(socket.SHUT_WR)
-        received = b"".join(iter(lambda: connection.recv(1 << 16), b""))
-    assert re.match(rb"$|HTTP/1.1 [2-4]\d\d ", received), received
+def test_no_bytes_are_one(small_server: Running) -> None:
+    assert damaged(small_server.port, 600, seed=1) == []
 
 
 # ---- the other routes ------------------------------------------------------------------------------------------------

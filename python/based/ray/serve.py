@@ -18,7 +18,7 @@ try:
 
     from based.server import _logs
     from based.server._app import make_app
-    from based.server._relay import Ask, Front, Head, Told, make_front_app, not_ready, worker_ended
+    from based.server._relay import Ask, Front, Head, Told, make_front_app, not_ready, worker_ended, worker_options
 except ImportError as error:
     raise ImportError(f'based.ray.serve needs more ({error}): pip install "based[ray]" installs it') from error
 
@@ -128,8 +128,7 @@ class Replica:
             loaded = load(model, **_with_threads(options))
             return loaded, loaded.engine(**engine)
 
-        served.api_keys = []  # the front has asked for one
-        self._service = Service(load_here, served)
+        self._service = Service(load_here, worker_options(served, self._name))
         done = threading.Event()
         self._service.start(done.set, done.set)
         done.wait()

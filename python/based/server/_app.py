@@ -34,7 +34,9 @@ from based.server._bodies import (
     refuse_media_type,
 )
 from based.server._errors import ApiError, invalid, to_json
-from based.server._requests import FIELDS, check_model
+from based.server._openapi import About, about, about_text, document
+from based.server._options import Options
+from based.server._requests import DETOKENIZE, STATE_FIELDS, TOKENIZE, bodies, check_model
 from based.server._service import ClientGoneError, Face, Running, Service
 from based.server._states import check_name, new_name
 
@@ -63,31 +65,13 @@ _OTHER_ROUTES = {
     "/v1/images/generations": "images",
 }
 
-_STATE_FIELDS = {
-    "save": {"to": {"type": ["string", "null"], "description": "The file's name; by default the state's."}},
-    "fork": {"to": {"type": ["string", "null"], "description": "The other name; by default a new one."}},
-    "load": {},
-}
-_TOKENIZE: dict[str, Body] = {
-    "model": FIELDS["model"],
-    "prompt": {"type": "string", "description": "The text."},
-    "add_special_tokens": {"type": ["boolean", "null"], "description": "As a prompt begins.", "default": True},
-    "split_special_tokens": FIELDS["split_special_tokens"],
-    "return_token_strs": {"type": ["boolean", "null"], "description": "Also the tokens' texts.", "default": False},
-}
-_DETOKENIZE: dict[str, Body] = {
-    "model": FIELDS["model"],
-    "tokens": {"type": "array", "items": {"type": "integer", "minimum": 0}},
-}
-
 
 def make_app(service: Service) -> ASGIApp:
     """The application, in its layers: log and errors, size and key, CORS, routes."""
     app = FastAPI(
         title="based",
         version=based.__version__,
-        docs_url=None,  # those pages take scripts from elsewhere
-        redoc_url=None,
+        openapi_url=None,  # ours is made from the tables of _requests.py
         redirect_slashes=False,
     )
     _add_errors(app)
@@ -97,6 +81,8 @@ def make_app(service: Service) -> ASGIApp:
 
 def layers(app: FastAPI, service: Face) -> ASGIApp:
     """An application's routes, and what is around them."""
+    if service.options.worker is not None:  # the front has done this
+        return _Outermost(app, service)
     layered: ASGIApp = _Guard(app, service)
     if service.options.allowed_origins:
         layered = CORSMiddleware(
@@ -200,14 +186,8 @@ class _Guard:
 
     def __init__(self, app: ASGIApp, service: Face) -> None:
         self._app = app
-        options = service.options
-        self._keys = [key.encode() for key in options.api_keys]
-        self._hosts: set[str] | None = None
-        """Names of this server, beside those of this machine; None: any name is right."""
-        if options.allowed_hosts or (not self._keys and _is_this_machine(options.host.lower())):
-            self._hosts = {_host_name(name) for name in (options.host, *options.allowed_hosts)}
-        if "*" in options.allowed_hosts:
-            self._hosts = None
+        self._keys = [key.encode() for key in service.options.api_keys]
+        self._hosts = _own_names(service.options)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -254,6 +234,15 @@ class _Guard:
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
+
+
+def _own_names(options: Options) -> set[str] | None:
+    """Names of this server, beside those of this machine; None: any name is right."""
+    if "*" in options.allowed_hosts:
+        return None
+    if options.allowed_hosts or (not options.api_keys and _is_this_machine(options.host.lower())):
+        return {_host_name(name) for name in (options.host, *options.allowed_hosts)}
+    return None
 
 
 def _host_name(value: str) -> str:
@@ -387,30 +376,12 @@ async def _until_disconnect(receive: Receive) -> None:
 # ---- routes ----------------------------------------------------------------------------------------------------------
 
 
-def _body_schema(properties: dict[str, Body], required: list[str] | None = None) -> dict[str, Any]:
-    schema: Body = {"type": "object", "properties": properties, "additionalProperties": False}
-    if required:
-        schema["required"] = required
-    content = {"application/json": {"schema": schema}}
-    return {"requestBody": {"required": bool(required), "content": content}}
-
-
-def _responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    error = {"type": "object", "required": ["error"], "properties": {"error": {"type": "object"}}}
-    texts = {400: "A field is wrong", 401: "The API key is wrong", 404: "No such model or state", 408: "Too slow",
-             409: "The state is taken, or another model's", 413: "The body is too large", 415: "No JSON",
-             429: "Too many requests at once", 503: "Loading, or shutting down", 507: "No room for states"}  # fmt: skip
-    return {
-        status: {"description": texts[status], "content": {"application/json": {"schema": error}}}
-        for status in (400, 401, 408, 413, 415, *statuses)
-    }
-
-
 def _add_routes(app: FastAPI, service: Service) -> None:
     options = service.options
 
-    @app.get("/", include_in_schema=False)
+    @app.get("/", openapi_extra=about_text("text/html"))
     async def page() -> Response:
+        """A page to try it with."""
         policy = (
             "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
             "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -418,24 +389,26 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         headers = {"content-security-policy": policy, "x-content-type-options": "nosniff"}
         return Response(_PAGE.read_bytes(), headers=headers, media_type="text/html; charset=utf-8")
 
-    @app.get("/health", responses={503: {"description": "Loading, or shutting down"}})
+    @app.get("/health", openapi_extra=about("Health", unhealthy="Health"))
     async def health() -> Response:
         """200 when requests are taken."""
         status = "ok" if service.is_ready else "shutting down" if service.is_draining else "loading"
         return _json_response({"status": status}, 200 if service.is_ready else 503)
 
-    @app.get("/ping", include_in_schema=False)
+    @app.get("/ping", openapi_extra=about("Health", unhealthy="Health"))
     async def ping() -> Response:
+        """The same."""
         return await health()
 
-    @app.get("/metrics")
+    @app.get("/metrics", openapi_extra=about_text("text/plain"))
     async def metrics() -> Response:
         """Numbers for Prometheus."""
         text = await service.in_thread(service.metrics.text)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/version", include_in_schema=False)
+    @app.get("/version", openapi_extra=about("Version"))
     async def version() -> Response:
+        """The version of `based`."""
         return _json_response({"version": based.__version__})
 
     def model_card() -> dict[str, Any]:
@@ -450,22 +423,35 @@ def _add_routes(app: FastAPI, service: Service) -> None:
             "max_model_len": model.max_context,
         }
 
-    @app.get("/v1/models", responses=_responses(503))
+    @app.get("/v1/models", openapi_extra=about("ModelList"))
     async def models() -> Response:
         """The model that is served."""
         return _json_response({"object": "list", "data": [model_card()]})
 
-    @app.get("/v1/models/{name:path}", responses=_responses(404, 503))
+    @app.get("/v1/models/{name:path}", openapi_extra=about("Model", 404))
     async def one_model(name: str) -> Response:
         """The same, by its name."""
         check_model({"model": name}, options.model_name)
         return _json_response(model_card())
 
-    @app.post(
-        "/v1/completions", responses=_responses(404, 409, 429, 503), openapi_extra=_body_schema(FIELDS, ["prompt"])
+    completes = About(
+        {"application/json": "Completion", "text/event-stream": "Event"},
+        (404, 409, 429, *([507] if options.shared_states else [])),
+        body="completion",
+        needs_body=True,
+        state="state_id",
     )
+
+    @app.post("/v1/completions", openapi_extra={"about": completes})
     async def completions(request: Request) -> Response:
-        """Continues prompts."""
+        """Continues prompts.
+
+        Fields that are right each may contradict each other, and are refused then: best_of is at least n, and is n in
+        a stream; min_tokens is at most max_tokens; max_tokens is 0 only with echo and without save_state;
+        stream_options are for stream; save_state is for one sample of one prompt, state_id for one prompt, which alone
+        it lets be left out or be without tokens; echo with logprobs is for a prompt that begins its sequence. The
+        prompt and max_tokens together keep within the model's context, where it has one.
+        """
         service.require()
         data = await _read(request, service)
         service.enter()
@@ -485,7 +471,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
             if not stays:
                 service.leave()
 
-    @app.get("/server_info", responses=_responses(503))
+    @app.get("/server_info", openapi_extra=about("ServerInfo"))
     async def server_info() -> Response:
         """What runs, and its limits."""
         model, engine, states = service.require()
@@ -520,7 +506,22 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     _add_tokenizer_routes(app, service)
     _add_state_routes(app, service)
-    app.openapi()  # kept from here on: HEAD is no operation of its own there
+
+    @app.get("/openapi.json", openapi_extra=about({"type": "object"}))
+    async def openapi() -> Response:
+        """This description."""
+        vocab_size = service.vocab_size
+        if vocab_size not in descriptions:
+            described = document(
+                app.routes,
+                bodies(options.limits, options.model_name, vocab_size),
+                names_are_checked=_own_names(options) is not None,
+                open_paths=_OPEN_PATHS if options.api_keys else None,
+            )
+            descriptions[vocab_size] = to_json(described)
+        return Response(descriptions[vocab_size], media_type="application/json")
+
+    descriptions: dict[int | None, bytes] = {}  # before the model is loaded, and behind
     for route in app.routes:
         methods: set[str] = getattr(route, "methods", set())
         if "GET" in methods:
@@ -547,10 +548,10 @@ def _add_tokenizer_routes(app: FastAPI, service: Service) -> None:
 
         return _json_response(await service.in_thread(in_thread))
 
-    @app.post("/tokenize", responses=_responses(404, 503), openapi_extra=_body_schema(_TOKENIZE, ["prompt"]))
+    @app.post("/tokenize", openapi_extra=about("Tokens", 404, body="tokenize", needs_body=True))
     async def tokenize(request: Request) -> Response:
         """Token ids of a text."""
-        return await answer(request, _TOKENIZE, do_tokenize)
+        return await answer(request, TOKENIZE, do_tokenize)
 
     def do_tokenize(model: "Model", body: Body) -> dict[str, Any]:
         text = get_text(body, "prompt")
@@ -568,10 +569,10 @@ def _add_tokenizer_routes(app: FastAPI, service: Service) -> None:
         names = [of.id_to_token(token) for token in ids] if get_bool(body, "return_token_strs") else None
         return {"count": len(ids), "max_model_len": model.max_context, "tokens": ids, "token_strs": names}
 
-    @app.post("/detokenize", responses=_responses(404, 503), openapi_extra=_body_schema(_DETOKENIZE, ["tokens"]))
+    @app.post("/detokenize", openapi_extra=about("Text", 404, body="detokenize", needs_body=True))
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        return await answer(request, _DETOKENIZE, do_detokenize)
+        return await answer(request, DETOKENIZE, do_detokenize)
 
     def do_detokenize(model: "Model", body: Body) -> dict[str, Any]:
         tokens = body.get("tokens")
@@ -582,7 +583,7 @@ def _add_tokenizer_routes(app: FastAPI, service: Service) -> None:
             tokens = read_ids(tokens, model.config.vocab_size, "tokens", "tokens").tolist()
         return {"prompt": of.decode(tokens, skip_special_tokens=False)}
 
-    @app.get("/tokenizer_info", responses=_responses(503))
+    @app.get("/tokenizer_info", openapi_extra=about("TokenizerInfo", 400))
     async def tokenizer_info() -> Response:
         """Special tokens, and how texts begin."""
         model, _, _ = service.require()
@@ -614,19 +615,19 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
     def store() -> Any:
         return service.require()[2]
 
-    @app.get("/v1/states", responses=_responses(503))
+    @app.get("/v1/states", openapi_extra=about("StateList"))
     async def list_states() -> Response:
         """All states that have names."""
         found = await service.in_thread(store().everything)
         return _json_response({"object": "list", "data": found})
 
-    @app.get("/v1/states/{name}", responses=_responses(404, 503))
+    @app.get("/v1/states/{name}", openapi_extra=about("State", 400, 404))
     async def one_state(name: str) -> Response:
         """What there is of one."""
         found = await service.in_thread(partial(store().info, check_name(name, "id")))
         return _json_response(found)
 
-    @app.delete("/v1/states/{name}", responses=_responses(404, 503))
+    @app.delete("/v1/states/{name}", openapi_extra=about("DeletedState", 400, 404))
     async def delete_state(name: str) -> Response:
         """Forgets one, and its file."""
         await service.in_thread(partial(store().delete, check_name(name, "id")))
@@ -636,27 +637,26 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
         """The field `to`."""
         data = await _read(request, service, needs_body=False)
         body = parse_object(data) if data else {}
-        check_fields(body, _STATE_FIELDS[verb])
+        check_fields(body, STATE_FIELDS[verb])
         return None if body.get("to") is None else check_name(body["to"], "to")
 
-    def schema(verb: str) -> dict[str, Any]:
-        return _body_schema(_STATE_FIELDS[verb])
-
-    @app.post("/v1/states/{name}/save", responses=_responses(404, 409, 503, 507), openapi_extra=schema("save"))
+    @app.post("/v1/states/{name}/save", openapi_extra=about("State", 404, 409, 507, body="save"))
     async def save_state(name: str, request: Request) -> Response:
         """Writes one to a file, in the server's folder of states."""
         states = store()
         to = await read(request, "save")
         return _json_response(await service.in_thread(partial(states.save, check_name(name, "id"), to)))
 
-    @app.post("/v1/states/{name}/load", responses=_responses(404, 409, 503), openapi_extra=schema("load"))
+    @app.post("/v1/states/{name}/load", openapi_extra=about("State", 404, 409, body="load"))
     async def load_state(name: str, request: Request) -> Response:
         """Takes one from its file into memory."""
         states = store()
         await read(request, "load")
         return _json_response(await service.in_thread(partial(states.load, check_name(name, "id"))))
 
-    @app.post("/v1/states/{name}/fork", responses=_responses(404, 409, 503), openapi_extra=schema("fork"))
+    forks = about("State", 404, 409, *([507] if service.options.shared_states else []), body="fork", state="id")
+
+    @app.post("/v1/states/{name}/fork", openapi_extra=forks)
     async def fork_state(name: str, request: Request) -> Response:
         """Gives one a second name."""
         states = store()

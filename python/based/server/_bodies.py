@@ -127,16 +127,16 @@ def get_bool(body: Mapping[str, Any], name: str, default: bool = False) -> bool:
     return value
 
 
-def get_int(body: Mapping[str, Any], name: str, low: int, high: int | None, why: str = "") -> int | None:
-    """A field that is an integer in low … high. Raises ApiError."""
+def get_int(body: Mapping[str, Any], name: str, schema: Mapping[str, Any], why: str = "") -> int | None:
+    """A field that is an integer within its schema's bounds. Raises ApiError."""
     value = body.get(name)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
         raise invalid(f"{name} is {describe(value)}, expected an integer", param=name)
-    if value < low or (high is not None and value > high):
-        limits = f"at least {low}" if high is None else f"{low} … {high}"
-        raise invalid(f"{name} is {describe(value)}, expected {limits}{why}", param=name)
+    low, high = schema["minimum"], schema["maximum"]
+    if not low <= value <= high:
+        raise invalid(f"{name} is {describe(value)}, expected {low} … {high}{why}", param=name)
     return value
 
 

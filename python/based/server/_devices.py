@@ -163,7 +163,7 @@ class Devices(Front, Host):
         self._prefixes.forget(worker)
         worker.num_starts += 1
         worker.socket = self._folder / f"{worker.name}.{worker.num_starts}"
-        options = replace(worker_options(self.options), worker=worker.name, socket=worker.socket)
+        options = replace(worker_options(self.options, worker.name), socket=worker.socket)
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-c", _BEGIN, f"based serve: {worker.name}"),
             stdin=asyncio.subprocess.PIPE,

@@ -46,6 +46,8 @@ _KINDS = {
     429: "rate_limit_error",
     503: "service_unavailable",
 }
+KINDS = sorted({*_KINDS.values(), "invalid_request_error", "server_error"})
+"""All that an error's `type` may be."""
 
 
 def _kind(status: int) -> str:

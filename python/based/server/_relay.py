@@ -273,15 +273,6 @@ def joined_metrics(pages: list[tuple[str, bytes]]) -> bytes:
     return generate_latest(registry)
 
 
-def worker_options(options: Options) -> Options:
-    """The options of a worker, which does not do again what the front does."""
-    return replace(
-        options,
-        host="127.0.0.1",
-        api_keys=[],
-        allowed_hosts=[],
-        allowed_origins=[],
-        certificate=None,
-        key=None,
-        ca_certificates=None,
-    )
+def worker_options(options: Options, name: str) -> Options:
+    """The options of a worker. Who may ask is for the front to check, and for the worker to describe."""
+    return replace(options, worker=name, certificate=None, key=None, ca_certificates=None)

@@ -1,6 +1,6 @@
 """From the body of a completion to what the engine is asked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from based.server._bodies import (
     read_ids,
 )
 from based.server._errors import ApiError, invalid
-from based.server._options import Limits
+from based.server._options import NAME, Limits
 from based.server._states import check_name, new_name
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ _NUMBER: Body = {"type": ["number", "null"]}
 _BOOLEAN: Body = {"type": ["boolean", "null"]}
 _TEXT: Body = {"type": ["string", "null"]}
 _IDS: Body = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_STATE: Body = {"type": ["string", "null"], "pattern": f"^{NAME.pattern}$"}
 _STOP: Body = {"type": "string", "minLength": 1, "maxLength": _LONGEST_STOP}
 
 
@@ -68,6 +69,7 @@ SAMPLING: dict[str, Body] = {
     "logprobs": _described(_INTEGER, "Log-probabilities of each token and of this many likeliest ones.", minimum=0),
     "logit_bias": {
         "type": ["object", "null"],
+        "propertyNames": {"pattern": "^[0-9]{1,10}$"},
         "additionalProperties": {"type": "number", "minimum": -_MOST_BIAS, "maximum": _MOST_BIAS},
         "description": "Number that is added to a token's logit, by token id.",
     },
@@ -94,6 +96,7 @@ FIELDS: dict[str, Body] = {
     "stream_options": {
         "type": ["object", "null"],
         "properties": {"include_usage": _BOOLEAN, "continuous_usage_stats": _BOOLEAN},
+        "additionalProperties": False,
         "description": "include_usage: numbers of tokens in an event at the end. continuous_usage_stats: in each one.",
     },
     "user": _described(_TEXT, "Whom the request is for. Nothing depends on it."),
@@ -101,9 +104,10 @@ FIELDS: dict[str, Body] = {
     "timeout": _described(
         _NUMBER, "Seconds, after which the samples end as they are.", exclusiveMinimum=0, maximum=1e9
     ),
-    "state_id": _described(_TEXT, "The state to go on from; the prompt stands behind what it has seen."),
+    "state_id": _described(_STATE, "The state to go on from; the prompt stands behind what it has seen."),
     "save_state": {
         "type": ["boolean", "string", "null"],
+        "pattern": _STATE["pattern"],
         "description": "Keep the state behind the answer: true under a new name, a text under that one.",
     },
     "split_special_tokens": _described(
@@ -115,6 +119,20 @@ FIELDS: dict[str, Body] = {
     ),
 }
 """The fields of a completion, as JSON schemas."""
+
+TOKENIZE: dict[str, Body] = {
+    "model": FIELDS["model"],
+    "prompt": {"type": "string", "description": "The text."},
+    "add_special_tokens": _described(_BOOLEAN, "As a prompt begins.", default=True),
+    "split_special_tokens": FIELDS["split_special_tokens"],
+    "return_token_strs": _described(_BOOLEAN, "Also the tokens' texts.", default=False),
+}
+DETOKENIZE: dict[str, Body] = {"model": FIELDS["model"], "tokens": _described(_IDS, "Token ids.")}
+STATE_FIELDS: dict[str, dict[str, Body]] = {
+    "save": {"to": _described(_STATE, "The file's name; by default the state's.")},
+    "fork": {"to": _described(_STATE, "The other name; by default a new one.")},
+    "load": {},
+}
 
 UNSUPPORTED: dict[str, str] = {
     "suffix": "this model continues a text and does not fill one in",
@@ -130,6 +148,44 @@ UNSUPPORTED: dict[str, str] = {
     "bad_words": "give logit_bias",
 }
 """Fields of other servers, and why there is none here."""
+
+
+def _bounds(limits: Limits) -> dict[str, Body]:
+    """The integers that a server bounds further."""
+    most = _MOST if limits.new_tokens is None else limits.new_tokens
+    return {
+        "n": FIELDS["n"] | {"maximum": limits.n},
+        "best_of": FIELDS["best_of"] | {"maximum": limits.n},
+        "logprobs": FIELDS["logprobs"] | {"maximum": limits.logprobs},
+        "min_tokens": FIELDS["min_tokens"] | {"maximum": most},
+        "max_tokens": FIELDS["max_tokens"] | {"maximum": most, "default": min(FIELDS["max_tokens"]["default"], most)},
+    }
+
+
+def bodies(limits: Limits, model_name: str, vocab_size: int | None) -> dict[str, Body]:
+    """What each body may be, as JSON schemas with a server's own bounds. vocab_size: None while there is no model."""
+    ids = {"type": "array", "items": _IDS["items"] | ({} if vocab_size is None else {"maximum": vocab_size - 1})}
+    prompt = ids | ({} if limits.prompt_tokens is None else {"maxItems": limits.prompt_tokens})
+    prompts = {"type": "array", "items": {"anyOf": [{"type": "string"}, prompt]}, "maxItems": limits.prompts}
+    own = {
+        **_bounds(limits),
+        "model": FIELDS["model"] | {"enum": [model_name, None]},
+        "prompt": FIELDS["prompt"] | {"anyOf": [{"type": "string"}, prompt, prompts, {"type": "null"}]},
+        "stop_token_ids": FIELDS["stop_token_ids"] | {"anyOf": [ids, {"type": "null"}]},
+    }
+    refused = {name: {"type": "null", "description": f"Not supported: {why}."} for name, why in UNSUPPORTED.items()}
+    return {
+        "completion": _object(
+            {**FIELDS, **own, **refused}, anyOf=[{"required": ["prompt"]}, {"required": ["state_id"]}]
+        ),
+        "tokenize": _object(TOKENIZE | {"model": own["model"]}, required=["prompt"]),
+        "detokenize": _object({"model": own["model"], "tokens": DETOKENIZE["tokens"] | ids}, required=["tokens"]),
+        **{verb: _object(fields) for verb, fields in STATE_FIELDS.items()},
+    }
+
+
+def _object(properties: dict[str, Body], **more: Any) -> Body:
+    return {"type": "object", "properties": properties, "additionalProperties": False, **more}
 
 
 @dataclass(slots=True)
@@ -175,8 +231,9 @@ def read_completion(
     stream = get_bool(body, "stream")
     echo = get_bool(body, "echo")
     include_usage, continuous = _stream_options(body, stream)
-    n = get_int(body, "n", 1, limits.n, ", the most that this server gives") or 1
-    best_of = get_int(body, "best_of", 1, limits.n, ", the most that this server makes") or n
+    bounds = _bounds(limits)
+    n = get_int(body, "n", bounds["n"], ", the most that this server gives") or 1
+    best_of = get_int(body, "best_of", bounds["best_of"], ", the most that this server makes") or n
     if best_of < n:
         raise invalid(f"best_of is {best_of}, expected at least n ({n})", param="best_of")
     if stream and best_of > n:
@@ -185,16 +242,15 @@ def read_completion(
     save_as = _save_as(body)
     if save_as is not None and best_of > 1:
         raise invalid(f"save_state keeps the state of one sample: n is {best_of}, expected 1", param="save_state")
-    logprobs = get_int(body, "logprobs", 0, limits.logprobs, ", the most that this server gives")
-    most = _MOST if limits.new_tokens is None else limits.new_tokens
-    max_tokens = get_int(body, "max_tokens", 0, most, ", the most that this server generates")
+    logprobs = get_int(body, "logprobs", bounds["logprobs"], ", the most that this server gives")
+    max_tokens = get_int(body, "max_tokens", bounds["max_tokens"], ", the most that this server generates")
     if max_tokens is None:
-        max_tokens = 16 if limits.new_tokens is None else min(16, limits.new_tokens)
+        max_tokens = bounds["max_tokens"]["default"]
     if max_tokens == 0 and (not echo or save_as is not None):
         raise invalid("max_tokens is 0, expected at least 1: without new tokens there is only echo", param="max_tokens")
     state_name = body.get("state_id")
     state = None if state_name is None else get_state(check_name(state_name, "state_id"), "state_id")
-    params = _sampling(body, best_of, max_tokens, model.config.vocab_size)
+    params = _sampling(body, SAMPLING | bounds, best_of, max_tokens, model.config.vocab_size)
     prompts = _prompts(body, model, limits, state)
     if len(prompts) > 1 and (state is not None or save_as is not None):
         name = "state_id" if state is not None else "save_state"
@@ -203,7 +259,7 @@ def read_completion(
         _check_echo(model, prompts, logprobs, state)
     for prompt in prompts:
         _check_length(model, prompt, limits, state, max_tokens)
-    priority = _integer(body, "priority") or 0
+    priority = get_int(body, "priority", FIELDS["priority"]) or 0
     timeout = get_number(body, "timeout", FIELDS["timeout"])
     if limits.request_seconds is not None:
         timeout = limits.request_seconds if timeout is None else min(timeout, limits.request_seconds)
@@ -257,18 +313,16 @@ def _save_as(body: Body) -> str | None:
     return new_name() if value is True else check_name(value, "save_state")
 
 
-def _integer(body: Body, name: str) -> int | None:
-    return get_int(body, name, FIELDS[name]["minimum"], FIELDS[name]["maximum"])
-
-
-def _sampling(body: Body, best_of: int, max_tokens: int, vocab_size: int) -> _core.SamplingParams:
+def _sampling(
+    body: Body, fields: Mapping[str, Body], best_of: int, max_tokens: int, vocab_size: int
+) -> _core.SamplingParams:
     given = {name: body[name] for name in SAMPLING if body.get(name) is not None}
     for name in given.keys() - {"n", "max_tokens", "logprobs"}:  # which are read
-        kind = SAMPLING[name].get("type", [""])[0]
+        kind = fields[name].get("type", [""])[0]
         if kind == "integer":
-            _integer(body, name)
+            get_int(body, name, fields[name])
         elif kind == "number":
-            get_number(body, name, SAMPLING[name])
+            get_number(body, name, fields[name])
         elif kind == "boolean":
             get_bool(body, name)
     given |= {"n": best_of, "max_tokens": max(max_tokens, 1)}
@@ -355,8 +409,6 @@ def _prompt(value: Any, name: str, model: "Model", limits: Limits, at_start: boo
     vocab_size = model.config.vocab_size
     ids: Any = []
     if isinstance(value, list):
-        if not value and at_start:
-            raise invalid(f"{name} has no tokens, expected at least one", param="prompt")
         if value:
             ids = read_ids(value, vocab_size, name, "prompt")
     elif value or at_start:
@@ -365,6 +417,8 @@ def _prompt(value: Any, name: str, model: "Model", limits: Limits, at_start: boo
             ids = _core.check_prompt(ids, vocab_size, name) if ids else []
         except ValueError as error:
             raise invalid(str(error), param="prompt") from None
+    if at_start and len(ids) == 0:
+        raise invalid(f"{name} has no tokens, expected at least one", param="prompt")
     if most is not None and len(ids) > most:
         raise _too_long(name, len(ids), most)
     return Prompt(value if isinstance(value, str) else None, ids)

@@ -126,6 +126,11 @@ class Service(Host):
         """The model is loaded, and the server is not about to end."""
         return self._loaded is not None and not self.is_draining
 
+    @property
+    def vocab_size(self) -> int | None:
+        """Of the model; None while there is none."""
+        return None if self._loaded is None else self._loaded[0].config.vocab_size
+
     def require(self) -> "tuple[Model, Engine, StateStore]":
         """What is loaded. Raises ApiError while it is not, and when the server is about to end."""
         super().require()
