@@ -59,7 +59,8 @@ class Running:
     """A server under way."""
 
     port: int
-    service: Service
+    service: Service | None
+    """Where it runs in this process."""
     headers: dict[str, str] = field(default_factory=dict)
     description: Description | None = None
 
@@ -69,6 +70,7 @@ class Running:
 
     @property
     def engine(self) -> Any:
+        assert self.service is not None and self.service._loaded is not None
         return self.service._loaded[1]
 
     def ask(

@@ -83,13 +83,13 @@ class Devices(Running):
     """A server in a process of its own, with two workers on the CPU."""
 
     def __init__(self, folder: Path, *options: str, words: tuple[str, ...] = ("-m", "based.cli", "serve")) -> None:
+        super().__init__(0, None)
         self.folder = folder
         self._log = (folder / "log").open("wb")
         environment = os.environ | {"TMPDIR": str(folder), "PYTHONPATH": os.pathsep.join((str(PACKAGES), str(folder)))}
         self.process = subprocess.Popen(
             [sys.executable, *words, *options], stderr=self._log, stdout=self._log, env=environment
         )
-        self.headers = {}
         self.until(lambda: "listening on" in self.log or self.process.poll() is not None)
         found = re.search(r"listening on http://127.0.0.1:(\d+)", self.log)
         assert found, self.log
@@ -104,7 +104,7 @@ class Devices(Running):
 
     @property
     def workers(self) -> dict[str, str]:
-        workers: dict[str, str] = self.ask("/health").json["workers"]
+        workers: dict[str, str] = self._ask("/health", None, "GET", {}).json["workers"]
         return workers
 
     def until_ready(self) -> None:
