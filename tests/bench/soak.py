@@ -284,8 +284,10 @@ class Soak:
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
             with contextlib.suppress(OSError, EOFError, ValueError):
-                if await self.status("/health") == 200:
+                if self.server.process.poll() is None and await self.status("/health") == 200:
                     return
+            if self.server.process.poll() is not None:
+                break
             await asyncio.sleep(0.2)
         raise SystemExit("the server did not come up: " + self.server.log.read_text()[-2000:])
 
