@@ -87,7 +87,9 @@ def main() -> int:
                 f"-seed={args.seed}",
                 f"-timeout={TIMEOUT}",
             ]
-            command = [program, *options, f"-artifact_prefix={BUILD}/{target}-", FOLDER / "corpus" / target]
+            found = BUILD / f"{target}-found"  # libFuzzer writes what it finds into the first folder
+            found.mkdir(exist_ok=True)
+            command = [program, *options, f"-artifact_prefix={BUILD}/{target}-", found, FOLDER / "corpus" / target]
         else:
             command = [sys.executable, __file__, "--worker", target, f"--seconds={seconds}", f"--seed={args.seed}"]
         quiet = os.environ | {"RUST_BACKTRACE": "0"}  # of panics that are caught
