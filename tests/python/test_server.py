@@ -1381,6 +1381,7 @@ def test_a_second_signal_ends_what_runs() -> None:
             assert answer.status == 503 and answer.error["code"] == "shutting_down"
             assert answer.headers["retry-after"] == "5" and answer.headers["connection"] == "close"
         assert process.poll() is None
+        server.until(lambda: server.ask("/health").headers["date"] != answer.headers["date"])
         process.send_signal(signal.SIGTERM)
         with contextlib.closing(connection), response:
             assert response.read().endswith(b"data: [DONE]\n\n")

@@ -157,8 +157,16 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Answers new requests with 503 until those that run have ended, and closes the socket then."""
+        clock = asyncio.create_task(self._keep_time())
         await self._service.drain(self._is_urgent)
+        clock.cancel()
         await super().shutdown(sockets)
+
+    async def _keep_time(self) -> None:
+        """The header Date, which uvicorn's main loop sets until the end begins."""
+        while True:
+            await self.on_tick(0)
+            await asyncio.sleep(1)
 
     def stop(self) -> None:
         """Makes it end as a signal does. On the event loop."""
