@@ -94,7 +94,9 @@ class Running:
         with contextlib.closing(connection):
             connection.request(method, path, data, headers)
             response = connection.getresponse()
-            return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+            found = [(name.lower(), value) for name, value in response.getheaders()]
+            assert len(dict(found)) == len(found), found
+            return Answer(response.status, dict(found), response.read())
 
     def complete(self, **body: Any) -> Any:
         """The answer to a completion that must succeed."""

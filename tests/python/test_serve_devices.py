@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -214,7 +215,8 @@ def test_what_is_wrong_is_refused_as_by_one_server(server: Devices) -> None:
     assert server.ask("/v1/completions", b"{}", headers={"content-type": "text/plain"}).status == 415
     assert server.ask("/v1/completions").headers["allow"] == "POST"
     assert server.ask("/v1/chat/completions", {}).status == server.ask("/no%20thing?a=b").status == 404
-    assert server.ask("/health", {}).status == 405
+    for answer in (server.ask("/health", {}), server.ask("/health", method="TRACE")):
+        assert answer.status == 405 and answer.headers["allow"] == "GET, HEAD"
     assert server.ask("/v1/states/..%2Fx").status in (400, 404)
 
 
@@ -252,16 +254,18 @@ def test_states_are_everybodys(server: Devices) -> None:
     assert server.ask("/v1/states/ada/fork", {"to": "eve"}).json["id"] == "eve"
     listed = {state["id"]: state for state in server.ask("/v1/states").json["data"]}
     assert set(listed) == {"ada", "eve"} and listed["ada"]["in_memory"] and listed["ada"]["saved"]
+    body = {"prompt": "My name is", "max_tokens": 4, "save_state": True, **GREEDY}
+    made = [server.complete(**body)["state_id"] for _ in range(4)]
     for number in range(4):
         assert server.ask("/v1/states/ada/fork", {"to": f"copy-{number}"}).status == 200
-    before = server.completions
-    for number in range(4):  # names that no worker was asked for: each finds the files
-        assert server.text(state_id=f"copy-{number}", prompt=" and", max_tokens=6, **GREEDY) == expected
-        assert server.ask(f"/v1/states/copy-{number}", method="DELETE").json["deleted"]
-    assert {worker for worker, count in server.completions.items() if count > before.get(worker, 0)} == {
-        "cpu-0",
-        "cpu-1",
-    }
+    # The worker that has made a fork has it in memory; names that no client gave are read from files by any worker.
+    for names, num_workers in (([f"copy-{number}" for number in range(4)], 1), (made, 2)):
+        before = server.completions
+        for name in names:
+            assert server.text(state_id=name, prompt=" and", max_tokens=6, **GREEDY) == expected
+            assert server.ask(f"/v1/states/{name}", method="DELETE").json["deleted"]
+        after = server.completions
+        assert sum(after[worker] > before.get(worker, 0) for worker in ("cpu-0", "cpu-1")) == num_workers
     assert server.ask("/v1/states/ada", method="DELETE").json["deleted"]
     for _ in range(2):
         server.refused(404, "state_id", state_id="ada", prompt="a")
@@ -310,13 +314,27 @@ def test_a_worker_that_dies(server: Devices) -> None:
         assert server.text(state_id="survivor", prompt="b", max_tokens=5, **GREEDY) == expected
 
 
+def test_a_worker_that_ends_gets_no_more_requests(server: Devices) -> None:
+    with stream(server, prompt="x", **ENDLESS):
+        [ending] = [name for name, count in server.metric("based:num_requests_running").items() if count]
+        pid = server.pids[ending]
+        os.kill(pid, signal.SIGTERM)
+        server.until(lambda: server.metric("based:worker_ready")[ending] == 0)
+        assert server.workers[ending] != "ok" and not is_gone(pid)
+        for _ in range(4):
+            server.complete(prompt="z", max_tokens=1, **GREEDY)
+    server.until(lambda: is_gone(pid))
+    server.until_ready()
+
+
 def test_the_end(server: Devices) -> None:
-    """SIGTERM: what runs comes to its end, then all processes are gone, and their folder."""
+    """SIGTERM to all processes: what runs comes to its end, then all are gone, and their folder."""
     pids = server.pids
     assert len(pids) == 2
     with stream(server, prompt="x", max_tokens=3000, stream=True, **GREEDY) as response:
-        server.process.send_signal(signal.SIGTERM)
-        server.until(lambda: "shutting down" in server.log)
+        for pid in (server.process.pid, *pids.values()):
+            os.kill(pid, signal.SIGTERM)
+        server.until(lambda: server.log.count("SIGTERM: shutting down") >= 5)  # a worker has it from its front, too
         answer = server.ask("/v1/completions", {"prompt": "a"})
         assert answer.status == 503 and answer.error["code"] == "shutting_down"
         text = response.read().decode()
@@ -324,6 +342,22 @@ def test_the_end(server: Devices) -> None:
     assert server.process.wait(LONG_PATIENCE) == 0, server.log
     assert all(is_gone(pid) for pid in pids.values())
     assert [path.name for path in server.folder.iterdir()] == ["log"]
+
+
+def test_a_client_that_does_not_read_does_not_keep_the_server(tmp_path: Path) -> None:
+    server = Devices(tmp_path, *COMMON, "--drain-timeout", "0.5")
+    try:
+        server.until_ready()
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.settimeout(LONG_PATIENCE)
+            client.connect(("127.0.0.1", server.port))
+            client.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\n\r\n" * 400)
+            server.until(lambda: sum(server.metric("based:worker_requests").values()) == 1)
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(LONG_PATIENCE) == 0
+    finally:
+        server.end()
 
 
 def test_no_worker_outlives_its_parent(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import http.client
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import signal
@@ -1180,6 +1181,19 @@ def test_the_end_lets_a_stream_come_to_its_own(model: based.Model) -> None:
         assert rest.endswith(b"data: [DONE]\n\n") and b'"finish_reason":"length"' in rest
 
 
+def test_states_that_may_go_make_room_for_new_ones(model: based.Model, tmp_path: Path) -> None:
+    """Those of a folder that ends with the server."""
+    options = {"state_dir": tmp_path, "shared_states": True, "max_state_files": 2}
+    with serving(model, states_may_go=True, **options) as server:
+        for number in range(3):
+            server.complete(prompt="a", max_tokens=1, save_state=f"s{number}", **GREEDY)
+            os.utime(tmp_path / f"s{number}.safetensors", (number, number))
+        assert server.ask("/v1/states/s0").status == 404
+        assert {state["id"] for state in server.ask("/v1/states").json["data"]} == {"s1", "s2"}
+    with serving(model, **options) as server:
+        server.refused(507, None, prompt="a", max_tokens=1, save_state="s3")
+
+
 def test_a_time_limit_ends_what_runs(model: based.Model, tmp_path: Path) -> None:
     with serving(model, drain_seconds=0.2, state_dir=tmp_path) as server:
         connection, response = begin_stream(server, save_state="unfinished")
@@ -1374,7 +1388,8 @@ def test_the_command_ends_in_order_and_goes_on_from_states(tmp_path: Path) -> No
 def test_a_second_signal_ends_what_runs() -> None:
     with command("--drain-timeout", 1000) as (process, server, _):
         connection, response = begin_stream(server)
-        process.send_signal(signal.SIGTERM)
+        is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # by nohup, for this process and the server
+        process.send_signal(signal.SIGTERM if is_ignored else signal.SIGHUP)
         server.until(lambda: server.ask("/health").status == 503)
         for path, body in (("/v1/completions", {"prompt": "a"}), ("/v1/models", None)):  # over new connections
             answer = server.ask(path, body)
@@ -1417,6 +1432,8 @@ def test_what_the_command_refuses(tmp_path: Path) -> None:
             (2, "--ssl-certfile", ["--ssl-keyfile", tmp_path / "none.pem"]),
             (2, "--port", ["--port", 70000]),
             (2, "--max-n", ["--max-n", 0]),
+            (2, "--api-key: it is empty", ["--api-key", ""]),
+            (2, "--state-dir: it is empty", ["--state-dir", ""]),
             (2, "--metrics-prefix", ["--metrics-prefix", "a-b"]),
             (1, "neither an existing directory", ["--port", 0, "-m", tmp_path / "none"]),
             (1, "", ["--port", 0, "--state-dir", GOLDEN / "README.md"]),

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dataset-name", choices=("random", "prefix_repetition", "custom"), default="random", help="default: random"
     )
     group.add_argument(
-        "--dataset-path", type=Path, metavar="FILE", help="of custom: lines of JSON objects with a prompt"
+        "--dataset-path", type=_common.path, metavar="FILE", help="of custom: lines of JSON objects with a prompt"
     )
     _common.add_counts(
         group,
@@ -123,7 +123,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--save-result", action="store_true", help="write the figures to a JSON file, too")
     group.add_argument("--save-detailed", action="store_true", help="and those of each request")
-    group.add_argument("--result-dir", type=Path, default=Path(), metavar="DIR", help="of that file (default: .)")
+    group.add_argument(
+        "--result-dir", type=_common.path, default=Path(), metavar="DIR", help="of that file (default: .)"
+    )
     group.add_argument("--result-filename", metavar="NAME", help="default: made of rate, model and time")
     group.add_argument("--json", action="store_true", help="the figures as JSON on stdout, instead of the table")
     _common.add_statistics_argument(parser)

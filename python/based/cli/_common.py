@@ -25,10 +25,13 @@ REVISION_HELP = "branch, tag or commit on the hub"
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """--model, and where its tokenizer is."""
     help_text = f"{MODEL_HELP} (default: {BUNDLED}, which comes with the package)"
-    parser.add_argument("-m", "--model", default=BUNDLED, metavar="PATH|ID", help=help_text)
-    parser.add_argument("--revision", metavar="REV", help=REVISION_HELP)
+    parser.add_argument("-m", "--model", type=text, default=BUNDLED, metavar="PATH|ID", help=help_text)
+    parser.add_argument("--revision", type=text, metavar="REV", help=REVISION_HELP)
     parser.add_argument(
-        "--tokenizer", metavar="FILE", help="a tokenizer.json, or a tokenizer's directory (default: the model's)"
+        "--tokenizer",
+        type=text,
+        metavar="FILE",
+        help="a tokenizer.json, or a tokenizer's directory (default: the model's)",
     )
 
 
@@ -76,7 +79,7 @@ def require_tokenizer(tokenizer: "Tokenizer | None", model: str) -> "Tokenizer":
 def add_text_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """A text as argument, --file or stdin."""
     parser.add_argument("text", nargs="?", metavar=name.upper(), help=f"the {name} (default: --file, or else stdin)")
-    parser.add_argument("-f", "--file", type=Path, metavar="FILE", help=f"read the {name} from a file; - is stdin")
+    parser.add_argument("-f", "--file", type=path, metavar="FILE", help=f"read the {name} from a file; - is stdin")
     parser.add_argument(
         "-e", "--escape", action="store_true", help="arguments hold escapes: \\n, \\t, \\r, \\\\, \\xHH, \\uHHHH"
     )
@@ -204,6 +207,18 @@ def count_or_none(text: str) -> int | None:
         return None if text.lower() == "none" else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither an integer nor none") from None
+
+
+def text(value: str) -> str:
+    """An argument that is not empty, as that of an unset variable is."""
+    if not value:
+        raise argparse.ArgumentTypeError("it is empty")
+    return value
+
+
+def path(value: str) -> Path:
+    """The same of a path."""
+    return Path(text(value))
 
 
 def positive(text: str) -> int:

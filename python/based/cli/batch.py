@@ -35,7 +35,7 @@ _LONGEST_LINE = 64 << 20  # bytes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument("input", metavar="INPUT", help="JSON lines; - is stdin")
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="JSON lines, which are added to")
+    parser.add_argument("output", type=_common.path, metavar="OUTPUT", help="JSON lines, which are added to")
     _common.add_model_arguments(parser)
     _common.add_compute_arguments(parser)
     parser.add_argument(

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from based.cli import UsageError, _claim, _common, _machine, _plot
@@ -88,12 +87,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--plot",
-        type=Path,
+        type=_common.path,
         metavar="FILE",
         help=f"draw the results into a file ({', '.join(_plot.SUFFIXES)}); needs matplotlib",
     )
     parser.add_argument(
-        "--rivals", type=Path, metavar="FILE", help="figures of tests/bench/rivals.py to draw beside (JSON)"
+        "--rivals", type=_common.path, metavar="FILE", help="figures of tests/bench/rivals.py to draw beside (JSON)"
     )
     _common.add_statistics_argument(parser)
 

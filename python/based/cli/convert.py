@@ -7,21 +7,20 @@ and nothing that the file contains is run.
 import argparse
 import sys
 import time
-from pathlib import Path
 
 from based.cli import _common
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument("src", type=Path, metavar="SRC", help="the published directory")
-    parser.add_argument("dst", type=Path, metavar="DST", help="the model directory to make")
+    parser.add_argument("src", type=_common.path, metavar="SRC", help="the published directory")
+    parser.add_argument("dst", type=_common.path, metavar="DST", help="the model directory to make")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as they are)"
     )
     parser.add_argument(
         "--tokenizer",
-        type=Path,
+        type=_common.path,
         metavar="FILE",
         help="a tokenizer.json, or a tokenizer's directory (default: SRC's, if any)",
     )

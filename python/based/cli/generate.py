@@ -58,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _common.add_model_arguments(parser)
     _common.add_compute_arguments(parser)
     parser.add_argument(
-        "--session", type=Path, metavar="FILE", help="start from the state in FILE, if there is one, and save it there"
+        "--session",
+        type=_common.path,
+        metavar="FILE",
+        help="start from the state in FILE, if there is one, and save it there",
     )
     parser.add_argument(
         "--separator", metavar="TEXT", help="with --session: stands before the prompt, unless that is the first"

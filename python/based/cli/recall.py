@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from based.cli import UsageError, _common
@@ -34,7 +33,9 @@ _SWEEP = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the folder of the sweep")
+    parser.add_argument(
+        "-o", "--output", type=_common.path, required=True, metavar="DIR", help="the folder of the sweep"
+    )
     parser.add_argument("--quick", action="store_true", help="a small sweep, a minute on a CPU")
     parser.add_argument(
         "--settings",
@@ -79,13 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--merge",
-        type=Path,
+        type=_common.path,
         nargs="+",
         metavar="DIR",
         help="take in what other folders of this sweep hold, and train nothing",
     )
     parser.add_argument("--restart", action="store_true", help="remove the sweep that the folder holds, and begin anew")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the frontier: .svg, .png or .pdf")
+    parser.add_argument("--plot", type=_common.path, metavar="FILE", help="draw the frontier: .svg, .png or .pdf")
     parser.add_argument(
         "--plot-bytes",
         choices=("authors", "decoder"),

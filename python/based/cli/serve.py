@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from based.cli import UsageError, _common
@@ -25,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     _common.add_model_arguments(parser)
     parser.add_argument(
-        "--served-model-name", metavar="NAME", help="the model's name to clients (default: what --model says)"
+        "--served-model-name",
+        type=_common.text,
+        metavar="NAME",
+        help="the model's name to clients (default: what --model says)",
     )
     _common.add_compute_arguments(parser)
     parser.add_argument(
@@ -39,10 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     group = parser.add_argument_group("where")
-    group.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
+    group.add_argument(
+        "--host",
+        type=_common.text,
+        default="127.0.0.1",
+        help="address to listen at (default: 127.0.0.1, this machine)",
+    )
     group.add_argument("--port", type=_port, default=8000, metavar="N", help="0: any free one (default: 8000)")
     group.add_argument(
         "--api-key",
+        type=_common.text,
         action="append",
         default=[],
         metavar="KEY",
@@ -50,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--allowed-host",
+        type=_common.text,
         action="append",
         default=[],
         metavar="NAME",
@@ -57,15 +66,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--allowed-origin",
+        type=_common.text,
         action="append",
         default=[],
         metavar="ORIGIN",
         help="pages of this origin may ask (CORS), such as https://example.org; * for all; may be repeated",
     )
-    group.add_argument("--ssl-certfile", type=Path, metavar="FILE", help="serve over TLS with this certificate")
-    group.add_argument("--ssl-keyfile", type=Path, metavar="FILE", help="its private key (default: in --ssl-certfile)")
+    group.add_argument("--ssl-certfile", type=_common.path, metavar="FILE", help="serve over TLS with this certificate")
     group.add_argument(
-        "--ssl-ca-certs", type=Path, metavar="FILE", help="clients must have a certificate that these have signed"
+        "--ssl-keyfile", type=_common.path, metavar="FILE", help="its private key (default: in --ssl-certfile)"
+    )
+    group.add_argument(
+        "--ssl-ca-certs",
+        type=_common.path,
+        metavar="FILE",
+        help="clients must have a certificate that these have signed",
     )
 
     group = parser.add_argument_group("engine")
@@ -87,13 +102,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--host-cache-bytes", type=_bytes, default=0, metavar="BYTES", help="of more of them in the host's memory"
     )
-    group.add_argument("--cache-dir", type=Path, metavar="DIR", help="of more of them in files")
+    group.add_argument("--cache-dir", type=_common.path, metavar="DIR", help="of more of them in files")
     group.add_argument(
         "--cache-dir-bytes", type=_bytes, default=16 << 30, metavar="BYTES", help="of these files (default: 16 GiB)"
     )
 
     group = parser.add_argument_group("states of clients")
-    group.add_argument("--state-dir", type=Path, metavar="DIR", help="keep states of clients in files of this folder")
+    group.add_argument(
+        "--state-dir", type=_common.path, metavar="DIR", help="keep states of clients in files of this folder"
+    )
     group.add_argument(
         "--shared-states", action="store_true", help="other servers use the same --state-dir at the same time"
     )

@@ -9,7 +9,6 @@ import argparse
 import importlib
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from based.cli import _common
@@ -17,8 +16,10 @@ from based.cli import _common
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
-    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="the folder of the run (default: CONFIG's)")
+    parser.add_argument("config", type=_common.path, metavar="CONFIG", help="a YAML file")
+    parser.add_argument(
+        "-o", "--output", type=_common.path, metavar="DIR", help="the folder of the run (default: CONFIG's)"
+    )
     parser.add_argument(
         "--set",
         action="append",

@@ -270,7 +270,7 @@ def _add_errors(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         path = request.url.path
         message = f"there is nothing at {path[:200]}"
-        headers = dict(error.headers or {})
+        headers = {name.lower(): value for name, value in (error.headers or {}).items()}
         if (what := _OTHER_ROUTES.get(path.rstrip("/"))) is not None:
             message = f"{path} is not served: this is a base model, which has no {what}; POST /v1/completions"
         elif error.status_code == 405:

@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +38,15 @@ _ATTEMPTS = 3
 _SECONDS_TO_END = 60.0
 """Behind --drain-timeout: for a worker to write what it has and to end."""
 
-_SECONDS_TO_TELL = 30.0
-"""For a worker's answer to what is asked of all of them."""
+_SECONDS_IN_HASTE = 10.0
+"""The same behind a second signal."""
 
-_READY = b"+"
-"""What a worker writes when it takes requests; behind it, or in its place, the pickled error by which it ends."""
+_SECONDS_TO_TELL = 5.0
+"""For a worker's answer to what is asked of all of them: whoever scrapes metrics waits 10 s."""
+
+_READY, _ENDING = b"+", b"-"
+"""What a worker writes when it takes requests, and when it takes no more; then the pickled error by which it ends, if
+there is one."""
 
 _OF_THE_CONNECTION = {b"connection", b"keep-alive", b"transfer-encoding", b"date", b"x-request-id"}
 """Headers of an answer that the front makes itself."""
@@ -68,7 +73,8 @@ def serve_devices(
     _logs.set_up(options.log_json)
     with tempfile.TemporaryDirectory(prefix="based-") as folder:
         states = options.state_dir or Path(folder) / "states"
-        front = Devices(loads, prepare, replace(options, state_dir=states, shared_states=True), Path(folder))
+        shared = replace(options, state_dir=states, shared_states=True, states_may_go=options.state_dir is None)
+        front = Devices(loads, prepare, shared, Path(folder))
         serve_host(front, make_front_app(front))
 
 
@@ -80,7 +86,8 @@ class _Worker:
     """Of the process that runs now."""
     process: asyncio.subprocess.Process | None = None
     is_ready: bool = False
-    has_run: bool = False
+    num_ready: int = 0
+    """How often it has become so."""
     num_starts: int = 0
     num_requests: int = 0
 
@@ -137,19 +144,15 @@ class Devices(Front, Host):
         """Starts a worker, and again whenever it ends."""
         num_failed = 0
         while not self.is_draining:
+            num_ready = worker.num_ready
             try:
                 failure = await self._run(worker)
             except OSError as error:  # no process, for want of memory
                 failure = error
             if self.is_draining:
                 return
-            if worker.is_ready:
-                num_failed = 0
-            else:
-                num_failed += 1
-            has_run, worker.has_run = worker.has_run, worker.has_run or worker.is_ready
-            worker.is_ready = False
-            if num_failed and (not has_run or num_failed == _ATTEMPTS):
+            num_failed = 0 if worker.num_ready > num_ready else num_failed + 1
+            if num_failed and (worker.num_ready == 0 or num_failed == _ATTEMPTS):
                 _logs.LOGGER.error("%s", f"{worker.name}: the process cannot begin, so that this server ends")
                 self.failure = self.failure or failure
                 self._when_failed()
@@ -177,16 +180,16 @@ class Devices(Front, Host):
         try:
             process.stdin.write(pickle.dumps(sys.path) + pickle.dumps((worker.load, options, os.getpid())))
             process.stdin.close()
-            told = await process.stdout.read(1)
-            if told == _READY:
-                worker.is_ready, told = True, b""
+            while (told := await process.stdout.read(1)) in (_READY, _ENDING):
+                worker.is_ready = told == _READY
+                worker.num_ready += worker.is_ready
             told += await process.stdout.read()
             await process.wait()
         except BaseException:
             _signal(worker, signal.SIGKILL)
             raise
         finally:
-            worker.process = None
+            worker.process, worker.is_ready = None, False
             worker.socket.unlink(missing_ok=True)
         status = process.returncode or 0
         if status == 1 and told:
@@ -209,8 +212,8 @@ class Devices(Front, Host):
         await asyncio.wait([everyone, urgent], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if urgent.done():
             for worker in self._workers:
-                _signal(worker, signal.SIGTERM)
-            await asyncio.wait({everyone}, timeout=_SECONDS_TO_END)
+                _signal(worker, signal.SIGINT)
+            await asyncio.wait({everyone}, timeout=_SECONDS_IN_HASTE)
         urgent.cancel()
         for worker in self._workers:
             if worker.process is not None:
@@ -219,8 +222,6 @@ class Devices(Front, Host):
         for error in await everyone:
             if isinstance(error, Exception):
                 self.failure = self.failure or error
-        while self.num_requests:  # their last pieces are on the way
-            await asyncio.sleep(0.02)
 
     def close(self) -> None:
         """Nothing is left to end."""
@@ -376,13 +377,13 @@ def work() -> None:
         def show(message: Any, *_: Any, **__: Any) -> None:
             _logs.LOGGER.warning("%s", message)
 
-        def ready() -> None:
-            told.write(_READY)
+        def tell(what: bytes) -> None:
+            told.write(what)
             told.flush()
 
         warnings.showwarning = show
         try:
-            serve(load, options, when_loaded=ready)
+            serve(load, options, when_loaded=partial(tell, _READY), when_ending=partial(tell, _ENDING))
         except Exception as error:
             told.write(_pickled(error))
             sys.exit(1)

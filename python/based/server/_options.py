@@ -53,6 +53,8 @@ class Options:
     max_state_files: int = 10_000
     shared_states: bool = False
     """Other processes use the same state_dir: it then has all states at all times."""
+    states_may_go: bool = False
+    """Beyond max_state_files the state that was written first goes; else the new one is refused."""
     drain_seconds: float = 30.0
     log_json: bool = False
     log_requests: bool = True
@@ -61,3 +63,8 @@ class Options:
     socket: Path | None = None
     """Where such a process listens, in place of host and port: a Unix socket in a folder that is its owner's alone."""
     limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an empty key, which everyone has."""
+        if "" in self.api_keys:
+            raise ValueError("an API key is empty: give keys, or an empty list to ask for none")

@@ -22,11 +22,12 @@ from based.server._answers import DONE
 from based.server._errors import ApiError, to_json
 from based.server._metrics import Metrics
 from based.server._options import Options
-from based.server._routing import fingerprints, of_state
+from based.server._routing import fingerprints, made_by, of_state
 from based.server._service import Face
 
 _LARGE = 1 << 18  # bytes of a body that the event loop does not parse
-_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+_OWN_HEADERS = 1 << 16
+"""Bytes of a request's head that the front may add."""
 
 FRONT = "front"
 """The label `worker` of this process's own numbers."""
@@ -132,20 +133,21 @@ def make_front_app(front: Front) -> ASGIApp:
         data = sorted(found.values(), key=lambda state: (-state["created"], state["id"]))
         return _app._json_response({"object": "list", "data": data})
 
-    @app.api_route("/{path:path}", methods=_METHODS)
-    async def relay(request: Request) -> Response:
+    async def relay(scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
         front.require()
         body = await _app._read(request, front, needs_body=False) if request.method == "POST" else b""
         beginnings: list[bytes] = []
         path = request.url.path
         if path.startswith("/v1/states/"):
-            beginnings = [of_state(path.split("/")[3])]
+            beginnings = [*made_by(body), of_state(path.split("/")[3])]
         elif path == "/v1/completions":
             in_thread = len(body) > _LARGE
             beginnings = await asyncio.to_thread(fingerprints, body) if in_thread else fingerprints(body)
         front.require()  # again: reading took its time
-        return _Relayed(front, _ask(request, body, beginnings))
+        await _Relayed(front, _ask(request, body, beginnings))(scope, receive, send)
 
+    app.router.default = relay  # what is at no path above
     return _app.layers(app, front)
 
 
@@ -201,13 +203,13 @@ class _Relayed(Response):
             self._front.num_requests -= 1
 
     async def _pass_on(self, scope: Scope, send: Send) -> None:
-        is_stream, held = False, b""
+        has_begun, is_stream, held = False, False, b""
         try:
             async with contextlib.aclosing(self._front.answer(self._ask)) as pieces:
                 async for piece in pieces:
                     if isinstance(piece, Head):
                         is_stream = dict(piece.headers).get(b"content-type", b"").startswith(b"text/event-stream")
-                        scope["based.log"]["relayed"] = True
+                        has_begun = scope["based.log"]["relayed"] = True
                         await send({"type": "http.response.start", "status": piece.status, "headers": piece.headers})
                     elif not is_stream:
                         await send(_app._body(piece))
@@ -219,9 +221,11 @@ class _Relayed(Response):
                             held = held[end:]
         except ApiError as error:
             scope["based.log"].pop("relayed", None)
-            if not is_stream:  # without an answer, or cut off: a client must not take it for whole
+            if not has_begun:
                 raise
             scope["based.log"]["error"] = error.message
+            if not is_stream:  # it stays without an end: a client must not take it for whole
+                return
             held = b"data: " + to_json(error.body()) + b"\n\n" + DONE
         await send(_app._body(held, more=False))
 
@@ -275,4 +279,5 @@ def joined_metrics(pages: list[tuple[str, bytes]]) -> bytes:
 
 def worker_options(options: Options, name: str) -> Options:
     """The options of a worker. Who may ask is for the front to check, and for the worker to describe."""
-    return replace(options, worker=name, certificate=None, key=None, ca_certificates=None)
+    limits = replace(options.limits, header_bytes=options.limits.header_bytes + _OWN_HEADERS)
+    return replace(options, worker=name, limits=limits, certificate=None, key=None, ca_certificates=None)

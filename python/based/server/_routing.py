@@ -53,6 +53,16 @@ def fingerprints(body: bytes) -> list[bytes]:
         return []
 
 
+def made_by(body: bytes) -> list[bytes]:
+    """Of the JSON of a fork: what stands for the new name."""
+    try:
+        fields = json.loads(body or b"{}")
+    except (ValueError, RecursionError):
+        return []
+    name = fields.get("to") if isinstance(fields, dict) else None
+    return [of_state(name)] if isinstance(name, str) else []
+
+
 def of_state(name: str) -> bytes:
     """What stands for a named state."""
     return hashlib.blake2b(b"state" + name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
@@ -94,9 +104,7 @@ class Prefixes:
         if chosen is None or loads[chosen] > 2 * least + _SPARE:
             chosen = min(loads, key=lambda worker: (loads[worker], self._turns.get(worker, 0)))
         self._num_chosen += 1
-        self._turns[chosen] = (
-            self._num_chosen
-        )  # of those that are equally busy, the one that had no request for longest
+        self._turns[chosen] = self._num_chosen  # of those equally busy, the one that had no request for longest
         for each in beginnings:
             self._holders.setdefault(each, set()).add(chosen)
             self._holders.move_to_end(each)

@@ -33,14 +33,16 @@ def serve(
     *,
     when_listening: Callable[[str], None] | None = None,
     when_loaded: Callable[[], None] = lambda: None,
+    when_ending: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serves until SIGTERM or SIGINT, and then until what runs has ended.
+    """Serves until SIGTERM, SIGINT or SIGHUP, and then until what runs has ended.
 
     Args:
         load: Gives the model and its engine; called in a thread, while the socket is open.
         options: Where and how.
         when_listening: Called with the server's address.
         when_loaded: Called in a thread when requests are taken.
+        when_ending: Called when they are taken no more.
 
     Raises:
         OSError: The address cannot be used, or a file of the options not be read.
@@ -48,7 +50,9 @@ def serve(
     """
     _logs.set_up(options.log_json, options.worker)
     service = Service(load, options)
-    serve_host(service, make_app(service), when_listening=when_listening, when_loaded=when_loaded)
+    serve_host(
+        service, make_app(service), when_listening=when_listening, when_loaded=when_loaded, when_ending=when_ending
+    )
 
 
 def serve_host(
@@ -57,11 +61,12 @@ def serve_host(
     *,
     when_listening: Callable[[str], None] | None = None,
     when_loaded: Callable[[], None] = lambda: None,
+    when_ending: Callable[[], None] = lambda: None,
 ) -> None:
     """As serve(), of anything that is served; app: its application."""
     options = host.options
     with contextlib.closing(_listen(options)) as sock:
-        server = make_server(host, app, when_loaded)
+        server = make_server(host, app, when_loaded, when_ending)
         if options.socket is None:
             address, port = sock.getsockname()[:2]
             shown = f"[{address}]" if ":" in address else address
@@ -75,7 +80,12 @@ def serve_host(
         raise host.failure
 
 
-def make_server(service: Host, app: ASGIApp, when_loaded: Callable[[], None] = lambda: None) -> "Server":
+def make_server(
+    service: Host,
+    app: ASGIApp,
+    when_loaded: Callable[[], None] = lambda: None,
+    when_ending: Callable[[], None] = lambda: None,
+) -> "Server":
     """The server of an application, which has not begun. Raises OSError for files of TLS."""
     options = service.options
     tls: dict[str, Any] = {}
@@ -97,7 +107,7 @@ def make_server(service: Host, app: ASGIApp, when_loaded: Callable[[], None] = l
         **tls,
     )
     config.load()
-    return Server(config, service, when_loaded)
+    return Server(config, service, when_loaded, when_ending)
 
 
 def _listen(options: Options) -> socket.socket:
@@ -137,10 +147,16 @@ def short_address(path: Path) -> Iterator[str]:
 class Server(uvicorn.Server):
     """uvicorn's, which loads the model when it has begun, and drains it at the end."""
 
-    def __init__(self, config: uvicorn.Config, service: Host, when_loaded: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        service: Host,
+        when_loaded: Callable[[], None],
+        when_ending: Callable[[], None],
+    ) -> None:
         super().__init__(config)
         self._service = service
-        self._when_loaded = when_loaded
+        self._when_loaded, self._when_ending = when_loaded, when_ending
         self._num_signals = 0
         self._is_urgent = asyncio.Event()
 
@@ -157,6 +173,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Answers new requests with 503 until those that run have ended, and closes the socket then."""
+        self._when_ending()
         clock = asyncio.create_task(self._keep_time())
         await self._service.drain(self._is_urgent)
         clock.cancel()
@@ -175,22 +192,29 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """The first signal drains, the second one ends what runs at once."""
+        """The first signal drains, the second one ends what runs at once.
+
+        To a worker SIGTERM says the one, and SIGINT the other: it may have SIGTERM from its front and from who ends all
+        processes of a service.
+        """
         loop = asyncio.get_running_loop()
+        is_worker = self._service.options.worker is not None
 
         def on_signal(number: int) -> None:
             self._num_signals += 1
             _logs.info(f"{signal.Signals(number).name}: shutting down")
             self.stop()
-            if self._num_signals > 1:
+            if number == signal.SIGINT if is_worker else self._num_signals > 1:
                 self._is_urgent.set()
 
-        signals: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup has it ignored
+            signals.append(signal.SIGHUP)
         try:
             for each in signals:
                 loop.add_signal_handler(each, on_signal, each)
         except (ValueError, RuntimeError):  # not the main thread, which alone gets signals
-            signals = ()
+            signals = []
         try:
             yield
         finally:

@@ -105,6 +105,7 @@ class Service(Host):
                     max_files=options.max_state_files,
                     warn=lambda line: _logs.LOGGER.warning("%s", line),
                     shared=options.shared_states,
+                    may_go=options.states_may_go,
                 )
                 _ = model.tokenizer  # found out now whether it can be read
                 self._loaded = model, engine, states

@@ -86,6 +86,7 @@ class StateStore:
         max_files: int,
         warn: Any,
         shared: bool = False,
+        may_go: bool = False,
     ) -> None:
         """Raises OSError when the folder cannot be used, ValueError when there is none to share.
 
@@ -97,6 +98,7 @@ class StateStore:
             max_files: In the folder.
             warn: Called with a line, when a state is lost.
             shared: Other processes use the folder, too.
+            may_go: Beyond max_files the file that was written first goes; else a new one is refused.
         """
         if shared and folder is None:
             raise ValueError("shared states need a folder: --state-dir")
@@ -104,7 +106,7 @@ class StateStore:
         self._folder = folder
         self._max_states, self._max_bytes, self._max_files = max_states, max_bytes, max_files
         self._warn = warn
-        self._shared = shared
+        self._shared, self._may_go = shared, may_go
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # used last: last
         self._lock = threading.RLock()
         self.num_evicted = 0
@@ -269,10 +271,14 @@ class StateStore:
 
     def _write(self, name: str, state: "State", *, is_new: bool = False) -> tuple[int, int] | None:
         path = self._path(name)
-        if not path.exists() and len(self._files()) >= self._max_files:
-            raise ApiError(
-                507, f"the folder of states holds {self._max_files} files: delete some first", code="too_many_states"
-            )
+        if not path.exists() and len(files := self._files()) >= self._max_files:
+            if not self._may_go:
+                raise ApiError(
+                    507,
+                    f"the folder of states holds {self._max_files} files: delete some first",
+                    code="too_many_states",
+                )
+            self._drop_first(files)
         try:
             if not self._shared:
                 state.save(path)
@@ -294,6 +300,19 @@ class StateStore:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise ApiError(507, f"state {name!r}: {error.strerror}", code="no_space") from error
             raise
+
+    def _drop_first(self, names: list[str]) -> None:
+        """Deletes the file that was written first, if no other process has done so."""
+        assert self._folder is not None
+        written: dict[str, float] = {}
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                written[name] = (self._folder / (name + _SUFFIX)).stat().st_mtime
+        first = min(written, key=written.__getitem__)
+        (self._folder / (first + _SUFFIX)).unlink(missing_ok=True)
+        self._entries.pop(first, None)
+        self.num_evicted += 1
+        self._warn(f"state {first} is lost: there are {self._max_files} files, and no --state-dir to keep more in")
 
     def _make_room(self) -> None:
         """Lets the states go that were not used for the longest time; never the last one that came."""
