@@ -31,7 +31,7 @@ class Client(FastHttpUser):
 
     @task
     def conversation(self) -> None:
-        """Turns that each go on from the state of the one before, and leave none."""
+        """Turns that each go on from the state of the one before; then the states are deleted."""
         names = []
         for turn in range(TURNS):
             body = {"prompt": text(), "max_tokens": 16, "save_state": True}

@@ -1,7 +1,7 @@
 """A server under a mixed load for a long time: leaks, stuck slots, answers that do not come, what kill -9 leaves.
 
     python tests/bench/soak.py                    # 30 minutes, the model of the package, a CPU
-    python tests/bench/soak.py --seconds 120      # a look
+    python tests/bench/soak.py --seconds 120      # a look: memory still grows then, while caches fill
 
 Clients in this process ask a `based serve` on this machine: whole answers, streams, states, clients that go away,
 deadlines, requests that are wrong in every layer. A `based batch` beside it is killed again and again. In the last
@@ -16,6 +16,7 @@ import contextlib
 import json
 import math
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -52,10 +53,15 @@ BODIES: list[bytes] = [
 class Server:
     """`based serve` in a folder, as a process of its own."""
 
-    def __init__(self, folder: Path, port: int) -> None:
-        self.folder, self.port = folder, port
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, 0
         self.log = folder / "log"
         self.process = self._start()
+        while (found := re.search(r"listening on http://127\.0\.0\.1:(\d+)", self.log.read_text())) is None:
+            if self.process.poll() is not None:
+                raise SystemExit("the server did not begin: " + self.log.read_text()[-2000:])
+            time.sleep(0.1)
+        self.port = int(found[1])  # the same after each kill
 
     def _start(self) -> subprocess.Popen[bytes]:
         words = [sys.executable, "-m", "based", "serve", "--port", self.port, "--no-log-requests",
@@ -366,7 +372,7 @@ class Batch:
 async def soak(args: argparse.Namespace, folder: Path) -> None:
     """The run."""
     bars = Bars()
-    server = Server(folder, args.port)
+    server = Server(folder)
     clients = Soak(server, args.seed)
     batch = Batch(folder, int(15 * args.seconds))
     try:
@@ -385,15 +391,17 @@ async def soak(args: argparse.Namespace, folder: Path) -> None:
 
         killing = asyncio.create_task(batch.run(time.monotonic() + 0.8 * args.seconds, random.Random(args.seed)))
         memory = []
-        for _ in range(30):
-            await clients.load(0.9 * args.seconds / 30, args.clients)
+        num_rounds = max(3, min(30, int(args.seconds / 20)))  # each ends when all is answered
+        for _ in range(num_rounds):
+            await clients.load(0.9 * args.seconds / num_rounds, args.clients)
             engine = await clients.until_idle()
             memory.append(server.resident())
         bars.at_most("samples that still run, prompts that wait", engine["running"] + engine["waiting_requests"], 0)
         await asyncio.sleep(6)  # requests that never came whole are given up
         bars.at_most("descriptors more than at the start", server.num_files() - num_files, 4)
         print(f"  memory of the server, MiB, when it is idle: {' '.join(f'{m / 2**20:.1f}' for m in memory)}")
-        growth = statistics.mean(memory[20:]) / statistics.mean(memory[10:20]) - 1
+        third = num_rounds // 3
+        growth = statistics.mean(memory[-third:]) / statistics.mean(memory[-2 * third : -third]) - 1
         bars.at_most("growth of memory, last third to the second", 100 * growth, 1, "%")
         await killing
         missing, repeated = batch.missing_and_repeated()
@@ -437,10 +445,9 @@ async def soak(args: argparse.Namespace, folder: Path) -> None:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=1800)
-    parser.add_argument("--clients", type=int, default=24)
-    parser.add_argument("--port", type=int, default=8765)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=1800, help="of load; what ends the rounds comes on top")
+    parser.add_argument("--clients", type=int, default=24, help="at once")
+    parser.add_argument("--seed", type=int, default=0, help="of what they ask")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(soak(args, Path(folder)))
