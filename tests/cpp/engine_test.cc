@@ -552,7 +552,7 @@ TEST(EngineFailures, AStepOfAsManyAsThereIsMemoryFor) {
   const GenerationRequest request{random_tokens(60, 1), greedy(5)};
   for (const bool asynchronous : {false, true}) {
     int num_apart = 0;  // limits that a step of eight meets, and a step of one does not
-    for (std::size_t limit = std::size_t{1} << 22; limit > 1024; limit -= limit / 6) {
+    for (std::size_t limit = std::size_t{1} << 20; limit > 1024; limit -= limit / 3) {
       SCOPED_TRACE(std::to_string(limit) + " bytes" + (asynchronous ? ", a step ahead" : ""));
       const auto run = [&](int count, const Tokens* expected) {
         const auto faults = std::make_shared<Faults>();
