@@ -63,6 +63,13 @@ bool is_device_error(const std::exception_ptr& pointer) {
   }
 }
 
+// Bytes that a step moves for a sample, of those of the weights. An attention layer's grow: those of `num_tokens`, or
+// of the longest sequence.
+double row_cost(const Model& model, std::int64_t num_tokens) {
+  const std::int64_t length = std::min(num_tokens, model.max_context().value_or(num_tokens));
+  return static_cast<double>(model.state_nbytes(length)) / static_cast<double>(model.weight_nbytes());
+}
+
 // Signals belong to the program's own threads: one that waits for tokens is to be woken by them. Those of faults stay.
 void block_signals() {
   sigset_t set;
@@ -269,8 +276,7 @@ Engine::Impl::Impl(std::shared_ptr<const Model> model, EngineOptions options)
       options_(std::move(options)),
       chunk_(model_->impl().executors.device().chunk_tokens()),
       is_exact_(model_->impl().executors.device().deterministic()),
-      budget_(kCut, chunk_, options_.max_step_tokens,
-              static_cast<double>(model_->state_nbytes(chunk_)) / static_cast<double>(model_->weight_nbytes())) {
+      budget_(kCut, chunk_, options_.max_step_tokens, row_cost(*model_, chunk_)) {
   const auto check_least = [](std::int64_t value, std::int64_t least, const char* name) {
     if (value < least)
       throw InvalidArgument(std::string("engine: ") + name + " is " + std::to_string(value) + ", expected at least " +

@@ -168,6 +168,16 @@ TEST_F(EngineTest, RequestsOfAnyThreadGetWhatTheyGetAlone) {
   }
 }
 
+// A context shorter than what a step may take.
+TEST_F(EngineTest, RunsInTheShortestContext) {
+  LoadOptions options;
+  options.max_context = 9;
+  Engine engine(Model::random(tiny_config(), 21, options), slots(2));
+  const auto id = engine.submit(reader_.request(random_tokens(5, 1), greedy(4)));
+  ASSERT_TRUE(reader_.wait(id));
+  EXPECT_EQ(reader_.tokens(id).size(), 4u);
+}
+
 TEST_F(EngineTest, AnElasticEngineHoldsNothingWhenNothingRuns) {
   const MemoryUse before = model_->memory();
   Engine engine(model_, slots(16, true));
