@@ -202,6 +202,7 @@ class Engine::Impl {
   void give_state(Sample& sample);
   SeenTokens seen_by(const Sample& sample) const;
   bool wants_step(const Sample& sample) const;
+  bool wants_step() const;
   bool may_begin();
   bool may_grow() const;
   std::size_t num_used() const;
@@ -473,8 +474,7 @@ bool Engine::Impl::receive() {
   {
     std::unique_lock lock(mutex_);
     const auto has_news = [this] { return !incoming_.empty() || !commands_.empty() || aborting_; };
-    const bool is_still = long_ == nullptr && steps_.empty() && feeds_.empty() && !may_begin() &&
-                          std::ranges::none_of(samples_, [this](const Sample& s) { return wants_step(s); });
+    const bool is_still = long_ == nullptr && steps_.empty() && feeds_.empty() && !may_begin() && !wants_step();
     if (is_still) {
       std::optional<Clock::time_point> next;
       for (const auto& [id, request] : requests_)
@@ -813,13 +813,15 @@ bool Engine::Impl::wants_step(const Sample& sample) const {
   return sample.keeps ? sample.sampled <= sample.most : sample.sampled < sample.most;
 }
 
+bool Engine::Impl::wants_step() const {
+  return std::ranges::any_of(samples_, [this](const Sample& sample) { return wants_step(sample); });
+}
+
 void Engine::Impl::advance() {
   if (!session_) return;
   const bool asynchronous = session().backend().asynchronous();
   const auto joins = [&](const Feed& feed) { return asynchronous || !is_long(feed); };
-  const bool measures =  // how long a step without prompts takes
-      asynchronous && !budget_.knows_plain() &&
-      std::ranges::any_of(samples_, [this](const Sample& s) { return wants_step(s); });
+  const bool measures = asynchronous && !budget_.knows_plain() && wants_step();  // how long one without prompts takes
   if (!measures && std::ranges::any_of(feeds_, joins)) {
     while (!steps_.empty()) take();  // a step with prompts takes its tokens from the host
     settle();
@@ -880,12 +882,12 @@ bool Engine::Impl::launch() {
     fail_step(slots, std::current_exception());
     return false;
   }
-  auto serial = step.serials.begin();
-  for (Sample& sample : samples_) {  // serials ascend
-    if (serial == step.serials.end()) break;
-    if (sample.serial != *serial) continue;
+  auto left = step.num_rows;  // the first of those that want a step
+  for (Sample& sample : samples_) {
+    if (left == 0) break;
+    if (!wants_step(sample)) continue;
     ++sample.sampled;
-    ++serial;
+    --left;
   }
   steps_.push_back(std::move(step));
   return true;
@@ -1090,9 +1092,8 @@ void Engine::Impl::between_layers() {
     const std::lock_guard lock(mutex_);
     has_news = !incoming_.empty() || !commands_.empty() || aborting_;
   }
-  const auto wants = [this](const Sample& sample) { return wants_step(sample); };
-  const bool others = may_begin() || std::ranges::any_of(samples_, wants) ||
-                      std::ranges::any_of(feeds_, [this](const Feed& feed) { return !is_long(feed); });
+  const bool others =
+      may_begin() || wants_step() || std::ranges::any_of(feeds_, [this](const Feed& feed) { return !is_long(feed); });
   if (has_news || (others && now - aside_ended_ >= aside_took_)) {
     {
       const Session::Impl::Aside aside(session());
