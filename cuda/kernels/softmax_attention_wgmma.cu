@@ -154,6 +154,18 @@ __device__ __forceinline__ void arrive_with_copies(std::uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+/// Whether any thread of the warpgroup has `mine`: one answer for all of them. They meet at barrier `id`.
+__device__ __forceinline__ bool any_of_warpgroup(int id, bool mine) {
+  int any;
+  asm volatile(
+      "{ .reg .pred mine, any; setp.ne.b32 mine, %2, 0; barrier.cta.red.or.pred any, %1, 128, mine; "
+      "selp.b32 %0, 1, 0, any; }"
+      : "=r"(any)
+      : "r"(id), "r"(static_cast<int>(mine))
+      : "memory");
+  return any != 0;
+}
+
 /// Copies rows of `from`, `stride` elements apart, in core matrices: `rows` of kRows, the others and what lies beyond
 /// `width` columns as zeros. Eight lanes fill a core matrix, four such groups share 64 bytes of a row.
 template <typename T, int kDim, int kRows>
@@ -339,8 +351,9 @@ __global__ void __launch_bounds__(kThreads, 1) wgmma_flash_kernel(const Attentio
       use_after_wait(s);
       let_go(&free_k[step % kStages]);
       weigh(step);
-      // A branch ahead of the wait keeps the compiler from waiting before it weighs. Most steps change no maximum.
-      if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) {
+      // A branch ahead of the wait keeps the compiler from waiting before it weighs. Most steps change no maximum. All
+      // warps of the group must come to the same wait.
+      if (any_of_warpgroup(1 + group, factor[0] != 1.0f || factor[1] != 1.0f)) {
         wait_for_wgmma<0>();
         use_after_wait(o);
 #pragma unroll
