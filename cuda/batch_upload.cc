@@ -47,6 +47,20 @@ int segment_tokens(std::int64_t length) {
   return static_cast<int>(std::clamp(static_cast<std::int64_t>(std::bit_ceil(tokens)), kLeast, kUncut));
 }
 
+void StagedCopies::copy(void* device, const void* host, std::size_t nbytes, const char* doing) {
+  if (nbytes == 0) return;
+  Stage& stage = stages_[next_stage_++ % kStages];
+  stage.copied.wait(doing);
+  if (nbytes > stage.nbytes) {
+    stage.nbytes = 0;
+    stage.memory = allocate_pinned(std::bit_ceil(nbytes));
+    stage.nbytes = std::bit_ceil(nbytes);
+  }
+  std::memcpy(stage.memory.get(), host, nbytes);
+  check(cudaMemcpyAsync(device, stage.memory.get(), nbytes, cudaMemcpyHostToDevice, stream_->get()), doing);
+  stage.copied.record(stream_->get(), doing);
+}
+
 DeviceBatch BatchUpload::upload(const backend::RaggedBatch& batch) {
   const std::int64_t n = batch.num_tokens();
   DeviceBatch out;
@@ -75,9 +89,16 @@ DeviceBatch BatchUpload::upload(const backend::RaggedBatch& batch) {
   out.num_longs = static_cast<int>(longs.size());
   out.num_segments = static_cast<int>(segments.size());
 
+  std::vector<std::int32_t> fed(batch.tokens.begin(), batch.tokens.end());
+  if (!fed.empty() && batch.chosen != nullptr)
+    for (std::int32_t b = 0; b < out.num_sequences; ++b) {
+      std::int32_t& token = fed[static_cast<std::size_t>(batch.offsets[static_cast<std::size_t>(b)])];
+      if (token == backend::kChosenToken) token = static_cast<std::int32_t>(chosen_token(b));
+    }
+
   Blob blob;
   const std::size_t slots = blob.add(batch.slots), positions = blob.add(batch.positions);
-  const std::size_t offsets = blob.add(batch.offsets), tokens = blob.add(batch.tokens);
+  const std::size_t offsets = blob.add(batch.offsets), tokens = blob.add(fed);
   const std::size_t logit_rows = blob.add(batch.logit_rows);
   const std::size_t singles_at = blob.add(singles), longs_at = blob.add(longs), tiles_at = blob.add(tiles);
   const std::size_t segments_at = blob.add(segments), first_segments_at = blob.add(first_segments);
@@ -91,15 +112,7 @@ DeviceBatch BatchUpload::upload(const backend::RaggedBatch& batch) {
     device_nbytes_ = grown;
     ++generation_;
   }
-  Stage& stage = stages_[next_stage_++ % kStages];
-  stage.copied.wait("begin");
-  if (nbytes > stage.nbytes) {
-    stage.memory = allocate_pinned(device_nbytes_);
-    stage.nbytes = device_nbytes_;
-  }
-  std::memcpy(stage.memory.get(), blob.bytes().data(), nbytes);
-  check(cudaMemcpyAsync(device_.get(), stage.memory.get(), nbytes, cudaMemcpyHostToDevice, stream_->get()), "begin");
-  stage.copied.record(stream_->get(), "begin");
+  staged_.copy(device_.get(), blob.bytes().data(), nbytes, "begin");
 
   const auto at = [this](std::size_t offset) { return static_cast<std::byte*>(device_.get()) + offset; };
   out.slots = reinterpret_cast<std::int32_t*>(at(slots));

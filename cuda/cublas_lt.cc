@@ -4,6 +4,7 @@
 #include <library_types.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdlib>
 #include <filesystem>
 #include <mutex>
@@ -233,6 +234,14 @@ struct CublasLt::Plan {
 
 namespace {
 
+// Of which size of m an algorithm serves m rows: the next of eight for each power of two. Prompts of every length and
+// steps with prompts would have an algorithm for each size otherwise, and a kernel costs milliseconds when it is
+// loaded. The numbers of rows that steps are rounded to (Backend::step_rows) are among these sizes.
+std::int64_t sized_rows(std::int64_t m) {
+  const auto step = static_cast<std::int64_t>(std::bit_floor(static_cast<std::uint64_t>(m)) / 8);
+  return step <= 1 ? m : (m + step - 1) / step * step;
+}
+
 // At most `wanted` algorithms for the product that `plan` describes, likeliest to be fast first; `whole`: of those that
 // sum over k in one piece.
 template <typename Plan>
@@ -294,9 +303,17 @@ const CublasLt::Plan& CublasLt::plan_for(const Product& product) {
                              std::to_string(product.m) + " rows; load the model without deterministic");
     return *plans_.emplace(key, std::move(plan)).first->second;
   }
-  const std::vector<HeuristicResult> results = propose(lt, handle_, *plan, workspace_bytes_, 1, false);
-  if (results.empty()) throw UnsupportedError("linear: cuBLASLt knows no algorithm for this product");
-  std::ranges::copy(results[0].algorithm, plan->algorithm.data);
+  const std::int64_t sized = sized_rows(product.m);
+  if (sized != product.m) {
+    Product larger = product;
+    larger.m = sized;
+    plan->algorithm = plan_for(larger).algorithm;
+  }
+  if (sized == product.m || !accepts(*plan, plan->algorithm)) {
+    const std::vector<HeuristicResult> results = propose(lt, handle_, *plan, workspace_bytes_, 1, false);
+    if (results.empty()) throw UnsupportedError("linear: cuBLASLt knows no algorithm for this product");
+    std::ranges::copy(results[0].algorithm, plan->algorithm.data);
+  }
   return *plans_.emplace(key, std::move(plan)).first->second;
 }
 

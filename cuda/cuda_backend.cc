@@ -85,6 +85,7 @@ CudaBackend::CudaBackend(std::shared_ptr<Shared> shared)
     : shared_(std::move(shared)),
       device_(shared_->device),
       stream_(std::make_shared<Stream>(device_)),
+      staged_(stream_),
       batches_(stream_),
       recorder_(stream_) {
   const UseDevice use(device_);
@@ -159,6 +160,38 @@ void CudaBackend::synchronize() {
   weight_upload_.reset();
 }
 
+namespace {
+
+class CudaPoint : public backend::Point {
+ public:
+  explicit CudaPoint(std::shared_ptr<Stream> stream) : stream_(std::move(stream)) {
+    event_.record(stream_->get(), "point");
+  }
+  void wait() const override { event_.wait("point"); }
+  bool is_before(const backend::Backend& backend) const override {
+    const auto* const other = dynamic_cast<const CudaBackend*>(&backend);
+    return other != nullptr && other->uses(*stream_);
+  }
+
+ private:
+  const std::shared_ptr<Stream> stream_;
+  Event event_;
+};
+
+}  // namespace
+
+std::shared_ptr<const backend::Point> CudaBackend::point() {
+  const UseDevice use(device_);
+  return std::make_shared<CudaPoint>(stream_);
+}
+
+void CudaBackend::copy_staged(void* device, const void* host, std::size_t nbytes) {
+  constexpr std::size_t kMost = std::size_t{1} << 20;  // of page-locked memory for each copy under way
+  if (nbytes > kMost) return copy_from_host(device, host, nbytes);
+  const UseDevice use(device_);
+  staged_.copy(device, host, nbytes, "copy_staged");
+}
+
 void CudaBackend::trim() noexcept {
   recorder_.clear();
   scratch_ = {};
@@ -215,7 +248,7 @@ void CudaBackend::embed(const LinearWeight& table, const RaggedBatch& batch, con
   const UseDevice use(device_);
   const LinearArguments& layer = cuda_weight(table).layer();
   for (const std::int32_t token : batch.tokens)
-    if (token < 0 || token >= layer.rows)
+    if ((token < 0 || token >= layer.rows) && !(token == backend::kChosenToken && batch.chosen != nullptr))
       throw InvalidArgument("token " + std::to_string(token) + " is not one of 0 … " + std::to_string(layer.rows - 1));
   const auto* sampler = dynamic_cast<const CudaSampler*>(batch.chosen);
   cuda::embed(stream(), layer.dtype, layer.weight, layer.k, device_batch(batch),
@@ -228,7 +261,7 @@ void CudaBackend::norm(NormKind kind, double eps, const float* weight, const flo
   void* device_rows = nullptr;
   if (!rows.empty()) {
     device_rows = scratch(rows.size_bytes());
-    copy_from_host(device_rows, rows.data(), rows.size_bytes());
+    copy_staged(device_rows, rows.data(), rows.size_bytes());
   }
   cuda::norm(stream(), kind, static_cast<float>(eps), weight, bias, static_cast<const float*>(r.data), r.cols,
              static_cast<const std::int32_t*>(device_rows), out.rows, out.dtype, out.data);
@@ -334,7 +367,7 @@ void CudaBackend::token_log_probs(const Matrix& logits, std::int64_t vocab_size,
   const std::size_t nbytes = targets.size_bytes();
   auto* device_targets = static_cast<std::byte*>(scratch(2 * nbytes));
   std::byte* device_out = device_targets + nbytes;
-  copy_from_host(device_targets, targets.data(), nbytes);
+  copy_staged(device_targets, targets.data(), nbytes);
   cuda::token_log_probs(stream(), static_cast<const float*>(logits.data), logits.rows, logits.cols, vocab_size,
                         reinterpret_cast<const std::int32_t*>(device_targets), reinterpret_cast<float*>(device_out));
   copy_to_host(out.data(), device_out, nbytes);

@@ -46,12 +46,14 @@ class CudaBackend final : public backend::DeviceBackend<CudaBackend>, private Sa
   std::shared_ptr<void> allocate_host(std::size_t nbytes) const override;
   bool shares_host_memory() const override { return false; }
   void synchronize() override;
+  std::shared_ptr<const backend::Point> point() override;
   void trim() noexcept override;
 
   void begin(const backend::RaggedBatch& batch) override;
   std::int64_t step_rows(std::int64_t num_sequences) const override;
   void replay(const backend::StepKey& key, const std::function<void()>& operations) override;
   bool asynchronous() const override { return true; }
+  bool uses(const Stream& stream) const { return stream_.get() == &stream; }
 
   // weight_upload.cc
   std::shared_ptr<const backend::LinearWeight> pack_linear(const backend::LinearSource& source, DType dtype) override;
@@ -118,6 +120,8 @@ class CudaBackend final : public backend::DeviceBackend<CudaBackend>, private Sa
   backend::Buffer allocate_workspace(std::size_t nbytes) override;
   void after_launch(StepRecorder::Launched launched) override;
 
+  void copy_staged(void* device, const void* host, std::size_t nbytes) override;
+
   void* scratch(std::size_t nbytes);
   WeightUpload& weight_upload();
 
@@ -127,6 +131,7 @@ class CudaBackend final : public backend::DeviceBackend<CudaBackend>, private Sa
   backend::Buffer cublas_workspace_;
   std::unique_ptr<CublasLt> cublas_lt_;
 
+  StagedCopies staged_;
   BatchUpload batches_;
   backend::RaggedBatch batch_;  // the one last begun
   DeviceBatch device_batch_;

@@ -72,7 +72,7 @@ CudaSampler::~CudaSampler() { keep_failure(cudaStreamSynchronize(host_.stream())
 backend::Buffer CudaSampler::upload(const void* values, std::size_t nbytes) {
   if (nbytes == 0) return {};
   backend::Buffer buffer = host_.allocate_workspace(nbytes);
-  host_.copy_from_host(buffer.data.get(), values, nbytes);
+  host_.copy_staged(buffer.data.get(), values, nbytes);
   return buffer;
 }
 
@@ -131,7 +131,7 @@ void CudaSampler::assign(int row, const SamplingParams& params, std::uint64_t se
 
   // Nothing was changed so far that the row still uses.
   if (!seen_before.empty()) {
-    host_.copy_from_host(fresh.seen.data.get(), seen_before.data(), padded_nbytes);
+    host_.copy_staged(fresh.seen.data.get(), seen_before.data(), padded_nbytes);
   } else if (penalises) {
     check(cudaMemsetAsync(fresh.seen.data.get(), 0, padded_nbytes, host_.stream()), "assign");
     mark_prompt(host_.stream(), static_cast<const std::int32_t*>(tokens.data.get()),

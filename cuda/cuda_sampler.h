@@ -27,8 +27,8 @@ class SamplerHost {
   /// Device memory, given back in the order of the stream.
   virtual backend::Buffer allocate_workspace(std::size_t nbytes) = 0;
 
-  /// Returns when `host` may be reused.
-  virtual void copy_from_host(void* device, const void* host, std::size_t nbytes) = 0;
+  /// In the order of the stream; `host` may be reused at once.
+  virtual void copy_staged(void* device, const void* host, std::size_t nbytes) = 0;
 
   /// Calls `launched` with the batch of each step, once its operations are enqueued: now, or, when a step is being
   /// recorded, after every replay of it.

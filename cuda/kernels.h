@@ -90,9 +90,12 @@ void prefer_shared_memory(const void* kernel, const char* name);
 
 // ---- embed.cu ------------------------------------------------------------------------------------------------------
 
-/// r[n, :] = table[tokens[n], :]; table (vocabulary, d) T, r (N, d) float32. Tokens come from batch.tokens, or, when
-/// `chosen` is given, from chosen[slots[n]] (one token per sequence; rows of slot < 0 read token 0). A row whose chosen
-/// token is negative reads token 0 and is marked in batch.slots.
+/// What DeviceBatch::tokens holds for a sequence that is fed what was chosen for it, and back.
+__host__ __device__ constexpr std::int64_t chosen_token(std::int64_t sequence) { return -1 - sequence; }
+
+/// r[n, :] = table[tokens[n], :]; table (vocabulary, d) T, r (N, d) float32. Where tokens[n] is chosen_token(b), and
+/// for sequence n when batch.tokens is null, the token is chosen[slots[b]]: rows of slot < 0 read token 0; a row whose
+/// chosen token is negative reads token 0, and its sequence is marked in batch.slots.
 void embed(cudaStream_t stream, DType dtype, const void* table, std::int64_t d, const DeviceBatch& batch,
            const std::int32_t* chosen, float* r);
 

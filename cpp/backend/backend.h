@@ -122,19 +122,22 @@ class Identified {
 
 class Sampler;
 
+/// In RaggedBatch::tokens: the token that `chosen` chose.
+constexpr std::int32_t kChosenToken = -1;
+
 /// Tokens of B sequences packed on one axis of N. Host memory, valid until the next batch is begun.
 /// Sequence b owns tokens offsets[b] … offsets[b+1] − 1 (at least one) and state slot slots[b] (all different);
 /// its first token stands at position positions[b] (tokens seen before).
 struct RaggedBatch {
-  std::span<const std::int32_t> tokens;     // (N); empty when `chosen` is given
+  std::span<const std::int32_t> tokens;     // (N); empty: kChosenToken for every sequence
   std::span<const std::int32_t> offsets;    // (B + 1), offsets[0] = 0, offsets[B] = N
   std::span<const std::int32_t> slots;      // (B); −1 for a row that only fills up step_rows()
   std::span<const std::int64_t> positions;  // (B)
 
-  /// One token per sequence: the one that this sampler chose last for its row slots[b]. A row for which it chose none
-  /// (SampledToken::failure, or nothing was sampled since assign()) must not advance. Where the host knows every
-  /// choice, embed() throws InvalidArgument before anything changes; an asynchronous device leaves the row alone like
-  /// one of slot −1, and Sampler::sample() reports a failure for it again.
+  /// A sequence of one token, kChosenToken, is fed what this sampler chose last for its row slots[b]. A row for which
+  /// it chose none (SampledToken::failure, or nothing was sampled since assign()) must not advance. Where the host
+  /// knows every choice, embed() throws InvalidArgument before anything changes; an asynchronous device leaves the row
+  /// alone like one of slot −1, and Sampler::sample() of the same batch reports a failure for it again.
   const Sampler* chosen = nullptr;
 
   /// For Sampler::sample, (B): the row of logits of each sequence; empty: row b.
@@ -166,6 +169,20 @@ class LinearWeight {
   virtual std::int64_t in_features() const = 0;
   virtual std::int64_t out_features() const = 0;  // columns of y: half the rows of W when gated
   virtual std::size_t nbytes() const = 0;
+};
+
+class Backend;
+
+/// A point in the work of a device that operates asynchronously. Any thread.
+class Point {
+ public:
+  virtual ~Point() = default;
+
+  /// Returns when it is reached. Throws DeviceError when the work before it failed.
+  virtual void wait() const = 0;
+
+  /// Whether all that `backend` does from now on comes after it without a wait.
+  virtual bool is_before(const Backend& backend) const = 0;
 };
 
 /// State of `capacity` sequences (slots): the parts that the mixers' descriptions list (based/mixers), layer by layer,
@@ -280,6 +297,9 @@ class Backend {
   virtual void copy_from_host(void* device, const void* host, std::size_t nbytes) = 0;
   virtual void copy_to_host(void* host, const void* device, std::size_t nbytes) = 0;
   virtual void synchronize() = 0;
+
+  /// The point behind all that was enqueued; null where that is done already.
+  virtual std::shared_ptr<const Point> point() = 0;
 
   /// Gives back the memory that is only kept to be used again (scratch, recorded steps). Does not throw.
   virtual void trim() noexcept = 0;

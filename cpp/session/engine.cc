@@ -187,6 +187,7 @@ class Engine::Impl {
   bool launch();
   void launch_mixed(std::size_t most_parts = kAll);
   std::int64_t num_expected() const;
+  std::int64_t next_budget() const;
   bool is_long(const Feed& feed) const;
   void read_long();
   void between_layers();
@@ -204,6 +205,7 @@ class Engine::Impl {
   bool wants_step(const Sample& sample) const;
   bool wants_step() const;
   bool may_begin();
+  bool may_run_ahead();
   bool may_grow() const;
   std::size_t num_used() const;
   template <typename Part, typename Reserve>
@@ -750,7 +752,7 @@ void Engine::Impl::begin_from_cache(Feed& feed) {
   const StateCache::Match match = cache_->find(feed.tokens(), feed.length - 1);
   if (match.state && !(is_exact_ && match.num_tokens % kCut != 0)) {
     const State* const states[] = {match.state.get()};
-    session().restore(std::span(feed.slots).first(1), states);
+    session().begin_restore(std::span(feed.slots).first(1), states);
     feed.fed = feed.found = feed.kept = match.num_tokens;
     if (feed.samples.front() == 0) {
       feed.request->num_cached = match.num_tokens;
@@ -772,7 +774,7 @@ void Engine::Impl::keep_state(Feed& feed) noexcept {
   if (!is_cut && (feed.fed - feed.kept < options_.cache.interval || feed.fed == feed.length)) return;
   try {
     const std::int32_t slot[] = {feed.slots[0]};
-    cache_->insert(feed.tokens().first(static_cast<std::size_t>(feed.fed)), session().snapshots(slot).front());
+    cache_->insert(feed.tokens().first(static_cast<std::size_t>(feed.fed)), session().begin_snapshots(slot).front());
     feed.kept = feed.fed;
   } catch (...) {
   }
@@ -790,7 +792,7 @@ void Engine::Impl::keep_answer(const Sample& sample) noexcept {
     std::vector<std::int32_t> tokens = request.prompt();
     tokens.insert(tokens.end(), sample.tokens.begin(), sample.tokens.begin() + fed);
     const std::int32_t slot[] = {sample.slot};
-    cache_->insert(tokens, session().snapshots(slot).front());
+    cache_->insert(tokens, session().begin_snapshots(slot).front());
   } catch (...) {  // as keep_state
   }
 }
@@ -821,25 +823,40 @@ void Engine::Impl::advance() {
   if (!session_) return;
   const bool asynchronous = session().backend().asynchronous();
   const auto joins = [&](const Feed& feed) { return asynchronous || !is_long(feed); };
-  const bool measures = asynchronous && !budget_.knows_plain() && wants_step();  // how long one without prompts takes
-  if (!measures && std::ranges::any_of(feeds_, joins)) {
-    while (!steps_.empty()) take();  // a step with prompts takes its tokens from the host
+  const auto launch_next = [&] {
+    const bool measures = asynchronous && !budget_.knows_plain() && wants_step();  // how long one without prompts takes
+    if (!measures && std::ranges::any_of(feeds_, joins))
+      launch_mixed();
+    else
+      launch();
+  };
+  if (asynchronous) {
+    const std::size_t ahead = may_run_ahead() ? 1 : 0;
+    while (session_ && steps_.size() > ahead) take();
     settle();
-    if (session_ && std::ranges::any_of(feeds_, joins)) launch_mixed();
-    if (asynchronous) return;
-  } else if (steps_.empty()) {
-    launch();
-  }
-  if (!asynchronous) {
-    while (session_ && !steps_.empty()) take();
-    settle();
-    if (session_ && long_ == nullptr && std::ranges::any_of(feeds_, [&](const Feed& f) { return is_long(f); }))
-      read_long();
+    const std::size_t before = steps_.size();
+    if (session_) launch_next();
+    if (session_ && !steps_.empty() && steps_.size() == before) take();
     return;
   }
-  // One step ahead of what is known here, while nobody is to join.
-  if (session_ && !steps_.empty() && steps_.size() < 2 && !may_begin()) launch();
-  if (session_ && !steps_.empty()) take();
+  launch_next();
+  while (session_ && !steps_.empty()) take();
+  settle();
+  if (session_ && long_ == nullptr && std::ranges::any_of(feeds_, [&](const Feed& f) { return is_long(f); }))
+    read_long();
+}
+
+// Whether a step may be launched while another is under way: where nobody could join it who cannot yet, because more
+// prompts are here than it takes, or none at all.
+bool Engine::Impl::may_run_ahead() {
+  if (steps_.empty() || steps_.back().serials.empty()) return false;  // take() would wait for both
+  if (feeds_.empty()) return !may_begin();
+  std::int64_t remaining = 0;
+  for (const Feed& feed : feeds_) {
+    if (feed.length == 0) return false;
+    remaining += feed.remaining();
+  }
+  return remaining >= next_budget();
 }
 
 // Finds memory for a step of the first of `parts`, of which parts[i] is of slots[i], and returns how many these are:
@@ -907,7 +924,7 @@ std::int64_t Engine::Impl::piece_of(const Feed& feed, std::int64_t budget) const
   return next == feed.cuts.end() ? count : std::min(count, *next - feed.fed);
 }
 
-// A step of all samples and of pieces of prompts, of the first `most_parts` of these. All steps before are taken.
+// A step of all samples and of pieces of prompts, of the first `most_parts` of these.
 void Engine::Impl::launch_mixed(std::size_t most_parts) {
   std::vector<Session::Impl::Piece> pieces, again;
   std::vector<Sample*> rows;
@@ -915,8 +932,7 @@ void Engine::Impl::launch_mixed(std::size_t most_parts) {
   for (Sample& sample : samples_) {
     if (!wants_step(sample)) continue;
     if (pieces.size() == most_parts) break;
-    const std::span<const std::int32_t> last = std::span(sample.tokens).last(1);
-    pieces.push_back({sample.slot, last, {}});
+    pieces.push_back({sample.slot, {}});
     if (!sample.finished) {
       pieces.back().samplers = {&sample.slot, 1};
       step.serials.push_back(sample.serial);
@@ -928,7 +944,8 @@ void Engine::Impl::launch_mixed(std::size_t most_parts) {
   const Clock::time_point now = Clock::now();
   std::ranges::sort(feeds_, [&](const Feed& a, const Feed& b) { return ranks_before(a, b, now); });
   std::vector<std::pair<std::size_t, std::int64_t>> taken;  // of feeds_: which, tokens
-  const std::int64_t budget = budget_.tokens();
+  step.num_expected = num_expected();
+  const std::int64_t budget = counted_.step_budget = budget_.tokens(step.num_rows, step.num_expected);
   const bool asynchronous = session().backend().asynchronous();
   const bool has_short = std::ranges::any_of(feeds_, [&](const Feed& feed) { return feed.remaining() <= kCut; });
   bool yields = false;
@@ -972,7 +989,6 @@ void Engine::Impl::launch_mixed(std::size_t most_parts) {
         reserved<Session::Impl::Piece>(pieces, slots, [this](auto part) { session().reserve(part); });
     if (count == 0) return;
     if (count < pieces.size()) return launch_mixed(count);
-    step.num_expected = num_expected();
   }
   try {
     if (only_again)
@@ -1017,6 +1033,12 @@ void Engine::Impl::begin_samples(Feed& feed, Step& step) {
   }
 }
 
+// Tokens of prompts that a step may take now.
+std::int64_t Engine::Impl::next_budget() const {
+  const auto rows = std::ranges::count_if(samples_, [this](const Sample& sample) { return wants_step(sample); });
+  return budget_.tokens(rows, num_expected());
+}
+
 // Samples that run, and that will when the prompts that are here are read.
 std::int64_t Engine::Impl::num_expected() const {
   std::size_t count = num_used();
@@ -1035,7 +1057,7 @@ void Engine::Impl::read_long() {
     if (is_long(*feed) && (first == feeds_.end() || ranks_before(*feed, *first, now))) first = feed;
   Feed feed = std::move(*first);
   feeds_.erase(first);
-  const std::int64_t count = piece_of(feed, budget_.tokens());
+  const std::int64_t count = piece_of(feed, counted_.step_budget = budget_.tokens(0, std::ssize(samples_)));
   const bool ends = count == feed.remaining();
   const auto tokens = feed.tokens().subspan(static_cast<std::size_t>(feed.fed), static_cast<std::size_t>(count));
   Session::Impl::Piece piece{feed.slots[0], tokens, {}};
@@ -1381,7 +1403,6 @@ void Engine::Impl::publish() {
   for (const Feed& feed : feeds_) counted_.running += static_cast<std::int64_t>(feed.slots.size());
   counted_.slots = session_ ? session_->batch_size() : 0;
   counted_.max_batch_size = options_.max_batch_size;
-  counted_.step_budget = budget_.tokens();
   const std::size_t room =
       may_grow() ? static_cast<std::size_t>(options_.max_batch_size) - num_used() : free_slots_.size();
   std::int64_t samples = 0;

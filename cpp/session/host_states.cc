@@ -83,6 +83,7 @@ void HostMemory::give_back(const std::vector<std::byte*>& blocks) noexcept {
 HostState::HostState(const State& state, std::shared_ptr<HostMemory> memory)
     : model_(state.model()), memory_(std::move(memory)), num_tokens_(state.num_tokens()) {
   const State::Impl& from = state.impl();
+  from.wait();
   const auto lease = model_->impl().executors.lease();
   backend::Backend& backend = lease->backend();
   const auto pieces = pieces_of(state);

@@ -16,6 +16,7 @@ namespace {
 
 constexpr std::int64_t kMaxBatchSize = 1 << 20;
 
+constexpr const char* kRestoreFailed = "restoring a state failed";
 constexpr const char* kStepFailed = "a step failed half-way";
 
 // An interrupted call on more bytes of states is finished instead: copies to undo it would cost as much as the call.
@@ -498,7 +499,7 @@ void Session::Impl::reserve(std::span<const Piece> pieces) {
   std::vector<std::int64_t> more;
   for (const Piece& piece : pieces) {
     slots.push_back(piece.slot);
-    more.push_back(static_cast<std::int64_t>(piece.tokens.size()));
+    more.push_back(piece.num_tokens());
   }
   transformer().reserve(backend(), workspace(), std::accumulate(more.begin(), more.end(), std::int64_t{0}));
   reserve_states(slots, more);
@@ -509,6 +510,7 @@ void Session::Impl::step(std::span<const Piece> pieces, backend::Sampler& sample
   std::vector<std::int32_t> tokens, offsets{0}, slots, rows, others;  // rows: those that are sampled come first
   std::vector<std::int64_t> positions;
   for (const Piece& piece : pieces) {
+    if (piece.tokens.empty()) tokens.push_back(backend::kChosenToken);
     tokens.insert(tokens.end(), piece.tokens.begin(), piece.tokens.end());
     offsets.push_back(static_cast<std::int32_t>(tokens.size()));
     slots.push_back(piece.slot);
@@ -519,7 +521,7 @@ void Session::Impl::step(std::span<const Piece> pieces, backend::Sampler& sample
   rows.insert(rows.end(), others.begin(), others.end());
   const backend::Buffer last = backend().allocate(rows.size() * hidden_nbytes(), backend::MemoryKind::workspace);
   const Tensor logits = transformer().new_logits(backend(), count);
-  const backend::RaggedBatch batch{tokens, offsets, slots, positions};
+  const backend::RaggedBatch batch{tokens, offsets, slots, positions, &sampler};
   backend().begin(batch);
   change(slots, kStepFailed, [&] {
     const auto r = transformer().hidden(backend(), batch, *states_, workspace(), interrupt);
@@ -528,7 +530,7 @@ void Session::Impl::step(std::span<const Piece> pieces, backend::Sampler& sample
     transformer().final_norm(backend(), r, rows, x);
     std::int64_t sampled = 0, other = count;
     for (const Piece& piece : pieces) {
-      at(piece.slot).num_tokens.fetch_add(static_cast<std::int64_t>(piece.tokens.size()));
+      at(piece.slot).num_tokens.fetch_add(piece.num_tokens());
       at(piece.slot).last = {last, piece.samplers.empty() ? other++ : sampled++};
     }
     if (count == 0) return;
@@ -668,18 +670,28 @@ void Session::Impl::grow(std::int64_t count) {
 }
 
 std::vector<std::shared_ptr<const State>> Session::Impl::snapshots(std::span<const std::int32_t> slots) const {
+  auto result = begin_snapshots(slots);
+  for (const auto& state : result) state->impl().wait();
+  return result;
+}
+
+std::vector<std::shared_ptr<const State>> Session::Impl::begin_snapshots(std::span<const std::int32_t> slots) const {
   std::vector<std::shared_ptr<const State>> result;
+  std::vector<std::unique_ptr<State::Impl>> copies(slots.size());
   bool copied = false;
-  for (const std::int32_t slot : slots) {
-    check_whole(slot);
-    const Slot& source = at(slot);
-    result.push_back(source.snapshot.lock());
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    check_whole(slots[i]);
+    result.push_back(at(slots[i]).snapshot.lock());
     if (result.back()) continue;
-    auto impl = copy_of(slot);
-    copied |= impl->states != nullptr;
-    result.back() = std::make_shared<State>(std::move(impl));
+    copies[i] = copy_of(slots[i]);
+    copied |= copies[i]->states != nullptr;
   }
-  if (copied) backend().synchronize();
+  const auto made = copied ? backend().point() : nullptr;
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    if (!copies[i]) continue;
+    copies[i]->made = made;
+    result[i] = std::make_shared<State>(std::move(copies[i]));
+  }
   for (std::size_t i = 0; i < slots.size(); ++i) at(slots[i]).snapshot = result[i];
   return result;
 }
@@ -692,6 +704,12 @@ void Session::Impl::check_model(const State& state) const {
 }
 
 void Session::Impl::restore(std::span<const std::int32_t> slots, std::span<const State* const> states) {
+  begin_restore(slots, states);
+  change(slots, kRestoreFailed, [&] { backend().synchronize(); });
+  for (std::size_t i = 0; i < slots.size(); ++i) at(slots[i]).snapshot = states[i]->weak_from_this();
+}
+
+void Session::Impl::begin_restore(std::span<const std::int32_t> slots, std::span<const State* const> states) {
   std::vector<Progress> progress;
   std::vector<std::int64_t> lengths;
   for (const State* state : states) {
@@ -700,9 +718,17 @@ void Session::Impl::restore(std::span<const std::int32_t> slots, std::span<const
     lengths.push_back(state->num_tokens());
   }
   backend().reserve_states(*states_, slots, lengths);
-  change(slots, "restoring a state failed", [&] {
-    for (std::size_t i = 0; i < slots.size(); ++i) put(slots[i], *states[i]);
-    backend().synchronize();
+  change(slots, kRestoreFailed, [&] {
+    bool synchronizes = false;
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+      // Memory of another executor's might be freed, in that one's order, before it is read.
+      const auto& made = states[i]->impl().made;
+      const bool is_own = made && made->is_before(backend());
+      if (!is_own) states[i]->impl().wait();
+      synchronizes |= !is_own;
+      put(slots[i], *states[i]);
+    }
+    if (synchronizes) backend().synchronize();
   });
   for (std::size_t i = 0; i < slots.size(); ++i) {
     at(slots[i]).set(std::move(progress[i]));

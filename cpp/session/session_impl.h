@@ -120,8 +120,9 @@ class Session::Impl {
   /// What one sequence is fed in a step of several tokens each.
   struct Piece {
     std::int32_t slot;
-    std::span<const std::int32_t> tokens;
+    std::span<const std::int32_t> tokens;         // empty: the one that the sampler chose last for row `slot`
     std::span<const std::int32_t> samplers = {};  // rows of the sampler that choose a token behind the last one
+    std::int64_t num_tokens() const { return tokens.empty() ? 1 : static_cast<std::int64_t>(tokens.size()); }
   };
 
   /// Memory for such a step. Throws OutOfMemory, and then nothing has changed.
@@ -155,6 +156,11 @@ class Session::Impl {
   void settle(int changed_slot);
   std::vector<std::shared_ptr<const State>> snapshots(std::span<const std::int32_t> slots) const;
   void restore(std::span<const std::int32_t> slots, std::span<const State* const> states);
+
+  // These, too: the states say when they are made (State::Impl::made). What a state that was made on this executor is
+  // put into is written in the order of what follows on it; for another's these wait.
+  std::vector<std::shared_ptr<const State>> begin_snapshots(std::span<const std::int32_t> slots) const;
+  void begin_restore(std::span<const std::int32_t> slots, std::span<const State* const> states);
 
   /// A copy of a sequence, of which penalties count `seen`.
   std::shared_ptr<const State> snapshot(int slot, SeenTokens seen) const;

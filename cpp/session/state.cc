@@ -21,6 +21,7 @@ std::size_t State::nbytes() const {
 
 void State::save(const std::filesystem::path& path) const {
   const Model& model = *impl_->model;
+  impl_->wait();
   const auto lease = model.impl().executors.lease();
   const SequenceView sequence{impl_->states.get(), 0, &impl_->progress};
   save_states(path, model, lease->backend(), {&sequence, 1});

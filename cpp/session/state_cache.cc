@@ -72,6 +72,7 @@ std::shared_ptr<const State> with_seen(const State& state, SeenTokens seen) {
   auto impl = std::make_unique<State::Impl>();
   impl->model = state.model();
   impl->states = state.impl().states;
+  impl->made = state.impl().made;
   impl->progress = {state.num_tokens(), state.impl().progress.last, std::move(seen)};
   return std::make_shared<State>(std::move(impl));
 }
@@ -792,6 +793,7 @@ void StateCache::Impl::write_file(std::uint64_t id, std::unique_lock<std::mutex>
     wanted = folder_->find(tokens, std::max<std::int64_t>(n - options_.min_file_tokens, 0)).empty();
     if (wanted) {
       const auto source = state ? state : copy->to_device();
+      source->impl().wait();
       Progress progress = source->impl().progress;
       progress.seen = seen_of(tokens, model_->config().vocab_size);
       std::optional<ExportedStates> exported;

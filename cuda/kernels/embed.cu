@@ -13,16 +13,15 @@ __global__ void __launch_bounds__(kThreads)
   wait_for_predecessors();
   release_successors();
   const std::int64_t row = blockIdx.x;
-  std::int64_t token = 0;
-  if (chosen == nullptr) {
-    token = tokens[row];
-  } else {
-    const std::int32_t slot = slots[row];
-    if (slot >= 0) token = chosen[slot];
+  std::int64_t token = tokens == nullptr ? chosen_token(row) : tokens[row];
+  if (token < 0) {
+    const std::int64_t sequence = chosen_token(token);
+    const std::int32_t slot = slots[sequence];
+    token = slot >= 0 ? chosen[slot] : 0;
     const bool skip = token < 0;
     if (skip) token = 0;
     __syncthreads();  // all threads have read the slot
-    if (skip && threadIdx.x == 0) slots[row] = kSkippedSlot - slot;
+    if (skip && threadIdx.x == 0) slots[sequence] = kSkippedSlot - slot;
   }
   const T* from = table + token * d;
   float* to = r + row * d;
@@ -45,9 +44,8 @@ void embed(cudaStream_t stream, DType dtype, const void* table, std::int64_t d, 
   for_dtype(dtype, [&]<typename T>(T) {
     constexpr int n = 16 / sizeof(T);
     const bool vectors = d % n == 0 && is_aligned(table, 16) && is_aligned(r, 16);
-    launch(stream, "embed", vectors ? embed_kernel<T, n> : embed_kernel<T, 1>,
-           chosen == nullptr ? batch.num_tokens : batch.num_sequences, kThreads, 0, static_cast<const T*>(table), d,
-           batch.tokens, batch.slots, chosen, r);
+    launch(stream, "embed", vectors ? embed_kernel<T, n> : embed_kernel<T, 1>, batch.num_tokens, kThreads, 0,
+           static_cast<const T*>(table), d, batch.tokens, batch.slots, chosen, r);
   });
 }
 

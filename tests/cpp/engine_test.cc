@@ -237,6 +237,7 @@ TEST_F(EngineTest, RefusesWhatItHasNoRoomForAndWhatIsWrong) {
   Engine engine(model_, options);
   const auto running = engine.submit(reader_.request(random_tokens(4, 1), greedy(SamplingParams::kNoLimit)));
   ASSERT_TRUE(reader_.wait_tokens(running, 1));
+  engine.pause(running, true);  // so that it keeps its slot, however fast the machine is
   const auto is_long = engine.submit(reader_.request(random_tokens(200, 1), greedy(1)));  // a single one may be long
   EXPECT_THROW(engine.submit(reader_.request(random_tokens(4, 1), greedy(1))), EngineBusyError);
   engine.cancel(is_long);
@@ -617,9 +618,24 @@ TEST(StepBudget, FewSamplesWaitForShortSteps) {
   budget.measured(1, 0, 1, 0.2);  // recorded: not its length
   for (int i = 0; i < 3; ++i) budget.measured(1, 0, 1, kTiming.step(1, 0));
   EXPECT_TRUE(budget.knows_plain());
-  for (int i = 0; i < 30; ++i) budget.measured(1, budget.tokens(), 1, kTiming.step(1, budget.tokens()));
-  EXPECT_LE(kTiming.step(1, budget.tokens()), 5.1e-3);
-  EXPECT_GE(kTiming.step(1, budget.tokens()), 4e-3);
+  const auto read = [&](int times) {
+    for (int i = 0; i < times; ++i) {
+      const std::int64_t tokens = budget.tokens(1, 1);
+      budget.measured(1, tokens, 1, kTiming.step(1, tokens));
+    }
+  };
+  read(10);
+  EXPECT_LE(kTiming.step(1, budget.tokens(1, 1)), 4.1e-3);
+  EXPECT_GE(kTiming.step(1, budget.tokens(1, 1)), 3.5e-3);
+  // A step that takes a hundred times as long, or none at all, does not stay in the way.
+  const std::int64_t tokens = budget.tokens(1, 1);
+  budget.measured(1, tokens, 1, 100 * kTiming.step(1, tokens));
+  EXPECT_GE(budget.tokens(1, 1), tokens / 2);
+  for (const double seconds : {1e-6, 1.0}) budget.measured(1, 0, 1, seconds);
+  read(10);
+  for (int i = 0; i < 3; ++i) budget.measured(1, 0, 1, kTiming.step(1, 0));
+  EXPECT_LE(kTiming.step(1, budget.tokens(1, 1)), 4.3e-3);
+  EXPECT_GE(kTiming.step(1, budget.tokens(1, 1)), 3.5e-3);
 }
 
 // Prompts that come all at once are read in steps that are short for the samples that they will be, not for those that
@@ -631,7 +647,7 @@ TEST(StepBudget, ManyPromptsAtOnceAreReadInLongSteps) {
   double seconds = 0, longest = 0;
   while (prompt > 0) {
     const std::int64_t rows = 256 - (prompt + 1023) / 1024;
-    const std::int64_t tokens = std::min(budget.tokens(), prompt);
+    const std::int64_t tokens = std::min(budget.tokens(rows, 256), prompt);
     const double step = kTiming.step(rows, tokens);
     budget.measured(rows, tokens, 256, step);
     prompt -= tokens;
@@ -641,21 +657,22 @@ TEST(StepBudget, ManyPromptsAtOnceAreReadInLongSteps) {
   EXPECT_LE(longest, 3 * kTiming.step(256, 0));
   EXPECT_LE(seconds, 1.6 * kTiming.token * 256 * 1024);
   // The same with few that wait: those who run have waited long enough.
-  for (int i = 0; i < 40; ++i) budget.measured(1, budget.tokens(), 1, kTiming.step(1, budget.tokens()));
-  EXPECT_LE(kTiming.step(1, budget.tokens()), 5.1e-3);
+  EXPECT_LE(kTiming.step(1, budget.tokens(1, 1)), 4.1e-3);
+  // Prompts that are shorter than what a step may take are measured, too.
+  const Timing slower{kTiming.fixed, kTiming.row, 4 * kTiming.token};
+  for (int i = 0; i < 30; ++i) budget.measured(200, 700, 256, slower.step(200, 700));
+  EXPECT_LE(slower.step(200, budget.tokens(200, 256)), 3 * slower.step(256, 0));
 }
 
 TEST(StepBudget, KeepsItsBounds) {
   StepBudget fixed(64, 8192, 100, kRowCost);
   fixed.measured(1, 100, 1, 1);
-  EXPECT_EQ(fixed.tokens(), 100);
+  EXPECT_EQ(fixed.tokens(1, 1), 100);
   StepBudget budget(64, 8192, 0, kRowCost);
-  for (int i = 0; i < 50; ++i) budget.measured(1, budget.tokens(), 1, 1e-6);
-  EXPECT_EQ(budget.tokens(), 8192);
-  for (int i = 0; i < 50; ++i) budget.measured(1, budget.tokens(), 1, 10);
-  EXPECT_EQ(budget.tokens(), 64);
-  budget.measured(1, 63, 1, 1e-9);  // less than it may be says nothing
-  EXPECT_EQ(budget.tokens(), 64);
+  for (int i = 0; i < 50; ++i) budget.measured(1, budget.tokens(1, 1), 1, 1e-6);
+  EXPECT_EQ(budget.tokens(1, 1), 8192);
+  for (int i = 0; i < 100; ++i) budget.measured(1, budget.tokens(1, 1), 1, 10);
+  EXPECT_EQ(budget.tokens(1, 1), 64);
 }
 
 // ---- shutting down -------------------------------------------------------------------------------------------------

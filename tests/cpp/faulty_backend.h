@@ -159,6 +159,10 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
     faults_->tick("synchronize");
     inner_->synchronize();
   }
+  std::shared_ptr<const backend::Point> point() override {
+    faults_->tick("point");
+    return inner_->point();
+  }
   void reserve_step(const ModelConfig& config, std::int64_t num_sequences) override {
     faults_->tick("reserve_step");
     inner_->reserve_step(config, num_sequences);

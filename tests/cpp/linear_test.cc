@@ -302,6 +302,23 @@ TEST_P(LinearOfIsa, EmbedReadsThePackedRows) {
       batch.tokens = bad;
       EXPECT_THROW(backend_.embed(*layer.packed, batch, out), InvalidArgument);
     }
+    // Tokens of a prompt beside one that was chosen, and one for which none was.
+    const auto sampler = backend_.make_sampler(vocabulary, 2);
+    SamplingParams params;
+    params.temperature = 0;
+    sampler->assign(1, params, 0, 0, tokens, {});
+    std::vector<float> logits(static_cast<std::size_t>(vocabulary));
+    logits[33] = 1;
+    const std::vector<std::int32_t> one{0, 1}, row{1}, mixed{backend::kChosenToken, 69, 31, 32, 33, 0};
+    const std::vector<std::int64_t> at{0, 0};
+    sampler->sample({logits.data(), DType::float32, 1, vocabulary}, {{}, one, row, at});
+    sampler->take();
+    const std::vector<std::int32_t> two{0, 1, 6}, chosen{1, 0}, none{0, 1};
+    std::vector<float> again(r.size());
+    const Matrix fed{again.data(), DType::float32, 6, d};
+    backend_.embed(*layer.packed, {mixed, two, chosen, at, sampler.get()}, fed);
+    for (std::size_t i = 0; i < r.size(); ++i) ASSERT_EQ(again[i], i < 33 ? layer.weights[33 * 33 + i] : r[i]);
+    EXPECT_THROW(backend_.embed(*layer.packed, {mixed, two, none, at, sampler.get()}, fed), InvalidArgument);
   }
 }
 

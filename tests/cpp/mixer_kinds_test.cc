@@ -256,6 +256,7 @@ class WithoutWindows final : public backend::DeviceBackend<WithoutWindows> {
   }
   void copy_to_host(void* to, const void* from, std::size_t nbytes) override { cpu_.copy_to_host(to, from, nbytes); }
   void synchronize() override {}
+  std::shared_ptr<const backend::Point> point() override { return nullptr; }
   void begin(const backend::RaggedBatch&) override {}
   std::int64_t step_rows(std::int64_t num_sequences) const override { return num_sequences; }
   void replay(const backend::StepKey&, const std::function<void()>& operations) override { operations(); }

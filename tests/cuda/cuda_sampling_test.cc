@@ -75,6 +75,36 @@ TEST_P(CudaFailedRows, AreLeftAloneByLaterSteps) {
   EXPECT_TRUE(moved(1, failed));
 }
 
+// Tokens of a prompt beside those that were chosen on the device.
+TEST_P(CudaFailedRows, AreLeftAloneBesidePrompts) {
+  const auto device = backend::make_backend(test::kCuda, 0);
+  MixedStep mixed(*device, GetParam());
+  SamplingParams params;
+  params.temperature = 0;
+  for (int row = 0; row < 4; ++row) mixed.sampler->assign(row, params, 0, 0, std::vector<std::int32_t>{0}, {});
+  mixed.set_logits(logits({1}));
+  mixed.sample({3, 0}, 9);
+  const auto chosen = mixed.sampler->take();
+  ASSERT_EQ(chosen[0].failure, "");
+  ASSERT_FALSE(chosen[1].failure.empty());
+  const auto embedding = [&](std::int32_t token) {
+    mixed.feed({token, token, token, token}, {0, 4}, {2}, 0);
+    return mixed.residual();
+  };
+  std::vector<float> want;
+  for (const std::int32_t token : {chosen[0].token, 5, 6, 0}) {  // what failed reads token 0
+    const auto row = embedding(token);
+    want.insert(want.end(), row.begin(), row.begin() + MixedStep::kHidden);
+  }
+  const auto state = [&](int slot) { return saved_bytes(*device, *mixed.states, slot, 11); };
+  const auto ran = state(3), read = state(1), failed = state(0);
+  mixed.feed({backend::kChosenToken, 5, 6, backend::kChosenToken}, {0, 1, 3, 4}, {3, 1, 0}, 10);
+  EXPECT_EQ(mixed.residual(), want);
+  EXPECT_NE(state(3), ran);
+  EXPECT_NE(state(1), read);
+  EXPECT_EQ(state(0), failed);
+}
+
 TEST_P(CudaFailedRows, DoNotChangeTheirNeighbours) {
   const auto device = backend::make_backend(test::kCuda, 0);
   MixedStep whole(*device, GetParam()), hurt(*device, GetParam());

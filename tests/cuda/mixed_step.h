@@ -118,6 +118,17 @@ class MixedStep {
     sampler->sample(logits(), view);
   }
 
+  /// Feeds the sequences kRows tokens in all, some of which the sampler chose, to the convolution alone.
+  void feed(const std::vector<std::int32_t>& tokens, const std::vector<std::int32_t>& offsets,
+            const std::vector<std::int32_t>& slots, std::int64_t position) {
+    const std::vector<std::int64_t> positions(slots.size(), position);
+    const backend::RaggedBatch view{tokens, offsets, slots, positions, sampler.get()};
+    device_.begin(view);
+    device_.embed(*table_, view, {r_.data.get(), DType::float32, kRows, kHidden});
+    device_.gated_conv(std::get<GatedConvConfig>(config().layers[0]), static_cast<const float*>(taps_.data.get()), view,
+                       {u_.data.get(), dtype_, kRows, 128}, *states, 0, {out_.data.get(), dtype_, kRows, 64});
+  }
+
   /// Feeds slots[b] what the sampler chose for it, at `position`, and samples its next token.
   void step(const std::vector<std::int32_t>& slots, std::int64_t position) {
     const Batch batch(slots, position);

@@ -658,6 +658,7 @@ def test_torch_gives_memory_back_after_its_work(load, side_stream):
 def test_tensors_may_be_dropped_by_other_threads(load):
     """While the session's thread records steps of ever other sizes."""
     model = load()
+    gc.collect()
     workspace = model.memory.workspace
     session = model.session(24)
     queue: SimpleQueue[Any] = SimpleQueue()

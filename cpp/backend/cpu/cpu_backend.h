@@ -62,6 +62,7 @@ class CpuBackend final : public backend::DeviceBackend<CpuBackend> {
   std::shared_ptr<void> allocate_host(std::size_t nbytes) const override;
   bool shares_host_memory() const override { return true; }
   void synchronize() override {}
+  std::shared_ptr<const backend::Point> point() override { return nullptr; }
   void trim() noexcept override { scratch_ = {}; }
   void reserve_step(const ModelConfig& config, std::int64_t num_sequences) override;
   void begin(const backend::RaggedBatch&) override {}

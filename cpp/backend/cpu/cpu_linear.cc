@@ -147,18 +147,24 @@ void CpuBackend::embed(const LinearWeight& table, const backend::RaggedBatch& ba
   if (w.gated || r.dtype != DType::float32 || r.rows != batch.num_tokens() || r.cols != w.k)
     throw InvalidArgument("embed: found output " + describe(r) + ", expected float32 " +
                           shape_str({batch.num_tokens(), w.k}) + " from a table without gate");
-  // The tokens given, or those that the sampler chose for the sequences.
+  // The tokens given, and those that the sampler chose.
   std::span<const std::int32_t> tokens = batch.tokens;
   if (const auto* sampler = dynamic_cast<const CpuSampler*>(batch.chosen)) {
-    auto* const chosen = reinterpret_cast<std::int32_t*>(scratch(batch.slots.size_bytes()));
-    std::ranges::transform(batch.slots, chosen, [&](std::int32_t slot) {
-      const std::int32_t token = sampler->chosen(slot);
+    const auto count = static_cast<std::size_t>(batch.num_tokens());
+    auto* const fed = reinterpret_cast<std::int32_t*>(scratch(count * sizeof(std::int32_t)));
+    if (tokens.empty())
+      std::fill_n(fed, count, backend::kChosenToken);
+    else
+      std::ranges::copy(tokens, fed);
+    for (std::size_t b = 0; b < batch.slots.size(); ++b) {
+      std::int32_t& token = fed[batch.offsets[b]];
+      if (token != backend::kChosenToken) continue;
+      token = sampler->chosen(batch.slots[b]);
       if (token < 0)
-        throw InvalidArgument("embed: sampler row " + std::to_string(slot) +
+        throw InvalidArgument("embed: sampler row " + std::to_string(batch.slots[b]) +
                               " has no token to go on from: none was sampled, or sampling it failed");
-      return token;
-    });
-    tokens = {chosen, batch.slots.size()};
+    }
+    tokens = {fed, count};
   }
   for (const std::int32_t token : tokens)
     if (token < 0 || token >= w.n)
