@@ -947,7 +947,8 @@ void Engine::Impl::launch_mixed(std::size_t most_parts) {
   step.num_expected = num_expected();
   const std::int64_t budget = counted_.step_budget = budget_.tokens(step.num_rows, step.num_expected);
   const bool asynchronous = session().backend().asynchronous();
-  const bool has_short = std::ranges::any_of(feeds_, [&](const Feed& feed) { return feed.remaining() <= kCut; });
+  const auto is_short = [](const Feed& feed) { return feed.length - feed.found <= kCut; };
+  const bool has_short = std::ranges::any_of(feeds_, is_short);
   bool yields = false;
   for (std::size_t i = 0; i < feeds_.size(); ++i) {
     const Feed& feed = feeds_[i];
@@ -957,8 +958,8 @@ void Engine::Impl::launch_mixed(std::size_t most_parts) {
     }
     if (!asynchronous && is_long(feed)) continue;  // it has steps of its own
     if (step.num_prompt >= budget || pieces.size() == most_parts) break;
-    // Who gets a first token in this step gets it sooner without the pieces of others, which have every second step.
-    if (has_short && !yielded_ && feed.remaining() > kCut) {
+    // A short prompt gets its first token sooner without the pieces of others, which have every second step.
+    if (has_short && !yielded_ && !is_short(feed)) {
       yields = true;
       continue;
     }
@@ -1057,7 +1058,8 @@ void Engine::Impl::read_long() {
     if (is_long(*feed) && (first == feeds_.end() || ranks_before(*feed, *first, now))) first = feed;
   Feed feed = std::move(*first);
   feeds_.erase(first);
-  const std::int64_t count = piece_of(feed, counted_.step_budget = budget_.tokens(0, std::ssize(samples_)));
+  const std::int64_t running = std::ssize(samples_);
+  const std::int64_t count = piece_of(feed, counted_.step_budget = budget_.tokens(running, running));
   const bool ends = count == feed.remaining();
   const auto tokens = feed.tokens().subspan(static_cast<std::size_t>(feed.fed), static_cast<std::size_t>(count));
   Session::Impl::Piece piece{feed.slots[0], tokens, {}};

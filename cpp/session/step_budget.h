@@ -21,7 +21,7 @@ class StepBudget {
     if (fixed_ > 0) return fixed_;
     double count = static_cast<double>(most_) / 8;  // until a step was measured
     if (per_token_ > 0) {
-      const double aim = std::max(allowance(expected) * plain(expected), kShort);
+      const double aim = std::max(allowance(rows, expected) * plain(expected), kShort);
       count = (aim - plain(rows)) / per_token_;
     }
     return std::max(static_cast<std::int64_t>(std::min(count, static_cast<double>(most_))) / cut_ * cut_, cut_);
@@ -43,26 +43,30 @@ class StepBudget {
   // What a step takes longer than others at times is not its length; nor is what one seems to take that had ended long
   // before it was looked at.
   void measured_plain(double each) {
-    if (num_plain_ < 2)
-      plain_ = num_plain_ == 0 ? each : std::min(each, plain_);
+    if (num_plain_++ < 2)
+      plain_ = num_plain_ == 1 ? each : std::min(each, plain_);
     else
-      plain_ = std::clamp(each, 0.8 * plain_, 1.05 * plain_);
-    ++num_plain_;
+      plain_ = std::clamp(each, 0.9 * plain_, 1.1 * plain_);  // the median, in the end
   }
 
   // A token of a short prompt takes longer than one of many: it counts for less. A kernel that is loaded may make a
-  // step a hundred times as long.
+  // step a hundred times as long, the first ones above all.
   void measured_prompt(double each, double weight) {
-    if (per_token_ == 0)
-      per_token_ = each;
+    if (num_prompts_++ < 2)
+      per_token_ = num_prompts_ == 1 ? each : std::min(each, per_token_);
     else
-      per_token_ += 0.3 * weight * (std::clamp(each, per_token_ / 4, per_token_ * 2) - per_token_);
+      per_token_ +=
+          (each < per_token_ ? 0.5 : 0.3) * weight * (std::clamp(each, per_token_ / 4, per_token_ * 2) - per_token_);
   }
 
   // Of few samples, what joins should begin soon; of many, prompts should get most of the time: less than 3, so that
-  // with what steps vary, the longest 1 % of gaps between tokens stay below 3 times the median.
-  static double allowance(std::int64_t rows) {
-    return 1.5 + 1.25 * static_cast<double>(std::min<std::int64_t>(rows, kMany)) / kMany;
+  // with what steps vary, the longest 1 % of gaps between tokens stay below 3 times the median. While more than three
+  // times as many wait as run, the few who run wait longer: that is less than 1 % of all gaps.
+  static double allowance(std::int64_t rows, std::int64_t expected) {
+    const double many = static_cast<double>(std::min(expected, kMany)) / kMany;
+    const double waiting =
+        static_cast<double>(expected - rows) / static_cast<double>(3 * std::max<std::int64_t>(rows, 1));
+    return (1.5 + 1.25 * many) * std::max(waiting, 1.0);
   }
   double bytes(std::int64_t rows) const { return 1 + static_cast<double>(rows) * row_cost_; }
   double plain(std::int64_t rows) const { return plain_ * bytes(rows); }  // seconds
@@ -73,7 +77,7 @@ class StepBudget {
   double row_cost_;
   double plain_ = 0;      // seconds of a step without prompts, over bytes(rows)
   double per_token_ = 0;  // seconds that a token of a prompt adds
-  std::int64_t num_plain_ = 0;
+  std::int64_t num_plain_ = 0, num_prompts_ = 0;
 };
 
 }  // namespace based

@@ -57,7 +57,7 @@ struct Host final : cuda::SamplerHost {
   cudaStream_t stream() const override { return queue->get(); }
   const cuda::DeviceBatch& device_batch(const RaggedBatch&) override { return on_device; }
   backend::Buffer allocate_workspace(std::size_t nbytes) override { return {queue->allocate(nbytes), nbytes}; }
-  void copy_from_host(void* device, const void* host, std::size_t nbytes) override {
+  void copy_staged(void* device, const void* host, std::size_t nbytes) override {
     check(cudaMemcpyAsync(device, host, nbytes, cudaMemcpyHostToDevice, stream()), "copy");
     check(cudaStreamSynchronize(stream()), "copy");
   }
@@ -72,7 +72,7 @@ struct Host final : cuda::SamplerHost {
     batch = next;
     auto* data = static_cast<std::byte*>(batch_memory.get());
     const auto put = [&]<typename T>(std::size_t at, std::span<const T> values) {
-      copy_from_host(data + at * kMaxRows, values.data(), values.size_bytes());
+      copy_staged(data + at * kMaxRows, values.data(), values.size_bytes());
       return reinterpret_cast<T*>(data + at * kMaxRows);
     };
     on_device = {};
@@ -103,7 +103,7 @@ struct Logits {
 
   Logits(Host& host, const std::vector<float>& values, std::int64_t rows) {
     memory = host.queue->allocate(values.size() * sizeof(float));
-    host.copy_from_host(memory.get(), values.data(), values.size() * sizeof(float));
+    host.copy_staged(memory.get(), values.data(), values.size() * sizeof(float));
     matrix = {memory.get(), DType::float32, rows, static_cast<std::int64_t>(values.size()) / rows};
   }
 };
@@ -328,7 +328,7 @@ void check_log_probs(Host& host) {
   const Logits logits(host, values, rows);
   const Tokens targets{0, 1000, 17, 500, 999};
   const auto memory = host.queue->allocate(2 * 64);
-  host.copy_from_host(memory.get(), targets.data(), targets.size() * 4);
+  host.copy_staged(memory.get(), targets.data(), targets.size() * 4);
   auto* out = static_cast<float*>(memory.get()) + 16;
   cuda::token_log_probs(host.stream(), static_cast<const float*>(logits.matrix.data), rows, cols, vocab,
                         static_cast<const std::int32_t*>(memory.get()), out);
