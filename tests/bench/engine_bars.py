@@ -8,14 +8,17 @@ Random weights. Alone on the machine: two callers are compared by the clock.
 
 import argparse
 import asyncio
+import itertools
 import statistics
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import based
 import numpy as np
 from bars import Bars
+from based._engine import EngineRequest
 from based.cli import _claim
 from based.sizes import named_config
 
@@ -76,12 +79,15 @@ def beside_a_long_one(model: based.Model, bars: Bars) -> None:
     with model.engine(max_batch_size=4, cache_bytes=0) as engine:
         first_token(engine, prompt(5))
         alone = statistics.median(first_token(engine, prompt(5)) for _ in range(9))
-        long = engine.submit(prompt(60_000), greedy(1))
-        time.sleep(2)
-        beside = [first_token(engine, prompt(5)) for _ in range(9)]
-        if not engine.stats().running:
-            raise SystemExit("the long prompt was read before the short ones: nothing was measured")
-        long.cancel()
+        beside = []
+        for _ in range(9):
+            long = engine.submit(prompt(60_000), greedy(1))
+            time.sleep(alone)
+            beside.append(first_token(engine, prompt(5)))
+            if long.ended:
+                raise SystemExit("the long prompt was read before the short one: nothing was measured")
+            long.cancel()
+            long.result()
     print(f"  5 tokens alone: {1e3 * alone:.0f} ms; beside 60,000: {', '.join(f'{1e3 * b:.0f}' for b in beside)} ms")
     bars.at_most("first token of 5 beside 60,000, of alone (median)", statistics.median(beside) / alone, 3)
 
@@ -148,6 +154,26 @@ def conversation(model: based.Model, bars: Bars, length: int) -> None:
     bars.at_most(f"computed of new tokens, {length:,} in 10 turns (worst)", worst, 1 + 64 / (length // 10))
 
 
+class EventTimes:
+    """When each token of each request was there, by the engine's clock: threads that read would wait for each other."""
+
+    def __enter__(self) -> "EventTimes":
+        self.by_request: dict[int, list[float]] = {}
+        self._add = EngineRequest._add
+
+        def add(request: EngineRequest, event: tuple[Any, ...]) -> None:
+            self.by_request.setdefault(id(request), []).append(event[10])
+            self._kept.append(request)  # so that no other gets its id
+            self._add(request, event)
+
+        self._kept: list[EngineRequest] = []
+        EngineRequest._add = add  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        EngineRequest._add = self._add  # type: ignore[method-assign]
+
+
 def many_at_once(model: based.Model, bars: Bars, size: str, count: int) -> None:
     """Requests of 1,024 tokens in and 256 out, against `based bench` at that batch; gaps while prompts arrive."""
     length, new = 1024, 256
@@ -164,20 +190,15 @@ def many_at_once(model: based.Model, bars: Bars, size: str, count: int) -> None:
             budget = engine.stats().step_budget
             print(f"  {count} at once: {took:.2f} s, {count * new / took:,.0f} tok/s; steps of {budget} tokens")
         bars.at_least(f"{count} requests at once, of the generator", max(ratios), 0.85)
-        gaps: list[float] = []
 
         def client(i: int) -> None:
             time.sleep(0.02 * i)
             for _ in range(3):
-                last = None
-                for _ in engine.submit(prompts[i], greedy(new)):
-                    now = time.perf_counter()
-                    if last is not None:
-                        gaps.append(now - last)
-                    last = now
+                engine.submit(prompts[i], greedy(new)).result()
 
-        together([lambda i=i: client(i) for i in range(min(count, 64))])
-        gaps.sort()
+        with EventTimes() as times:
+            together([lambda i=i: client(i) for i in range(min(count, 64))])
+        gaps = sorted(b - a for each in times.by_request.values() for a, b in itertools.pairwise(each))
         p99, median = gaps[len(gaps) * 99 // 100], statistics.median(gaps)
         print(
             f"  gaps while prompts arrive: median {1e3 * median:.2f}, p99 {1e3 * p99:.2f}, max {1e3 * gaps[-1]:.1f} ms"

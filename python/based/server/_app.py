@@ -127,6 +127,7 @@ class _Outermost:
             is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
+        scope["based.send"] = send_with_id
         try:
             await self._app(scope, receive, send_with_id)
         except Exception as error:
@@ -737,7 +738,7 @@ class _EventStream(Response):
             ]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             try:
-                await self._send_events(send)
+                await self._send_events(scope["based.send"])  # past the layers that look at an answer's beginning alone
             except Exception as error:
                 if self._is_gone:
                     raise ClientGoneError from None

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import ssl
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,10 +75,22 @@ def serve_host(
             _logs.info(f"listening on {url}, loading {options.model_name}")
             if when_listening is not None:
                 when_listening(url)
-        asyncio.run(server.serve([sock]))
+        with _short_switches():
+            asyncio.run(server.serve([sock]))
     host.close()
     if host.failure is not None:
         raise host.failure
+
+
+@contextlib.contextmanager
+def _short_switches() -> Iterator[None]:
+    """Threads of this process take turns each millisecond: tokens wait for a thread that reads a long prompt, too."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, 0.001))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def make_server(
