@@ -665,6 +665,42 @@ def test_second_derivatives_in_bfloat16_and_under_autocast(device, name):
         assert error(a, b) <= 2e-2
 
 
+class AttendBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dy: Any, q: Any, k: Any, v: Any, window: int, scale: float) -> Tensors:
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            return torch.autograd.grad(window_reference(*inputs, window, scale), inputs, dy)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError("no formula")
+
+
+class Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, window: int, scale: float) -> Any:
+        ctx.save_for_backward(q, k, v)
+        ctx.rest = window, scale
+        return window_reference(q, k, v, window, scale)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Any) -> Any:
+        return (*AttendBackward.apply(dy, *ctx.saved_tensors, *ctx.rest), None, None)
+
+
+def test_second_derivatives_beside_an_operator_that_has_none(monkeypatch):
+    """As PyTorch's FlashAttention on a GPU: it is asked for gradients of zeros, which cannot be differentiated."""
+    function, reference, inputs = DERIVED["window of two blocks"]
+    monkeypatch.setattr(ops, "_takes_flash", lambda q: True)
+    monkeypatch.setattr(ops, "_attend_window", Attend.apply)
+    vectors = tuple(x.detach().cos() for x in inputs)
+    found, expected = (torch.autograd.functional.hvp(energy(f), inputs, vectors)[1] for f in (function, reference))
+    assert_equal(found, expected)
+    inputs = tuple(x.clone().requires_grad_() for x in inputs)
+    assert_equal(*(torch.autograd.grad(energy(f)(*inputs), inputs) for f in (function, reference)))
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 X = torch.zeros(2, 10, 3, 8)

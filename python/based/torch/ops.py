@@ -502,16 +502,36 @@ def _checked_window_state(
 
 
 def _attend_in_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, scale: float) -> torch.Tensor:
-    t, d = q.shape[1], q.shape[3]
     if is_transformed():
         return _attend_in_blocks(q, k, v, window, scale, _attend_plainly)
-    if window < t and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and d % 8 == 0 and d <= _FLASH_HEAD_DIM:
-        y = _attend_window(q, k, v, window, scale)
+    q_once, k_once, v_once = (q, k, v) if torch.compiler.is_compiling() else _OnceDifferentiable.apply(q, k, v)
+    if window < q.shape[1] and _takes_flash(q):
+        y = _attend_window(q_once, k_once, v_once, window, scale)
     else:
-        y = _attend_in_blocks(q, k, v, window, scale, _attend)
+        y = _attend_in_blocks(q_once, k_once, v_once, window, scale, _attend)
     if torch.compiler.is_compiling() or not y.requires_grad:
         return y
     return _TwiceDifferentiable.apply(y, q, k, v, window, scale)
+
+
+def _takes_flash(q: torch.Tensor) -> bool:
+    d = q.shape[3]
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and d % 8 == 0 and d <= _FLASH_HEAD_DIM
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Gives tensors as they are, and no second derivatives: where these are asked for, their gradients are none.
+
+    An operator whose result has no gradient then (_TwiceDifferentiable) may still be asked for gradients of zeros.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return tuple(None for _ in gradients) if is_differentiated() else gradients
 
 
 class _TwiceDifferentiable(torch.autograd.Function):
