@@ -132,6 +132,7 @@ class EngineRequest:
         self._chunks: deque[StreamChunk] = deque()
         self._failure: BaseException | None = None
         self._news = threading.Condition()
+        self._num_sleeping = 0  # threads in _sleep()
         self._waiter: asyncio.Future[None] | None = None
         self._reads = self._paused = self._cancelled = False
         self._pausing = threading.Lock()
@@ -152,9 +153,7 @@ class EngineRequest:
         """A chunk per new token, as Model.stream gives them."""
         self._reads = True
         while (chunk := self._take()) is None:
-            with self._news:
-                while not self._has_news():
-                    self._news.wait()
+            self._sleep(self._has_news)
             if self._is_read():
                 raise StopIteration
         return chunk
@@ -175,13 +174,12 @@ class EngineRequest:
         """Waits for the end; what was read as chunks is in it, too. Raises TimeoutError after `timeout` seconds."""
         seconds = _bounded(timeout)
         deadline = None if seconds is None else time.monotonic() + seconds
-        with self._news:
-            while self._num_open and self._failure is None:
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    raise TimeoutError(f"the request has not ended after {timeout} seconds")
-                self._resume()
-                self._news.wait(left)
+        while not self.ended:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError(f"the request has not ended after {timeout} seconds")
+            self._resume()
+            self._sleep(lambda: self.ended, left)
         return self._output()
 
     async def wait(self) -> RequestOutput:
@@ -266,15 +264,23 @@ class EngineRequest:
     async def _wait_for_news(self, *, only_end: bool = False) -> None:
         import asyncio  # slow to import, and not for everybody
 
-        loop = asyncio.get_running_loop()
-        with self._news:
-            if self.ended or (not only_end and self._has_news()):
-                return
-            waiter = self._waiter = loop.create_future()
+        waiter = self._waiter = asyncio.get_running_loop().create_future()
         try:
-            await waiter
+            # Looked for when the pump can see the waiter, and not before: then news wakes it, or is here.
+            if not (self.ended or (not only_end and self._has_news())):
+                await waiter
         finally:
             self._waiter = None
+
+    def _sleep(self, is_over: Callable[[], bool], seconds: float | None = None) -> None:
+        """In a thread, until it is over, something is new, or the time has passed."""
+        with self._news:
+            self._num_sleeping += 1
+            try:
+                if not is_over():  # after the pump can see the sleeper
+                    self._news.wait(seconds)
+            finally:
+                self._num_sleeping -= 1
 
     # ---- the pump's part -------------------------------------------------------------------------------------------
 
@@ -352,10 +358,11 @@ class EngineRequest:
         self._engine._core.cancel(self._id, "its events could not be read")
 
     def _wake(self) -> "asyncio.Future[None] | None":
-        """Wakes a thread; returns a future to set on its loop."""
-        with self._news:
-            self._news.notify_all()
-            waiter, self._waiter = self._waiter, None
+        """Wakes threads; returns a future to set on its loop. Behind what is new: who comes to sleep looks for that."""
+        if self._num_sleeping:
+            with self._news:
+                self._news.notify_all()
+        waiter = self._waiter  # the reader's to take away: it may be another one by now
         if self.ended and self._on_end is not None:
             on_end, self._on_end = self._on_end, None
             on_end(self)
@@ -363,7 +370,7 @@ class EngineRequest:
 
     def _after_fork(self) -> None:
         """In a forked child: nothing more will come."""
-        self._news = threading.Condition()
+        self._news, self._num_sleeping = threading.Condition(), 0
         if not self.ended:
             self._failure = _core.EngineClosedError("this request runs in the process that forked this one")
 
