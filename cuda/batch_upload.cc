@@ -52,9 +52,11 @@ void StagedCopies::copy(void* device, const void* host, std::size_t nbytes, cons
   Stage& stage = stages_[next_stage_++ % kStages];
   stage.copied.wait(doing);
   if (nbytes > stage.nbytes) {
+    constexpr std::size_t kLeast = std::size_t{64} << 10;  // growing waits for the device
+    const std::size_t grown = std::bit_ceil(std::max(nbytes, kLeast));
     stage.nbytes = 0;
-    stage.memory = allocate_pinned(std::bit_ceil(nbytes));
-    stage.nbytes = std::bit_ceil(nbytes);
+    stage.memory = allocate_pinned(grown);
+    stage.nbytes = grown;
   }
   std::memcpy(stage.memory.get(), host, nbytes);
   check(cudaMemcpyAsync(device, stage.memory.get(), nbytes, cudaMemcpyHostToDevice, stream_->get()), doing);

@@ -298,7 +298,7 @@ class Backend {
   virtual void copy_to_host(void* host, const void* device, std::size_t nbytes) = 0;
   virtual void synchronize() = 0;
 
-  /// The point behind all that was enqueued; null where that is done already.
+  /// The point behind all that was enqueued; null where operations are done when they return.
   virtual std::shared_ptr<const Point> point() = 0;
 
   /// Gives back the memory that is only kept to be used again (scratch, recorded steps). Does not throw.

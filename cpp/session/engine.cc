@@ -157,9 +157,9 @@ class Engine::Impl {
   // Which sample each entry of a step belongs to.
   struct Step {
     std::vector<std::uint64_t> serials{};
-    std::int64_t num_rows = 0;      // samples that were fed
-    std::int64_t num_prompt = 0;    // tokens of prompts
-    std::int64_t num_expected = 0;  // samples that run now or soon
+    std::int64_t num_rows = 0;    // samples that were fed
+    std::int64_t num_prompt = 0;  // tokens of prompts
+    std::int64_t budget = 0;      // tokens of prompts that it might have had
     Clock::time_point launched = Clock::now();
   };
 
@@ -194,7 +194,7 @@ class Engine::Impl {
   void begin_samples(Feed& feed, Step& step);
   std::int64_t piece_of(const Feed& feed, std::int64_t budget) const;
   void after_piece(Feed& feed);
-  void take();
+  void take(bool hurried = false);
   void take_token(Sample& sample, backend::SampledToken& chosen);
   void end(Sample& sample, FinishReason finish, const std::string& why);
   void end(const Feed& feed, FinishReason finish, const std::string& why);
@@ -832,7 +832,7 @@ void Engine::Impl::advance() {
   };
   if (asynchronous) {
     const std::size_t ahead = may_run_ahead() ? 1 : 0;
-    while (session_ && steps_.size() > ahead) take();
+    for (bool hurried = false; session_ && steps_.size() > ahead; hurried = true) take(hurried);
     settle();
     const std::size_t before = steps_.size();
     if (session_) launch_next();
@@ -846,8 +846,8 @@ void Engine::Impl::advance() {
     read_long();
 }
 
-// Whether a step may be launched while another is under way: where nobody could join it who cannot yet, because more
-// prompts are here than it takes, or none at all.
+// Whether a step may be launched while another is under way: where more prompts are here than it takes, so that it is
+// full without who comes meanwhile, or none at all.
 bool Engine::Impl::may_run_ahead() {
   if (steps_.empty() || steps_.back().serials.empty()) return false;  // take() would wait for both
   if (feeds_.empty()) return !may_begin();
@@ -944,10 +944,9 @@ void Engine::Impl::launch_mixed(std::size_t most_parts) {
   const Clock::time_point now = Clock::now();
   std::ranges::sort(feeds_, [&](const Feed& a, const Feed& b) { return ranks_before(a, b, now); });
   std::vector<std::pair<std::size_t, std::int64_t>> taken;  // of feeds_: which, tokens
-  step.num_expected = num_expected();
-  const std::int64_t budget = counted_.step_budget = budget_.tokens(step.num_rows, step.num_expected);
+  const std::int64_t budget = step.budget = counted_.step_budget = budget_.tokens(step.num_rows, num_expected());
   const bool asynchronous = session().backend().asynchronous();
-  const auto is_short = [](const Feed& feed) { return feed.length - feed.found <= kCut; };
+  const auto is_short = [](const Feed& feed) { return !feed.replayed && feed.length - feed.found <= kCut; };
   const bool has_short = std::ranges::any_of(feeds_, is_short);
   bool yields = false;
   for (std::size_t i = 0; i < feeds_.size(); ++i) {
@@ -1058,8 +1057,9 @@ void Engine::Impl::read_long() {
     if (is_long(*feed) && (first == feeds_.end() || ranks_before(*feed, *first, now))) first = feed;
   Feed feed = std::move(*first);
   feeds_.erase(first);
-  const std::int64_t running = std::ssize(samples_);
-  const std::int64_t count = piece_of(feed, counted_.step_budget = budget_.tokens(running, running));
+  const std::int64_t running = std::ssize(samples_), budget = budget_.tokens(running, running);
+  counted_.step_budget = budget;
+  const std::int64_t count = piece_of(feed, budget);
   const bool ends = count == feed.remaining();
   const auto tokens = feed.tokens().subspan(static_cast<std::size_t>(feed.fed), static_cast<std::size_t>(count));
   Session::Impl::Piece piece{feed.slots[0], tokens, {}};
@@ -1067,7 +1067,7 @@ void Engine::Impl::read_long() {
   std::exception_ptr error;
   Step step;
   step.num_prompt = count;
-  step.num_expected = std::ssize(samples_);
+  step.budget = budget;
   aside_total_ = {};
   aside_ended_ = step.launched;
   try {
@@ -1097,6 +1097,7 @@ void Engine::Impl::read_long() {
     return;
   }
   step.launched += aside_total_;
+  last_taken_ = step.launched;  // not that of a step aside
   feed.fed += count;
   keep_state(feed);
   if (ends && !feed.replayed) begin_samples(feed, step);
@@ -1158,8 +1159,9 @@ void Engine::Impl::after_piece(Feed& feed) {
   }
 }
 
-// Waits for the oldest step and makes events of its tokens; those behind a sample's end are nobody's.
-void Engine::Impl::take() {
+// Waits for the oldest step and makes events of its tokens; those behind a sample's end are nobody's. hurried: another
+// was taken just now.
+void Engine::Impl::take(bool hurried) {
   const Step step = std::move(steps_.front());
   steps_.pop_front();
   std::vector<backend::SampledToken> chosen;
@@ -1175,7 +1177,10 @@ void Engine::Impl::take() {
   const Clock::time_point now = Clock::now();
   const std::chrono::duration<double> seconds = now - std::max(step.launched, last_taken_);
   last_taken_ = now;
-  budget_.measured(step.num_rows, step.num_prompt, step.num_expected, seconds.count());
+  // One that only sampled again is none of either kind. One that was taken behind another without a wait had ended
+  // nobody knows when.
+  if (step.num_rows + step.num_prompt > 0 && !hurried)
+    budget_.measured(step.num_rows, step.num_prompt, step.budget, seconds.count());
   ++counted_.steps;
   counted_.step_tokens += step.num_rows + step.num_prompt;
   if (cache_ && step.num_prompt >= kCut)

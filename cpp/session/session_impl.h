@@ -157,8 +157,8 @@ class Session::Impl {
   std::vector<std::shared_ptr<const State>> snapshots(std::span<const std::int32_t> slots) const;
   void restore(std::span<const std::int32_t> slots, std::span<const State* const> states);
 
-  // These, too: the states say when they are made (State::Impl::made). What a state that was made on this executor is
-  // put into is written in the order of what follows on it; for another's these wait.
+  // These, too: states say when they are made (State::Impl::made). A restore from a state that this executor made is
+  // enqueued, and what follows comes after it; for any other state begin_restore() waits.
   std::vector<std::shared_ptr<const State>> begin_snapshots(std::span<const std::int32_t> slots) const;
   void begin_restore(std::span<const std::int32_t> slots, std::span<const State* const> states);
 

@@ -6,7 +6,7 @@
 namespace based {
 
 /// How many tokens of prompts a step may take, so that it lasts `allowance` times as long as a step without prompts
-/// will when all who are there have begun. Whoever joins waits for the step under way, then for its own; whoever runs
+/// will when all who are there have begun. Whoever joins waits for the steps under way, then for its own; whoever runs
 /// gets its tokens that much later. A step is taken to last as long as its samples alone, and so much longer for each
 /// token of prompts: both are measured.
 class StepBudget {
@@ -30,13 +30,14 @@ class StepBudget {
   /// Whether the time of steps without prompts is known. The first one may have been recorded, which takes longer.
   bool knows_plain() const { return num_plain_ >= 2; }
 
-  /// A step of `rows` samples and `prompt` tokens of prompts took so long. expected: as tokens() was given.
-  void measured(std::int64_t rows, std::int64_t prompt, std::int64_t expected, double seconds) {
+  /// A step of `rows` samples and `prompt` tokens of prompts, of `budget` that it might have had, took so long.
+  void measured(std::int64_t rows, std::int64_t prompt, std::int64_t budget, double seconds) {
+    seconds = std::max(seconds, 1e-6);
     if (prompt == 0)
       measured_plain(seconds / bytes(rows));
     else
       measured_prompt(std::max(seconds - plain(rows), seconds / 4) / static_cast<double>(prompt),
-                      std::min(1.0, static_cast<double>(prompt) / static_cast<double>(tokens(rows, expected))));
+                      std::min(1.0, static_cast<double>(prompt) / static_cast<double>(std::max(budget, cut_))));
   }
 
  private:

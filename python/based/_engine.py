@@ -270,7 +270,8 @@ class EngineRequest:
             if not (self.ended or (not only_end and self._has_news())):
                 await waiter
         finally:
-            self._waiter = None
+            if self._waiter is waiter:
+                self._waiter = None
 
     def _sleep(self, is_over: Callable[[], bool], seconds: float | None = None) -> None:
         """In a thread, until it is over, something is new, or the time has passed."""

@@ -615,13 +615,13 @@ constexpr double kRowCost = 7.5e-6 / 1.2e-3;
 TEST(StepBudget, FewSamplesWaitForShortSteps) {
   StepBudget budget(64, 8192, 0, kRowCost);
   EXPECT_FALSE(budget.knows_plain());
-  budget.measured(1, 0, 1, 0.2);  // recorded: not its length
-  for (int i = 0; i < 3; ++i) budget.measured(1, 0, 1, kTiming.step(1, 0));
+  budget.measured(1, 0, 0, 0.2);  // recorded: not its length
+  for (int i = 0; i < 3; ++i) budget.measured(1, 0, 0, kTiming.step(1, 0));
   EXPECT_TRUE(budget.knows_plain());
   const auto read = [&](int times) {
     for (int i = 0; i < times; ++i) {
       const std::int64_t tokens = budget.tokens(1, 1);
-      budget.measured(1, tokens, 1, kTiming.step(1, tokens));
+      budget.measured(1, tokens, tokens, kTiming.step(1, tokens));
     }
   };
   read(10);
@@ -629,11 +629,11 @@ TEST(StepBudget, FewSamplesWaitForShortSteps) {
   EXPECT_GE(kTiming.step(1, budget.tokens(1, 1)), 3.5e-3);
   // A step that takes a hundred times as long, or none at all, does not stay in the way.
   const std::int64_t tokens = budget.tokens(1, 1);
-  budget.measured(1, tokens, 1, 100 * kTiming.step(1, tokens));
+  budget.measured(1, tokens, tokens, 100 * kTiming.step(1, tokens));
   EXPECT_GE(budget.tokens(1, 1), tokens / 2);
-  for (const double seconds : {1e-6, 1.0}) budget.measured(1, 0, 1, seconds);
+  for (const double seconds : {1e-6, 1.0}) budget.measured(1, 0, 0, seconds);
   read(10);
-  for (int i = 0; i < 3; ++i) budget.measured(1, 0, 1, kTiming.step(1, 0));
+  for (int i = 0; i < 3; ++i) budget.measured(1, 0, 0, kTiming.step(1, 0));
   EXPECT_LE(kTiming.step(1, budget.tokens(1, 1)), 4.3e-3);
   EXPECT_GE(kTiming.step(1, budget.tokens(1, 1)), 3.5e-3);
 }
@@ -642,7 +642,7 @@ TEST(StepBudget, FewSamplesWaitForShortSteps) {
 // run already.
 TEST(StepBudget, ManyPromptsAtOnceAreReadInLongSteps) {
   StepBudget budget(64, 8192, 0, kRowCost);
-  for (int i = 0; i < 3; ++i) budget.measured(1, 0, 1, kTiming.step(1, 0));
+  for (int i = 0; i < 3; ++i) budget.measured(1, 0, 0, kTiming.step(1, 0));
   std::int64_t prompt = 256 * 1024;
   double seconds = 0;
   std::int64_t late = 0, in_time = 0;  // gaps between tokens
@@ -650,7 +650,7 @@ TEST(StepBudget, ManyPromptsAtOnceAreReadInLongSteps) {
     const std::int64_t rows = 256 - (prompt + 1023) / 1024;
     const std::int64_t tokens = std::min(budget.tokens(rows, 256), prompt);
     const double step = kTiming.step(rows, tokens);
-    budget.measured(rows, tokens, 256, step);
+    budget.measured(rows, tokens, tokens, step);
     prompt -= tokens;
     seconds += step;
     (step <= 3 * kTiming.step(256, 0) ? in_time : late) += rows;
@@ -662,18 +662,18 @@ TEST(StepBudget, ManyPromptsAtOnceAreReadInLongSteps) {
   EXPECT_LE(kTiming.step(1, budget.tokens(1, 1)), 4.1e-3);
   // Prompts that are shorter than what a step may take are measured, too.
   const Timing slower{kTiming.fixed, kTiming.row, 4 * kTiming.token};
-  for (int i = 0; i < 30; ++i) budget.measured(200, 700, 256, slower.step(200, 700));
+  for (int i = 0; i < 30; ++i) budget.measured(200, 700, budget.tokens(200, 256), slower.step(200, 700));
   EXPECT_LE(slower.step(200, budget.tokens(200, 256)), 3 * slower.step(256, 0));
 }
 
 TEST(StepBudget, KeepsItsBounds) {
   StepBudget fixed(64, 8192, 100, kRowCost);
-  fixed.measured(1, 100, 1, 1);
+  fixed.measured(1, 100, 100, 1);
   EXPECT_EQ(fixed.tokens(1, 1), 100);
   StepBudget budget(64, 8192, 0, kRowCost);
-  for (int i = 0; i < 50; ++i) budget.measured(1, budget.tokens(1, 1), 1, 1e-6);
+  for (int i = 0; i < 50; ++i) budget.measured(1, budget.tokens(1, 1), budget.tokens(1, 1), 0);
   EXPECT_EQ(budget.tokens(1, 1), 8192);
-  for (int i = 0; i < 100; ++i) budget.measured(1, budget.tokens(1, 1), 1, 10);
+  for (int i = 0; i < 100; ++i) budget.measured(1, budget.tokens(1, 1), budget.tokens(1, 1), 10);
   EXPECT_EQ(budget.tokens(1, 1), 64);
 }
 

@@ -92,7 +92,7 @@ struct EngineStats {
   std::int64_t waiting_tokens = 0;    // of their prompts
   int slots = 0;                      // samples that the memory taken has room for
   int max_batch_size = 0;
-  std::int64_t step_budget = 0;  // prompt tokens that the last step with prompts might have taken
+  std::int64_t step_budget = 0;  // prompt tokens that the last step with prompts might have taken; 0 before the first
 
   // In all, since the start.
   std::int64_t prompt_tokens = 0;     // of requests that have begun

@@ -12,7 +12,8 @@ from based.server._errors import ApiError, invalid
 
 _LARGE = 1 << 20  # bytes
 _MOST_DIGITS = 400  # of a number: more of them are no float
-_LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (_MOST_DIGITS + 1))  # or a text
+# Or a text. From where digits begin: from each of them, the time of a search would be their number squared.
+_LONG_NUMBER = re.compile(rb"[^0-9][0-9]{%d}" % (_MOST_DIGITS + 1))
 
 Body = dict[str, Any]
 
