@@ -16,7 +16,6 @@ namespace {
 
 constexpr std::int64_t kMaxBatchSize = 1 << 20;
 
-constexpr const char* kRestoreFailed = "restoring a state failed";
 constexpr const char* kStepFailed = "a step failed half-way";
 
 // An interrupted call on more bytes of states is finished instead: copies to undo it would cost as much as the call.
@@ -704,12 +703,14 @@ void Session::Impl::check_model(const State& state) const {
 }
 
 void Session::Impl::restore(std::span<const std::int32_t> slots, std::span<const State* const> states) {
-  begin_restore(slots, states);
-  change(slots, kRestoreFailed, [&] { backend().synchronize(); });
-  for (std::size_t i = 0; i < slots.size(); ++i) at(slots[i]).snapshot = states[i]->weak_from_this();
+  restore(slots, states, /*waits=*/true);
 }
 
 void Session::Impl::begin_restore(std::span<const std::int32_t> slots, std::span<const State* const> states) {
+  restore(slots, states, /*waits=*/false);
+}
+
+void Session::Impl::restore(std::span<const std::int32_t> slots, std::span<const State* const> states, bool waits) {
   std::vector<Progress> progress;
   std::vector<std::int64_t> lengths;
   for (const State* state : states) {
@@ -718,17 +719,16 @@ void Session::Impl::begin_restore(std::span<const std::int32_t> slots, std::span
     lengths.push_back(state->num_tokens());
   }
   backend().reserve_states(*states_, slots, lengths);
-  change(slots, kRestoreFailed, [&] {
-    bool synchronizes = false;
+  change(slots, "restoring a state failed", [&] {
     for (std::size_t i = 0; i < slots.size(); ++i) {
       // Memory of another executor's might be freed, in that one's order, before it is read.
       const auto& made = states[i]->impl().made;
       const bool is_own = made && made->is_before(backend());
       if (!is_own) states[i]->impl().wait();
-      synchronizes |= !is_own;
+      waits |= !is_own;
       put(slots[i], *states[i]);
     }
-    if (synchronizes) backend().synchronize();
+    if (waits) backend().synchronize();
   });
   for (std::size_t i = 0; i < slots.size(); ++i) {
     at(slots[i]).set(std::move(progress[i]));

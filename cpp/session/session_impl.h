@@ -215,6 +215,7 @@ class Session::Impl {
   };
 
   void check_model(const State& state) const;
+  void restore(std::span<const std::int32_t> slots, std::span<const State* const> states, bool waits);
   void put(int slot, const State& state);
   Slot& at(int slot) { return slots_[static_cast<std::size_t>(slot)]; }
   const Slot& at(int slot) const { return slots_[static_cast<std::size_t>(slot)]; }
