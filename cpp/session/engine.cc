@@ -217,6 +217,7 @@ class Engine::Impl {
   void emit(const Shared& request, EngineEvent event);
   EngineEvent event_of(const Shared& request, int sample) const;
   void ended(const Shared& request);
+  void send();
   void deliver();
   void publish();
   Session::Impl& session() { return *session_; }
@@ -463,8 +464,7 @@ bool Engine::Impl::tick() {
     }
     if (is_idle) close_session();
   }
-  publish();  // whoever has read an event finds its effects counted
-  deliver();
+  send();
   return true;
 }
 
@@ -823,17 +823,25 @@ void Engine::Impl::advance() {
   if (!session_) return;
   const bool asynchronous = session().backend().asynchronous();
   const auto joins = [&](const Feed& feed) { return asynchronous || !is_long(feed); };
-  const auto launch_next = [&] {
+  const auto takes_prompts = [&] {
     const bool measures = asynchronous && !budget_.knows_plain() && wants_step();  // how long one without prompts takes
-    if (!measures && std::ranges::any_of(feeds_, joins))
+    return !measures && std::ranges::any_of(feeds_, joins);
+  };
+  const auto launch_next = [&] {
+    if (takes_prompts())
       launch_mixed();
     else
       launch();
   };
   if (asynchronous) {
     const std::size_t ahead = may_run_ahead() ? 1 : 0;
-    for (bool hurried = false; session_ && steps_.size() > ahead; hurried = true) take(hurried);
+    for (bool hurried = false; session_ && steps_.size() > ahead; hurried = true) {
+      take(hurried);
+      settle();
+      if (steps_.size() > ahead) send();  // tokens do not wait for another step
+    }
     settle();
+    if (session_ && takes_prompts()) send();  // nor for the launch of one with prompts, which takes milliseconds
     const std::size_t before = steps_.size();
     if (session_) launch_next();
     if (session_ && !steps_.empty() && steps_.size() == before) take();
@@ -851,6 +859,7 @@ void Engine::Impl::advance() {
 bool Engine::Impl::may_run_ahead() {
   if (steps_.empty() || steps_.back().serials.empty()) return false;  // take() would wait for both
   if (feeds_.empty()) return !may_begin();
+  if (steps_.back().num_prompt == 0) return false;  // it ends before one with prompts is launched
   std::int64_t remaining = 0;
   for (const Feed& feed : feeds_) {
     if (feed.length == 0) return false;
@@ -1382,6 +1391,11 @@ void Engine::Impl::fail_all(const std::exception_ptr& error) noexcept {
 }
 
 // ---- events --------------------------------------------------------------------------------------------------------
+
+void Engine::Impl::send() {
+  publish();  // whoever has read an event finds its effects counted
+  deliver();
+}
 
 void Engine::Impl::deliver() {
   for (const Shared& request : touched_) {

@@ -1,6 +1,7 @@
 """Continuous batching: one loop in the core runs the requests of all threads and event loops in one batch."""
 
 import contextlib
+import functools
 import os
 import queue
 import threading
@@ -9,7 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from based import _core
 from based._generate import PromptReader, Request, Sample, failed_output, request_output
@@ -19,6 +20,9 @@ from based._tokenizer import LazyTokenizer
 
 if TYPE_CHECKING:
     import asyncio
+
+    _Listener: TypeAlias = tuple[asyncio.AbstractEventLoop, Callable[[], None]]
+    """Whom to tell of news: what to call, on this loop."""
 
 _PUMP_WAIT = 60.0  # seconds; the end of an engine wakes its pump
 _LONGEST_WAIT = threading.TIMEOUT_MAX / 2  # seconds; what a condition can wait for
@@ -133,7 +137,7 @@ class EngineRequest:
         self._failure: BaseException | None = None
         self._news = threading.Condition()
         self._num_sleeping = 0  # threads in _sleep()
-        self._waiter: asyncio.Future[None] | None = None
+        self._listener: _Listener | None = None
         self._reads = self._paused = self._cancelled = False
         self._pausing = threading.Lock()
         self._on_chunk: Callable[[StreamChunk], None] | None = None
@@ -264,14 +268,30 @@ class EngineRequest:
     async def _wait_for_news(self, *, only_end: bool = False) -> None:
         import asyncio  # slow to import, and not for everybody
 
-        waiter = self._waiter = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        waiter = loop.create_future()
+        listener = self._listener = loop, functools.partial(_set, waiter)
         try:
-            # Looked for when the pump can see the waiter, and not before: then news wakes it, or is here.
+            # Looked for when the pump can see the listener, and not before: then news wakes it, or is here.
             if not (self.ended or (not only_end and self._has_news())):
                 await waiter
         finally:
-            if self._waiter is waiter:
-                self._waiter = None
+            if self._listener is listener:
+                self._listener = None
+
+    def _listen(self, on_news: Callable[[], None]) -> None:
+        """Has on_news called on this event loop for all that is new and for the end: another way to read it.
+
+        That costs less than `async for`, which wakes a task for each token. on_news must not raise; it finds the chunks
+        by _take(), and may be called where there are none.
+        """
+        import asyncio
+
+        self._reads = True
+        loop = asyncio.get_running_loop()
+        self._listener = loop, on_news
+        if self._has_news():
+            loop.call_soon(on_news)
 
     def _sleep(self, is_over: Callable[[], bool], seconds: float | None = None) -> None:
         """In a thread, until it is over, something is new, or the time has passed."""
@@ -358,16 +378,16 @@ class EngineRequest:
         self._failure = error
         self._engine._core.cancel(self._id, "its events could not be read")
 
-    def _wake(self) -> "asyncio.Future[None] | None":
-        """Wakes threads; returns a future to set on its loop. Behind what is new: who comes to sleep looks for that."""
+    def _wake(self) -> "_Listener | None":
+        """Wakes threads; returns whom to call. Behind what is new: who comes to sleep looks for that."""
         if self._num_sleeping:
             with self._news:
                 self._news.notify_all()
-        waiter = self._waiter  # the reader's to take away: it may be another one by now
+        listener = self._listener  # the reader's to take away: it may be another one by now
         if self.ended and self._on_end is not None:
             on_end, self._on_end = self._on_end, None
             on_end(self)
-        return waiter
+        return listener
 
     def _after_fork(self) -> None:
         """In a forked child: nothing more will come."""
@@ -397,15 +417,15 @@ class _Inbox:
                     continue
                 changed[id] = request
             request._add(event)
-        by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
         for id, request in changed.items():
             if request.ended:
                 self.requests.pop(id, None)
-            if (waiter := request._wake()) is not None:
-                by_loop.setdefault(waiter.get_loop(), []).append(waiter)
-        for loop, waiters in by_loop.items():
+            if (listener := request._wake()) is not None:
+                by_loop.setdefault(listener[0], []).append(listener[1])
+        for loop, callbacks in by_loop.items():
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-                loop.call_soon_threadsafe(_set_all, waiters)
+                loop.call_soon_threadsafe(_call_all, callbacks)
 
     def end(self) -> None:
         """No events are to come."""
@@ -413,15 +433,19 @@ class _Inbox:
             request = entry()
             if request is not None and not request.ended:
                 request._failure = _core.EngineClosedError("the engine has ended")
-                if (waiter := request._wake()) is not None:
+                if (listener := request._wake()) is not None:
                     with contextlib.suppress(RuntimeError):
-                        waiter.get_loop().call_soon_threadsafe(_set_all, [waiter])
+                        listener[0].call_soon_threadsafe(listener[1])
 
 
-def _set_all(waiters: "list[asyncio.Future[None]]") -> None:
-    for waiter in waiters:
-        if not waiter.done():
-            waiter.set_result(None)
+def _set(waiter: "asyncio.Future[None]") -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+def _call_all(callbacks: list[Callable[[], None]]) -> None:
+    for callback in callbacks:
+        callback()
 
 
 def _pump(core: _core.Engine, inbox: _Inbox) -> None:

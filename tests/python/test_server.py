@@ -850,10 +850,10 @@ def test_a_whole_answer_leaves_its_state_though_nobody_reads_it(
     """Where a client goes away, the state stays if the answer had come to its end before."""
     send_events = _EventStream._send_events
 
-    async def send_when_gone(self: _EventStream, send: Any) -> None:
+    async def send_when_gone(self: _EventStream, scope: Any, send: Any) -> None:
         while not self._is_gone:
             await asyncio.sleep(0.005)
-        await send_events(self, send)
+        await send_events(self, scope, send)
 
     with serving(model) as server:
         connection, response = begin_stream(server, save_state="cut")

@@ -1,16 +1,15 @@
 """The routes."""
 
 import asyncio
-import contextlib
 import hmac
 import ipaddress
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -42,6 +41,10 @@ from based.server._states import check_name, new_name
 
 if TYPE_CHECKING:
     from based import Model
+
+Write: TypeAlias = Callable[[bytes], Awaitable[None] | None]
+"""Writes a part of a body, and returns what to wait for before the next one, if the connection takes no more now. A
+server may give it as "based.write" in a request's scope; it costs less than the `send` of ASGI."""
 
 _PAGE = Path(__file__).with_name("page.html")
 _OPEN_PATHS = {"/", "/health", "/ping", "/metrics"}
@@ -127,7 +130,6 @@ class _Outermost:
             is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
-        scope["based.send"] = send_with_id
         try:
             await self._app(scope, receive, send_with_id)
         except Exception as error:
@@ -719,13 +721,20 @@ async def _answer(service: Service, running: Running, request: Request) -> Respo
 
 
 class _EventStream(Response):
-    """Server-sent events, one for each token."""
+    """Server-sent events, one for each token.
+
+    They are written where the engine's news arrive, on the event loop, and not by a task that would be woken for each.
+    """
 
     def __init__(self, service: Service, running: Running) -> None:
         super().__init__(media_type="text/event-stream")
         self._service = service
         self._running = running
         self._is_gone = False
+        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._left = set(range(len(running.requests)))  # prompts of which more events may come
+        self._room: asyncio.Future[None] | None = None  # while the connection takes no more
+        self._late: set[int] = set()  # prompts with news since then
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         running = self._running
@@ -738,7 +747,7 @@ class _EventStream(Response):
             ]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             try:
-                await self._send_events(scope["based.send"])  # past the layers that look at an answer's beginning alone
+                await self._send_events(scope, send)
             except Exception as error:
                 if self._is_gone:
                     raise ClientGoneError from None
@@ -760,24 +769,59 @@ class _EventStream(Response):
         self._is_gone = True
         self._running.cancel()
 
-    async def _send_events(self, send: Send) -> None:
+    async def _send_events(self, scope: Scope, send: Send) -> None:
         running, completion = self._running, self._running.completion
-        answer = _answer_of(self._service, running, await self._service.echoed(running))
+        self._answer = answer = _answer_of(self._service, running, await self._service.echoed(running))
         if completion.echo:
             for number in range(len(completion.prompts)):
                 for index in range(completion.n):
                     await send(_body(answer.echo_event(number, index)))
         if running.requests:
-            async with contextlib.aclosing(running.chunks()) as chunks:
-                async for ready in chunks:
-                    if self._is_gone:  # what is left of it comes with the next step; its end says whether it is whole
-                        continue
-                    usage = _usage(running) if completion.continuous_usage else None
-                    await send(_body(b"".join(answer.event(number, chunk, usage) for number, chunk in ready)))
+            self._write: Write = scope.get("based.write") or (lambda data: send(_body(data)))
+            running.listen(self._on_news)
+            try:
+                await self._over
+            finally:
+                if self._room is not None:
+                    await asyncio.wait({self._room})
         name = await running.keep_state()
         if not self._is_gone and (completion.include_usage or name is not None):
             usage = _usage(running) if completion.include_usage else None
             await send(_body(answer.last_event(usage, name)))
+
+    def _on_news(self, number: int) -> None:
+        """Writes the events of a prompt's new chunks, or leaves them where the connection takes no more."""
+        if self._room is not None:
+            self._late.add(number)
+            return
+        if self._over.done():
+            return
+        try:
+            running, with_usage = self._running, self._running.completion.continuous_usage
+            events = []
+            while (chunk := running.take(number)) is not None:
+                events.append(self._answer.event(number, chunk, _usage(running) if with_usage else None))
+            if (
+                events and not self._is_gone
+            ):  # else what is left comes with the next step; its end says whether all came
+                waiting = self._write(b"".join(events))
+                if waiting is not None:
+                    self._room = asyncio.ensure_future(waiting)
+                    self._room.add_done_callback(self._on_room)
+            if running.is_taken(number):
+                self._left.discard(number)
+                if not self._left:
+                    self._over.set_result(None)
+        except Exception as error:
+            self._over.set_exception(error)
+
+    def _on_room(self, room: asyncio.Future[None]) -> None:
+        self._room = None
+        if not room.cancelled() and (error := room.exception()) is not None and not self._over.done():
+            self._over.set_exception(error)
+        late, self._late = self._late, set()
+        for number in late:
+            self._on_news(number)
 
 
 def _body(data: bytes, more: bool = True) -> Message:

@@ -2,19 +2,21 @@
 
 import asyncio
 import contextlib
+import gc
 import http
 import os
 import signal
 import socket
 import ssl
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from based.server import _logs
 from based.server._app import make_app
@@ -67,7 +69,13 @@ def serve_host(
     """As serve(), of anything that is served; app: its application."""
     options = host.options
     with contextlib.closing(_listen(options)) as sock:
-        server = make_server(host, app, when_loaded, when_ending)
+
+        def freeze_then_tell() -> None:
+            gc.collect()
+            gc.freeze()
+            when_loaded()
+
+        server = make_server(host, app, freeze_then_tell, when_ending)
         if options.socket is None:
             address, port = sock.getsockname()[:2]
             shown = f"[{address}]" if ":" in address else address
@@ -75,7 +83,7 @@ def serve_host(
             _logs.info(f"listening on {url}, loading {options.model_name}")
             if when_listening is not None:
                 when_listening(url)
-        with _short_switches():
+        with _short_pauses():
             asyncio.run(server.serve([sock]))
     host.close()
     if host.failure is not None:
@@ -83,14 +91,19 @@ def serve_host(
 
 
 @contextlib.contextmanager
-def _short_switches() -> Iterator[None]:
-    """Threads of this process take turns each millisecond: tokens wait for a thread that reads a long prompt, too."""
+def _short_pauses() -> Iterator[None]:
+    """Keeps tokens from waiting for other work of this process.
+
+    Threads take turns each millisecond: some read long prompts. What is there when the model is loaded is frozen then:
+    to go through it takes a garbage collection about 20 ms.
+    """
     before = sys.getswitchinterval()
     sys.setswitchinterval(min(before, 0.001))
     try:
         yield
     finally:
         sys.setswitchinterval(before)
+        gc.unfreeze()
 
 
 def make_server(
@@ -235,6 +248,14 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(each)
 
 
+def _write_part(cycle: RequestResponseCycle, data: bytes) -> Awaitable[None] | None:
+    """As `send` of a part of a chunked body, without a coroutine."""
+    if cycle.disconnected:
+        return None
+    cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+    return cycle.flow.drain() if cycle.flow.write_paused else None
+
+
 def protocol_class(
     max_header_bytes: int, seconds: float, when_refused: Callable[[int, str], str]
 ) -> type[HttpToolsProtocol]:
@@ -279,6 +300,8 @@ def protocol_class(
         def on_headers_complete(self) -> None:
             self._head_is_here()
             super().on_headers_complete()
+            if self.cycle is not None:
+                self.scope["based.write"] = partial(_write_part, self.cycle)  # type: ignore[typeddict-unknown-key]
 
         def send_400_response(self, msg: str) -> None:
             self._refuse(400, "this is no valid HTTP/1.1 request")

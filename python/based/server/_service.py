@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -356,7 +356,8 @@ class Running:
         """time.monotonic() of the first token of all."""
         self._service = service
         self._states = states
-        self._last: dict[tuple[int, int], float] = {}
+        self._last: list[dict[int, float]] = [{} for _ in completion.prompts]  # time of the last token, as num_tokens
+        self._between_tokens = service.metrics.histograms["inter_token_latency_seconds"]
         self._counted = False
         self._num_finished = 0
 
@@ -394,54 +395,34 @@ class Running:
                     self._service.metrics.count_tokens_not_streamed(times.end - times.first_token, count)
         return outputs
 
-    async def chunks(self) -> AsyncGenerator[list[tuple[int, StreamChunk]], None]:
-        """(prompt, chunk) as they come; several at once where they came faster than they were taken."""
-        if len(self.requests) == 1:
-            request = self.requests[0]
-            async for chunk in request:
-                ready = [(0, chunk)]
-                while not self.completion.continuous_usage and (more := request._take()) is not None:
-                    ready.append((0, more))
-                for each in ready:
-                    self._count(*each)
-                yield ready
-            return
-        queue: asyncio.Queue[tuple[int, StreamChunk] | BaseException | None] = asyncio.Queue()
+    def listen(self, on_news: Callable[[int], None]) -> None:
+        """Has on_news(prompt) called on this event loop when chunks of a prompt are new, and at its end.
 
-        async def pump(number: int, request: Any) -> None:
-            try:
-                async for chunk in request:
-                    queue.put_nowait((number, chunk))
-            except Exception as error:
-                queue.put_nowait(error)
-            else:
-                queue.put_nowait(None)
+        It must not raise.
+        """
+        for number, request in enumerate(self.requests):
+            request._listen(partial(on_news, number))
 
-        pumps = [asyncio.create_task(pump(number, request)) for number, request in enumerate(self.requests)]
-        try:
-            left = len(pumps)
-            while left:
-                item = await queue.get()
-                if item is None:
-                    left -= 1
-                elif isinstance(item, BaseException):
-                    raise item
-                else:
-                    self._count(*item)
-                    yield [item]
-        finally:
-            for task in pumps:
-                task.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
+    def take(self, number: int) -> StreamChunk | None:
+        """The next chunk of a prompt, which is counted; None while there is none."""
+        chunk: StreamChunk | None = self.requests[number]._take()
+        if chunk is not None:
+            self._count(number, chunk)
+        return chunk
+
+    def is_taken(self, number: int) -> bool:
+        """Whether no more chunks of a prompt will come. Raises what the engine raises."""
+        taken: bool = self.requests[number]._is_read()
+        return taken
 
     def _count(self, number: int, chunk: StreamChunk) -> None:
         if chunk.token_ids:
-            samples = self.num_tokens[number]
-            samples[chunk.index] = samples.get(chunk.index, 0) + len(chunk.token_ids)
-            key, now = (number, chunk.index), time.monotonic()
-            if (before := self._last.get(key)) is not None:
-                self._service.metrics.histograms["inter_token_latency_seconds"].add(now - before)
-            self._last[key] = now
+            index, now = chunk.index, time.monotonic()
+            samples, times = self.num_tokens[number], self._last[number]
+            samples[index] = samples.get(index, 0) + 1
+            if (before := times.get(index)) is not None:
+                self._between_tokens.add(now - before)
+            times[index] = now
         if chunk.finish_reason is not None:
             self._finish(chunk.finish_reason)
 
