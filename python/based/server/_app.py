@@ -338,12 +338,6 @@ async def _read(request: Request, service: Face, *, needs_body: bool = True) -> 
             code="unsupported_encoding",
         )
 
-    async def read() -> None:
-        async for piece in request.stream():
-            data.extend(piece)
-            if len(data) > limits.body_bytes:
-                raise too_large
-
     too_large = ApiError(
         413,
         f"the body has more than {limits.body_bytes} bytes, the most of this server",
@@ -354,7 +348,11 @@ async def _read(request: Request, service: Face, *, needs_body: bool = True) -> 
     if length.isascii() and length.isdigit() and (len(length) > 18 or int(length) > limits.body_bytes):
         raise too_large
     try:
-        await asyncio.wait_for(read(), limits.read_seconds)
+        async with asyncio.timeout(limits.read_seconds):
+            async for piece in request.stream():
+                data.extend(piece)
+                if len(data) > limits.body_bytes:
+                    raise too_large
     except TimeoutError:
         raise ApiError(
             408,

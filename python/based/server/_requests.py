@@ -282,6 +282,12 @@ def read_completion(
     )
 
 
+def takes_no_time(body: Body) -> bool:
+    """Whether read_completion takes less than 1 ms for a short body: no text to tokenize, no state to read."""
+    prompt = body.get("prompt")
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int) and body.get("state_id") is None
+
+
 def check_model(body: Body, model_name: str) -> None:
     """Refuses another model than the one that is served."""
     name = get_text(body, "model")

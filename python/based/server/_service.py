@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import based
 from based._outputs import RequestOutput, StreamChunk
 from based.server import _logs
-from based.server._bodies import parse_object
+from based.server._bodies import Body, parse_object
 from based.server._errors import ApiError, invalid
 from based.server._metrics import Metrics
 from based.server._options import Options
-from based.server._requests import Completion, read_completion, sampling_error
+from based.server._requests import Completion, read_completion, sampling_error, takes_no_time
 from based.server._scoring import PromptLogprobs, echoed_logprobs
 from based.server._states import StateStore
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _LONGEST_WAIT = 60  # seconds that Retry-After names
+_SHORT = 32 << 10  # bytes of a body that the event loop may read: they take less than a thread is waited for
 
 
 class Face:
@@ -197,13 +198,16 @@ class Service(Host):
 
     async def begin(self, data: bytes) -> "Running":
         """Reads a completion, and hands it to the engine. Raises ApiError."""
-        model, engine, states = self.require()
-        running = await self.in_thread(partial(self._begin, data, model, engine, states))
+        self.require()
+        if len(data) <= _SHORT and takes_no_time(body := parse_object(data)):
+            running = self._begin(body)
+        else:
+            running = await self.in_thread(lambda: self._begin(parse_object(data)))
         self._running.add(running)
         return running
 
-    def _begin(self, data: bytes, model: "Model", engine: "Engine", states: StateStore) -> "Running":
-        body = parse_object(data)
+    def _begin(self, body: Body) -> "Running":
+        model, engine, states = self.require()
         completion = read_completion(body, model, self.options.model_name, self.options.limits, states.get)
         running = Running(self, model, states, completion)
         if completion.max_tokens == 0:
