@@ -859,7 +859,6 @@ void Engine::Impl::advance() {
 bool Engine::Impl::may_run_ahead() {
   if (steps_.empty() || steps_.back().serials.empty()) return false;  // take() would wait for both
   if (feeds_.empty()) return !may_begin();
-  if (steps_.back().num_prompt == 0) return false;  // it ends before one with prompts is launched
   std::int64_t remaining = 0;
   for (const Feed& feed : feeds_) {
     if (feed.length == 0) return false;

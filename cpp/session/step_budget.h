@@ -61,15 +61,15 @@ class StepBudget {
   }
 
   // Of few samples, what joins should begin soon; of many, prompts should get most of the time: so much below 3 that
-  // with what steps and a server vary, the longest 1 % of gaps stay below 3 times the median. With as many who wait as
-  // run, most steps have prompts, and the median is longer, too. While more than three times as many wait as run, the
-  // few who run wait longer: that is less than 1 % of all gaps.
+  // with what steps and a server vary, the longest 1 % of gaps stay below 3 times the median. Where more wait than a
+  // quarter of those who run, most steps have prompts, and the median is longer, too. While more than three times as
+  // many wait as run, the few who run wait longer: that is less than 1 % of all gaps.
   static double allowance(std::int64_t rows, std::int64_t expected) {
     const double many = static_cast<double>(std::min(expected, kMany)) / kMany;
     const double usual = 1.5 + 0.85 * many;
-    const double waiting =
-        static_cast<double>(expected - rows) / static_cast<double>(std::max<std::int64_t>(rows, 1));
-    return std::max(std::min(usual * (1 + many * waiting), 2.9), usual * waiting / 3);
+    const double waiting = static_cast<double>(expected - rows) / static_cast<double>(std::max<std::int64_t>(rows, 1));
+    const double longer = usual * (1 + many * std::max(waiting - 0.25, 0.0));
+    return std::max(std::min(longer, 2.9), usual * waiting / 3);
   }
   double bytes(std::int64_t rows) const { return 1 + static_cast<double>(rows) * row_cost_; }
   double plain(std::int64_t rows) const { return plain_ * bytes(rows); }  // seconds
