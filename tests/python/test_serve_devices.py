@@ -327,6 +327,27 @@ def test_a_worker_that_ends_gets_no_more_requests(server: Devices) -> None:
     server.until_ready()
 
 
+def test_a_worker_that_hangs_gets_no_requests_until_it_answers(server: Devices) -> None:
+    pids = server.pids
+    os.kill(pids["cpu-0"], signal.SIGSTOP)
+    try:
+        server.until(lambda: server.workers["cpu-0"] == "not answering")
+        assert server._ask("/health", None, "GET", {}).status == 200
+        for _ in range(4):
+            server.complete(prompt="z", max_tokens=1, **GREEDY)
+        os.kill(pids["cpu-1"], signal.SIGSTOP)
+        server.until(lambda: server.workers["cpu-1"] == "not answering")
+        health = server._ask("/health", None, "GET", {})
+        assert (health.status, health.json["status"]) == (503, "not answering")
+        refused = server.ask("/v1/completions", {"prompt": "a"})
+        assert (refused.status, refused.error["code"]) == (503, "not_answering")
+    finally:
+        for pid in pids.values():
+            os.kill(pid, signal.SIGCONT)
+    server.until_ready()
+    assert "cpu-0: answers again" in server.log and server.pids == pids
+
+
 def test_the_end(server: Devices) -> None:
     """SIGTERM to all processes: what runs comes to its end, then all are gone, and their folder."""
     pids = server.pids

@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 from based import SamplingParams
 from based.server import _logs
-from based.server._app import _EventStream
+from based.server._app import _EventStream, make_app
 from based.server._errors import ApiError
 from based.server._requests import FIELDS, SAMPLING, UNSUPPORTED
 from hypothesis import given, settings
@@ -835,6 +835,62 @@ def test_a_conversation_by_states_is_one_of_a_session(server: Running, model: ba
         assert answer["choices"][0]["text"] == wanted.outputs[0].text
         state = answer["state_id"]
         assert server.ask(f"/v1/states/{state}").json["num_tokens"] == session.num_tokens[0]
+
+
+def stream_through(app: Any, body: dict[str, Any], send: Any) -> None:
+    """A stream of an application without a server, whose client stays."""
+
+    async def run() -> None:
+        request: list[Any] = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+        async def receive() -> Any:
+            if not request:
+                await asyncio.Event().wait()
+            return request.pop()
+
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        path = {"path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"", "root_path": ""}
+        about = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http", "method": "POST"}
+        await app(about | path | {"headers": headers, "client": None, "server": None}, receive, send)
+
+    asyncio.run(run())
+
+
+def test_a_stream_waits_for_a_server_that_takes_its_parts_slowly(model: based.Model) -> None:
+    """Of ASGI alone, without what our own server gives besides."""
+    body = {"prompt": [PROMPT, "def f("], "max_tokens": 400, "stream": True, **GREEDY}
+    with serving(model) as server:
+        expected = {number: "" for number in range(2)}
+        for event in server.ask("/v1/completions", body).events:
+            expected[event["choices"][0]["index"]] += event["choices"][0]["text"]
+        sent: list[Any] = []
+        num_open = 0
+
+        async def send(message: Any) -> None:
+            nonlocal num_open
+            num_open += 1
+            assert num_open == 1  # one at a time
+            await asyncio.sleep(0.01)
+            sent.append(message)
+            num_open -= 1
+
+        stream_through(make_app(server.service), body, send)
+        data = b"".join(message.get("body", b"") for message in sent)
+        *events, done, end = data.decode().split("\n\n")
+        assert (done, end, sent[-1]["more_body"]) == ("data: [DONE]", "", False)
+        texts = {number: "" for number in range(2)}
+        for event in events:
+            [choice] = json.loads(event.removeprefix("data: "))["choices"]
+            texts[choice["index"]] += choice["text"]
+        assert texts == expected and len(sent) < len(events)
+
+        async def fail(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                raise OSError("this server takes no more")
+
+        with pytest.raises(OSError, match="takes no more"):
+            stream_through(make_app(server.service), body, fail)
+        server.until(lambda: server.service._num_requests == 0 and server.engine.stats().running == 0)
 
 
 def test_a_state_in_a_stream(server: Running) -> None:

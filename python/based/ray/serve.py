@@ -18,7 +18,17 @@ try:
 
     from based.server import _logs
     from based.server._app import make_app
-    from based.server._relay import Ask, Front, Head, Told, make_front_app, not_ready, worker_ended, worker_options
+    from based.server._relay import (
+        Ask,
+        Front,
+        Head,
+        Taker,
+        Told,
+        make_front_app,
+        not_ready,
+        worker_ended,
+        worker_options,
+    )
 except ImportError as error:
     raise ImportError(f'based.ray.serve needs more ({error}): pip install "based[ray]" installs it') from error
 
@@ -179,12 +189,16 @@ class _Replicas(Front):
         super().__init__(options)
         self._handle = handle
 
-    async def answer(self, ask: Ask) -> AsyncGenerator[Head | bytes, None]:
+    async def answer(self, ask: Ask, taker: Taker) -> None:
         pieces = self._handle.options(stream=True).answer.remote(ask)
         is_whole = False
         try:
             async for piece in pieces:
-                yield piece
+                taker.take(piece)
+                while taker.is_full:
+                    room = asyncio.Event()
+                    taker.on_room = room.set
+                    await room.wait()
             is_whole = True
         except RayServeException as error:
             raise not_ready() from error

@@ -731,8 +731,7 @@ class _EventStream(Response):
         self._is_gone = False
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._left = set(range(len(running.requests)))  # prompts of which more events may come
-        self._room: asyncio.Future[None] | None = None  # while the connection takes no more
-        self._late: set[int] = set()  # prompts with news since then
+        self._late: set[int] = set()  # prompts with news since the connection took no more
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         running = self._running
@@ -775,13 +774,12 @@ class _EventStream(Response):
                 for index in range(completion.n):
                     await send(_body(answer.echo_event(number, index)))
         if running.requests:
-            self._write: Write = scope.get("based.write") or (lambda data: send(_body(data)))
+            self._parts = Parts(scope, send, self._on_room)
             running.listen(self._on_news)
             try:
                 await self._over
             finally:
-                if self._room is not None:
-                    await asyncio.wait({self._room})
+                await self._parts.flush()
         name = await running.keep_state()
         if not self._is_gone and (completion.include_usage or name is not None):
             usage = _usage(running) if completion.include_usage else None
@@ -789,7 +787,7 @@ class _EventStream(Response):
 
     def _on_news(self, number: int) -> None:
         """Writes the events of a prompt's new chunks, or leaves them where the connection takes no more."""
-        if self._room is not None:
+        if self._parts.is_full:
             self._late.add(number)
             return
         if self._over.done():
@@ -799,13 +797,9 @@ class _EventStream(Response):
             events = []
             while (chunk := running.take(number)) is not None:
                 events.append(self._answer.event(number, chunk, _usage(running) if with_usage else None))
-            if (
-                events and not self._is_gone
-            ):  # else what is left comes with the next step; its end says whether all came
-                waiting = self._write(b"".join(events))
-                if waiting is not None:
-                    self._room = asyncio.ensure_future(waiting)
-                    self._room.add_done_callback(self._on_room)
+            # When the client is gone, what is left comes with the next step, and its end says whether all came.
+            if not self._is_gone:
+                self._parts.write(b"".join(events))
             if running.is_taken(number):
                 self._left.discard(number)
                 if not self._left:
@@ -813,13 +807,62 @@ class _EventStream(Response):
         except Exception as error:
             self._over.set_exception(error)
 
-    def _on_room(self, room: asyncio.Future[None]) -> None:
-        self._room = None
-        if not room.cancelled() and (error := room.exception()) is not None and not self._over.done():
-            self._over.set_exception(error)
+    def _on_room(self) -> None:
         late, self._late = self._late, set()
         for number in late:
             self._on_news(number)
+
+
+class Parts:
+    """Writes parts of an answer's body as they come, on the event loop: no task is woken for each.
+
+    While the connection takes no more, parts are kept: whoever makes them should look at `is_full`.
+    """
+
+    def __init__(self, scope: Scope, send: Send, on_room: Callable[[], None]) -> None:
+        """on_room: Called when the connection takes more again."""
+        self._send = send
+        self._write: Write = scope.get("based.write") or (lambda data: send(_body(data)))
+        self._on_room = on_room
+        self._room: asyncio.Future[None] | None = None  # while it takes no more
+        self._kept = b""
+        self._failure: BaseException | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """The connection takes no more."""
+        return self._room is not None
+
+    def begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """Sends the head."""
+        self._wait(self._send({"type": "http.response.start", "status": status, "headers": headers}))
+
+    def write(self, data: bytes) -> None:
+        """Writes a part, or keeps it."""
+        if self._room is not None:
+            self._kept += data
+        elif data and (waiting := self._write(data)) is not None:
+            self._wait(waiting)
+
+    async def flush(self) -> None:
+        """Waits until all is written. Raises what sending has raised."""
+        while self._room is not None:
+            await asyncio.wait({self._room})
+        if self._failure is not None:
+            raise self._failure
+
+    def _wait(self, waiting: Awaitable[None]) -> None:
+        self._room = asyncio.ensure_future(waiting)
+        self._room.add_done_callback(self._has_room)
+
+    def _has_room(self, room: asyncio.Future[None]) -> None:
+        self._room = None
+        if not room.cancelled():
+            self._failure = self._failure or room.exception()
+        kept, self._kept = self._kept, b""
+        self.write(kept)
+        if self._room is None:
+            self._on_room()
 
 
 def _body(data: bytes, more: bool = True) -> Message:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,18 @@ import httptools
 
 from based.server import _logs
 from based.server._options import Options
-from based.server._relay import Ask, Front, Head, Told, make_front_app, not_ready, worker_ended, worker_options
+from based.server._relay import (
+    Ask,
+    Front,
+    Head,
+    Taker,
+    Told,
+    make_front_app,
+    not_answering,
+    not_ready,
+    worker_ended,
+    worker_options,
+)
 from based.server._routing import Prefixes
 from based.server._run import serve, serve_host, short_address
 from based.server._service import Host
@@ -43,6 +54,9 @@ _SECONDS_IN_HASTE = 10.0
 
 _SECONDS_TO_TELL = 5.0
 """For a worker's answer to what is asked of all of them: whoever scrapes metrics waits 10 s."""
+
+_SECONDS_BETWEEN_LOOKS = 2.0
+"""At a worker, whether it answers."""
 
 _READY, _ENDING = b"+", b"-"
 """What a worker writes when it takes requests, and when it takes no more; then the pickled error by which it ends, if
@@ -86,10 +100,17 @@ class _Worker:
     """Of the process that runs now."""
     process: asyncio.subprocess.Process | None = None
     is_ready: bool = False
+    is_silent: bool = False
+    """It hangs: it did not answer when it was asked last."""
     num_ready: int = 0
     """How often it has become so."""
     num_starts: int = 0
     num_requests: int = 0
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether it is there and answers."""
+        return self.is_ready and not self.is_silent
 
 
 class Devices(Front, Host):
@@ -174,6 +195,7 @@ class Devices(Front, Host):
             process_group=0,  # Ctrl-C is for this process, which tells the workers
         )
         worker.process = process
+        watching = asyncio.create_task(self._watch(worker))
         if self.is_draining:
             _signal(worker, signal.SIGTERM)
         assert process.stdin is not None and process.stdout is not None
@@ -189,7 +211,8 @@ class Devices(Front, Host):
             _signal(worker, signal.SIGKILL)
             raise
         finally:
-            worker.process, worker.is_ready = None, False
+            watching.cancel()
+            worker.process, worker.is_ready, worker.is_silent = None, False, False
             worker.socket.unlink(missing_ok=True)
         status = process.returncode or 0
         if status == 1 and told:
@@ -197,6 +220,17 @@ class Devices(Front, Host):
             return failure
         how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
         return ChildProcessError(f"the process of {worker.name} ended {how}")
+
+    async def _watch(self, worker: _Worker) -> None:
+        """Sees whether a worker answers. One that hangs gets no requests until it does again."""
+        while True:
+            await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
+            if not worker.is_ready:
+                continue
+            was_silent, worker.is_silent = worker.is_silent, await self._tell(worker, "/health") is None
+            if worker.is_ready and worker.is_silent != was_silent:
+                silent = f"does not answer within {_SECONDS_TO_TELL:g} s: the others get its requests"
+                _logs.LOGGER.error("%s", f"{worker.name}: {silent if worker.is_silent else 'answers again'}")
 
     async def drain(self, is_urgent: asyncio.Event) -> None:
         """Each worker drains itself; one that does not end is killed."""
@@ -228,26 +262,25 @@ class Devices(Front, Host):
 
     # ---- their answers -----------------------------------------------------------------------------------------------
 
-    async def answer(self, ask: Ask) -> AsyncGenerator[Head | bytes, None]:
+    async def answer(self, ask: Ask, taker: Taker) -> None:
         """By the worker that has the longest beginning of the prompt; while none is ready, by any that says so."""
         tried: set[_Worker] = set()
         while True:
-            there = [worker for worker in self._workers if worker.socket is not None and worker not in tried]
+            there = [
+                worker
+                for worker in self._workers
+                if worker.socket is not None and not worker.is_silent and worker not in tried
+            ]
             if not there:
-                raise not_ready()
+                raise not_answering() if any(worker.is_silent for worker in self._workers) else not_ready()
             ready = {worker: worker.num_requests for worker in there if worker.is_ready}
             loads = ready or dict.fromkeys(there, 0)
             worker = self._prefixes.choose(ask.beginnings if ready else [], loads)
             worker.num_requests += 1
             try:
-                async with _connection(worker) as connection:
-                    if connection is None:
-                        tried.add(worker)
-                        continue
-                    async with contextlib.aclosing(_exchange(*connection, ask)) as pieces:
-                        async for piece in pieces:
-                            yield piece
-                return
+                if await _exchange(worker, ask, taker):
+                    return
+                tried.add(worker)
             except (OSError, httptools.HttpParserError) as error:
                 raise worker_ended(worker.name) from error
             finally:
@@ -255,7 +288,10 @@ class Devices(Front, Host):
 
     async def statuses(self) -> dict[str, str]:
         """What this process knows of each."""
-        return {worker.name: "ok" if worker.is_ready else "loading" for worker in self._workers}
+        return {
+            worker.name: "not answering" if worker.is_silent else "ok" if worker.is_ready else "loading"
+            for worker in self._workers
+        }
 
     async def ask_all(self, path: str) -> list[Told]:
         """At once."""
@@ -263,20 +299,13 @@ class Devices(Front, Host):
         return [one for one in told if one is not None]
 
     async def _tell(self, worker: _Worker, path: str) -> Told | None:
-        status, body = 0, b""
+        whole = _Whole()
         try:
-            async with asyncio.timeout(_SECONDS_TO_TELL), _connection(worker) as connection:
-                if connection is None:
-                    return None
-                async with contextlib.aclosing(_exchange(*connection, Ask("GET", path))) as pieces:
-                    async for piece in pieces:
-                        if isinstance(piece, Head):
-                            status = piece.status
-                        else:
-                            body += piece
+            async with asyncio.timeout(_SECONDS_TO_TELL):
+                is_there = await _exchange(worker, Ask("GET", path), whole)
         except (OSError, httptools.HttpParserError):  # TimeoutError, too
             return None
-        return Told(worker.name, status, body)
+        return Told(worker.name, whole.status, bytes(whole.body)) if is_there else None
 
     def gauges(self) -> dict[str, tuple[str, str, Any]]:
         """Of the workers, as this process sees them."""
@@ -285,7 +314,7 @@ class Devices(Front, Host):
             return {(("worker", worker.name),): value(worker) for worker in self._workers}
 
         return {
-            "worker_ready": ("gauge", "Whether a worker takes requests.", each(lambda worker: worker.is_ready)),
+            "worker_ready": ("gauge", "Whether a worker takes requests.", each(lambda worker: worker.takes_requests)),
             "worker_requests": ("gauge", "Requests that a worker answers.", each(lambda worker: worker.num_requests)),
             "worker_starts_total": ("counter", "Starts of a worker.", each(lambda worker: worker.num_starts)),
         }
@@ -300,68 +329,99 @@ def _signal(worker: _Worker, number: signal.Signals) -> None:
 # ---- HTTP to a worker ------------------------------------------------------------------------------------------------
 
 
-@contextlib.asynccontextmanager
-async def _connection(
-    worker: _Worker,
-) -> AsyncGenerator[tuple[asyncio.StreamReader, asyncio.StreamWriter] | None, None]:
-    """A connection of one request. None: there is nobody. What is not read when it ends was not wanted."""
+async def _exchange(worker: _Worker, ask: Ask, taker: Taker) -> bool:
+    """Sends a request, and gives its answer to the taker as it comes. False: there is nobody to ask.
+
+    Raises OSError and HttpParserError when the answer is not whole. Cancelled, it ends the connection.
+    """
+    if worker.socket is None:
+        return False
     try:
-        if worker.socket is None:
-            raise ConnectionError
         with short_address(worker.socket) as path:
-            reader, writer = await asyncio.open_unix_connection(path)
+            transport, exchange = await asyncio.get_running_loop().create_unix_connection(
+                lambda: _Exchange(ask, taker), path
+            )
     except OSError:
-        yield None
-        return
+        return False
     try:
-        yield reader, writer
+        await exchange.end
     finally:
-        writer.transport.abort()
+        transport.abort()
+    return True
 
 
-class _Response:
-    """What httptools tells of an answer."""
+class _Exchange(asyncio.Protocol):
+    """A connection of one request. On the event loop."""
 
-    def __init__(self, method: str) -> None:
-        self.pieces: list[Head | bytes] = []
-        self.is_whole = False
-        self._has_body = method != "HEAD"
+    def __init__(self, ask: Ask, taker: Taker) -> None:
+        self.end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._ask, self._taker = ask, taker
         self._headers: list[tuple[bytes, bytes]] = []
-        self.parser = httptools.HttpResponseParser(self)
+        self._body: list[bytes] = []
+        self._is_whole = False
+        self._parser = httptools.HttpResponseParser(self)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        ask = self._ask
+        headers = {"host": "localhost", "connection": "close", "content-length": str(len(ask.body)), **ask.headers}
+        head = f"{ask.method} {ask.target} HTTP/1.1\r\n" + "".join(
+            f"{name}: {value}\r\n" for name, value in headers.items()
+        )
+        transport.write(head.encode("latin-1") + b"\r\n" + ask.body)
+        self._transport = transport
+        self._taker.on_room = transport.resume_reading
+
+    def data_received(self, data: bytes) -> None:
+        if self.end.done():
+            return
+        try:
+            self._parser.feed_data(data)
+            if self._body:
+                self._taker.take(b"".join(self._body))
+                self._body.clear()
+        except Exception as error:
+            self.end.set_exception(error)
+            return
+        if self._is_whole:
+            self.end.set_result(None)
+        elif self._taker.is_full:
+            self._transport.pause_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.end.done():
+            self.end.set_exception(exc or ConnectionError("the answer is not whole"))
+
+    # ---- of the parser -----------------------------------------------------------------------------------------------
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if name.lower() not in _OF_THE_CONNECTION:
             self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        self.pieces.append(Head(self.parser.get_status_code(), self._headers))
-        self.is_whole = not self._has_body
+        self._taker.take(Head(self._parser.get_status_code(), self._headers))
+        self._is_whole = self._ask.method == "HEAD"
 
     def on_body(self, data: bytes) -> None:
-        self.pieces.append(data)
+        self._body.append(data)
 
     def on_message_complete(self) -> None:
-        self.is_whole = True
+        self._is_whole = True
 
 
-async def _exchange(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ask: Ask
-) -> AsyncGenerator[Head | bytes, None]:
-    """Sends a request and yields what comes, when it comes. Raises OSError when it is not whole."""
-    headers = {"host": "localhost", "connection": "close", "content-length": str(len(ask.body)), **ask.headers}
-    head = f"{ask.method} {ask.target} HTTP/1.1\r\n" + "".join(
-        f"{name}: {value}\r\n" for name, value in headers.items()
-    )
-    writer.write(head.encode("latin-1") + b"\r\n" + ask.body)
-    response = _Response(ask.method)
-    while not response.is_whole:
-        data = await reader.read(1 << 16)
-        if not data:
-            raise ConnectionError("the answer is not whole")
-        response.parser.feed_data(data)
-        for piece in response.pieces:
-            yield piece
-        response.pieces.clear()
+class _Whole(Taker):
+    """Keeps an answer."""
+
+    is_full = False
+
+    def __init__(self) -> None:
+        self.status, self.body = 0, bytearray()
+
+    def take(self, piece: Head | bytes) -> None:
+        if isinstance(piece, Head):
+            self.status = piece.status
+        else:
+            self.body += piece
 
 
 # ---- in a worker's process -------------------------------------------------------------------------------------------

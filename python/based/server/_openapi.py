@@ -385,7 +385,7 @@ SCHEMAS: dict[str, Body] = {
     ),
     "Health": _object(
         {
-            "status": {"enum": ["ok", "loading", "shutting down"]},
+            "status": {"enum": ["ok", "loading", "shutting down", "not answering"]},
             "workers": {"type": "object", "additionalProperties": _TEXT},
         },
         "workers",

@@ -4,11 +4,10 @@ A worker is a process of this machine (`_devices`), or a replica of Ray's (`base
 """
 
 import asyncio
-import contextlib
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -53,6 +52,22 @@ class Ask:
     """Of a completion's prompt: `fingerprints`."""
 
 
+class Taker(ABC):
+    """Whom a worker's answer is given as it comes. On the event loop."""
+
+    on_room: Callable[[], None] | None = None
+    """Called when it is full no more; set by who gives the answer."""
+
+    @property
+    @abstractmethod
+    def is_full(self) -> bool:
+        """It keeps what it is given now: better wait for on_room."""
+
+    @abstractmethod
+    def take(self, piece: Head | bytes) -> None:
+        """The head, then parts of the body."""
+
+
 class Told(NamedTuple):
     """A worker's answer to what is asked of all."""
 
@@ -71,11 +86,11 @@ class Front(Face, ABC):
         """That wait for a worker's answer."""
 
     @abstractmethod
-    def answer(self, ask: Ask) -> AsyncGenerator[Head | bytes, None]:
-        """A worker's answer: its head, then pieces of its body as they come.
+    async def answer(self, ask: Ask, taker: Taker) -> None:
+        """Gives a worker's answer to the taker.
 
-        Where the client goes away it is closed, and then the worker ends the request. Raises ApiError when the worker
-        does not answer, or not to the end.
+        Where the client goes away this is cancelled, and then the worker ends the request. Raises ApiError when the
+        worker does not answer, or not to the end.
         """
 
     @abstractmethod
@@ -101,7 +116,9 @@ def make_front_app(front: Front) -> ASGIApp:
     async def health() -> Response:
         found = await front.statuses()
         is_ready = "ok" in found.values() and not front.is_draining
-        status = "ok" if is_ready else "shutting down" if front.is_draining else "loading"
+        silent = "not answering" in found.values()
+        other = "shutting down" if front.is_draining else "not answering" if silent else "loading"
+        status = "ok" if is_ready else other
         return _app._json_response({"status": status, "workers": found}, 200 if is_ready else 503)
 
     @app.api_route("/metrics", methods=["GET", "HEAD"])
@@ -168,6 +185,16 @@ def not_ready() -> ApiError:
     return ApiError(503, "the model is being loaded", code="loading", headers={"retry-after": "2"})
 
 
+def not_answering() -> ApiError:
+    """All workers that could answer hang."""
+    return ApiError(
+        503,
+        "no process of this server answers: send it again later",
+        code="not_answering",
+        headers={"retry-after": "5"},
+    )
+
+
 def worker_ended(name: str) -> ApiError:
     """What a client is told whose request a worker has not answered to the end."""
     return ApiError(
@@ -203,31 +230,53 @@ class _Relayed(Response):
             self._front.num_requests -= 1
 
     async def _pass_on(self, scope: Scope, send: Send) -> None:
-        has_begun, is_stream, held = False, False, b""
+        client = _Client(scope, send)
         try:
-            async with contextlib.aclosing(self._front.answer(self._ask)) as pieces:
-                async for piece in pieces:
-                    if isinstance(piece, Head):
-                        is_stream = dict(piece.headers).get(b"content-type", b"").startswith(b"text/event-stream")
-                        has_begun = scope["based.log"]["relayed"] = True
-                        await send({"type": "http.response.start", "status": piece.status, "headers": piece.headers})
-                    elif not is_stream:
-                        await send(_app._body(piece))
-                    else:  # whole events, so that an error may follow any of them
-                        held += piece
-                        end = held.rfind(b"\n\n") + 2
-                        if end > 1:
-                            await send(_app._body(held[:end]))
-                            held = held[end:]
+            await self._front.answer(self._ask, client)
         except ApiError as error:
             scope["based.log"].pop("relayed", None)
-            if not has_begun:
+            if not client.has_begun:
                 raise
             scope["based.log"]["error"] = error.message
-            if not is_stream:  # it stays without an end: a client must not take it for whole
+            await client.parts.flush()
+            if not client.is_stream:  # it stays without an end: a client must not take it for whole
                 return
-            held = b"data: " + to_json(error.body()) + b"\n\n" + DONE
-        await send(_app._body(held, more=False))
+            client.held = b"data: " + to_json(error.body()) + b"\n\n" + DONE
+        await client.parts.flush()
+        await send(_app._body(client.held, more=False))
+
+
+class _Client(Taker):
+    """Of a stream it gets whole events, so that an error may follow any of them."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self.parts = _app.Parts(scope, send, self._has_room)
+        self.has_begun = self.is_stream = False
+        self.held = b""
+        """The beginning of an event."""
+        self._log = scope["based.log"]
+
+    @property
+    def is_full(self) -> bool:
+        return self.parts.is_full
+
+    def take(self, piece: Head | bytes) -> None:
+        if isinstance(piece, Head):
+            self.is_stream = dict(piece.headers).get(b"content-type", b"").startswith(b"text/event-stream")
+            self.has_begun = self._log["relayed"] = True
+            self.parts.begin(piece.status, piece.headers)
+        elif self.is_stream:
+            self.held += piece
+            end = self.held.rfind(b"\n\n") + 2
+            if end > 1:
+                self.parts.write(self.held[:end])
+                self.held = self.held[end:]
+        else:
+            self.parts.write(piece)
+
+    def _has_room(self) -> None:
+        if self.on_room is not None:
+            self.on_room()
 
 
 def _joined_info(workers: list[dict[str, Any]], seconds: float) -> dict[str, Any]:

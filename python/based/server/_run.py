@@ -249,10 +249,16 @@ class Server(uvicorn.Server):
 
 
 def _write_part(cycle: RequestResponseCycle, data: bytes) -> Awaitable[None] | None:
-    """As `send` of a part of a chunked body, without a coroutine."""
+    """As `send` of a part of a body, without a coroutine."""
     if cycle.disconnected:
         return None
-    cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+    if cycle.chunked_encoding:
+        data = b"%x\r\n%b\r\n" % (len(data), data)
+    else:
+        cycle.expected_content_length -= len(data)
+        if cycle.expected_content_length < 0:
+            raise RuntimeError("the body is longer than its Content-Length")
+    cycle.transport.write(data)
     return cycle.flow.drain() if cycle.flow.write_paused else None
 
 
