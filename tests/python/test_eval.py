@@ -365,6 +365,29 @@ def test_factbook_by_lengths(pages: Path, capsys: pytest.CaptureFixture[str]) ->
     assert list(json.loads(capsys.readouterr().out)["results"]) == ["factbook_twice_160", "factbook_twice_300"]
 
 
+def test_ruler_from_its_texts_to_a_score(bundled: based.Model) -> None:
+    asked: list[Any] = []
+
+    class Knows(BasedLM):
+        """Knows the answers of every second text."""
+
+        def generate_until(self, requests: list[Instance]) -> list[str]:
+            asked.extend(requests)
+            super().generate_until(requests)
+            return [", ".join(each.doc["outputs"]) if each.doc_id % 2 == 0 else "none" for each in requests]
+
+    tasks = load_tasks(["niah_multikey_2", "ruler_fwe"], bundled, lengths=[1536])
+    results = report.evaluate(Knows(bundled), tasks, limit=4)
+    for name in ("niah_multikey_2_1536", "ruler_fwe_1536"):
+        assert results["results"][name]["string_match_all,none"] == 0.5
+        assert results["n-samples"][name] == {"original": 500, "effective": 4}
+    assert len(asked) == 8 and bundled.tokenizer is not None
+    for request in asked:
+        prompt, until = request.args
+        assert 768 < len(bundled.tokenizer.encode(prompt).ids) <= 1536 and until["max_gen_toks"] > 0
+        assert all(output in prompt for output in request.doc["outputs"])
+
+
 def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", "--list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(TASKS)
