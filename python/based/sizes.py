@@ -128,6 +128,24 @@ def _mixer_shapes(mixer: Mixer, d: int) -> list[tuple[int, int]]:
     return shapes
 
 
+LETTERS = {
+    "c": "convolution",
+    "L": "linear attention",
+    "W": "window",
+    "P": "linear attention with a prefix",
+    "A": "full attention",
+    "S": "selective scan (Mamba)",
+    "M": "Mamba-2",
+    "D": "Gated DeltaNet",
+    "G": "gated linear attention",
+    "R": "RWKV-7",
+    "r": "RWKV-4",
+    "H": "H3",
+    "Y": "Hyena",
+}
+"""A layer's mixer, by the letter that stands for it in `recipe` and that its class has."""
+
+
 def recipe(
     layers: str,
     hidden_size: int,
@@ -140,30 +158,32 @@ def recipe(
     head_dim: int | None = None,
     conv_size: int | None = None,
     scan_state: int = 16,
+    max_length: int = 2048,
     vocab_size: int,
     end_token_id: int | None,
 ) -> dict[str, Any]:
     """The config.json of a model of the published recipe (docs/model-format.md). Nothing is checked.
 
     Args:
-        layers: A letter each: c convolution, L linear attention, W sliding window, P linear attention with a prefix, A
-            full attention, S selective scan.
+        layers: A letter each, of LETTERS.
         hidden_size: Width of the residual stream.
-        num_heads: Of all attentions.
+        num_heads: Of all mixers that have heads.
         inner_size: Of the MLP; 0 for a model without.
         window: Keys, a query's own included; of use where a layer is W.
         feature_dim: Size of a head's queries and keys in linear attention.
         enc_length: Tokens of a prefix; of use where a layer is P.
         head_dim: None for hidden_size / num_heads.
         conv_size: Channels of a convolution, or of a scan; None for 2 · hidden_size.
-        scan_state: Numbers of state of each channel of a scan.
+        scan_state: Numbers of state of each channel of a scan: of S and M.
+        max_length: The most tokens of a sequence; of use where a layer is Y.
         vocab_size: Number of tokens.
         end_token_id: The token that starts and ends a text, if there is one.
     """
     head_dim = hidden_size // num_heads if head_dim is None else head_dim
+    conv_size = 2 * hidden_size if conv_size is None else conv_size
     conv = {
         "mixer": "gated_conv",
-        "inner_size": 2 * hidden_size if conv_size is None else conv_size,
+        "inner_size": conv_size,
         "kernel_size": 3,
         "bias": True,
     }
@@ -191,7 +211,7 @@ def recipe(
     full |= {"mixer": "full_attention", "rotary_dim": head_dim // 2}
     scan = {
         "mixer": "selective_scan",
-        "inner_size": 2 * hidden_size if conv_size is None else conv_size,
+        "inner_size": conv_size,
         "state_size": scan_state,
         "kernel_size": 4,
         "dt_rank": -(-hidden_size // 16),
@@ -202,6 +222,20 @@ def recipe(
     prefix = taylor | {"mixer": "prefix_linear_attention", "enc_length": enc_length}
     mixers: dict[str, dict[str, Any]] = {"c": conv, "L": taylor, "W": attention}
     mixers |= {"P": prefix, "A": full, "S": scan}
+    heads = {"num_heads": num_heads, "head_dim": head_dim}
+    mixers["D"] = heads | {"mixer": "gated_delta_net", "key_dim": head_dim, "kernel_size": 4, "eps": 1e-5}
+    mixers["D"] |= {"decay": True, "output_gate": True}
+    mixers["G"] = heads | {"mixer": "gated_linear_attention", "key_dim": head_dim // 2, "gate_rank": 16}
+    mixers["G"] |= {"gate_normalizer": 16.0, "eps": 1e-5}
+    mixers["M"] = heads | {"mixer": "mamba2", "num_heads": conv_size // head_dim, "state_size": scan_state}
+    mixers["M"] |= {"num_groups": 1, "kernel_size": 4, "eps": 1e-5, "conv_bias": True}
+    rank, gate_rank = (max(32, 32 * round(size / 32)) for size in (1.8 * hidden_size**0.5, 0.6 * hidden_size**0.8))
+    mixers["R"] = heads | {"mixer": "rwkv7", "hidden_size": hidden_size, "eps": head_dim * 1e-5}
+    mixers["R"] |= {"decay_rank": rank, "rate_rank": rank, "gate_rank": gate_rank}
+    mixers["r"] = {"mixer": "rwkv4", "hidden_size": hidden_size, "inner_size": hidden_size}
+    mixers["H"] = heads | {"mixer": "h3", "kernel_size": 64, "num_modes": 32}
+    mixers["Y"] = {"mixer": "hyena", "inner_size": hidden_size, "kernel_size": 3, "filter_size": 64}
+    mixers["Y"] |= {"max_length": max_length}
     return {
         "format": "based",
         "format_version": 1,

@@ -82,6 +82,14 @@ def test_a_missing_and_a_foreign_kind_of_field_are_refused(kind: Any) -> None:
             config_of(layer | {field.key: None})
 
 
+def test_every_kind_has_its_letter_in_the_recipe() -> None:
+    kinds = {kind.letter for kind in MIXERS}
+    assert kinds == set(sizes.LETTERS)
+    for letter in kinds:
+        text = json.dumps(sizes.recipe(letter, 64, 4, 20, window=5, vocab_size=9, end_token_id=None))
+        assert based.ModelConfig.from_json(text).layers[0].letter == letter
+
+
 def test_an_unknown_kind_is_answered_with_all_kinds() -> None:
     with pytest.raises(based.FormatError, match="expected one of " + ", ".join(kind.mixer for kind in MIXERS)):
         config_of({"mixer": "gru"})

@@ -146,6 +146,12 @@ def stop_with(error: Exception) -> Callable[[], None]:
         ("model.layers=cLX", "model.layers: found 'cLX', expected letters c, L, W"),
         ("model.inner_size=", "model.inner_size: missing"),
         ("model.window=", "model.window: missing, and layers has W"),
+        ("model.layers=cP", "model.layers: found 'cP', expected letters c, L, W"),
+        ("model.layers=Y", "model.max_length: missing, and layers has Y"),
+        (
+            "model={layers: M, hidden_size: 16, num_heads: 2, inner_size: 24, conv_size: 20}",
+            "a multiple of a head's size",
+        ),
         ("model.num_heads=3", "model.num_heads: found 3, expected a divisor of hidden_size 16"),
         ("model.vocab_size=99", "model.vocab_size: found 99, expected none: the tokenizer says 257"),
         ("model={from: x, special_initializer: true}", "model.special_initializer: found beside from"),
@@ -282,6 +288,19 @@ def test_ready_configurations(path: Path) -> None:
             "LinearAttentionConfig",
             "SlidingWindowConfig",
         }
+
+
+@pytest.mark.parametrize("letter", sorted(set(sizes.LETTERS) - {"P"}))
+def test_a_letter_of_each_kind_trains(config: Path, letter: str) -> None:
+    """And what it saves is read by the runtime, which predicts as the training does."""
+    sets = (f"model.layers=c{letter}", "model.max_length=40", "training.steps=3", "checkpoint.dtype=float32")
+    result = run(config, *sets)
+    runtime, trained = based.load(result.model, device="cpu"), BasedForCausalLM.load(result.model)
+    assert [mixer.letter for mixer in runtime.config.layers] == ["c", letter]
+    ids = np.frombuffer(words(3).encode()[:30], np.uint8).astype(np.int64)
+    with torch.no_grad():
+        expected = trained(torch.from_numpy(ids)[None])[0, :, : runtime.config.vocab_size].numpy()
+    assert np.abs(runtime.forward(ids) - expected).max() <= 2e-5 * np.abs(expected).max()
 
 
 def test_there_are_ready_configurations() -> None:

@@ -21,8 +21,9 @@ from based._text import printable
 
 T = TypeVar("T")
 
-_SHAPE = ("layers", "hidden_size", "num_heads", "inner_size", "window", "feature_dim", "head_dim", "conv_size")
-_REQUIRED_SHAPE = _SHAPE[:4]
+_REQUIRED_SHAPE = ("layers", "hidden_size", "num_heads", "inner_size")
+_SHAPE = (*_REQUIRED_SHAPE, "window", "feature_dim", "head_dim", "conv_size", "scan_state", "max_length")
+_LETTERS = {letter: what for letter, what in sizes.LETTERS.items() if letter != "P"}  # its loss is another one
 _MAX_YAML = 1 << 20  # bytes
 _MAX_KEYS = 10_000
 
@@ -48,15 +49,17 @@ class Model:
     size: str | None = _key("a named shape: " + ", ".join(sizes.SIZES), None)
     from_: str | None = _key("a model to start from: a directory, or owner/name at the hub", None)
     layers: str | None = _key(
-        "a letter per layer: c convolution, L linear attention, W window, A full attention, S selective scan", None
+        "a letter per layer: " + ", ".join(f"{letter} {what}" for letter, what in _LETTERS.items()), None
     )
     hidden_size: int | None = _key("width of the residual stream", None, at_least=1)
-    num_heads: int | None = _key("heads of L, W and A layers", None, at_least=1)
+    num_heads: int | None = _key("heads of all layers that have heads", None, at_least=1)
     inner_size: int | None = _key("width of the MLP; 0 for none", None, at_least=0)
     window: int | None = _key("keys of a W layer, the query's own included", None, at_least=1)
     feature_dim: int | None = _key("size of q and k per head in L layers; 16 by default", None, at_least=1)
     head_dim: int | None = _key("hidden_size / num_heads by default", None, at_least=1)
-    conv_size: int | None = _key("channels of a c or S layer; 2 · hidden_size by default", None, at_least=1)
+    conv_size: int | None = _key("channels of a c, S or M layer; 2 · hidden_size by default", None, at_least=1)
+    scan_state: int | None = _key("numbers of state of each channel of S and M layers; 16 by default", None, at_least=1)
+    max_length: int | None = _key("the most tokens of a sequence in a Y layer", None, at_least=1)
     vocab_size: int | None = _key("with tokenizer `none` only", None, at_least=2)
     special_initializer: bool = _key("σ of the first weights is √(2 / 5 hidden_size) instead of 0.02", False)
 
@@ -268,13 +271,19 @@ def _check_model(model: Model) -> None:
         if getattr(model, name) is None:
             raise FormatError(f"model.{name}: missing")
     assert model.layers is not None and model.hidden_size is not None and model.num_heads is not None
-    if not re.fullmatch("[cLWAS]+", model.layers):
-        raise FormatError(f"model.layers: found {model.layers!r}, expected letters c, L, W, A, S, one per layer")
-    if "W" in model.layers and model.window is None:
-        raise FormatError("model.window: missing, and layers has W")
+    if not model.layers or not set(model.layers) <= _LETTERS.keys():
+        expected = f"letters {', '.join(_LETTERS)}, one per layer"
+        raise FormatError(f"model.layers: found {model.layers!r}, expected {expected}")
+    for letter, name in (("W", "window"), ("Y", "max_length")):
+        if letter in model.layers and getattr(model, name) is None:
+            raise FormatError(f"model.{name}: missing, and layers has {letter}")
     if model.head_dim is None and model.hidden_size % model.num_heads != 0:
         found = f"{model.num_heads}, expected a divisor of hidden_size {model.hidden_size}"
         raise FormatError(f"model.num_heads: found {found}, or head_dim beside it")
+    head_dim = model.head_dim or model.hidden_size // model.num_heads
+    channels = model.conv_size or 2 * model.hidden_size
+    if "M" in model.layers and channels % head_dim != 0:
+        raise FormatError(f"model.conv_size: found {channels}, expected a multiple of a head's size, {head_dim}, for M")
 
 
 def _check(config: Config) -> None:
