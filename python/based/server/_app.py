@@ -778,8 +778,10 @@ class _EventStream(Response):
             running.listen(self._on_news)
             try:
                 await self._over
-            finally:
-                await self._parts.flush()
+            except Exception:
+                await self._parts.flush()  # what comes next is behind it
+                raise
+            await self._parts.flush()
         name = await running.keep_state()
         if not self._is_gone and (completion.include_usage or name is not None):
             usage = _usage(running) if completion.include_usage else None
