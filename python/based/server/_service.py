@@ -199,10 +199,12 @@ class Service(Host):
     async def begin(self, data: bytes) -> "Running":
         """Reads a completion, and hands it to the engine. Raises ApiError."""
         self.require()
-        if len(data) <= _SHORT and takes_no_time(body := parse_object(data)):
+        if len(data) > _SHORT:
+            running = await self.in_thread(lambda: self._begin(parse_object(data)))
+        elif takes_no_time(body := parse_object(data)):
             running = self._begin(body)
         else:
-            running = await self.in_thread(lambda: self._begin(parse_object(data)))
+            running = await self.in_thread(partial(self._begin, body))
         self._running.add(running)
         return running
 
