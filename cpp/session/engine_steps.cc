@@ -179,7 +179,6 @@ void Engine::Impl::launch_mixed(std::size_t most_parts) {
     taken.emplace_back(i, count);
     step.num_prompt += count;
   }
-  yielded_ = yields;
   std::vector<std::int32_t> slots;
   for (const auto& piece : pieces) slots.push_back(piece.slot);
 
@@ -200,6 +199,7 @@ void Engine::Impl::launch_mixed(std::size_t most_parts) {
     if (count == 0) return;
     if (count < pieces.size()) return launch_mixed(count);
   }
+  yielded_ = yields;
   try {
     if (only_again)
       session().sample_again(again, *sampler_);
