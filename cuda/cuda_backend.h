@@ -37,6 +37,11 @@ class CudaBackend final : public backend::DeviceBackend<CudaBackend>, private Sa
   DType activation_dtype(DType weights) const override { return weights; }
   DType projection_dtype(DType weights) const override { return weights; }
   std::int64_t chunk_tokens() const override { return 8192; }
+  // How prompts' kernels add up depends on where a call begins and ends: on its segments, on whether its last token is
+  // alone, on sums that are scaled when they are stored. With `deterministic` every prompt is cut alike.
+  static constexpr std::int64_t kExactPiece = 1024;
+  std::int64_t piece_tokens() const override { return deterministic() ? kExactPiece : chunk_tokens(); }
+  std::int64_t cut_tokens() const override { return deterministic() ? kExactPiece : Backend::cut_tokens(); }
 
   backend::Buffer allocate(std::size_t nbytes, backend::MemoryKind kind) override;
   void zero(void* data, std::size_t nbytes) override;

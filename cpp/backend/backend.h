@@ -288,6 +288,13 @@ class Backend {
   /// small and a layer ends within a tenth of a second, when an interrupt is heard.
   virtual std::int64_t chunk_tokens() const = 0;
 
+  /// Of these, of one sequence at most.
+  virtual std::int64_t piece_tokens() const { return chunk_tokens(); }
+
+  /// Where a prompt may be cut: at multiples of this from its start. Where the device is deterministic() no cut there
+  /// changes a bit. Divides piece_tokens(). If it is the same number, every prompt is cut at all of its multiples.
+  virtual std::int64_t cut_tokens() const { return 64; }
+
   // ---- memory ------------------------------------------------------------------------------------------------
 
   /// Uninitialised, aligned to 64 bytes, counted while it lives. Throws OutOfMemory.

@@ -222,7 +222,7 @@ std::vector<float> Model::score(std::span<const std::int32_t> tokens, const Inte
   impl_->check_context(0, total, "score");
   OneSequence sequence(*impl_);
   std::vector<float> scores(static_cast<std::size_t>(total));
-  const std::int64_t chunk = std::min(sequence.backend().chunk_tokens(), total);
+  const std::int64_t chunk = std::min(sequence.backend().piece_tokens(), total);
   const Tensor logits = impl_->transformer.new_logits(sequence.backend(), chunk);
   // Whoever reads a prefix as a whole has seen the tokens that are to be scored: there, the first one is the prompt.
   const std::int64_t prompt = impl_->transformer.prefix_tokens() > 0 ? std::min<std::int64_t>(1, total) : 0;

@@ -74,7 +74,7 @@ Transformer::Norm Transformer::load_norm(WeightLoader& loader, const std::string
 }
 
 std::int64_t Transformer::piece_tokens(const backend::Backend& backend, bool begins_a_sequence) const {
-  const std::int64_t chunk = backend.chunk_tokens();
+  const std::int64_t chunk = backend.piece_tokens();
   if (!begins_a_sequence || prefix_tokens_ <= chunk) return chunk;
   return (prefix_tokens_ + chunk - 1) / chunk * chunk;
 }

@@ -59,9 +59,10 @@ bool Engine::Impl::is_device_error(const std::exception_ptr& pointer) {
 Engine::Impl::Impl(std::shared_ptr<const Model> model, EngineOptions options)
     : model_(std::move(model)),
       options_(std::move(options)),
-      chunk_(model_->impl().executors.device().chunk_tokens()),
+      piece_(model_->impl().executors.device().piece_tokens()),
+      cut_(model_->impl().executors.device().cut_tokens()),
       is_exact_(model_->impl().executors.device().deterministic()),
-      budget_(kCut, chunk_, options_.max_step_tokens, row_cost(*model_, chunk_)) {
+      budget_(cut_, piece_, options_.max_step_tokens, row_cost(*model_, piece_)) {
   const auto check_least = [](std::int64_t value, std::int64_t least, const char* name) {
     if (value < least)
       throw InvalidArgument(std::string("engine: ") + name + " is " + std::to_string(value) + ", expected at least " +

@@ -55,8 +55,8 @@ bool Engine::Impl::is_held(const Feed& feed) {
     const auto& read = other.request->prompt();
     const auto end = prompt.begin() + static_cast<std::ptrdiff_t>(std::min(prompt.size() - 1, read.size()));
     std::int64_t shared = std::mismatch(prompt.begin(), end, read.begin()).first - prompt.begin();
-    if (shared < other.length || is_exact_) shared = shared / kCut * kCut;
-    if (shared - other.found < kCut || other.fed >= shared) continue;
+    if (shared < other.length || is_exact_) shared = shared / cut_ * cut_;
+    if (shared - other.found < cut_ || other.fed >= shared) continue;
     if (shared < other.length) other.cuts.insert(shared);
     return true;
   }
@@ -230,7 +230,7 @@ bool Engine::Impl::begin(Feed& feed) {
 void Engine::Impl::begin_from_cache(Feed& feed) {
   feed.caches = true;
   const StateCache::Match match = cache_->find(feed.tokens(), feed.length - 1);
-  if (match.state && !(is_exact_ && match.num_tokens % kCut != 0)) {
+  if (match.state && !(is_exact_ && match.num_tokens % cut_ != 0)) {
     const State* const states[] = {match.state.get()};
     session().begin_restore(std::span(feed.slots).first(1), states);
     feed.fed = feed.found = feed.kept = match.num_tokens;
@@ -239,10 +239,10 @@ void Engine::Impl::begin_from_cache(Feed& feed) {
       counted_.cached_tokens += match.num_tokens;
     }
   }
-  const std::int64_t branch = is_exact_ ? match.branch / kCut * kCut : match.branch;
+  const std::int64_t branch = is_exact_ ? match.branch / cut_ * cut_ : match.branch;
   if (branch > feed.fed && branch < feed.length) feed.cuts.insert(branch);
   // Where the next turn of a conversation will begin, if a state behind the answer is not exactly that of a prompt.
-  const std::int64_t last = (feed.length - 1) / kCut * kCut;
+  const std::int64_t last = (feed.length - 1) / cut_ * cut_;
   if (is_exact_ && last > feed.fed && feed.length >= options_.cache.interval) feed.cuts.insert(last);
 }
 
@@ -250,7 +250,7 @@ void Engine::Impl::begin_from_cache(Feed& feed) {
 void Engine::Impl::keep_state(Feed& feed) noexcept {
   if (!feed.caches || feed.fed < model_->impl().transformer.prefix_tokens()) return;
   const bool is_cut = feed.cuts.erase(feed.fed) > 0;
-  if (is_exact_ && feed.fed % kCut != 0) return;
+  if (is_exact_ && feed.fed % cut_ != 0) return;
   if (!is_cut && (feed.fed - feed.kept < options_.cache.interval || feed.fed == feed.length)) return;
   try {
     const std::int32_t slot[] = {feed.slots[0]};

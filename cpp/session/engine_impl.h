@@ -45,10 +45,7 @@ class Engine::Impl {
 
  private:
   using Clock = EngineEvent::Clock;
-  // Prompts are cut at multiples of this from their start. Every device computes in chunks of so many tokens, counted
-  // from where a call begins, so that cuts change no bit where nothing else does (tests/python/test_laws.py). It
-  // divides Backend::chunk_tokens().
-  static constexpr std::int64_t kCut = 64;
+  static constexpr std::int64_t kShort = 64;  // tokens of a prompt that are one step on any device
   static constexpr std::size_t kAll = std::numeric_limits<std::size_t>::max();
 
   struct Request {
@@ -181,7 +178,7 @@ class Engine::Impl {
   const std::shared_ptr<const Model> model_;
   const EngineOptions options_;
   const pid_t process_ = getpid();
-  const std::int64_t chunk_;
+  const std::int64_t piece_, cut_;  // Backend::piece_tokens(), Backend::cut_tokens()
   const bool is_exact_;  // a cached state must not change a bit
   std::thread thread_;
 

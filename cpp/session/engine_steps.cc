@@ -127,9 +127,9 @@ std::int64_t Engine::Impl::piece_of(const Feed& feed, std::int64_t budget) const
   const bool begins = session_->num_tokens(feed.slots[0]) == 0;
   if (begins && transformer.prefix_tokens() > 1)
     return std::min(feed.remaining(), transformer.piece_tokens(backend, true));
-  const std::int64_t most = std::min(std::max(budget / kCut * kCut, kCut), chunk_);
-  // A cut is at a multiple of kCut from the prompt's start: what a sequence computes depends on it alone.
-  const std::int64_t count = std::min(feed.remaining(), most - feed.fed % kCut);
+  const std::int64_t most = std::min(std::max(budget / cut_ * cut_, cut_), piece_);
+  // A cut is at a multiple of cut_ from the prompt's start: what a sequence computes depends on it alone.
+  const std::int64_t count = std::min(feed.remaining(), most - feed.fed % cut_);
   const auto next = feed.cuts.upper_bound(feed.fed);
   return next == feed.cuts.end() ? count : std::min(count, *next - feed.fed);
 }
@@ -156,7 +156,7 @@ void Engine::Impl::launch_mixed(std::size_t most_parts) {
   std::vector<std::pair<std::size_t, std::int64_t>> taken;  // of feeds_: which, tokens
   const std::int64_t budget = step.budget = counted_.step_budget = budget_.tokens(step.num_rows, num_expected());
   const bool asynchronous = session().backend().asynchronous();
-  const auto is_short = [](const Feed& feed) { return !feed.replayed && feed.length - feed.found <= kCut; };
+  const auto is_short = [](const Feed& feed) { return !feed.replayed && feed.length - feed.found <= kShort; };
   const bool has_short = std::ranges::any_of(feeds_, is_short);
   bool yields = false;
   for (std::size_t i = 0; i < feeds_.size(); ++i) {
@@ -256,7 +256,7 @@ std::int64_t Engine::Impl::num_expected() const {
   return static_cast<std::int64_t>(std::min(count, static_cast<std::size_t>(options_.max_batch_size)));
 }
 
-bool Engine::Impl::is_long(const Feed& feed) const { return feed.remaining() > kCut; }
+bool Engine::Impl::is_long(const Feed& feed) const { return feed.remaining() > kShort; }
 
 // A piece of a long prompt, alone. On a CPU 64 tokens take several times as long as a step of a few rows, which others
 // would wait for: so they have their steps between its layers.
@@ -393,7 +393,7 @@ void Engine::Impl::take(bool hurried) {
     budget_.measured(step.num_rows, step.num_prompt, step.budget, seconds.count());
   ++counted_.steps;
   counted_.step_tokens += step.num_rows + step.num_prompt;
-  if (cache_ && step.num_prompt >= kCut)
+  if (cache_ && step.num_prompt >= kShort)
     cache_->set_seconds_per_token(seconds.count() / static_cast<double>(step.num_prompt));
   for (std::size_t i = 0; i < step.serials.size(); ++i) {
     const auto sample = std::ranges::lower_bound(samples_, step.serials[i], {}, &Sample::serial);  // serials ascend

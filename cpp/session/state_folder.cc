@@ -66,10 +66,14 @@ std::optional<std::pair<std::int64_t, std::uint64_t>> parse_name(std::string_vie
 
 std::int64_t nanoseconds(const timespec& time) { return std::int64_t{1'000'000'000} * time.tv_sec + time.tv_nsec; }
 
-// Results are equal to the bit where the kernels, and the dtype that they work in, are.
+// Results are equal to the bit where the kernels, the dtype that they work in, and the cuts of prompts are.
 std::string folder_name(const Model& model) {
   std::string name = io::concat(model.fingerprint(), "-", name_of(model.dtype()), "-", model.kernel_isa());
-  if (!model.impl().executors.device().deterministic()) name += "-fast";
+  const backend::Backend& device = model.impl().executors.device();
+  if (!device.deterministic())
+    name += "-fast";
+  else if (device.cut_tokens() == device.piece_tokens())
+    name += "-" + std::to_string(device.cut_tokens());
   return name;
 }
 

@@ -461,6 +461,50 @@ TEST_F(EngineTest, AHitGivesTheSameTokens) {
   }
 }
 
+// A device whose bits depend on where a prompt is cut has all prompts cut alike: whatever the budget, and behind a hit.
+TEST(EngineCuts, AreAllOfThoseThatADeviceAsksFor) {
+  const auto faults = std::make_shared<Faults>();
+  faults->piece = 128;
+  RandomWeights weights(31);
+  const std::shared_ptr<const Model> model = Model::Impl::make(
+      tiny_config(), std::make_unique<FaultyBackend>(backend::make_backend({}, 1), faults), weights, DType::float32);
+  const Tokens text = random_tokens(1000, 1);
+  for (const bool asynchronous : {false, true}) {
+    faults->asynchronous = asynchronous;
+    for (const std::int64_t budget : {0, 64, 300, 5000}) {
+      Reader reader;
+      EngineOptions options = caching(3);
+      options.cache.interval = 64;
+      options.max_step_tokens = budget;
+      Engine engine(model, options);
+      std::int64_t hits = 0;
+      for (const std::size_t length : {129, 1000, 513, 1000, 900, 257}) {
+        const Tokens prompt(text.begin(), text.begin() + static_cast<std::ptrdiff_t>(length));
+        faults->pieces.clear();
+        const auto id = engine.submit(reader.request(prompt, greedy(3)));
+        ASSERT_TRUE(reader.wait(id));
+        const std::int64_t found = reader.events(id).back().num_cached_tokens;
+        hits += found;
+        EXPECT_EQ(found % 128, 0) << length;
+        std::int64_t at = found;
+        for (const auto& [position, count] : faults->pieces) {
+          EXPECT_EQ(position, at) << length;
+          EXPECT_EQ(count, std::min<std::int64_t>(128, static_cast<std::int64_t>(length) - at)) << length;
+          at += count;
+        }
+        EXPECT_GE(at, static_cast<std::int64_t>(length) - 1);  // the last one may be alone
+      }
+      EXPECT_GT(hits, 2000);
+    }
+  }
+  // So are those of a session.
+  Session session(model, 1);
+  faults->pieces.clear();
+  session.prefill(std::vector<Tokens>{text});
+  ASSERT_EQ(faults->pieces.size(), 8u);
+  for (std::size_t i = 0; i < 7; ++i) EXPECT_EQ(faults->pieces[i].second, 128);
+}
+
 // Without room for more than a state, requests run as without a cache.
 TEST_F(EngineTest, RunningDoesNotNeedTheCache) {
   Reader reader;

@@ -49,6 +49,8 @@ class Faults {
   int max_states = INT_MAX;       // of one pool: there is no memory for more
   bool memory_apart = false;      // says that the device's memory is not the host's
   bool asynchronous = false;      // says that steps are under way when they have been enqueued
+  std::int64_t piece = 0;         // not 0: every prompt is cut at all multiples of this
+  std::vector<std::pair<std::int64_t, std::int64_t>> pieces;  // then: positions and lengths of what was read
   std::atomic<int> num_refused = 0;
   std::size_t max_workspace = std::numeric_limits<std::size_t>::max();  // bytes at once: there are no more
 
@@ -118,6 +120,8 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
   std::size_t available_nbytes() const override { return inner_->available_nbytes(); }
   DType projection_dtype(DType weights) const override { return inner_->projection_dtype(weights); }
   std::int64_t chunk_tokens() const override { return inner_->chunk_tokens(); }
+  std::int64_t piece_tokens() const override { return faults_->piece > 0 ? faults_->piece : inner_->piece_tokens(); }
+  std::int64_t cut_tokens() const override { return faults_->piece > 0 ? faults_->piece : inner_->cut_tokens(); }
   std::int64_t step_rows(std::int64_t num_sequences) const override { return inner_->step_rows(num_sequences); }
   bool asynchronous() const override { return faults_->asynchronous || inner_->asynchronous(); }
   void trim() noexcept override { inner_->trim(); }
@@ -169,6 +173,9 @@ class FaultyBackend final : public backend::DeviceBackend<FaultyBackend> {
   }
   void begin(const backend::RaggedBatch& batch) override {
     faults_->tick("begin");
+    for (std::size_t b = 0; b + 1 < batch.offsets.size(); ++b)
+      if (faults_->piece > 0 && batch.offsets[b + 1] - batch.offsets[b] > 1)
+        faults_->pieces.emplace_back(batch.positions[b], batch.offsets[b + 1] - batch.offsets[b]);
     inner_->begin(batch);
   }
   void replay(const backend::StepKey& key, const std::function<void()>& operations) override {

@@ -705,6 +705,35 @@ def test_deterministic_results_do_not_depend_on_the_batch(dtype, tmp_path):
         np.testing.assert_array_equal(run(neighbours), alone)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_deterministic_prompts_do_not_depend_on_their_cuts(dtype, tmp_path):
+    """Nor on the load of an engine, nor on what its cache holds."""
+    RandomModel(shallow("60m", 4, 500), 0, "float32").write(tmp_path / "model")
+    model = based.load(tmp_path / "model", device=CUDA, dtype=dtype, deterministic=True)
+    tokens = tokens_of(model, 5200)
+    greedy = SamplingParams(max_tokens=4, temperature=0, logprobs=5, ignore_eos=True)
+
+    def read(engine: based.Engine, length: int) -> list[Any]:
+        output = engine.submit(tokens[:length], greedy).result().outputs[0]
+        return [output.token_ids, output.logprobs]
+
+    lengths = [1025, 1024, 900, 2049, 3000, 4097, 5121, 5200]
+    with model.engine(max_batch_size=4, cache_bytes=0) as engine:
+        alone = {length: read(engine, length) for length in lengths}
+    for length in (1025, 2049, 5121):
+        session, expected = model.session(), model.session().prefill(tokens[:length])
+        session.prefill(tokens[: length // 1024 * 1024])
+        np.testing.assert_array_equal(session.prefill(tokens[length // 1024 * 1024 : length]), expected)
+    with model.engine(max_batch_size=4, max_step_tokens=100, cache_bytes=1 << 30) as engine:
+        for length in [*lengths, *reversed(lengths)]:
+            assert read(engine, length) == alone[length]
+        assert engine.stats().cached_tokens > 10_000
+    with model.engine(max_batch_size=8, cache_bytes=1 << 30) as engine:
+        busy = [engine.submit(tokens[n : n + 1500], greedy) for n in range(5)]
+        assert {length: read(engine, length) for length in lengths} == alone
+        assert all(request.result() for request in busy)
+
+
 # ---- bfloat16 --------------------------------------------------------------------------------------------------------
 
 
