@@ -106,6 +106,8 @@ void Engine::Impl::check(const EngineRequest& given) const {
     check_tokens(prompt, config.vocab_size, "submit: the prompt");
   model_->impl().check_context(seen, static_cast<std::int64_t>(prompt.size()), "submit: the prompt");
   params.validate(config.vocab_size);
+  if (given.reader_ends && !given.every_token)
+    throw InvalidArgument("submit: found reader_ends without every_token: who says how many tokens it took needs each");
 }
 
 Engine::Id Engine::Impl::submit(EngineRequest given) {
@@ -114,6 +116,7 @@ Engine::Id Engine::Impl::submit(EngineRequest given) {
   request->seed = given.request.params.seed.value_or(fresh_seed());
   request->stop_ids = stop_ids_of(given.request.params, model_->config());
   request->num_running = given.request.params.n;
+  request->ended.assign(static_cast<std::size_t>(given.request.params.n), false);
   request->given = std::move(given);
   request->arrival = Clock::now();
   const auto length = static_cast<std::int64_t>(request->prompt().size());
@@ -162,7 +165,7 @@ void Engine::Impl::finish(Id id, int index, std::int64_t num_read) {
       sample.taken = std::clamp<std::int64_t>(num_read, 0, sample.taken);
       sample.last = self.event_of(sample.request, index);
       sample.last.finish = FinishReason::stop;
-      if (!sample.keeps) self.ended(sample.request);
+      if (!sample.keeps) self.ended(sample.request, index);
       return;
     }
   });
@@ -204,14 +207,16 @@ void Engine::Impl::run() noexcept {
   int num_failures = 0;
   while (true) {
     try {
-      if (failure_) fail_all(std::exception_ptr(failure_));
+      if (failure_) {
+        fail_all(std::exception_ptr(failure_));
+        send();
+      }
       if (!tick()) break;
       num_failures = 0;
     } catch (...) {  // of memory for the loop's own lists; steps and states have been taken care of
       if (!failure_) failure_ = std::current_exception();
       if (++num_failures > 3) {
         const std::lock_guard lock(mutex_);
-        if (broken_.empty()) broken_ = "the loop failed again and again";
         closing_ = aborting_ = true;
       }
       if (num_failures > 6) break;
@@ -253,13 +258,12 @@ bool Engine::Impl::tick() {
 
 // Waits until there is something to do; takes new requests and commands. False: it is over.
 bool Engine::Impl::receive() {
-  std::vector<Shared> incoming;
-  std::vector<std::function<void(Impl&)>> commands;
   bool aborting = false;
   {
     std::unique_lock lock(mutex_);
     const auto has_news = [this] { return !incoming_.empty() || !commands_.empty() || aborting_; };
-    const bool is_still = long_ == nullptr && steps_.empty() && feeds_.empty() && !may_begin() && !wants_step();
+    const bool is_still = arrived_.empty() && due_.empty() && long_ == nullptr && steps_.empty() && feeds_.empty() &&
+                          !may_begin() && !wants_step();
     if (is_still) {
       std::optional<Clock::time_point> next;
       for (const auto& [id, request] : requests_)
@@ -271,13 +275,16 @@ bool Engine::Impl::receive() {
       else
         work_.wait(lock, wakes);
     }
-    if (closing_ && requests_.empty() && incoming_.empty()) return false;
-    incoming.swap(incoming_);
-    commands.swap(commands_);
+    if (closing_ && requests_.empty() && incoming_.empty() && arrived_.empty()) return false;
+    if (arrived_.empty()) arrived_.swap(incoming_);
+    if (due_.empty()) due_.swap(commands_);
     aborting = aborting_;
   }
-  for (Shared& request : incoming) {
+  // What fails for want of memory stays for the next turn.
+  while (!arrived_.empty()) {
+    const Shared request = arrived_.front();
     requests_.emplace(request->id, request);
+    arrived_.pop_front();
     const int most = options_.max_batch_size;
     for (int s = 0; s < request->params().n; ++s) {
       if (s % most == 0) {
@@ -287,7 +294,7 @@ bool Engine::Impl::receive() {
       waiting_.back().samples.push_back(s);
     }
   }
-  for (const auto& command : commands) command(*this);
+  for (; !due_.empty(); due_.pop_front()) due_.front()(*this);
   if (aborting) {
     std::vector<Shared> all;
     for (const auto& [id, request] : requests_) all.push_back(request);

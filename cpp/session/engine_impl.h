@@ -56,6 +56,7 @@ class Engine::Impl {
     Clock::time_point arrival;
     Clock::time_point scheduled{};  // the epoch: waits
     int num_running = 0;            // samples that have not ended
+    std::vector<bool> ended;        // of each sample: its last event is made
     std::int64_t num_cached = 0;
     bool paused = false;
     std::shared_ptr<const State> base;  // after the prompt, where a sample may have to be fed its tokens anew
@@ -167,7 +168,8 @@ class Engine::Impl {
   void free_slot(std::int32_t slot);
   void emit(const Shared& request, EngineEvent event);
   EngineEvent event_of(const Shared& request, int sample) const;
-  void ended(const Shared& request);
+  void ended(const Shared& request, int sample);
+  void end_lost(const std::string& why);
   void send();
   void deliver();
   void publish();
@@ -179,14 +181,14 @@ class Engine::Impl {
   const EngineOptions options_;
   const pid_t process_ = getpid();
   const std::int64_t piece_, cut_;  // Backend::piece_tokens(), Backend::cut_tokens()
-  const bool is_exact_;  // a cached state must not change a bit
+  const bool is_exact_;             // a cached state must not change a bit
   std::thread thread_;
 
   // Shared with callers.
   mutable std::mutex mutex_;
   std::condition_variable work_, idle_;
-  std::vector<Shared> incoming_;
-  std::vector<std::function<void(Impl&)>> commands_;
+  std::deque<Shared> incoming_;
+  std::deque<std::function<void(Impl&)>> commands_;
   std::string broken_;  // why it takes no more requests
   bool closing_ = false, aborting_ = false, has_ended_ = false;
   std::int64_t num_waiting_ = 0, waiting_tokens_ = 0, waiting_samples_ = 0;
@@ -199,8 +201,10 @@ class Engine::Impl {
   std::unique_ptr<Session::Impl> session_;
   std::optional<Session::Impl::Turn> turn_;
   std::unique_ptr<backend::Sampler> sampler_;
-  std::vector<std::int32_t> free_slots_;  // taken from the back
-  Clock::time_point grows_from_{};        // there was no memory for more slots: not tried again before
+  std::vector<std::int32_t> free_slots_;        // taken from the back
+  Clock::time_point grows_from_{};              // there was no memory for more slots: not tried again before
+  std::deque<Shared> arrived_;                  // of incoming_
+  std::deque<std::function<void(Impl&)>> due_;  // of commands_
   std::unordered_map<Id, Shared> requests_;
   std::vector<Feed> waiting_;
   std::vector<Feed> feeds_;      // have slots

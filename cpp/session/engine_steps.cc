@@ -425,7 +425,7 @@ void Engine::Impl::take_token(Sample& sample, backend::SampledToken& chosen) {
       return;
     }
     emit(sample.request, std::move(event));
-    ended(sample.request);
+    ended(sample.request, sample.index);
     return;
   }
   emit(sample.request, std::move(event));
@@ -449,13 +449,12 @@ void Engine::Impl::emit(const Shared& request, EngineEvent event) {
   request->ready.push_back(std::move(event));
 }
 
-void Engine::Impl::ended(const Shared& request) {
-  if (request->num_running > 1) {
-    --request->num_running;
-    return;
-  }
-  if (!request->given.every_token) touched_.push_back(request);  // now its events may go
-  request->num_running = 0;
+void Engine::Impl::ended(const Shared& request, int sample) {
+  const auto index = static_cast<std::size_t>(sample);
+  if (request->ended[index]) return;
+  if (request->num_running == 1 && !request->given.every_token) touched_.push_back(request);  // now its events may go
+  request->ended[index] = true;
+  if (--request->num_running > 0) return;
   if (request->scheduled == Clock::time_point{}) {
     ++begun_;
     begun_tokens_ += static_cast<std::int64_t>(request->prompt().size());
@@ -477,11 +476,12 @@ void Engine::Impl::end(const Feed& feed, FinishReason finish, const std::string&
 }
 
 void Engine::Impl::end(const Shared& request, int index, FinishReason finish, const std::string& why) {
+  if (request->ended[static_cast<std::size_t>(index)]) return;
   EngineEvent event = event_of(request, index);
   event.finish = finish;
   event.error = why;
   emit(request, std::move(event));
-  ended(request);
+  ended(request, index);
 }
 
 // Takes away what has ended and has nothing more to do.
@@ -496,7 +496,7 @@ void Engine::Impl::settle() {
       sample.keeps = false;
       sample.last.error = "the state could not be kept: " + what_of(std::current_exception());
       emit(sample.request, std::move(sample.last));
-      ended(sample.request);
+      ended(sample.request, sample.index);
     }
   }
   std::vector<std::int32_t> freed;
@@ -516,9 +516,11 @@ void Engine::Impl::give_state(Sample& sample) {
     sample.last.state = session().snapshot(sample.slot, seen_by(sample));
     sample.keeps = false;
     emit(sample.request, std::move(sample.last));
-    ended(sample.request);
+    ended(sample.request, sample.index);
     return;
   }
+  if (!sample.request->base)
+    throw InvalidArgument("its reader ended it, which a request that does not give every token does not allow for");
   const State* const states[] = {sample.request->base.get()};
   session().restore({&sample.slot, 1}, states);
   Feed feed{sample.request, {}, {sample.slot}};
@@ -597,10 +599,25 @@ void Engine::Impl::fail_all(const std::exception_ptr& error) {
   };
   end_all(feeds_);
   if (lost) end_all(waiting_);
+  end_lost(why);
   failure_ = nullptr;
   if (long_ == nullptr) return close_session();
   samples_.clear();
   steps_.clear();
+}
+
+// Ends the samples that are in no list: memory was short when they were put into one.
+void Engine::Impl::end_lost(const std::string& why) {
+  std::vector<Shared> all;
+  for (const auto& [id, request] : requests_)
+    if (long_ == nullptr || long_->request != request) all.push_back(request);
+  for (const Shared& request : all)
+    for (int index = 0; index < request->params().n; ++index) {
+      const auto waits = [&](const Feed& feed) {
+        return feed.request == request && std::ranges::count(feed.samples, index) > 0;
+      };
+      if (std::ranges::none_of(waiting_, waits)) end(request, index, FinishReason::error, why);
+    }
 }
 
 }  // namespace based

@@ -269,10 +269,10 @@ bool Generator::Impl::launch() {
   session_.reserve_step(slots);  // may fail, and then nothing has changed
   broken_ = true;
   session_.step(slots, *sampler_);
-  broken_ = false;
   for (Sequence& sequence : active_)
     if (wants_step(sequence)) ++sequence.sampled;
   steps_.push_back(std::move(step));
+  broken_ = false;
   return true;
 }
 

@@ -505,6 +505,25 @@ TEST(EngineCuts, AreAllOfThoseThatADeviceAsksFor) {
   for (std::size_t i = 0; i < 7; ++i) EXPECT_EQ(faults->pieces[i].second, 128);
 }
 
+// A reader that ends a sample has to be given its tokens.
+TEST_F(EngineTest, AReaderThatEndsNeedsEveryToken) {
+  Reader reader;
+  Engine engine(model_, {});
+  EngineRequest request = reader.request(random_tokens(70, 1), greedy(6));
+  request.keep_state = request.reader_ends = true;
+  request.every_token = false;
+  EXPECT_THROW(engine.submit(request), InvalidArgument);
+  // One whose reader does not say that it will: the state cannot be taken back to where it ended.
+  request.reader_ends = false;
+  request.request.params.max_tokens = 2000;
+  const auto id = engine.submit(request);
+  while (engine.stats().generated_tokens < 5) std::this_thread::yield();
+  engine.finish(id, 0, 3);
+  ASSERT_TRUE(reader.wait(id));
+  EXPECT_EQ(reader.events(id).back().state, nullptr);
+  EXPECT_NE(reader.events(id).back().error.find("does not give every token"), std::string::npos);
+}
+
 // Without room for more than a state, requests run as without a cache.
 TEST_F(EngineTest, RunningDoesNotNeedTheCache) {
   Reader reader;

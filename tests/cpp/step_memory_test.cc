@@ -2,65 +2,25 @@
 
 #include <gtest/gtest.h>
 
-#include <atomic>
-#include <cstdlib>
 #include <memory>
-#include <new>
 #include <variant>
 #include <vector>
 
 #include "backend/cpu/cpu_backend.h"
 #include "model/transformer.h"
+#include "operator_new.h"
 #include "tiny_model.h"
-
-namespace {
-
-// Calls of operator new while `counting`, in any thread.
-std::atomic<bool> counting{false};
-std::atomic<int> num_calls{0};
-
-// A sanitizer brings allocation functions of its own.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr bool kCounts = false;
-
-}  // namespace
-#else
-constexpr bool kCounts = true;
-
-void* allocate(std::size_t nbytes, std::size_t alignment) {
-  if (counting) ++num_calls;
-  const std::size_t rounded = (nbytes + alignment - 1) / alignment * alignment;
-  if (void* data = std::aligned_alloc(alignment, rounded == 0 ? alignment : rounded)) return data;
-  throw std::bad_alloc();
-}
-
-}  // namespace
-
-void* operator new(std::size_t nbytes) { return allocate(nbytes, alignof(std::max_align_t)); }
-void* operator new(std::size_t nbytes, std::align_val_t alignment) {
-  return allocate(nbytes, static_cast<std::size_t>(alignment));
-}
-void operator delete(void* data) noexcept { std::free(data); }
-void operator delete(void* data, std::size_t) noexcept { std::free(data); }
-void operator delete(void* data, std::align_val_t) noexcept { std::free(data); }
-void operator delete(void* data, std::size_t, std::align_val_t) noexcept { std::free(data); }
-#endif
 
 namespace based {
 namespace {
 
-template <typename F>
-int count_allocations(F&& f) {
-  num_calls = 0;
-  counting = true;
-  f();
-  counting = false;
-  return num_calls;
-}
+using test::count_allocations;
+using test::kReplacesNew;
 
 TEST(StepMemory, TheCounterCounts) {
-  if (!kCounts) GTEST_SKIP() << "a sanitizer brings allocation functions of its own";
-  EXPECT_EQ(count_allocations([] { std::make_unique<std::vector<int>>(3); }), 2);
+  if (!kReplacesNew) GTEST_SKIP() << "a sanitizer brings allocation functions of its own";
+  std::unique_ptr<std::vector<int>> kept;
+  EXPECT_EQ(count_allocations([&] { kept = std::make_unique<std::vector<int>>(3); }), 2);
   EXPECT_EQ(count_allocations([] {}), 0);
   cpu::CpuBackend backend(std::make_shared<cpu::ThreadPool>(1), cpu::choose_isa());
   for (const std::size_t nbytes : {std::size_t{100}, std::size_t{8} << 20})
@@ -149,7 +109,7 @@ class Stepper {
 };
 
 TEST(StepMemory, OperationsOfAStepTakeNone) {
-  if (!kCounts) GTEST_SKIP() << "a sanitizer brings allocation functions of its own";
+  if (!kReplacesNew) GTEST_SKIP() << "a sanitizer brings allocation functions of its own";
   for (const int threads : {1, 2, 5})
     for (const DType dtype : {DType::float32, DType::bfloat16}) {
       Stepper stepper(threads, dtype, 8);
@@ -163,7 +123,7 @@ TEST(StepMemory, OperationsOfAStepTakeNone) {
 }
 
 TEST(StepMemory, ThatOfAPromptServesSteps) {
-  if (!kCounts) GTEST_SKIP() << "a sanitizer brings allocation functions of its own";
+  if (!kReplacesNew) GTEST_SKIP() << "a sanitizer brings allocation functions of its own";
   Stepper stepper(2, DType::float32, 2);
   stepper.prefill(0, 300);
   const std::size_t nbytes = stepper.workspace_nbytes();
