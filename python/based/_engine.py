@@ -137,7 +137,7 @@ class EngineRequest:
         self._failure: BaseException | None = None
         self._news = threading.Condition()
         self._num_sleeping = 0  # threads in _sleep()
-        self._listener: _Listener | None = None
+        self._listeners: tuple[_Listener, ...] = ()  # changed under _news
         self._reads = self._paused = self._cancelled = False
         self._pausing = threading.Lock()
         self._on_chunk: Callable[[StreamChunk], None] | None = None
@@ -270,14 +270,16 @@ class EngineRequest:
 
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
-        listener = self._listener = loop, functools.partial(_set, waiter)
+        listener = loop, functools.partial(_set, waiter)
+        with self._news:
+            self._listeners += (listener,)
         try:
             # Looked for when the pump can see the listener, and not before: then news wakes it, or is here.
             if not (self.ended or (not only_end and self._has_news())):
                 await waiter
         finally:
-            if self._listener is listener:
-                self._listener = None
+            with self._news:
+                self._listeners = tuple(each for each in self._listeners if each is not listener)
 
     def _listen(self, on_news: Callable[[], None]) -> None:
         """Has on_news called on this event loop for all that is new and for the end: another way to read it.
@@ -289,7 +291,8 @@ class EngineRequest:
 
         self._reads = True
         loop = asyncio.get_running_loop()
-        self._listener = loop, on_news
+        with self._news:
+            self._listeners += ((loop, on_news),)
         if self._has_news():
             loop.call_soon(on_news)
 
@@ -378,16 +381,16 @@ class EngineRequest:
         self._failure = error
         self._engine._core.cancel(self._id, "its events could not be read")
 
-    def _wake(self) -> "_Listener | None":
+    def _wake(self) -> "tuple[_Listener, ...]":
         """Wakes threads; returns whom to call. Behind what is new: who comes to sleep looks for that."""
         if self._num_sleeping:
             with self._news:
                 self._news.notify_all()
-        listener = self._listener  # the reader's to take away: it may be another one by now
+        listeners = self._listeners  # the readers' to take away: they may be others by now
         if self.ended and self._on_end is not None:
             on_end, self._on_end = self._on_end, None
             on_end(self)
-        return listener
+        return listeners
 
     def _after_fork(self) -> None:
         """In a forked child: nothing more will come."""
@@ -421,8 +424,8 @@ class _Inbox:
         for id, request in changed.items():
             if request.ended:
                 self.requests.pop(id, None)
-            if (listener := request._wake()) is not None:
-                by_loop.setdefault(listener[0], []).append(listener[1])
+            for loop, callback in request._wake():
+                by_loop.setdefault(loop, []).append(callback)
         for loop, callbacks in by_loop.items():
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
                 loop.call_soon_threadsafe(_call_all, callbacks)
@@ -433,9 +436,9 @@ class _Inbox:
             request = entry()
             if request is not None and not request.ended:
                 request._failure = _core.EngineClosedError("the engine has ended")
-                if (listener := request._wake()) is not None:
+                for loop, callback in request._wake():
                     with contextlib.suppress(RuntimeError):
-                        listener[0].call_soon_threadsafe(listener[1])
+                        loop.call_soon_threadsafe(callback)
 
 
 def _set(waiter: "asyncio.Future[None]") -> None:

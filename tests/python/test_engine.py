@@ -87,6 +87,18 @@ def test_ways_to_read(model, engine):
     assert engine.submit([*b"Hello"], params).result(timeout=60).outputs == expected.outputs
 
 
+def test_several_may_wait_for_one_request(model, engine):
+    (expected,) = model.generate("Hello", based.SamplingParams(max_tokens=200, seed=1, ignore_eos=True))
+
+    async def run():
+        request = engine.submit("Hello", based.SamplingParams(max_tokens=200, seed=1, ignore_eos=True))
+        waiting = asyncio.gather(*(request.wait() for _ in range(3)))
+        in_thread = [asyncio.to_thread(asyncio.run, request.wait()) for _ in range(2)]
+        return [*await asyncio.wait_for(waiting, 60), *await asyncio.wait_for(asyncio.gather(*in_thread), 60)]
+
+    assert asyncio.run(run()) == [expected] * 5
+
+
 def test_many_threads_and_loops_share_one_engine(model):
     params = [based.SamplingParams(max_tokens=30, seed=i, ignore_eos=True) for i in range(8)]
     expected = [model.generate(f"prompt {i}", params[i], max_batch_size=1)[0].outputs[0].token_ids for i in range(8)]
