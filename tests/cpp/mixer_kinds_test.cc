@@ -13,6 +13,7 @@
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "backend/cpu/cpu_backend.h"
@@ -471,6 +472,12 @@ TEST(Activations, GiveNoMoreScratchThanWasAnnounced) {
   EXPECT_EQ(a.scratch(0, 20, DType::bfloat16).cols, 20);
   EXPECT_THROW_WITH(a.scratch(0, 11, DType::float32), std::logic_error, "scratch 0 of 11 columns was not announced");
   EXPECT_THROW_WITH(a.scratch(1, 1, DType::float32), std::logic_error, "scratch 1 of 1 columns was not announced");
+}
+
+TEST(TinyConfig, HasEveryKindOfMixer) {
+  std::set<std::size_t> kinds;
+  for (const MixerConfig& layer : test::tiny_config().layers) kinds.insert(layer.index());
+  EXPECT_EQ(kinds.size(), std::variant_size_v<MixerConfig>);
 }
 
 }  // namespace

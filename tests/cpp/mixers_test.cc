@@ -12,6 +12,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <set>
 #include <string>
 #include <string_view>
 #include <variant>
@@ -823,6 +824,12 @@ TEST_P(Mixers, ReadAPrefixAsAWhole) {
       }
     }
   }
+}
+
+TEST(AllMixers, AreOfAllKinds) {
+  std::set<std::size_t> kinds;
+  for (const Mixer& mixer : all_mixers()) kinds.insert(mixer.config.index());
+  EXPECT_EQ(kinds.size(), std::variant_size_v<MixerConfig>);
 }
 
 TEST_P(Mixers, MatchReferenceInOneCall) {
