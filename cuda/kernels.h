@@ -147,7 +147,8 @@ struct DeltaInputs {
 
 /// backend::Backend::gated_delta_net behind the convolution, which made qkv (N, channels) T. out (N, H · head_dim) T.
 /// State of a slot: S (H, key_dim, head_dim) float32, zeros when fresh. A prompt goes in chunks of kTileTokens, counted
-/// from its first token in the batch: cuts at multiples of that change no bit, nor does what else is in the batch.
+/// from its first token in the batch: cuts at multiples of that change no bit, unless they leave one token alone, which
+/// is walked as a step is. What else is in the batch changes none.
 /// `scratch`: gated_delta_net_scratch() bytes.
 void gated_delta_net(cudaStream_t stream, const GatedDeltaNetConfig& config, DType dtype, const DeltaInputs& in,
                      const void* qkv, const DeviceBatch& batch, StateView state, void* out, void* scratch);
@@ -206,7 +207,7 @@ bool wgmma_code();
 // ---- softmax_attention.cu ------------------------------------------------------------------------------------------
 
 /// backend::Backend::sliding_window on separate q (H heads), k, v (H_kv heads) of head_dim each. Rotates q and k IN
-/// PLACE for long sequences. out at out + n · out_token + h · head_dim, T.
+/// PLACE, but for single tokens that its decode kernel takes. out at out + n · out_token + h · head_dim, T.
 /// State of a slot: a ring of `window` rows, keys (H_kv, head_dim) T, already rotated, and values, the same shape. The
 /// key of position p lies in row p mod window; rows of positions < 0 or ≥ the sequence's own are never read.
 void sliding_window(cudaStream_t stream, const SlidingWindowConfig& config, DType dtype, const DeviceBatch& batch,

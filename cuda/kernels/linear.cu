@@ -78,7 +78,7 @@ constexpr int kStages = 8;
 constexpr int kChunkBytes = 64;  // of one row
 constexpr int kStageBytes = 16 * kChunkBytes;
 constexpr int kRingBytes = kWarps * kStages * kStageBytes;
-constexpr int kBlocksPerSm = 2;     // enough bytes under way; at M = 1 it leaves room for a block of the successor
+constexpr int kBlocksPerSm = 2;     // enough bytes under way; where K is small, a block of the successor has room too
 constexpr int kPartialStride = 20;  // floats between tokens: 16 rows, stored without bank conflicts
 
 /// Rows of x up to which the stream was chosen over the matrix library. x must fit into shared memory besides.

@@ -11,8 +11,9 @@
 //     issue    29 instructions of a lane and token, and 8 to prepare it  170 µs
 //   A step of B sequences reads and writes B · N · e floats: 16 µs for 128 sequences.
 //
-// Every kernel adds up Σ_n C[n] h[n] in one order: chains of ⌈N / 8⌉ (rounded up to a power of two) consecutive n,
-// then these eight sums in pairs. So cuts of a prompt, single tokens and the number of blocks change no bit.
+// Every kernel for N ≤ 64 adds up Σ_n C[n] h[n] in one order: chains of ⌈N / 8⌉ (rounded up to a power of two)
+// consecutive n, then these eight sums in pairs; scan_any_kernel, which alone takes more, adds n by n. So cuts of a
+// prompt, single tokens and the number of blocks change no bit.
 
 namespace based::cuda {
 namespace {
