@@ -69,8 +69,10 @@ Session::Impl::Turn::Turn(const Impl& impl) : impl_(impl) {
 }
 
 Session::Impl::Turn::~Turn() {
-  if (impl_.num_holds_ == 0) impl_.lease_.reset();
-  impl_.busy_.store(false, std::memory_order_release);
+  const bool is_held = impl_.num_holds_ != 0;
+  if (!is_held) impl_.lease_.reset();
+  impl_.busy_ = false;
+  if (is_held && impl_.num_holds_ == 0) impl_.give_back_executor();  // the hold has ended meanwhile
 }
 
 Session::Impl::Aside::Aside(const Impl& impl) : impl_(impl), outer_(std::move(*impl.lease_)) {
@@ -90,15 +92,24 @@ Session::Impl::Aside::~Aside() {
 
 Session::Impl::Hold::~Hold() {
   --impl_.num_holds_;
-  if (impl_.busy_.exchange(true, std::memory_order_acquire)) return;  // the call under way gives the executor back
-  if (impl_.num_holds_ == 0 && impl_.lease_) {
-    try {
-      impl_.backend().synchronize();
-    } catch (...) {  // the device has failed: the next call says so
+  impl_.give_back_executor();
+}
+
+// Of a session that nobody holds. Whoever holds or uses it when it is to be given back gives it back in the end.
+void Session::Impl::give_back_executor() const noexcept {
+  bool was_held = true;
+  while (was_held && num_holds_ == 0) {
+    if (busy_.exchange(true)) return;  // the call under way does it
+    was_held = num_holds_ != 0;
+    if (!was_held && lease_) {
+      try {
+        backend().synchronize();
+      } catch (...) {  // the device has failed: the next call says so
+      }
+      lease_.reset();
     }
-    impl_.lease_.reset();
+    busy_ = false;
   }
-  impl_.busy_.store(false, std::memory_order_release);
 }
 
 void Session::Impl::Slot::set(Progress progress) {

@@ -243,6 +243,8 @@ class Session::Impl {
 
   mutable std::optional<Executors::Lease> lease_;
   mutable const Executor* last_executor_ = nullptr;
+  void give_back_executor() const noexcept;
+
   mutable std::atomic<int> num_holds_{0};
   mutable std::atomic<bool> busy_{false};
 };
