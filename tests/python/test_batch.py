@@ -21,7 +21,7 @@ def model() -> based.Model:
     return based.load(device="cpu", num_threads=1)
 
 
-def run(source: Path | str, target: Path, *args: str, stdin: str | None = None, status: int = 0) -> str:
+def run(source: Path | str, target: Path | str, *args: str, stdin: str | None = None, status: int = 0) -> str:
     """Runs the command, and returns what it wrote to stderr."""
     command = [*COMMAND, str(source), str(target), *args]
     done = subprocess.run(command, capture_output=True, text=True, input=stdin)
@@ -120,6 +120,9 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     assert sizes[0] >= 1 and sizes[1] >= 40
     with target.open("ab") as file:
         file.write(b'{"line":7')  # of a write that was cut short
+    cut = target.read_bytes()
+    run(source, target, "-m", str(tmp_path / "no-model"), status=1)
+    assert target.read_bytes() == cut  # nothing changes before there is an answer
     err = run(source, target, "--stats", "--max-batch-size", "2")
     assert f"({sizes[1]} were answered before)" in err
     assert "0 lines answered (120 were answered before)" in run(source, target, "--stats")
@@ -153,6 +156,16 @@ def test_stdin(tmp_path: Path) -> None:
     [
         ("line 1 is no answer of `based batch`", "hello\n", None, 1),
         ("line 1 is no answer of `based batch`", '{"line": 0, "checksum": "00"}\n', None, 1),
+        ("line 1 is no answer of `based batch`", f'{{"line": 1, "checksum": "{1 << 64:x}"}}\n', None, 1),
+        ("line 1 is no answer of `based batch`", "[" * 100_000 + "\n", None, 1),
+        ("line 1 is no answer of `based batch`", '{"a": ' * 100_000 + "\n", None, 1),
+        ("line 1 is no answer of `based batch`", "notes without an end", None, 1),
+        ("line 1 is no answer of `based batch`", '{"prompt": "without an end"}', None, 1),
+        ("line 2 is no answer of `based batch`", '{"line": 1, "checksum": "00000001"}\nhello\nno end', None, 1),
+        ("has the answer to another line 1 than", '{"line": 1, "checksum": "00000001"}\n{"line', None, 1),
+        ("are one file", '{"prompt": "without an end"}', "out.jsonl", 2),
+        ("are one file", '{"line":1,"checksum":"0', "out.jsonl", 2),
+        ("INPUT: it is empty", "notes", "", 2),
         ("has the answer to another line 1 than", '{"line": 1, "checksum": "00000001"}\n', None, 1),
         ("No such file", None, "missing.jsonl", 1),
         ("are one file", None, "out.jsonl", 2),
@@ -168,7 +181,7 @@ def test_files_that_are_something_else(
 ) -> None:
     target = tmp_path / "out.jsonl"
     target.write_text(before or "")
-    given = write(tmp_path / "in.jsonl", {"prompt": "a"}) if source is None else tmp_path / source
+    given = write(tmp_path / "in.jsonl", {"prompt": "a"}) if source is None else source and tmp_path / source
     assert cli.main(["batch", str(given), str(target), "--device", "cpu"]) == status
     assert fragment in capsys.readouterr().err
     assert target.read_text() == (before or "")
@@ -191,6 +204,66 @@ def test_one_writer(tmp_path: Path) -> None:
     finally:
         first.kill()
         first.wait()
+
+
+@pytest.mark.parametrize("before", ["", '{"line":1,"checksum":"0', '{"id":"batch_req_1","custom_id"'])
+def test_a_first_line_that_was_cut_short(tmp_path: Path, before: str) -> None:
+    target = tmp_path / "out.jsonl"
+    target.write_text(before)
+    run(write(tmp_path / "in.jsonl", {"prompt": "a", "max_tokens": 1}), target)
+    assert set(answers(target)) == {1}
+
+
+def test_the_answers_on_stdin_too(tmp_path: Path) -> None:
+    target = write(tmp_path / "one.jsonl", {"prompt": "a"})
+    before = target.read_bytes()
+    for output in (str(target), "-"):
+        with target.open("rb") as source, target.open("ab") as sink:
+            command = [*COMMAND, "-", output]
+            done = subprocess.run(command, stdin=source, stdout=sink, stderr=subprocess.PIPE, cwd=tmp_path, timeout=60)
+        assert done.returncode == 2
+        assert b"are one file" in done.stderr
+    assert target.read_bytes() == before
+
+
+def test_streams_are_written_and_not_read(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", {"prompt": "a", "max_tokens": 1}, {"prompt": "b", "max_tokens": 1})
+    for output in ("-", "/dev/stdout"):
+        done = subprocess.run([*COMMAND, str(source), output], capture_output=True, cwd=tmp_path, timeout=60)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert {json.loads(line)["line"] for line in done.stdout.splitlines()} == {1, 2}
+    assert list(tmp_path.iterdir()) == [source]
+    run(source, "/dev/null")
+    assert "No space left" in run(source, "/dev/full", status=1)
+
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen([*COMMAND, str(source), str(pipe)]) as process:
+        assert {json.loads(line)["line"] for line in pipe.read_text().splitlines()} == {1, 2}
+        assert process.wait(60) == 0
+
+
+def test_lines_of_a_file_that_have_no_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither a file of zeros nor a long line is read whole."""
+    source, target = write(tmp_path / "in.jsonl", {"prompt": "a", "max_tokens": 1}), tmp_path / "out.jsonl"
+    with target.open("wb") as file:
+        file.truncate(1 << 40)
+    assert cli.main(["batch", str(source), str(target), "--device", "cpu"]) == 1
+    assert "line 1 is no answer of `based batch`: expected" in capsys.readouterr().err
+    assert target.stat().st_size == 1 << 40
+
+    monkeypatch.setattr("based.cli.batch._LONGEST_ANSWER", 100)
+    long = '{"line":1,"checksum":"00000001","text":"' + "x" * 100
+    target.write_text(long)
+    assert cli.main(["batch", str(source), str(target), "--device", "cpu"]) == 1
+    assert "of at most 100 bytes" in capsys.readouterr().err
+    assert target.read_text() == long
+
+    target.write_text("")  # an answer that could not be read again is not written
+    assert cli.main(["batch", str(source), str(target), "--device", "cpu", "-t", "1"]) == 0
+    assert "expected at most 50" in answers(target)[1]["error"]["message"]
 
 
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b", "1/0"])

@@ -2,7 +2,7 @@
 
 A line of OUTPUT is the answer to one of INPUT, as it comes; --in-order keeps their order. A line that is wrong has an
 error for an answer. OUTPUT is never written anew: the same command goes on where an earlier one ended, however that one
-ended, and answers no line twice.
+ended, and answers no line twice. A pipe or a device as OUTPUT is written from its beginning, and - is stdout.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import stat
 import sys
 import zlib
 from array import array
@@ -30,12 +31,16 @@ if TYPE_CHECKING:
 _URL = "/v1/completions"
 _ENVELOPE = dict.fromkeys(("custom_id", "method", "url", "body"))  # of a line of OpenAI's
 _LONGEST_LINE = 64 << 20  # bytes
+_LONGEST_ANSWER = 1 << 30  # bytes
+_ANSWER_HEADS = b'{"line":', b'{"id":"batch_req_'  # with which the two kinds of answers begin
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument("input", metavar="INPUT", help="JSON lines; - is stdin")
-    parser.add_argument("output", type=_common.path, metavar="OUTPUT", help="JSON lines, which are added to")
+    parser.add_argument("input", type=_common.text, metavar="INPUT", help="JSON lines; - is stdin")
+    parser.add_argument(
+        "output", type=_common.path, metavar="OUTPUT", help="JSON lines, which are added to; - is stdout"
+    )
     _common.add_model_arguments(parser)
     _common.add_compute_arguments(parser)
     parser.add_argument(
@@ -67,14 +72,16 @@ def run(args: argparse.Namespace) -> None:
     else:
         source = sys.stdin.buffer
     with source, _Output(args.output) as output:
-        if source is not sys.stdin.buffer and os.path.sameopenfile(source.fileno(), output.fileno):
+        if output.is_file(source):
             raise UsageError(f"{args.input} and {args.output} are one file: expected another for the answers")
+        output.read()
         model = _common.load_model(args)
         wanted = _common.wants_statistics(args)
         with model.engine(args.max_batch_size) as engine, _Progress(source, wanted) as progress:
             name = "stdin" if args.input == "-" else args.input
             lines = _lines(source, name, output, args.shard)
             asyncio.run(_Batch(model, args.model, engine, output, progress, in_order=args.in_order).run(lines))
+            output.cut()
         if wanted:
             print(progress.summary(output.num_before), file=sys.stderr)
 
@@ -111,60 +118,100 @@ def _lines(source: BinaryIO, name: str, output: "_Output", shard: tuple[int, int
 
 
 class _Output:
-    """The file of answers: what it holds already, and what is added. One process at a time."""
+    """The answers: what a file holds already, and what is added. One process at a time.
+
+    A pipe, a device or stdout is only written.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError, and ValueError when the file holds something else."""
+        """Opens it, and changes nothing. Raises OSError, and ValueError when it cannot be an output."""
         self.path = path
-        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 # closed by __exit__
-        self._checksums = array("q")  # by line; −1: no answer
         self.num_before = 0
+        self._checksums = array("q")  # by line; −1: no answer
+        self._whole: int | None = None  # bytes of whole lines, where a part of a line is behind them
+        self._is_stdout = str(path) == "-"
+        self._file: BinaryIO
+        self._resumes = False
+        if self._is_stdout:
+            self._file = sys.stdout.buffer
+            return
+        # What is no regular file may have no end, or none that it gives back.
+        mode = path.stat().st_mode if path.exists() else stat.S_IFREG
+        if stat.S_ISBLK(mode):
+            raise ValueError(f"{path} is a disk: expected a file, a pipe or a character device for the answers")
+        access = os.O_RDWR | os.O_CREAT | os.O_APPEND if stat.S_ISREG(mode) else os.O_WRONLY
+        self._file = os.fdopen(os.open(path, access, 0o666), "r+b" if stat.S_ISREG(mode) else "wb", buffering=0)
+        self._resumes = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
         try:
-            try:
+            if self._resumes:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{path}: another `based batch` is writing it") from None
-            self._read()
-        except BaseException:
+        except BlockingIOError:
             self._file.close()
-            raise
+            raise ValueError(f"{path}: another `based batch` is writing it") from None
 
     def __enter__(self) -> "_Output":
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._is_stdout:
+            return
         with contextlib.suppress(OSError):  # of a pipe, say
             os.fsync(self._file.fileno())
         self._file.close()
 
-    @property
-    def fileno(self) -> int:
-        """Of the file."""
-        return self._file.fileno()
+    def is_file(self, source: BinaryIO) -> bool:
+        """Whether both are one regular file."""
+        try:
+            found, other = os.fstat(self._file.fileno()), os.fstat(source.fileno())
+        except OSError:  # a stream without a descriptor
+            return False
+        return stat.S_ISREG(found.st_mode) and os.path.samestat(found, other)
 
-    def _read(self) -> None:
-        """Finds what is answered. A last line without an end, of a process that was killed, is taken off."""
-        if not self._file.seekable():
+    def read(self) -> None:
+        """Finds what is answered. Raises OSError, and ValueError when the file holds something else.
+
+        A last line without an end, of a process that was killed, is no answer: see cut().
+        """
+        if not self._resumes:
             return
         self._file.seek(0)
         end = 0
-        for index, line in enumerate(open(self._file.fileno(), "rb", closefd=False), start=1):  # noqa: SIM115
+        lines = open(self._file.fileno(), "rb", closefd=False)  # noqa: SIM115
+        for index in itertools.count(1):
+            line = lines.readline(1 << 12)
+            if line.lstrip().startswith(b"{") and not line.endswith(b"\n"):  # anything else is no answer
+                line += lines.readline(_LONGEST_ANSWER + 1 - len(line))
+            if not line:
+                return
+            if len(line) > _LONGEST_ANSWER:
+                raise self._no_answer(index, f" of at most {_LONGEST_ANSWER} bytes")
             if not line.endswith(b"\n"):
-                self._file.truncate(end)
-                break
+                if not self.num_before and not any(line.startswith(h) or h.startswith(line) for h in _ANSWER_HEADS):
+                    raise self._no_answer(index)
+                self._whole = end
+                return
             end += len(line)
             try:
                 answer = json.loads(line)
                 number, checksum = answer["line"], int(answer["checksum"], 16)
-                if not isinstance(number, int) or number < 1:
+                if not isinstance(number, int) or number < 1 or not 0 <= checksum < 1 << 32:
                     raise ValueError
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f"{self.path}: line {index} is no answer of `based batch`: expected a file of its answers, or "
-                    "another OUTPUT"
-                ) from None
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise self._no_answer(index) from None
             self._mark(number, checksum)
             self.num_before += 1
+
+    def _no_answer(self, index: int, bound: str = "") -> ValueError:
+        return ValueError(
+            f"{self.path}: line {index} is no answer of `based batch`{bound}: expected a file of its answers, or "
+            "another OUTPUT"
+        )
+
+    def cut(self) -> None:
+        """Takes off a last line without an end. Raises OSError."""
+        if self._whole is not None:
+            os.ftruncate(self._file.fileno(), self._whole)
+            self._whole = None
 
     def _mark(self, number: int, checksum: int) -> None:
         if number > len(self._checksums):
@@ -178,9 +225,11 @@ class _Output:
 
     def write(self, line: bytes) -> None:
         """Adds a whole line. Raises OSError."""
+        self.cut()
         data = memoryview(line)
         while data:
             data = data[self._file.write(data) :]
+        self._file.flush()
 
 
 class _Progress:
@@ -277,7 +326,13 @@ class _Batch:
             is_openai = "body" in body or "url" in body
             if is_openai:
                 body = _body_of(body)
-            found, num_tokens = await self._complete(line, body)
+            found, count = await self._complete(line, body)
+            if len(found) > _LONGEST_ANSWER // 2:  # with a long custom_id before it, it can still be read again
+                raise ValueError(
+                    f"the answer has {len(found)} bytes, expected at most {_LONGEST_ANSWER // 2}: ask for fewer "
+                    "samples or log-probabilities"
+                )
+            num_tokens = count
         except ApiError as error:
             status, found = error.status, to_json(error.body())
         except (ValueError, TypeError, MemoryError) as error:
