@@ -446,16 +446,27 @@ def test_a_session_in_pieces_is_one_long_sequence(model: based.Model, model_dire
 
 
 def test_a_sample_that_cannot_go_on(model: based.Model, model_directory: Path, tmp_path: Path) -> None:
-    """What came before is shown, the reason is on stderr, the status is 1."""
+    """What came before is shown, the reason is on stderr, the status is 1, and a saved session stays as it was."""
     file = tmp_path / "state.safetensors"
+    before = file.with_name("state.safetensors.before")
+    run = ["generate", "-m", model_directory, "--session", file, "--max-tokens", 3]
     stop_ids = ",".join(map(str, range(model.config.vocab_size)))
-    run = ["generate", "-m", model_directory, "--session", file, "--min-tokens", 1, "--stop-token-ids", stop_ids]
-    done = based_cli(*run, "Hello")
-    assert (done.returncode, done.stdout) == (1, "\n")
-    assert done.stderr.startswith("based: error: ") and "leave no token" in done.stderr
-    session = model.session()
-    session.load_state(file)
-    assert session.num_tokens == [5]
+
+    def cannot_go_on(*flags: str) -> None:
+        done = based_cli(*run, "--min-tokens", 1, "--stop-token-ids", stop_ids, *flags, "Hello")
+        assert done.returncode == 1
+        assert done.stdout == "\n" if not flags else objects(done.stdout)[0]["finish_reason"] == "error"
+        assert done.stderr.startswith("based: error: ") and "leave no token" in done.stderr
+
+    cannot_go_on()
+    assert list(tmp_path.iterdir()) == []
+    ok(*run, "One")
+    ok(*run, "Two")
+    saved = file.read_bytes(), before.read_bytes()
+    cannot_go_on()
+    cannot_go_on("--json")
+    assert (file.read_bytes(), before.read_bytes()) == saved
+    assert sorted(tmp_path.iterdir()) == [file, before]
 
 
 def test_a_failed_run_leaves_the_session_file(model_directory: Path, tmp_path: Path) -> None:

@@ -167,10 +167,10 @@ def _generate(args: argparse.Namespace, params: "SamplingParams", saved: "_Saved
     printer = _JsonPrinter(params, len(prompt)) if args.json else _TextPrinter(params.n, args.token_ids)
     timer = _common.TokenTimer()
     printer.print_all(timer.watch(model.stream(prompt, params) if session is None else session.stream(prompt, params)))
+    if printer.errors:  # a run that fails leaves the saved session as it was
+        raise ValueError("; ".join(printer.errors))
     if session is not None and saved is not None:
         saved.replace(session)
-    if printer.errors:
-        raise ValueError("; ".join(printer.errors))
 
     if _common.wants_statistics(args):
         seen = len(prompt) + timer.num_tokens
