@@ -1,6 +1,7 @@
 """The command line as a user meets it: through a process of its own, on the golden model."""
 
 import contextlib
+import errno
 import json
 import os
 import pty
@@ -516,6 +517,36 @@ def test_undo(model: based.Model, model_directory: Path, tmp_path: Path) -> None
     ok(*run, "New")
     assert list(tmp_path.iterdir()) == [file]
     fails(2, "--session FILE", "generate", "--undo", "x")
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_turn_after_one_that_was_killed_while_it_was_saved(
+    has_links: bool, model: based.Model, model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a kill leaves beside the session keeps no later turn of the same process id from being saved."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    file = tmp_path / "state.safetensors"
+    run = ["generate", "-m", str(model_directory), "--session", str(file), "--max-tokens", "2", "Hello"]
+    assert cli.main(run) == 0
+    if not has_links:
+        monkeypatch.setattr(os, "link", no_links)
+    with monkeypatch.context() as killed:
+        killed.setattr(based.Session, "save_state", fail)
+        killed.setattr(Path, "unlink", lambda *_, **__: None)
+        assert cli.main(run) == 130
+    assert session_tokens(model, file) == 5 + 2
+    assert len(list(tmp_path.iterdir())) == 3  # the lock, and the state that was put aside
+    assert cli.main(run) == 0
+    assert session_tokens(model, file) == 2 * (5 + 2)
+    assert sorted(tmp_path.iterdir()) == [file, file.with_name("state.safetensors.before")]
+    assert cli.main([*run[:-1], "--undo", ""]) == 0
+    assert session_tokens(model, file) == 5 + 2
 
 
 def test_separator(model: based.Model, model_directory: Path, tmp_path: Path) -> None:

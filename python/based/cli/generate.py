@@ -231,12 +231,13 @@ class _SavedSession:
 
     def replace(self, session: "Session") -> None:
         """Saves the state after a turn."""
+        aside = self._path.with_name(_hidden_name(self._path, "aside"))
+        aside.unlink(missing_ok=True)  # of a process that was killed here: whoever has the lock is alone
         if self.start != self._path:  # what lies in `before` is the state before this turn, or of another conversation
             session.save_state(self._path)
             if self.start is None:
                 self._before.unlink(missing_ok=True)
             return
-        aside = self._path.with_name(f".based-{os.getpid()}.before")
         try:
             try:
                 os.link(self._path, aside)
