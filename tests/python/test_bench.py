@@ -288,7 +288,7 @@ def test_plot_without_matplotlib(
     [
         ("--rivals is drawn by --plot", ["--rivals", "x.json"], 2),
         ("is none of .png", ["--plot", "figure.bmp"], 2),
-        ("--output json is of one model, --size lists 2", ["--size", "tiny,60m", "-o", "json"], 2),
+        ("--output json is of one model, --size lists 2", ["--size", "60m", "-o", "json"], 2),
         ("is not a directory", ["--plot", "missing/figure.png"], 1),
     ],
 )

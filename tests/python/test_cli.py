@@ -117,6 +117,24 @@ def test_usage_errors(fragment: str, args: list[str]) -> None:
     fails(2, fragment, *args)
 
 
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["bench", "--size", "tiny", "--size", "60m"], {"size": ["tiny", "60m"], "batch": None}),
+        (["bench", "--claim", "tiny", "--claim", "60m"], {"claim": ["tiny", "60m"]}),
+        (["bench", "-m", "x", "-b", "1", "-b", "2,3", "-p", "4", "-p", "5"], {"batch": [1, 2, 3], "prompt": [4, 5]}),
+        (["bench", "-m", "x", "-t", "1", "-t", "2", "-d", "0", "-d", "9"], {"threads": [1, 2], "depth": [0, 9]}),
+        (["bench", "serve", "--goodput", "ttft:1", "--goodput", "tpot:2"], {"goodput": [("ttft", 1), ("tpot", 2)]}),
+        (["eval", "--tasks", "a", "--tasks", "b,c"], {"tasks": ["a", "b", "c"]}),
+        (["recall", "-o", "x", "--widths", "8", "--widths", "16,32"], {"widths": [8, 16, 32], "windows": None}),
+        (["recall", "-o", "x", "--merge", "a", "--merge", "b", "c"], {"merge": [Path("a"), Path("b"), Path("c")]}),
+    ],
+)
+def test_a_list_that_is_given_in_parts(args: list[str], expected: dict[str, Any]) -> None:
+    found = vars(cli._make_parser().parse_args(args))
+    assert {name: found[name] for name in expected} == expected
+
+
 def test_a_failure_shows_its_traceback_with_debug(tmp_path: Path) -> None:
     done = based_cli("generate", "-m", tmp_path, "--debug", "x")
     assert done.returncode == 1
@@ -194,6 +212,7 @@ def test_only_one_newline_at_the_end_is_dropped(model_directory: Path) -> None:
         (2, "logit-bias a:1", ["--logit-bias", "a:1", "x"], None),
         (1, "300", ["--logit-bias", "300:1", "x"], None),
         (1, "258", ["--stop-token-ids", "258", "x"], None),
+        (2, "--stop-token-ids: token ids are integers", ["--stop-token-ids", "1,x", "x"], None),
         (2, "--json", ["--logprobs", "2", "x"], None),
         (2, "-n 2 must be 1", ["--session", "s", "-n", "2", "x"], None),
         (2, "is not ≥ 1", ["--threads", "0", "x"], None),
@@ -300,6 +319,10 @@ def test_stop_token_ids_and_min_tokens(model: based.Model, model_directory: Path
     record = sample(model_directory, *GREEDY, "--stop-token-ids", f"{stop},{stop}")
     assert record["token_ids"] == ids[: first + 1]
     assert (record["finish_reason"], record["stop_reason"]) == ("stop", stop)
+    other = next(id for id in range(256) if id not in ids)
+    for repeated in ((stop, other), (other, stop)):
+        flags = [flag for id in repeated for flag in ("--stop-token-ids", id)]
+        assert sample(model_directory, *GREEDY, *flags)["token_ids"] == ids[: first + 1]
     record = sample(model_directory, *GREEDY, "--stop-token-ids", stop, "--min-tokens", 12)
     assert len(record["token_ids"]) >= 12
     assert stop not in record["token_ids"][:11]

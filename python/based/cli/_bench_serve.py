@@ -117,6 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--goodput",
         nargs="+",
+        action="extend",
         type=_goal,
         default=[],
         metavar="NAME:MS",

@@ -159,6 +159,14 @@ def parse_ids(text: str) -> list[int]:
         raise UsageError(f"token ids are integers separated by commas or spaces: {error}") from error
 
 
+def token_ids(text: str) -> list[int]:
+    """An argument that is token ids."""
+    try:
+        return parse_ids(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def add_statistics_argument(parser: argparse.ArgumentParser) -> None:
     """--stats, --no-stats: see wants_statistics."""
     parser.add_argument(

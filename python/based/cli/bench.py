@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--size",
         type=_sizes,
+        action="extend",
         metavar="SIZE,…",
         help=f"named shapes, with random weights: {', '.join(SIZES)}",
     )
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--claim",
         nargs="?",
         type=_sizes,
+        action="extend",
         const=_CLAIM,
         metavar="SIZE,…",
         help=f"compare how fast these sizes generate (default: {','.join(_CLAIM)}; 128 sequences, prompts of 1024 "
@@ -64,9 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("-d", "--depth", "0", "tokens that each sequence has seen before"),
     ):
         least = 1 if flag == "-b" else 0
-        parser.add_argument(flag, name, type=_integers(least), metavar="N,…", help=f"{text} (default: {default})")
+        parser.add_argument(
+            flag, name, type=_integers(least), action="extend", metavar="N,…", help=f"{text} (default: {default})"
+        )
     parser.add_argument(
-        "-t", "--threads", type=_integers(1), default=[None], metavar="N,…", help="CPU threads (default: all usable)"
+        "-t", "--threads", type=_integers(1), action="extend", metavar="N,…", help="CPU threads (default: all usable)"
     )
     parser.add_argument(
         "-r", "--repetitions", type=_common.positive, default=5, metavar="N", help="of each test (default: 5)"
@@ -150,6 +154,7 @@ def _set_defaults(args: argparse.Namespace) -> None:
                 raise UsageError(f"--{name.replace('_', '-')} has no effect with --claim: leave it out")
         if args.output not in ("md", "json"):
             raise UsageError(f"--output {args.output}: --claim writes md or json")
+    args.threads = args.threads or [None]
     for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, [default])

@@ -16,7 +16,7 @@ from based.cli import UsageError, _common
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument("--tasks", type=_names, metavar="LIST", help="names, separated by commas")
+    parser.add_argument("--tasks", type=_names, action="extend", metavar="LIST", help="names, separated by commas")
     parser.add_argument("--list", action="store_true", help="show the tasks offered here, and leave")
     _common.add_model_arguments(parser)
     _common.add_compute_arguments(parser)

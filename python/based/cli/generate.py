@@ -37,7 +37,7 @@ _FIELDS: dict[str, Any] = {
     "frequency_penalty": float,
     "seed": int,
     "stop": str,
-    "stop_token_ids": _common.parse_ids,
+    "stop_token_ids": _common.token_ids,
     "ignore_eos": bool,
     "logprobs": int,
     "logit_bias": str,
@@ -92,6 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             continue
         if name in ("stop", "logit_bias"):
             options |= {"action": "append", "help": help_text + " May be repeated."}
+        elif name == "stop_token_ids":
+            options |= {"action": "extend", "help": help_text + " May be repeated."}
         elif name != "max_tokens" and getattr(defaults, name) not in (None, []):
             options["help"] += f" (default: {getattr(defaults, name)})"
         group.add_argument(*flags, type=kind, metavar=metavars.get(name, "N"), **options)

@@ -44,21 +44,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how models are trained: ours, or as in the authors' experiments, 4 rates and 32 epochs (default: ours)",
     )
     group = parser.add_argument_group("the sweep", "Lists are separated by commas; the defaults are docs/recall.md's.")
-    group.add_argument("--families", type=_list(str), metavar="LIST", help="kinds of models, such as based,mamba")
+    group.add_argument(
+        "--families", type=_list(str), action="extend", metavar="LIST", help="kinds of models, such as based,mamba"
+    )
     group.add_argument(
         "--points",
         type=_list(str),
+        action="extend",
         metavar="LIST",
         help="models by name or pattern: based-d64-f16,mamba-d128-*",
     )
     group.add_argument(
-        "--widths", type=_list(int), metavar="LIST", help="of BASED and attention; windows have the largest alone"
+        "--widths",
+        type=_list(int),
+        action="extend",
+        metavar="LIST",
+        help="of BASED and attention; windows have the largest alone",
     )
-    group.add_argument("--rival-widths", type=_list(int), metavar="LIST", help="hidden sizes of the other families")
-    group.add_argument("--feature-dims", type=_list(int), metavar="LIST", help="of BASED")
-    group.add_argument("--windows", type=_list(int), metavar="LIST", help="keys of sliding windows")
-    group.add_argument("--state-sizes", type=_list(int), metavar="LIST", help="of Mamba and Mamba-2: of each channel")
-    group.add_argument("--learning-rates", type=_list(float), metavar="LIST", help="the best one counts")
+    group.add_argument(
+        "--rival-widths", type=_list(int), action="extend", metavar="LIST", help="hidden sizes of the other families"
+    )
+    group.add_argument("--feature-dims", type=_list(int), action="extend", metavar="LIST", help="of BASED")
+    group.add_argument("--windows", type=_list(int), action="extend", metavar="LIST", help="keys of sliding windows")
+    group.add_argument(
+        "--state-sizes", type=_list(int), action="extend", metavar="LIST", help="of Mamba and Mamba-2: of each channel"
+    )
+    group.add_argument(
+        "--learning-rates", type=_list(float), action="extend", metavar="LIST", help="the best one counts"
+    )
     group.add_argument("--epochs", type=_common.positive, metavar="N", help="of the training texts, at most")
     group.add_argument("--seed", type=int, metavar="N", help="of texts, weights and order")
     parser.add_argument("--device", default="auto", help="auto (all GPUs, or the CPU), cpu, cuda (all GPUs), cuda:N")
@@ -82,6 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--merge",
         type=_common.path,
         nargs="+",
+        action="extend",
         metavar="DIR",
         help="take in what other folders of this sweep hold, and train nothing",
     )
@@ -109,6 +123,7 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("--merge with --restart: expected one of them")
     recall: Any = importlib.import_module("based.torch.recall")
     given = {key: getattr(args, key) for key in _SWEEP if getattr(args, key) is not None}
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     try:
         sweep = recall.Sweep.of(args.settings, quick=args.quick, **given)
     except ValueError as error:
