@@ -85,7 +85,14 @@ std::string to_text(py::handle value, const std::string& name) {
 
 std::string to_string(py::handle value, const std::string& name) {
   if (!PyUnicode_Check(value.ptr())) throw py::type_error(name + " must be a str, not " + describe(value));
-  return value.cast<std::string>();
+  Py_ssize_t size = 0;
+  const char* const text = PyUnicode_AsUTF8AndSize(value.ptr(), &size);
+  if (text == nullptr) {
+    if (!PyErr_ExceptionMatches(PyExc_UnicodeEncodeError)) throw py::error_already_set();
+    PyErr_Clear();
+    throw py::value_error(name + " holds half of a surrogate pair, expected characters that UTF-8 has");
+  }
+  return std::string(text, static_cast<std::size_t>(size));
 }
 
 void check_length(std::size_t length, std::size_t limit, const std::string& name, const char* what) {

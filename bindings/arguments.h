@@ -28,6 +28,8 @@ std::uint64_t to_uint64(py::handle value, const std::string& name);
 /// Any number, but no bool.
 double to_double(py::handle value, const std::string& name);
 bool to_bool(py::handle value, const std::string& name);
+
+/// A str in UTF-8. Raises ValueError when it holds half of a surrogate pair.
 std::string to_string(py::handle value, const std::string& name);
 
 /// A str that may hold a path: as the system has its bytes, which need not be UTF-8.

@@ -46,7 +46,7 @@ void check_call(const py::args& args, const py::kwargs& kwargs) {
   if (!args.empty())
     throw py::type_error("SamplingParams takes its fields by name: expected SamplingParams(max_tokens=5), not (5)");
   for (const auto& [key, value] : kwargs) {
-    const auto name = key.cast<std::string>();
+    const std::string name = to_string(key, "the name of a field");
     if (std::ranges::count(field_names, name) > 0) continue;
     std::string message = "SamplingParams has no field " + name;
     const auto other = std::ranges::find(kOtherNames, name, &std::pair<std::string_view, std::string_view>::first);

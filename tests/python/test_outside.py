@@ -117,6 +117,12 @@ def test_texts_that_a_tokenizer_fails_on(ours, tmp_path, values, prompt):
 def test_half_of_a_surrogate_pair_is_no_text(model):
     with pytest.raises(ValueError, match="half of a surrogate pair"):
         model.generate("a\ud800")
+    with pytest.raises(ValueError, match=r"^stop holds half of a surrogate pair, expected"):
+        based.SamplingParams(stop="\udc80")
+    with pytest.raises(ValueError, match=r"^stop\[1\] holds half of a surrogate pair, expected"):
+        based.SamplingParams(stop=["a", "\udc80"])
+    with pytest.raises(ValueError, match=r"^the name of a field holds half of a surrogate pair, expected"):
+        based.SamplingParams(**{"\udc80": 1})
 
 
 def test_what_is_no_failure_of_the_tokenizer_passes():
