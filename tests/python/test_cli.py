@@ -233,6 +233,16 @@ def test_a_prompt_argument_that_is_not_utf8(model_directory: Path) -> None:
     assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("option", ["--stop", "--separator"])
+def test_an_option_that_is_not_utf8(option: str, model_directory: Path, tmp_path: Path) -> None:
+    """Wrong usage, before anything is generated or saved."""
+    run = ["generate", "-m", model_directory, "--session", tmp_path / "state", option, b"a\x80", "Hello"]
+    done = subprocess.run([*COMMAND, *run], capture_output=True)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert f"argument {option}: the text is not UTF-8".encode() in done.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_no_prompt_at_a_terminal_is_a_usage_error(model_directory: Path) -> None:
     terminal, its_end = pty.openpty()
     done = subprocess.run(

@@ -224,6 +224,14 @@ def text(value: str) -> str:
     return value
 
 
+def utf8(value: str) -> str:
+    """An argument that is text, which bytes that the shell passes on as they are need not be."""
+    try:
+        return check_text(value, "text")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def path(value: str) -> Path:
     """The same of a path."""
     return Path(text(value))

@@ -36,7 +36,7 @@ _FIELDS: dict[str, Any] = {
     "presence_penalty": float,
     "frequency_penalty": float,
     "seed": int,
-    "stop": str,
+    "stop": _common.utf8,
     "stop_token_ids": _common.token_ids,
     "ignore_eos": bool,
     "logprobs": int,
@@ -64,7 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="start from the state in FILE, if there is one, and save it there",
     )
     parser.add_argument(
-        "--separator", metavar="TEXT", help="with --session: stands before the prompt, unless that is the first"
+        "--separator",
+        type=_common.utf8,
+        metavar="TEXT",
+        help="with --session: stands before the prompt, unless that is the first",
     )
     parser.add_argument(
         "--undo",
