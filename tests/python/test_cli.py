@@ -111,6 +111,13 @@ def test_help_of_the_program_imports_no_command() -> None:
         ("unrecognized arguments: --nonsense", ["generate", "-m", "x", "--nonsense"]),
         ("unrecognized arguments: --temp", ["generate", "-m", "x", "--temp", "0"]),
         ("required: SRC, DST", ["convert"]),
+        ("FILE: it is empty", ["perplexity", ""]),
+        ("--device: it is empty", ["perplexity", "x", "--device", ""]),
+        ("--device: it is empty", ["bench", "--size", "tiny", "--device", ""]),
+        ("--device: it is empty", ["recall", "-o", "x", "--device", ""]),
+        ("-t/--threads: 1025 is outside its domain, expected 1 … 1024", ["bench", "--size", "tiny", "-t", "1,1025"]),
+        ("--model: it is empty", ["bench", "-m", ""]),
+        ("it is empty", ["inspect", ""]),
     ],
 )
 def test_usage_errors(fragment: str, args: list[str]) -> None:
@@ -201,7 +208,10 @@ def test_only_one_newline_at_the_end_is_dropped(model_directory: Path) -> None:
         (2, "temperature", ["--temperature", "nan", "x"], None),
         (2, "invalid float value", ["--top-p", "high", "x"], None),
         (2, "--top-p", ["--top-p", "1.5", "x"], None),
-        (2, "n ", ["-n", "0", "x"], None),
+        (2, "-n: 0 is outside its domain, expected 1 … 16384", ["-n", "0", "x"], None),
+        (2, "-n: 100000000000 is outside its domain, expected 1 … 16384", ["-n", "100000000000", "x"], None),
+        (2, "--logprobs: 100000000000 is outside", ["--json", "--logprobs", "100000000000", "x"], None),
+        (2, "--logprobs: -1 is outside its domain, expected 0 …", ["--json", "--logprobs", "-1", "x"], None),
         (2, "--max-tokens", ["--max-tokens", "0", "x"], None),
         (2, "--min-tokens", ["--min-tokens", "999", "x"], None),
         (2, "'many' is neither an integer nor none", ["--max-tokens", "many", "x"], None),
@@ -215,7 +225,10 @@ def test_only_one_newline_at_the_end_is_dropped(model_directory: Path) -> None:
         (2, "--stop-token-ids: token ids are integers", ["--stop-token-ids", "1,x", "x"], None),
         (2, "--json", ["--logprobs", "2", "x"], None),
         (2, "-n 2 must be 1", ["--session", "s", "-n", "2", "x"], None),
-        (2, "is not ≥ 1", ["--threads", "0", "x"], None),
+        (2, "--threads: 0 is outside its domain, expected 1 … 1024", ["--threads", "0", "x"], None),
+        (2, "--threads: 1000000 is outside its domain, expected 1 … 1024", ["-t", "1000000", "x"], None),
+        (2, "--threads: invalid int value: 'many'", ["-t", "many", "x"], None),
+        (2, "--device: it is empty", ["--device", "", "x"], None),
         (2, "invalid choice: 'int3'", ["--dtype", "int3", "x"], None),
         (1, "tpu", ["--device", "tpu", "x"], None),
         (1, "revision", ["--revision", "v2", "x"], None),
@@ -273,6 +286,14 @@ def test_every_field_of_sampling_params_is_a_flag() -> None:
     fields = [name for name in dir(based.SamplingParams) if not name.startswith("_")]
     fields = [name for name in fields if not callable(getattr(based.SamplingParams, name))]
     assert sorted(generate._FIELDS) == sorted(fields)
+
+
+def test_the_most_samples_are_those_of_sampling_params() -> None:
+    from based.cli import generate
+
+    assert based.SamplingParams(n=generate._MOST_SAMPLES).n == generate._MOST_SAMPLES
+    with pytest.raises(ValueError, match=f"expected 1 … {generate._MOST_SAMPLES}$"):
+        based.SamplingParams(n=generate._MOST_SAMPLES + 1)
 
 
 def test_defaults_are_those_of_sampling_params_but_for_max_tokens(model: based.Model, model_directory: Path) -> None:

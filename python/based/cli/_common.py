@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +37,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_compute_arguments(parser: argparse.ArgumentParser) -> None:
     """Where and how to compute."""
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--device", type=text, default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", default="auto", choices=dtypes, help="of the weights")
-    parser.add_argument("-t", "--threads", type=positive, metavar="N", help="CPU threads (default: all usable)")
+    parser.add_argument("-t", "--threads", type=threads, metavar="N", help="CPU threads (default: all usable)")
     add_context_argument(parser)
 
 
@@ -243,6 +243,24 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not ≥ 1")
     return value
+
+
+def between(least: int, most: int) -> Callable[[str], int]:
+    """An argument that is an integer from least to most."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{value} is outside its domain, expected {least} … {most}")
+        return value
+
+    parse.__name__ = "int"  # in argparse's message
+    return parse
+
+
+MOST_THREADS = 1024
+threads = between(1, MOST_THREADS)
+"""An argument that is a number of CPU threads."""
 
 
 def not_negative(text: str) -> int:

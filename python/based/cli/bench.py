@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from based.sizes import SIZES
 
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("-m", "--model", metavar="PATH|ID", help=_common.MODEL_HELP)
+    what.add_argument("-m", "--model", type=_common.text, metavar="PATH|ID", help=_common.MODEL_HELP)
     what.add_argument(
         "--size",
         type=_sizes,
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"compare how fast these sizes generate (default: {','.join(_CLAIM)}; 128 sequences, prompts of 1024 "
         "tokens, 1024 generated; on a GPU FlashAttention-2 in PyTorch too)",
     )
-    parser.add_argument("--revision", metavar="REV", help=_common.REVISION_HELP)
+    parser.add_argument("--revision", type=_common.text, metavar="REV", help=_common.REVISION_HELP)
     for flag, name, default, text in (
         ("-p", "--prompt", "512", "tokens of a prompt to prefill; 0: none"),
         ("-n", "--generate", "128", "tokens to generate; 0: none"),
@@ -70,12 +70,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             flag, name, type=_integers(least), action="extend", metavar="N,…", help=f"{text} (default: {default})"
         )
     parser.add_argument(
-        "-t", "--threads", type=_integers(1), action="extend", metavar="N,…", help="CPU threads (default: all usable)"
+        "-t",
+        "--threads",
+        type=_integers(1, _common.MOST_THREADS),
+        action="extend",
+        metavar="N,…",
+        help="CPU threads (default: all usable)",
     )
     parser.add_argument(
         "-r", "--repetitions", type=_common.positive, default=5, metavar="N", help="of each test (default: 5)"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--device", type=_common.text, default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -101,11 +106,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _common.add_statistics_argument(parser)
 
 
-def _integers(least: int) -> Callable[[str], list[int]]:
+def _integers(least: int, most: int | None = None) -> Callable[[str], list[int]]:
     def parse(text: str) -> list[int]:
         values = [int(word) for word in text.split(",")]
         if min(values) < least:
             raise argparse.ArgumentTypeError(f"{min(values)} is not ≥ {least}")
+        if most is not None and max(values) > most:
+            raise argparse.ArgumentTypeError(f"{max(values)} is outside its domain, expected {least} … {most}")
         return values
 
     parse.__name__ = "list of integers"  # in argparse's message

@@ -24,8 +24,10 @@ from based.cli import UsageError, _common
 if TYPE_CHECKING:
     from based import SamplingParams, Session, StreamChunk
 
+_MOST_SAMPLES = 1 << 14  # of a prompt, as SamplingParams has it
+
 _FIELDS: dict[str, Any] = {
-    "n": int,
+    "n": _common.between(1, _MOST_SAMPLES),
     "max_tokens": _common.count_or_none,
     "min_tokens": int,
     "temperature": float,
@@ -39,7 +41,7 @@ _FIELDS: dict[str, Any] = {
     "stop": _common.utf8,
     "stop_token_ids": _common.token_ids,
     "ignore_eos": bool,
-    "logprobs": int,
+    "logprobs": _common.between(0, 2**31 - 1),
     "logit_bias": str,
     "include_stop_str_in_output": bool,
     "skip_special_tokens": bool,

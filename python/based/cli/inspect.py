@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     from based.sizes import SIZES
 
-    parser.add_argument("model", nargs="?", metavar="PATH|ID", help=_common.MODEL_HELP)
-    parser.add_argument("--revision", metavar="REV", help=_common.REVISION_HELP)
+    parser.add_argument("model", nargs="?", type=_common.text, metavar="PATH|ID", help=_common.MODEL_HELP)
+    parser.add_argument("--revision", type=_common.text, metavar="REV", help=_common.REVISION_HELP)
     parser.add_argument("--size", choices=SIZES, help="a named shape instead of a model, in bfloat16")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 

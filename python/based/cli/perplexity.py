@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument("file", metavar="FILE", help="UTF-8 text; - is stdin")
+    parser.add_argument("file", type=_common.text, metavar="FILE", help="UTF-8 text; - is stdin")
     _common.add_model_arguments(parser)
     _common.add_compute_arguments(parser)
     parser.add_argument("--window", type=_common.positive, metavar="N", help="tokens of a window (default: all)")

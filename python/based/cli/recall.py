@@ -74,7 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--epochs", type=_common.positive, metavar="N", help="of the training texts, at most")
     group.add_argument("--seed", type=int, metavar="N", help="of texts, weights and order")
-    parser.add_argument("--device", default="auto", help="auto (all GPUs, or the CPU), cpu, cuda (all GPUs), cuda:N")
+    parser.add_argument(
+        "--device",
+        type=_common.text,
+        default="auto",
+        help="auto (all GPUs, or the CPU), cpu, cuda (all GPUs), cuda:N",
+    )
     parser.add_argument(
         "--parallel", type=_common.positive, metavar="N", help="models at once on a device (default: GPU 8, CPU 1)"
     )
