@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -944,6 +945,24 @@ def test_perplexity_bad_input(model_directory: Path, without_tokenizer: Path, tm
     fails(2, "--window", *run, "--stride", 5, file)
     for window, stride in ((1, 1), (8, 8), (8, 9)):
         fails(2, "expected a window", *run, "--window", window, "--stride", stride, file)
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"], ["--window", "4"]])
+def test_perplexity_that_is_no_number(flags: list[str], model_directory: Path, tmp_path: Path) -> None:
+    """A model whose logits are NaN is an error: no NaN is shown, which is no JSON."""
+    broken = tmp_path / "broken"
+    shutil.copytree(model_directory, broken)
+    weights = broken / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    begin = 8 + int.from_bytes(data[:8], "little")
+    first, last = json.loads(data[8:begin])["final_norm.weight"]["data_offsets"]
+    data[begin + first : begin + last] = b"\xff" * (last - first)
+    weights.write_bytes(data)
+    file = tmp_path / "text.txt"
+    file.write_text("Hello, world")
+    fails(
+        1, "the log-probability of token 1 is nan, expected a finite number", "perplexity", "-m", broken, *flags, file
+    )
 
 
 def test_the_golden_tokenizer_is_of_bytes() -> None:

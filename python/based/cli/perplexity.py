@@ -61,7 +61,15 @@ def run(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         for begin, first, end in _windows(len(ids), window or len(ids), stride):
             logprobs: npt.NDArray[np.float32] = model.score(ids[begin:end])
-            total -= float(logprobs[first - begin - 1 :].sum(dtype="float64"))
+            counted_here = logprobs[first - begin - 1 :]
+            found_here = float(counted_here.sum(dtype="float64"))
+            if not math.isfinite(found_here):
+                at = next((i for i, value in enumerate(counted_here.tolist()) if not math.isfinite(value)), 0)
+                raise ValueError(
+                    f"the log-probability of token {first + at} is {counted_here[at]}, expected a finite number: "
+                    f"{args.model} computes no probabilities for this text"
+                )
+            total -= found_here
             bar.update(end - first)
         seconds = time.perf_counter() - start
 
