@@ -206,6 +206,14 @@ def test_one_writer(tmp_path: Path) -> None:
         first.wait()
 
 
+def test_a_byte_order_mark(tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(b'\xef\xbb\xbf{"prompt": "a", "max_tokens": 1}\n')
+    run(source, target)
+    assert "choices" in answers(target)[1]
+    assert "0 lines answered (1 were answered before)" in run(source, target, "--stats")
+
+
 @pytest.mark.parametrize("before", ["", '{"line":1,"checksum":"0', '{"id":"batch_req_1","custom_id"'])
 def test_a_first_line_that_was_cut_short(tmp_path: Path, before: str) -> None:
     target = tmp_path / "out.jsonl"

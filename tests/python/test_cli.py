@@ -1,5 +1,6 @@
 """The command line as a user meets it: through a process of its own, on the golden model."""
 
+import codecs
 import contextlib
 import errno
 import json
@@ -923,6 +924,26 @@ def test_perplexity(model: based.Model, model_directory: Path, tmp_path: Path) -
         assert found["loss"] * (len(ids) - 1) == pytest.approx(total, rel=1e-5)
     if window >= len(ids):
         assert found["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_byte_order_mark_is_no_text(model_directory: Path, tmp_path: Path) -> None:
+    """As in training: at the beginning of a file or of stdin."""
+    plain, marked = tmp_path / "plain.txt", tmp_path / "marked.txt"
+    plain.write_bytes(b"Hello, world")
+    marked.write_bytes(codecs.BOM_UTF8 + plain.read_bytes())
+    run = ["perplexity", "-m", model_directory, "--json"]
+    expected = ok(*run, plain)
+    assert ok(*run, marked) == expected
+    assert ok(*run, "-", stdin=marked.read_bytes()) == expected
+    marked.write_bytes(marked.read_bytes() + codecs.BOM_UTF8)  # in a text it is a letter
+    assert json.loads(ok(*run, marked))["bytes"] == json.loads(expected)["bytes"] + 3
+
+    marked.write_bytes(codecs.BOM_UTF8 + plain.read_bytes())
+    run = ["generate", "-m", model_directory, *GREEDY, "--max-tokens", 3, "--json"]
+    expected = ok(*run, "-f", plain)
+    assert ok(*run, "-f", marked) == expected
+    assert ok(*run, stdin=marked.read_bytes()) == expected
+    assert ok("tokenize", "-f", marked) == ok("tokenize", "-f", plain)
 
 
 def test_perplexity_begins_with_the_start_token(tmp_path: Path) -> None:

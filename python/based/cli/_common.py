@@ -115,9 +115,9 @@ def read_bytes(file: str) -> tuple[bytes, str]:
 
 
 def decode_text(data: bytes, where: str) -> str:
-    """UTF-8. Raises ValueError."""
+    """UTF-8; a byte order mark at the beginning is no text. Raises ValueError."""
     try:
-        return data.decode()
+        return data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: byte {error.start} is not UTF-8 ({error.reason})") from error
 

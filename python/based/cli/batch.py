@@ -7,6 +7,7 @@ ended, and answers no line twice. A pipe or a device as OUTPUT is written from i
 
 import argparse
 import asyncio
+import codecs
 import contextlib
 import fcntl
 import itertools
@@ -104,9 +105,11 @@ def _lines(source: BinaryIO, name: str, output: "_Output", shard: tuple[int, int
         if len(data) > _LONGEST_LINE:
             raise ValueError(f"{name}: line {number} has more than {_LONGEST_LINE} bytes")
         data = data.rstrip(b"\r\n")
+        checksum = zlib.crc32(data)
+        if number == 1:
+            data = data.removeprefix(codecs.BOM_UTF8)
         if (number - shard[0]) % shard[1] or not data.strip():
             continue
-        checksum = zlib.crc32(data)
         answered = output.answered(number)
         if answered is None:
             yield _Line(number, checksum, data)
