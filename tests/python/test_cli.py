@@ -189,6 +189,38 @@ def test_prompt_from_argument_file_and_stdin(model_directory: Path, tmp_path: Pa
     assert json.loads(outputs.pop())["num_prompt_tokens"] == len(prompt.encode())
 
 
+def test_a_stream_without_an_end(
+    model_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is read up to a limit, and before the model is loaded."""
+    length = len("Hello")
+    code = "import sys; from based.cli import _common, main; _common._LONGEST_STREAM = 5; sys.exit(main(sys.argv[1:]))"
+    for text, status in (("Hello", 0), ("Hello!", 1)):
+        run = ["generate", "-m", str(model_directory), "--max-tokens", "1", "-f", "-"]
+        done = subprocess.run([sys.executable, "-c", code, *run], input=text, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+        assert (f"stdin is no regular file and has more than {length} bytes" in done.stderr) is (status == 1)
+
+    monkeypatch.setattr("based.cli._common._LONGEST_STREAM", 5 << 20)
+    for args in (["perplexity", "/dev/zero"], ["generate", "-f", "/dev/zero"], ["tokenize", "-f", "/dev/zero"]):
+        assert cli.main([*args, "-m", "no-such-model"]) == 1
+        expected = f"/dev/zero is no regular file and has more than {5 << 20} bytes: write the text into a file"
+        assert expected in capsys.readouterr().err
+
+
+def test_a_file_that_memory_does_not_hold(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    with file.open("wb") as sparse:
+        sparse.truncate(1 << 36)
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (1 << 35, 1 << 35)); "
+        "from based.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "perplexity", str(file)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"based: error: {file}: the text is longer than memory holds\n"
+
+
 def test_only_one_newline_at_the_end_is_dropped(model_directory: Path) -> None:
     run = ["generate", "-m", model_directory, "--json"]
     for text, expected in (("ab\n\n", 3), ("ab\r\n", 2), ("\nab", 3), ("ab ", 3)):

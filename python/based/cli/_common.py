@@ -3,12 +3,14 @@
 import argparse
 import codecs
 import json
+import os
 import re
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from based._loading import BUNDLED
 from based.cli import UsageError
@@ -106,12 +108,44 @@ def read_text(args: argparse.Namespace, what: str, *, optional: bool = False) ->
 
 
 def read_bytes(file: str) -> tuple[bytes, str]:
-    """The contents of a file, or of stdin if it is "-", and what to call it."""
+    """The contents of a file, or of stdin if it is "-", and what to call it.
+
+    Raises OSError, MemoryError, and ValueError when it is a device or a pipe that has no end.
+    """
     if file != "-":
-        return Path(file).read_bytes(), file
+        with open(file, "rb") as source:
+            return _read_all(source, file), file
     if sys.stdin is None:
         raise UsageError("-: there is no stdin")
-    return sys.stdin.buffer.read(), "stdin"
+    return _read_all(sys.stdin.buffer, "stdin"), "stdin"
+
+
+def _read_all(source: BinaryIO, name: str) -> bytes:
+    try:
+        is_regular = stat.S_ISREG(os.fstat(source.fileno()).st_mode)
+    except OSError:  # a stream without a descriptor
+        is_regular = False
+    try:
+        if is_regular:
+            return source.read()
+        size = 0
+        parts = []
+        while part := source.read(_STREAM_PART):
+            size += len(part)
+            if size > _LONGEST_STREAM:
+                raise ValueError(
+                    f"{name} is no regular file and has more than {_LONGEST_STREAM} bytes: write the text into a file, "
+                    "which may be longer"
+                )
+            parts.append(part)
+            if len(part) < _STREAM_PART:  # the end: a terminal is not asked twice
+                break
+        return b"".join(parts)
+    except MemoryError:
+        raise MemoryError(f"{name}: the text is longer than memory holds") from None
+
+
+_STREAM_PART, _LONGEST_STREAM = 1 << 20, 1 << 30  # bytes
 
 
 def decode_text(data: bytes, where: str) -> str:
