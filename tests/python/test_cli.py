@@ -1211,3 +1211,9 @@ def test_every_option_is_documented(command: str) -> None:
     flags = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", ok(command, "--help"))) - {"-h", "--help"}
     assert len(flags) >= 3
     assert [flag for flag in sorted(flags) if not re.search(rf"`{flag}[^a-z-]", text)] == []
+
+
+def test_every_size_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    sizes_of_bench = text[text.index("`--size`, a list as above") :].split(") with random weights")[0]
+    assert set(re.findall(r"`([\w.-]+)`", sizes_of_bench)) - {"--size"} == {*sizes.SIZES, "based-1b", "based-1.3b"}
