@@ -1265,6 +1265,40 @@ def test_files_of_others_stay(config: Path) -> None:
     assert based.load(output / "model").config.hidden_size == 16
 
 
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("name", ["train.csv", "validation.csv", "model/model.safetensors", "model/config.json"])
+def test_files_of_others_are_not_written_over(config: Path, name: str, restart: bool) -> None:
+    file = config.parent / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("text,label\nmine,1\n")
+    (config.parent / ".lock").write_text("mine")
+    before = {path: path.read_bytes() for path in config.parent.rglob("*") if path.is_file()}
+    with pytest.raises(based.FormatError) as error:
+        run(config, "output=.", restart=restart)
+    found = "a file of another model" if "model" in name else "a file that begins with 'text,label'"
+    assert f"{file}: found {found}, expected no such file" in str(error.value)
+    assert f"Move it, or use another output than {config.parent}" in str(error.value)
+    assert {path: path.read_bytes() for path in config.parent.rglob("*") if path.is_file()} == before
+    file.unlink()
+    assert run(config, "output=.").step == 6 and run(config, "output=.").step == 6
+    assert (config.parent / ".lock").read_text() == "mine"
+
+
+def test_a_log_that_others_have_replaced(config: Path) -> None:
+    run(config, "training.steps=3")
+    for name in ("train.csv", "validation.csv"):
+        log = (config.parent / "run" / name).read_text()
+        (config.parent / "run" / name).write_text("text,label\nmine,1\n")
+        with pytest.raises(based.FormatError, match=f"run/{name}: found a file that begins with 'text,label'"):
+            run(config, change=["training.steps"])
+        assert (config.parent / "run" / name).read_text() == "text,label\nmine,1\n"
+        (config.parent / "run" / name).write_text(log)
+    (config.parent / "run" / "train.csv").unlink()
+    (config.parent / "run" / "train.csv").mkdir()
+    with pytest.raises(based.FormatError, match=r"run/train\.csv: found a folder, expected no such file"):
+        run(config, change=["training.steps"])
+
+
 def test_exports_leave_a_model_card(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = config.parent / "run"
     run(config, "training.steps=3")

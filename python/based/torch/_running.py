@@ -17,7 +17,7 @@ from based.convert import sync
 def only_process(folder: Path) -> Iterator[None]:
     """Makes the folder, and holds it. Raises FormatError when another process does."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    with (folder / ".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -41,6 +41,18 @@ class Table:
             os.fsync(file.fileno())
 
 
+def other_than_log(path: Path, columns: Sequence[str]) -> str | None:
+    """What is at a path, in words, where it is not the log of a run; None where it is one, or an empty file."""
+    if not path.is_file():
+        return "a folder" if path.is_dir() else "something that is not a regular file"
+    with path.open("rb") as file:
+        first = file.readline(1000)
+    text = first.decode(errors="replace").rstrip("\r\n")
+    if not first or text == ",".join(columns):
+        return None
+    return f"a file that begins with {text if len(text) <= 80 else text[:79] + '…'!r}"
+
+
 class Board:
     """TensorBoard's files."""
 

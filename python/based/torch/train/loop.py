@@ -28,7 +28,17 @@ from based.torch.model import BasedForCausalLM
 from based.torch.train import training_checkpoint
 from based.torch.train.config import Config, Optimizer, model_config
 from based.torch.train.data import Dataset, Windows, pack, validation_windows
-from based.torch.train.log import TRAIN, VALIDATION, Board, Meter, Stopwatch, Table, board_writer, duration
+from based.torch.train.log import (
+    TRAIN,
+    VALIDATION,
+    Board,
+    Meter,
+    Stopwatch,
+    Table,
+    board_writer,
+    duration,
+    other_than_log,
+)
 from based.torch.train.tokens import Encoder, make_encoder, model_source
 from based.torch.train.world import World
 
@@ -36,6 +46,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _EXPORT = re.compile(r"\.model\.[0-9a-f]{8}\.(new|old)")
 _KEPT = ".beside-model"
 _MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.json"}
+_LOGS = {"train.csv": TRAIN, "validation.csv": VALIDATION}
 CHANGEABLE = (
     *(f"optimizer.{item.name}" for item in dataclasses.fields(Optimizer)),
     *(f"training.{name}" for name in ("steps", "batch_size", "seed", "skip_steps", "precision")),
@@ -86,7 +97,8 @@ def train(
 
     Raises:
         Stopped: SIGINT or SIGTERM came; there is a checkpoint.
-        FormatError: Bad data; or the checkpoint belongs to another configuration or to other data.
+        FormatError: Bad data; the checkpoint belongs to another configuration or to other data; or a file that no run
+            has written has the name of one that this run would write.
         FloatingPointError: A loss or a gradient is not finite. The last checkpoint is as it was; so with every failure.
         UnsupportedError: This machine lacks the device.
         OSError, MemoryError, ImportError: A file, a full disk; the device's memory; an extra is missing.
@@ -105,10 +117,31 @@ def train(
         contextlib.ExitStack() as held,
         _memory_advice(world),
     ):
+        world.from_first(lambda: _refuse_files_of_others(output))
         world.from_first(lambda: held.enter_context(only_process(output)))
         run = _Run(config, output, world, meter, restart=restart, must_resume=must_resume, change=change)
         with run.gatherer:
             return run.run()
+
+
+def _refuse_files_of_others(output: Path) -> None:
+    """Raises FormatError where the run would write over files that are no run's, before anything is written."""
+    advice = f"Move it, or use another output than {output}"
+    for name, columns in _LOGS.items():
+        path = output / name
+        if path.exists() and (found := other_than_log(path, columns)) is not None:
+            expected = f"no such file, or the log of a run, which begins with {','.join(columns)!r}"
+            raise FormatError(f"{path}: found {found}, expected {expected}: a run writes its log there. {advice}")
+    if not _holds_run(output):
+        for name in sorted(_MODEL_FILES):
+            if (path := output / "model" / name).exists():
+                expected = f"no such file: {output} holds no run, and a run writes its model there"
+                raise FormatError(f"{path}: found a file of another model, expected {expected}. {advice}")
+
+
+def _holds_run(output: Path) -> bool:
+    """Whether an earlier run has left a checkpoint or a log there."""
+    return bool(training_checkpoint.paths(output / "checkpoints")) or any((output / name).exists() for name in _LOGS)
 
 
 @contextlib.contextmanager
