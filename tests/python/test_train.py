@@ -1265,6 +1265,63 @@ def test_files_of_others_stay(config: Path) -> None:
     assert based.load(output / "model").config.hidden_size == 16
 
 
+OTHERS = {
+    *("model/README.md", "model/evaluation/model.safetensors", "checkpoints/notes.txt", "checkpoints/.based-notes/a"),
+    *("checkpoints/step-000000003/notes.txt", "checkpoints/step-000000003/eval/a.json", "tensorboard/notes.txt"),
+    *("tensorboard/mine/events.out.tfevents.1", "data/0123456789abcdef/picture.png", "notes.txt"),
+}
+
+
+def write_others(output: Path) -> None:
+    for name in OTHERS:
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text(f"of others: {name}")
+
+
+def assert_others_stay(output: Path) -> None:
+    for name in OTHERS:
+        assert (output / name).read_text() == f"of others: {name}"
+
+
+def test_a_restart_where_there_is_no_run_removes_nothing(config: Path) -> None:
+    output = config.parent / "run"
+    write_others(output)
+    assert run(config, restart=True).step == 6
+    assert_others_stay(output)
+
+
+def test_a_restart_removes_what_a_run_has_written(config: Path) -> None:
+    output, whole = config.parent / "run", config.parent / "whole"
+    run(config, "training.seed=9")
+    (output / "tensorboard").mkdir()
+    (output / "tensorboard" / "events.out.tfevents.1").write_text("of the run")
+    write_others(output)
+    assert run(config, restart=True).step == 6
+    run(config, output=whole)
+    assert_same_run(whole, output)
+    assert_others_stay(output)
+    assert not (output / "tensorboard" / "events.out.tfevents.1").exists()
+    assert run(config, "training.seed=8", restart=True).step == 6
+    assert_others_stay(output)
+
+
+def test_what_others_put_into_a_checkpoint_stays_when_it_is_removed(config: Path) -> None:
+    output = config.parent / "run"
+    run(config, "training.steps=3")
+    write_others(output)
+    old = output / "checkpoints" / ".step-000000002.old"  # of a process that was killed
+    old.mkdir()
+    (old / "config.json").write_text("of the run")
+    (old / "notes.txt").write_text("of others")
+    sets = ["checkpoint.keep=1", "data.validation_fraction=0"]
+    assert run(config, *sets, restart=True).step == 6
+    assert [saved.progress.step for saved in training_checkpoint.all_saved(output / "checkpoints")] == [6]
+    assert_others_stay(output)
+    assert sorted(path.name for path in (output / "checkpoints" / "step-000000003").iterdir()) == ["eval", "notes.txt"]
+    assert [path.name for path in (output / "checkpoints" / "step-000000002").iterdir()] == ["notes.txt"]
+    assert run(config, *sets).step == 6
+
+
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("name", ["train.csv", "validation.csv", "model/model.safetensors", "model/config.json"])
 def test_files_of_others_are_not_written_over(config: Path, name: str, restart: bool) -> None:

@@ -1,11 +1,11 @@
-"""What long runs share: signals that end them in good order, files replaced as a whole, a folder of one's own."""
+"""What long runs share: signals that end them in good order, files replaced or removed, a folder of one's own."""
 
 import contextlib
 import fcntl
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,6 +33,20 @@ def replaced_file(path: Path) -> Iterator[TextIO]:
         yield file
     sync(new)
     os.replace(new, path)
+
+
+def remove_files(folder: Path, is_own: Callable[[str], object]) -> bool:
+    """Removes the files whose names are a run's own, then the folder, if that is empty now. Whether it is gone.
+
+    A folder in it, and a file of another name, stay; so does a folder that is a symbolic link.
+    """
+    for path in folder.iterdir():
+        if is_own(path.name) and (path.is_symlink() or not path.is_dir()):
+            path.unlink()
+    if folder.is_symlink() or any(folder.iterdir()):
+        return False
+    folder.rmdir()
+    return True
 
 
 class Signals:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import stat
 import sys
 import zipfile
@@ -20,6 +19,7 @@ import numpy as np
 
 from based._core import FormatError
 from based.convert import atomic_directory, sync
+from based.torch._running import remove_files
 from based.torch.train.config import Config, Source
 from based.torch.train.tokens import Encoder, Ids
 
@@ -29,6 +29,7 @@ _READ = 1 << 20  # bytes of a text file that are read at a time
 _PIECE = 1 << 18  # characters of a document that are tokenised by themselves: a tokenizer takes 200 bytes for each
 _BATCH = 1 << 19  # characters that are tokenised at a time
 _NAME = re.compile(r"[0-9a-f]{16}|\.[0-9a-f]{16}\.[0-9a-f]{8}\.(new|old)")  # of packings, and of half a one
+_FILE = re.compile(r"meta\.json|(train-\d+|validation)\.bin")  # of a packing
 _ROUND = 1000  # windows in which every source has its share
 
 
@@ -85,7 +86,7 @@ def pack(
     """
     sources = _sources(config)
     target = folder / _key(config, sources, encoder, vocab_size, end)
-    if not target.is_dir():
+    if not (target / "meta.json").exists():
         notify("packing documents …")
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_directory(None, target, overwrite=False) as new:
@@ -115,7 +116,7 @@ def _clean(folder: Path, target: Path) -> None:
     """Removes other packings, and what killed processes left of some; no other file."""
     for old in folder.iterdir():
         if old != target and _NAME.fullmatch(old.name) and old.is_dir():
-            shutil.rmtree(old)
+            remove_files(old, _FILE.fullmatch)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

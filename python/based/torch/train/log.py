@@ -71,6 +71,11 @@ class Board:
         self._writer.close()
 
 
+def is_board_file(name: str) -> bool:
+    """Whether TensorBoard gives its files such a name."""
+    return name.startswith("events.out.tfevents.")
+
+
 def board_writer() -> Any:
     """TensorBoard's class. Raises ImportError when it is missing."""
     try:

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from based._core import FormatError, ModelConfig
-from based.torch._running import Signals, only_process
+from based.torch._running import Signals, only_process, remove_files
 from based.torch.model import BasedForCausalLM
 from based.torch.train import training_checkpoint
 from based.torch.train.config import Config, Optimizer, model_config
@@ -37,6 +36,7 @@ from based.torch.train.log import (
     Table,
     board_writer,
     duration,
+    is_board_file,
     other_than_log,
 )
 from based.torch.train.tokens import Encoder, make_encoder, model_source
@@ -90,7 +90,7 @@ def train(
 
     Args:
         config: See read_config.
-        restart: Remove what an earlier run left in the output folder, and begin anew.
+        restart: Remove what an earlier run left in the output folder, if there was one, and begin anew.
         must_resume: Fail when there is no checkpoint.
         change: Keys that the run may have other values of from here on: `CHANGEABLE` ones.
         meter: Shows progress.
@@ -302,12 +302,20 @@ class _Run:
         return model, shape
 
     def _clear(self) -> None:
-        """Removes what an earlier run left, but for the packed documents."""
+        """Removes what an earlier run left, by the names that a run gives, but for the packed documents."""
+        if not _holds_run(self.output):
+            return
         for saved in training_checkpoint.paths(self.checkpoints):
             training_checkpoint.remove(saved)
-        for name in ("checkpoints", "model", "tensorboard"):
-            shutil.rmtree(self.output / name, ignore_errors=True)
-        for name in ("train.csv", "validation.csv"):
+        training_checkpoint.clean(self.checkpoints)
+        for folder, is_own in (
+            ("model", _MODEL_FILES.__contains__),
+            ("tensorboard", is_board_file),
+            ("checkpoints", lambda _: False),
+        ):
+            if (self.output / folder).is_dir():
+                remove_files(self.output / folder, is_own)
+        for name in _LOGS:
             (self.output / name).unlink(missing_ok=True)
 
     def _precision(self, saved: training_checkpoint.Progress | None) -> str:
@@ -451,7 +459,7 @@ class _Run:
                 training_checkpoint.remove(path)
         for leftover in self.output.glob(".model.*"):
             if _EXPORT.fullmatch(leftover.name) and leftover.is_dir():
-                shutil.rmtree(leftover)
+                remove_files(leftover, _MODEL_FILES.__contains__)
         self._put_back()
         self.train_table = Table(self.output / "train.csv", TRAIN, self.step)
         # Losses up to the step at which the documents of validation changed are of others; this step is measured again.

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,11 +15,14 @@ import torch
 from based import _core
 from based._core import FormatError, ModelConfig
 from based.convert import atomic_directory, stored_tensors, sync
+from based.torch._running import remove_files
 
 _VERSION = 1
 _NAME = re.compile(r"step-(\d{9})")
-_LEFTOVER = re.compile(r"\.step-\d{9}\.(old|[0-9a-f]{8}\.(new|old))")
+_LEFTOVER = re.compile(r"\.(step-\d{9})\.(old|[0-9a-f]{8}\.(new|old))")
+_UNFINISHED = re.compile(r"\.based-[0-9a-f]{8}-[0-9a-f]{8}-\d{1,9}-[0-9a-f]{8}\.(new|old)")  # of atomic_directory
 _FILES = {"model.safetensors", "optimizer.safetensors", "config.json", "training.json"}
+_OWN = _FILES | {"tokenizer.json", "sha256.json"}
 
 Tensors = dict[str, torch.Tensor]
 
@@ -62,6 +64,20 @@ def save(
     """Writes a checkpoint, which is also a model directory. Raises OSError, and leaves nothing then."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{progress.step:09d}"
+    kept = _gone(path)
+    if path.is_dir() and not _holds_own(path):  # what others put into an earlier checkpoint of this step
+        path.rename(kept)
+    try:
+        _write_whole(path, progress, weights, optimizer, config, tokenizer)
+    finally:
+        if kept.is_dir():
+            _settle(kept, path)
+    return TrainingCheckpoint(path, progress)
+
+
+def _write_whole(
+    path: Path, progress: Progress, weights: Tensors, optimizer: Tensors, config: ModelConfig, tokenizer: bytes | None
+) -> None:
     with atomic_directory(None, path, overwrite=False) as new:
         _write_tensors(new / "model.safetensors", weights)
         _write_tensors(new / "optimizer.safetensors", optimizer)
@@ -71,7 +87,6 @@ def save(
         _write(new / "training.json", json.dumps({"version": _VERSION, **asdict(progress)}, indent=1).encode())
         sums = {file.name: _sha256(file) for file in sorted(new.iterdir())}
         _write(new / "sha256.json", json.dumps(sums, indent=1).encode())
-    return TrainingCheckpoint(path, progress)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -102,7 +117,13 @@ def all_saved(folder: Path) -> list[TrainingCheckpoint]:
 
 def paths(folder: Path) -> list[Path]:
     """Of the checkpoints of a folder, oldest first, damaged ones too; not of what else lies there."""
-    return [path for path in sorted(folder.glob("step-*")) if _NAME.fullmatch(path.name) and path.is_dir()]
+    named = [path for path in sorted(folder.glob("step-*")) if _NAME.fullmatch(path.name)]
+    return [path for path in named if path.is_dir() and _holds_own(path)]
+
+
+def _holds_own(path: Path) -> bool:
+    """Whether a folder has any file of a checkpoint. What is left of one that was removed is what others put there."""
+    return any((path / name).exists() for name in _OWN)
 
 
 def newest(folder: Path) -> TrainingCheckpoint | None:
@@ -168,15 +189,34 @@ def prune(folder: Path, keep: int, best: Path | None) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a folder; it is gone before its files are, so that none is ever seen half."""
-    gone = path.with_name(f".{path.name}.old")
-    shutil.rmtree(gone, ignore_errors=True)
+    """Removes a checkpoint; it is gone before its files are, so that none is ever seen half. Files of others stay."""
+    gone = _gone(path)
+    if gone.is_dir():
+        _settle(gone, path)
     path.rename(gone)
-    shutil.rmtree(gone)
+    _settle(gone, path)
+
+
+def _gone(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _settle(gone: Path, path: Path) -> None:
+    """Removes a checkpoint's files from `gone`, and puts back into `path` what others have put there."""
+    if remove_files(gone, _OWN.__contains__):
+        return
+    path.mkdir(exist_ok=True)
+    for other in gone.iterdir():
+        other.rename(path / other.name)
+    gone.rmdir()
 
 
 def clean(folder: Path) -> None:
-    """Removes what a killed process left beside the checkpoints."""
+    """Removes what a killed process left beside the checkpoints; files of others stay."""
     for leftover in [*folder.glob(".step-*"), *folder.glob(".based-*")]:
-        if leftover.is_dir() and (_LEFTOVER.fullmatch(leftover.name) or leftover.name.startswith(".based-")):
-            shutil.rmtree(leftover)
+        if not leftover.is_dir():
+            continue
+        if name := _LEFTOVER.fullmatch(leftover.name):
+            _settle(leftover, folder / name[1])
+        elif _UNFINISHED.fullmatch(leftover.name):
+            remove_files(leftover, _OWN.__contains__)
