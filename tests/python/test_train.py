@@ -376,6 +376,9 @@ def test_files_of_a_source(config: Path, source: str, expected: str) -> None:
     for links in ({}, {"t/self": ".", "t/more": ".", "t/twin.txt": "a.txt"}):
         for name, target in links.items():
             (folder / name).symlink_to(target)
+        if links:
+            os.link(folder / "t" / "a.txt", folder / "t" / "z-hard.txt")
+            os.link(folder / "t" / "held-out" / "b.txt", folder / "t" / "y-hard.txt")
         dataset = packed(read, folder / "data")
         assert sorted(documents(dataset, dataset.train[0])) == [letter.encode() for letter in expected]
 
@@ -397,12 +400,14 @@ def test_an_exclude_that_leaves_out_nothing(config: Path, pattern: str) -> None:
     [
         ("[{text: '*.txt'}]", "[{text: 3.txt}]", "data.validation[0]: {}/3.txt is also in data.train[0]"),
         ("[{text: '*.txt'}]", "[{text: link.txt}]", "data.validation[0]: {}/link.txt is also in data.train[0]"),
+        ("[{text: '*.txt'}]", "[{text: hard.data}]", "data.validation[0]: {}/hard.data is also in data.train[0]"),
         ("[{text: '*.txt'}]", "[{text: 3.txt, separator: a}]", "is also in data.train[0]"),
         ("[{text: [1.txt, 2.txt]}, {text: 2.txt}]", "[]", "data.train[1]: {}/2.txt is also in data.train[0]"),
     ],
 )
 def test_a_file_of_two_sources(config: Path, train: str, validation: str, fragment: str) -> None:
     (config.parent / "link.txt").symlink_to("3.txt")
+    os.link(config.parent / "3.txt", config.parent / "hard.data")
     sets = ["data.validation_fraction=0", f"data.train={train}", f"data.validation={validation}"]
     with pytest.raises(based.FormatError) as error:
         packed(read_config(config, sets), config.parent / "data")

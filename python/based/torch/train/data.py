@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -129,22 +129,33 @@ def _kind(source: Source) -> str:
 def _sources(config: Config) -> dict[str, tuple[Source, list[Path]]]:
     """Every source and its files, by the source's place in the configuration."""
     sources: dict[str, tuple[Source, list[Path]]] = {}
-    used: dict[str, list[tuple[str, object]]] = {}  # by the file: places, and how they read it
+    used: dict[_File, list[tuple[str, object]]] = {}  # places, and how they read it
     for name in ("train", "validation"):
         for index, source in enumerate(getattr(config.data, name)):
             where = f"data.{name}[{index}]"
             files = _files(config, source, where)
             for path in files:
                 how = (name, _kind(source), source.separator, source.field)
-                for other, other_how in used.setdefault(os.path.realpath(path), []):
+                file = _identity(str(path))
+                for other, other_how in used.setdefault(file, []):
                     if other_how == how or other.startswith("data.train") != where.startswith("data.train"):
                         raise FormatError(
                             f"{where}: {path} is also in {other}, expected each file once: "
                             f"leave it out of one of them by exclude"
                         )
-                used[os.path.realpath(path)].append((where, how))
+                used[file].append((where, how))
             sources[where] = source, files
     return sources
+
+
+_File: TypeAlias = tuple[int, int]
+"""What a file is whatever links lead to it, symbolic or hard: its device, and its number there."""
+
+
+def _identity(path: str) -> _File:
+    """Raises OSError where a link leads nowhere, or to itself."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 def _files(config: Config, source: Source, where: str) -> list[Path]:
@@ -165,8 +176,12 @@ def _files(config: Config, source: Source, where: str) -> list[Path]:
     everything = list(found)
     for index, pattern in enumerate(source.exclude):
         name = str(config.path(pattern))
-        left_out = {os.path.realpath(path) for path in _matches(name)}
+        matches = _matches(name)
+        left_out = {os.path.realpath(path) for path in matches}
         out = [path for path in everything if path in left_out or not left_out.isdisjoint(_folders_of(path))]
+        if several := [path for path in everything if os.path.isfile(path) and os.stat(path).st_nlink > 1]:
+            files = {_identity(path) for path in _files_below(matches)}
+            out += [path for path in several if _identity(path) in files]
         if not out:
             raise FormatError(
                 f"{where}.exclude[{index}]: {name} leaves out none of the {len(everything)} files of {kind}, "
@@ -177,10 +192,20 @@ def _files(config: Config, source: Source, where: str) -> list[Path]:
     if not found:
         names = ", ".join(str(config.path(pattern)) for pattern in getattr(source, kind))
         raise FormatError(f"{where}.{kind}: no file matches {names} and no exclude")
+    once: dict[_File, str] = {}
     for path in found.values():
-        if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
+        once.setdefault(_identity(path), path)
+    for path in once.values():
+        if not stat.S_ISREG(os.stat(path).st_mode):
             raise FormatError(f"{where}.{kind}: {path} is not a regular file")
-    return [Path(path) for path in found.values()]
+    return [Path(path) for path in once.values()]
+
+
+def _files_below(paths: list[str]) -> Iterator[str]:
+    """The files among `paths` and in the folders among them."""
+    for folder in _walk([path for path in paths if os.path.isdir(path)]):
+        yield from (path for name in os.listdir(folder) if os.path.isfile(path := os.path.join(folder, name)))
+    yield from (path for path in paths if os.path.isfile(path))
 
 
 def _folders_of(path: str) -> Iterator[str]:
