@@ -383,6 +383,29 @@ def test_files_of_a_source(config: Path, source: str, expected: str) -> None:
         assert sorted(documents(dataset, dataset.train[0])) == [letter.encode() for letter in expected]
 
 
+@pytest.mark.parametrize("pattern", ["t/**/*.txt", "t/*/*.txt", "t/a/*.txt"])
+def test_links_that_lead_nowhere(config: Path, pattern: str) -> None:
+    folder = config.parent
+    (folder / "t" / "a").mkdir(parents=True)
+    (folder / "t" / "a" / "a.txt").write_text("a")
+    for place in ("t", "t/a"):  # none of which matches
+        (folder / place / "loop").symlink_to("loop")
+        (folder / place / "dead").symlink_to("nothing")
+    source, whole = f"text: '{pattern}'", ["data.validation_fraction=0"]
+    dataset = packed(read_config(config, [f"data.train=[{{{source}}}]", *whole]), folder / "data")
+    assert documents(dataset, dataset.train[0]) == [b"a"]
+    for name, target in (("dead.txt", "nothing"), ("loop.txt", "loop.txt")):
+        (folder / "t" / "a" / name).symlink_to(target)
+        with pytest.raises(based.FormatError) as error:
+            packed(read_config(config, [f"data.train=[{{{source}}}]", *whole]), folder / "data")
+        found = f"data.train[0].text: {folder}/t/a/{name} is a link to {target}, which leads to no file"
+        assert f"{found}, expected a file: leave it out by exclude" in str(error.value)
+        left_out = f"data.train=[{{{source}, exclude: '**/{name}'}}]"
+        dataset = packed(read_config(config, [left_out, *whole]), folder / "data")
+        assert documents(dataset, dataset.train[0]) == [b"a"]
+        (folder / "t" / "a" / name).unlink()
+
+
 @pytest.mark.parametrize("pattern", ["t/heldout/**", "b.txt", "t", "missing.txt", "elsewhere/*"])
 def test_an_exclude_that_leaves_out_nothing(config: Path, pattern: str) -> None:
     folder = config.parent

@@ -194,6 +194,11 @@ def _files(config: Config, source: Source, where: str) -> list[Path]:
         raise FormatError(f"{where}.{kind}: no file matches {names} and no exclude")
     once: dict[_File, str] = {}
     for path in found.values():
+        if os.path.islink(path) and not os.path.exists(path):
+            raise FormatError(
+                f"{where}.{kind}: {path} is a link to {os.readlink(path)}, which leads to no file, expected a file: "
+                "leave it out by exclude"
+            )
         once.setdefault(_identity(path), path)
     for path in once.values():
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -241,7 +246,8 @@ def _walk(roots: list[str]) -> Iterator[str]:
         seen.add(real)
         yield folder
         with os.scandir(folder) as entries:
-            below = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+            # Not entry.is_dir(), which raises OSError for a link that leads to itself.
+            below = [entry for entry in entries if not entry.name.startswith(".") and os.path.isdir(entry)]
         for entry in sorted(below, key=lambda entry: entry.name, reverse=True):
             (links if entry.is_symlink() else waiting).append(entry.path)
 
