@@ -14,7 +14,7 @@ from typing import Any, overload
 from based._core import FormatError, parse_limit
 from based._json import read_json
 from based._lfs import refuse_lfs_pointer
-from based._tokenizer_json import parse_tokenizer, read_bytes
+from based._tokenizer_json import BYTE_LETTERS, parse_tokenizer, read_bytes
 
 _VOCAB, _MERGES, _CONFIG, _MAP, _ADDED = (
     "vocab.json",
@@ -33,16 +33,6 @@ _CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _END = "<|endoftext|>"  # what bos, eos and unk are in GPT-2 where no file says so
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
-
-
-def _byte_letters() -> list[str]:
-    seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    hidden = iter(range(256, 512))
-    return [chr(byte if byte in seen else next(hidden)) for byte in range(256)]
-
-
-BYTE_LETTERS = _byte_letters()
-"""The letters that stand for bytes in GPT-2's tokenizer: themselves where they can be seen, others from 256 on."""
 
 
 @overload

@@ -28,6 +28,20 @@ _MAX_REPEATS = 100_000  # of a regular expression's part: each repeat is a copy 
 _MAX_TEXT = 1024  # characters that a normalizer adds
 
 
+def _byte_letters() -> list[str]:
+    seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    hidden = iter(range(256, 512))
+    return [chr(byte if byte in seen else next(hidden)) for byte in range(256)]
+
+
+BYTE_LETTERS = _byte_letters()
+"""The letters that stand for bytes in GPT-2's tokenizer: themselves where they can be seen, others from 256 on."""
+
+
+_SAMPLE = "".join(map(chr, (*range(0x3000), *range(0x3000, 0xD800, 0x31), *range(0xE000, 0x110000, 0x101))))
+"""Characters of which UTF-8 makes every byte that there is in a text."""
+
+
 def read_bytes(path: Path) -> bytes:
     """The file, or its beginning when it is too long to be a tokenizer.json. Raises OSError."""
     if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would be waited for
@@ -74,7 +88,9 @@ def parse_tokenizer(data: bytes, where: str) -> "Tokenizer":
         raise FormatError(f"{where}: not a tokenizer.json: {error}") from error
     _check(document, where)
     with tokenizer_errors(f"{where}: not a tokenizer that tokenizers can read"):
-        return Tokenizer.from_str(text)
+        tokenizer = Tokenizer.from_str(text)
+        _check_bytes(tokenizer, document, where)
+        return tokenizer
 
 
 class tokenizer_errors:  # noqa: N801 (used as a function)
@@ -126,6 +142,37 @@ def _check(document: Any, where: str) -> None:
                     f"{where}: {section}: found replacements that may make a text {growth:.0f} times as long, "
                     f"expected at most {_MAX_GROWTH}"
                 )
+
+
+def _check_bytes(tokenizer: "Tokenizer", document: dict[str, Any], where: str) -> None:
+    """That a byte-level BPE has a token for each byte of a text: the library drops what it has none for.
+
+    With an unknown token, or with tokens of bytes to fall back to, it drops nothing; other models raise.
+    """
+    model = document.get("model")
+    steps = _objects([document.get("normalizer"), document.get("pre_tokenizer")])
+    if not isinstance(model, dict) or not any(step.get("type") == "ByteLevel" for step in steps):
+        return
+    vocab = model.get("vocab")
+    options = ("unk_token", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+    if model.get("type", "BPE") != "BPE" or any(map(model.get, options)) or not isinstance(vocab, dict):
+        return
+    if vocab.keys() >= set(BYTE_LETTERS):
+        return
+    # A letter that no text comes to, of a capital where all are made small, may be missing.
+    text = _SAMPLE if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str(_SAMPLE)
+    words = (
+        [text] if tokenizer.pre_tokenizer is None else [w for w, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+    )
+    letters = set().union(*words)
+    missing = [byte for byte, letter in enumerate(BYTE_LETTERS) if letter in letters and letter not in vocab]
+    if missing:
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        raise FormatError(
+            f"{where}: model.vocab: found no token {json.dumps(BYTE_LETTERS[missing[0]])}, the letter of byte "
+            f"{missing[0]}, expected one for each byte of a text, since there is no unk_token: a text would lose "
+            f"{'bytes' if len(missing) > 1 else 'byte'} {', '.join(map(str, missing[:8]))}{more}"
+        )
 
 
 def _objects(value: Any) -> Iterator[dict[str, Any]]:

@@ -4,12 +4,14 @@ import json
 import time
 
 import pytest
+from based import FormatError
 from based._text import Detokenizer, IncrementalDecoder, StopStringFinder
 from based._tokenizer import LazyTokenizer, read_tokenizer
+from based._tokenizer_json import BYTE_LETTERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
-from tokenizers_of_all_kinds import KINDS, SPECIAL
+from tokenizers import Tokenizer, normalizers
+from tokenizers_of_all_kinds import KINDS, LETTERS, SPECIAL
 
 TEXT = st.text(st.sampled_from("  hello world <>|. 'é你😀\n\ufffd"), max_size=24) | st.text(max_size=8)
 TOKENIZERS = {kind: make() for kind, make in KINDS.items()}
@@ -228,3 +230,59 @@ def test_settings_of_a_training_are_left_out(tmp_path) -> None:
         assert all(read.encode(text).ids == whole for _ in range(5))
         description = json.loads(read.to_str())
         assert (description["truncation"], description["padding"]) == (None, None)
+
+
+def without(tokenizer: Tokenizer, *letters: str, **changes: object) -> str:
+    document = json.loads(tokenizer.to_str())
+    vocabulary = document["model"]["vocab"]
+    document["model"]["merges"] = [pair for pair in document["model"]["merges"] if not set("".join(pair)) & {*letters}]
+    document["model"]["vocab"] = {token: id for token, id in vocabulary.items() if not set(token) & {*letters}}
+    document["model"] |= changes
+    return json.dumps(document)
+
+
+@pytest.mark.parametrize("as_normalizer", [False, True])
+@pytest.mark.parametrize("kind", ["byte_level", "mixed_byte_level"])
+def test_a_byte_without_a_token(kind: str, as_normalizer: bool, tmp_path) -> None:
+    path = tmp_path / "tokenizer.json"
+    tokenizer = KINDS[kind]()
+    if as_normalizer:
+        tokenizer.pre_tokenizer, tokenizer.normalizer = None, normalizers.ByteLevel()
+    path.write_text(without(tokenizer))
+    assert read_tokenizer(path).decode(read_tokenizer(path).encode("é€x").ids) == "é€x"
+    for letters, found in (
+        ("Ã", 'found no token "\\u00c3", the letter of byte 195'),
+        ("Ãb", "a text would lose bytes 98, 195"),
+        ([*"abcdefghij", "Ġ"], "bytes 32, 97, 98, 99, 100, 101, 102, 103 and 3 more"),
+        (BYTE_LETTERS[0], "byte 0"),
+        (BYTE_LETTERS[0xF4], "byte 244"),
+        (BYTE_LETTERS[0xBF], "byte 191"),
+    ):
+        path.write_text(without(tokenizer, *letters))
+        with pytest.raises(FormatError) as error:
+            read_tokenizer(path)
+        assert str(error.value).startswith(f"{path}: model.vocab: found no token")
+        assert found in str(error.value)
+        assert "expected one for each byte of a text, since there is no unk_token" in str(error.value)
+
+
+def test_a_byte_that_needs_no_token(tmp_path) -> None:
+    path = tmp_path / "tokenizer.json"
+    tokenizer = KINDS["byte_level"]()
+    path.write_text(without(tokenizer, *(BYTE_LETTERS[byte] for byte in (0xC0, 0xC1, *range(0xF5, 0x100)))))
+    read_tokenizer(path)  # UTF-8 has no such bytes
+    path.write_text(without(tokenizer, "Ã", unk_token="a"))
+    assert read_tokenizer(path).encode("é").tokens == ["a", "©"]
+    tokenizer.normalizer = normalizers.Lowercase()
+    path.write_text(without(tokenizer, *LETTERS.upper()))
+    assert read_tokenizer(path).decode(read_tokenizer(path).encode("Éa B").ids) == "éa b"
+    path.write_text(without(tokenizer, *LETTERS.upper(), "b"))
+    with pytest.raises(FormatError, match="would lose byte 98"):
+        read_tokenizer(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokenizers_of_all_kinds_are_read(kind: str, tmp_path) -> None:
+    (tmp_path / "tokenizer.json").write_text(KINDS[kind]().to_str())
+    text = "hello world"
+    assert read_tokenizer(tmp_path / "tokenizer.json").encode(text).ids == TOKENIZERS[kind].encode(text).ids

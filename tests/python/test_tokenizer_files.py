@@ -8,7 +8,8 @@ import based
 import pytest
 from based import FormatError
 from based._tokenizer import read_tokenizer
-from based._tokenizer_files import BYTE_LETTERS, find_tokenizer, read_tokenizer_json
+from based._tokenizer_files import find_tokenizer, read_tokenizer_json
+from based._tokenizer_json import BYTE_LETTERS
 from based.convert import convert
 from hypothesis import given, settings
 from hypothesis import strategies as st

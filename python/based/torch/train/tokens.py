@@ -10,9 +10,8 @@ import numpy as np
 from based._core import FormatError
 from based._loading import find_tokenizer
 from based._tokenizer import read_tokenizer, reset_for_whole_texts
-from based._tokenizer_files import BYTE_LETTERS
 from based._tokenizer_files import find_tokenizer as find_tokenizer_file
-from based._tokenizer_json import tokenizer_errors
+from based._tokenizer_json import BYTE_LETTERS, tokenizer_errors
 from based.torch.train.config import Config
 
 if TYPE_CHECKING:
