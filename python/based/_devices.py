@@ -72,7 +72,7 @@ def choose_device(device: str) -> str:
         return next(d.device for d in devices() if d.device != "cpu" and d.problem is None)
     if _machine_has_gpu() and _first_fallback():
         warnings.warn(
-            f"device='auto' runs on the CPU: {problem}. With device='cpu' there is no such warning.",
+            f"device='auto' runs on the CPU: {problem}. Give device='cpu' to say that this is meant.",
             RuntimeWarning,
             stacklevel=4,  # whoever called load() or Model.random()
         )

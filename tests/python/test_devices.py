@@ -147,8 +147,8 @@ sys.exit(cli.main({arguments}))
 """
     result = run("-c", code.format(True))
     assert result.returncode == 0, result.stderr
-    assert result.stderr.startswith("based: warning: --device auto runs on the CPU: no CUDA driver is installed. With")
-    assert "--device cpu" in result.stderr and "device=" not in result.stderr
+    assert result.stderr.startswith("based: warning: --device auto runs on the CPU: no CUDA driver is installed. Give")
+    assert "Give --device cpu to say that this is meant." in result.stderr and "device=" not in result.stderr
     assert result.stderr.count("\n") == 1
     silent = run("-c", code.format(False))
     assert (silent.returncode, silent.stderr) == (0, "")

@@ -1118,7 +1118,9 @@ def test_a_missing_gpu(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         assert cli.main(["train", str(config), "--set", "training.device=auto"]) == 0
-    assert "based: warning: training.device 'auto' is the CPU: PyTorch" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "based: warning: training.device 'auto' is the CPU: PyTorch" in err
+    assert ". Set training.device: cpu to say that this is meant.\n" in err
 
 
 # ---- what may change -------------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def _choose_device(device: str, local_rank: int, size: int) -> torch.device:
             device = "cuda"
         else:
             warnings.warn(
-                f"training.device 'auto' is the CPU: {_problem()}. With 'cpu' there is no such warning.",
+                f"training.device 'auto' is the CPU: {_problem()}. Set training.device: cpu to say that this is meant.",
                 RuntimeWarning,
                 stacklevel=2,
             )
