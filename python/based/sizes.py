@@ -162,7 +162,7 @@ def recipe(
     vocab_size: int,
     end_token_id: int | None,
 ) -> dict[str, Any]:
-    """The config.json of a model of the published recipe (docs/model-format.md). Nothing is checked.
+    """The config.json of a model of the published recipe (docs/model-format.md). Nothing but the letters is checked.
 
     Args:
         layers: A letter each, of LETTERS.
@@ -178,7 +178,11 @@ def recipe(
         max_length: The most tokens of a sequence; of use where a layer is Y.
         vocab_size: Number of tokens.
         end_token_id: The token that starts and ends a text, if there is one.
+
+    Raises ValueError for a letter that LETTERS has not.
     """
+    if unknown := [letter for letter in layers if letter not in LETTERS]:
+        raise ValueError(f"layers: found letter {unknown[0]!r}, expected letters among {', '.join(LETTERS)}")
     head_dim = hidden_size // num_heads if head_dim is None else head_dim
     conv_size = 2 * hidden_size if conv_size is None else conv_size
     conv = {

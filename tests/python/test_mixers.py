@@ -90,6 +90,13 @@ def test_every_kind_has_its_letter_in_the_recipe() -> None:
         assert based.ModelConfig.from_json(text).layers[0].letter == letter
 
 
+@pytest.mark.parametrize(("layers", "letter"), [("u", "u"), ("cLWw", "w"), ("c ", " "), ("cLé", "é")])
+def test_an_unknown_letter_is_answered_with_all_letters(layers: str, letter: str) -> None:
+    with pytest.raises(ValueError, match=f"^layers: found letter '{letter}', expected letters among c, ") as error:
+        sizes.recipe(layers, 64, 4, 20, vocab_size=9, end_token_id=None)
+    assert str(error.value).endswith(", ".join(sizes.LETTERS))
+
+
 def test_an_unknown_kind_is_answered_with_all_kinds() -> None:
     with pytest.raises(based.FormatError, match="expected one of " + ", ".join(kind.mixer for kind in MIXERS)):
         config_of({"mixer": "gru"})
