@@ -53,7 +53,8 @@ class PromptReader:
         if isinstance(prompt, str):
             split = self.split_special_tokens
             prompt = self.tokenizer.encode(prompt, at_start=at_start, split_special_tokens=split)
-        if at_start and self.bos is not None and isinstance(prompt, list | tuple | np.ndarray) and len(prompt) == 0:
+        is_listed = isinstance(prompt, list | tuple) or (isinstance(prompt, np.ndarray) and prompt.ndim > 0)
+        if at_start and self.bos is not None and is_listed and len(prompt) == 0:
             return [self.bos]
         return prompt
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from based import _core
 from based._model import Model, core_options
+from based._paths import check_path
 from based._tokenizer import (
     GPT2_VOCAB_SIZE,
     LazyTokenizer,
@@ -102,12 +103,10 @@ class _Source:
 
 
 def _locate(path_or_id: str | os.PathLike[str], revision: str | None) -> _Source:
-    if not os.fspath(path_or_id):  # Path("") is the current directory
+    if not (name := check_path(path_or_id, "path_or_id")):  # Path("") is the current directory
         raise FileNotFoundError(
             errno.ENOENT, "an empty text, neither an existing directory nor a model's name at the hub (owner/name)", ""
         )
-    if "\0" in os.fspath(path_or_id):
-        raise ValueError(f"path_or_id: found {os.fspath(path_or_id)!r}, expected a path: those have no NUL byte")
     path = Path(path_or_id)
     if path_or_id == BUNDLED:
         path = Path(__file__).parent / "models" / BUNDLED
@@ -120,7 +119,6 @@ def _locate(path_or_id: str | os.PathLike[str], revision: str | None) -> _Source
         return _Source(path, path.name, [str(path), stats])
     if path.exists():
         raise NotADirectoryError(errno.ENOTDIR, "a model is a directory, this is a file", str(path))
-    name = os.fspath(path_or_id)
     if not _HUB_ID.fullmatch(name):
         raise FileNotFoundError(
             errno.ENOENT, "neither an existing directory nor a model's name at the hub (owner/name)", name
@@ -229,6 +227,8 @@ def _cache_directory() -> Path:
 
 
 def _tokenizer_of(source: _Source, tokenizer: str | os.PathLike[str] | None) -> LazyTokenizer:
+    if tokenizer is not None:
+        check_path(tokenizer, "tokenizer")
     path = find_tokenizer_file(source.directory, tokenizer)
     if path is not None:
         return LazyTokenizer(lambda: read_tokenizer(path))

@@ -330,7 +330,8 @@ class Model:
         Loading the tokenizer and reading a long prompt are part of that work: their errors come with the first chunk.
         """
         prompt = as_array(prompt)
-        is_quick = self._tokenizer.is_loaded and isinstance(prompt, Sized) and len(prompt) <= QUICK
+        has_length = isinstance(prompt, Sized) and getattr(prompt, "ndim", 1) > 0  # len() of a 0-D array raises
+        is_quick = self._tokenizer.is_loaded and has_length and len(prompt) <= QUICK
         if is_quick:
             return astream_request(self._prepare(prompt, params, split_special_tokens), in_thread=False)
         return astream_request(lambda: self._prepare(prompt, params, split_special_tokens)(), in_thread=True)

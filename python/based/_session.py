@@ -10,6 +10,7 @@ import numpy as np
 from based import _core
 from based._generate import Params, PromptReader, Run, make_requests, names_sampling_fields
 from based._outputs import RequestOutput, StreamChunk
+from based._paths import check_path
 from based._prompts import Prompt, Prompts, TokenIds, as_array, as_list
 from based._tokenizer import LazyTokenizer
 
@@ -199,8 +200,8 @@ class Session:
             self._core.copy(source, target)
 
     def save_state(self, path: str | os.PathLike[str]) -> None:
-        """Saves all states as one safetensors file: written aside, then renamed. Raises OSError."""
-        file = os.fspath(path)  # Python code of a path runs here, where an interrupt in it is one
+        """Saves all states as one safetensors file: written aside, then renamed. Raises OSError, ValueError."""
+        file = _file_path(path)  # Python code of a path runs here, where an interrupt in it is one
         with self._turn():
             self._core.save_state(file)
 
@@ -212,9 +213,9 @@ class Session:
             sequence: The sequence that takes the state of a file of one; None for all sequences.
 
         Raises StateError on another model, number of sequences or format version, FormatError on a damaged file, and
-        OSError; then nothing has changed.
+        OSError, ValueError; then nothing has changed.
         """
-        file = os.fspath(path)
+        file = _file_path(path)
         with self._turn():
             if sequence is None:
                 self._core.load_state(file)
@@ -239,6 +240,10 @@ class Session:
         seen = dict(enumerate(self._core.num_tokens))
         sequence = position if sequences is None else dict(enumerate(sequences)).get(position, -1)
         return not seen.get(sequence)
+
+
+def _file_path(path: str | os.PathLike[str]) -> str:
+    return check_path(os.fsdecode(path) if isinstance(path, bytes) else path, "path")
 
 
 def _listed(sequences: Iterable[int] | None) -> list[int] | None:

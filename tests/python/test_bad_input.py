@@ -633,6 +633,38 @@ def test_files_that_are_no_states(session, pristine, tmp_path):
     assert_state_refused(session, tmp_path / "pipe", "not a regular file", OSError)
 
 
+@pytest.mark.parametrize(
+    ("path", "error", "found"),
+    [
+        ("a\0b", ValueError, r"'a\x00b', expected a path: those have no NUL byte"),
+        (b"a\0b", ValueError, r"'a\x00b', expected a path: those have no NUL byte"),
+        (3, TypeError, "int 3, expected a str, or a path such as Path"),
+    ],
+)
+def test_what_names_no_file_of_states(session, path, error, found):
+    for call in (session.save_state, session.load_state, lambda path: session.load_state(path, 0)):
+        with pytest.raises(error) as caught:
+            call(path)
+        assert str(caught.value) == f"path: found {found}"
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "found"),
+    [
+        ("a\0b", ValueError, r"'a\x00b', expected a path: those have no NUL byte"),
+        (b"m", TypeError, "bytes b'm', expected a str, or a path such as Path"),
+        (3, TypeError, "int 3, expected a str, or a path such as Path"),
+    ],
+)
+def test_what_names_no_model(pristine, path, error, found):
+    with pytest.raises(error) as caught:
+        based.load(path)
+    assert str(caught.value) == f"path_or_id: found {found}"
+    with pytest.raises(error) as caught:
+        based.load(pristine, tokenizer=path)
+    assert str(caught.value) == f"tokenizer: found {found}"
+
+
 def test_truncated_and_damaged_states(session, saved):
     path, _ = saved
     content = path.read_bytes()

@@ -131,6 +131,8 @@ def test_end_token(model):
         ([1.5], None, TypeError, "not float 1.5"),
         (None, None, TypeError, "not NoneType None"),
         (np.zeros((1, 2, 3), np.int64), None, ValueError, "must be a 1-D array"),
+        (np.array(3), None, ValueError, r"prompt 0: token ids must be a 1-D array, not one of shape \(\)"),
+        (np.array("a"), None, ValueError, r"prompt 0: token ids must be a 1-D array, not one of shape \(\)"),
         (["a", "b"], [GREEDY], ValueError, "2 prompts, but 1 SamplingParams"),
         ("a", [GREEDY, GREEDY], ValueError, "1 prompts, but 2 SamplingParams"),
         ("a", {"temperature": 0}, TypeError, r"not dict: write based.SamplingParams\(\*\*params\)"),
@@ -148,6 +150,19 @@ def test_bad_requests(model, prompts, params, error, text):
     assert model.generate([]) == []
 
 
+@pytest.mark.parametrize("prompt", [np.array(3), np.array("a")])
+def test_an_array_without_a_length_is_no_prompt(model, prompt):
+    async def read():
+        return [chunk async for chunk in model.astream(prompt)]
+
+    shape = r"token ids must be a 1-D array, not one of shape \(\)"
+    for call in (lambda: next(model.stream(prompt)), lambda: model.score(prompt), lambda: asyncio.run(read())):
+        with pytest.raises(ValueError, match=shape):
+            call()
+    with pytest.raises(ValueError, match=shape):
+        model.session().prefill(prompt)
+
+
 BAD_ROWS = [
     ("", "prompt 1 is empty"),
     ([], "prompt 1 is empty"),
@@ -157,6 +172,7 @@ BAD_ROWS = [
     (float("nan"), "prompt 1: token ids must be a sequence of integers, not float nan"),
     (["a"], "prompt 1: token id at index 0 must be an integer, not str 'a'"),
     (np.zeros((2, 2), np.int64), "prompt 1: token ids must be a 1-D array"),
+    (np.array(3), "prompt 1: token ids must be a 1-D array"),
 ]
 
 
