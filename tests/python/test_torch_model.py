@@ -257,6 +257,22 @@ def test_compiles_in_one_graph(autocast, device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(("layers", "num_graphs"), [("L", 4), ("W", 10)])
+def test_graphs_for_all_shapes(layers, num_graphs):
+    """As many as docs/training.md says."""
+    model = BasedForCausalLM(shape(layers, window=9), device="cpu")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(recompile_limit=16), torch.no_grad():
+        for num_tokens in (1, 5, 9, 50, 64, 65, 128, 129, 200):
+            for batch in (1, 2, 3):
+                tokens = torch.zeros(batch, num_tokens, dtype=torch.int64)
+                torch.testing.assert_close(compiled(tokens), model(tokens))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == num_graphs
+    torch._dynamo.reset()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_loss_on_a_gpu(dtype, monkeypatch):
