@@ -839,6 +839,19 @@ def test_restart_begins_anew(tmp_path):
     assert (tmp_path / "keep").read_text() == "mine"
 
 
+@pytest.mark.parametrize("restart", [[], ["--restart"]])
+@pytest.mark.parametrize("name", ["runs/mine.txt", "results.csv", "results.json"])
+def test_files_of_others_stay(tmp_path, capsys, name, restart):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    arguments = ["recall", "--quick", "--families", "based", "-o", str(tmp_path), "--device", "cpu", "--epochs", "1"]
+    assert cli.main([*arguments, *restart]) == 1
+    found = f"{tmp_path / name.split('/')[0]}: found in a folder without a sweep.json, expected no such file or folder"
+    assert found in capsys.readouterr().err
+    assert file.read_text() == "mine" and not (tmp_path / "sweep.json").exists()
+
+
 def test_one_process_a_folder(tmp_path, long_sweep):
     process = start(tmp_path)
     wait_until((tmp_path / "sweep.json").exists)

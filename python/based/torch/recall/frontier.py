@@ -168,8 +168,15 @@ def merge(sweep: Sweep, output: Path, sources: Sequence[Path]) -> list[Outcome]:
 class _Frontier:
     def __init__(self, sweep: Sweep, output: Path, *, restart: bool, note: Callable[[str], None]) -> None:
         self.sweep, self.output, self.note = sweep, output, note
-        if restart:
-            for name in ("runs", "sweep.json", "results.json", "results.csv"):
+        if not (output / "sweep.json").exists():
+            for name in ("runs", "results.json", "results.csv"):
+                if (output / name).exists():
+                    raise FormatError(
+                        f"{output / name}: found in a folder without a sweep.json, expected no such file or folder: a "
+                        f"sweep writes its own there. Move it, or use another folder than {output}"
+                    )
+        elif restart:
+            for name in ("runs", "results.json", "results.csv", "sweep.json"):  # the last one says that a sweep is here
                 path = output / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self._check_same()
