@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
-from based._tokenizer_json import tokenizer_errors
+from based._tokenizer_json import BYTE_LETTERS, tokenizer_errors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -49,9 +49,8 @@ class Detokenizer:
         found = self._token_bytes.get(token)
         if found is None:
             name = self.tokenizer.id_to_token(token) or ""
-            letters = _byte_letters()
-            known = all(letter in letters for letter in name)
-            found = bytes(letters[letter] for letter in name) if known else name.encode()
+            known = all(letter in _BYTES for letter in name)
+            found = bytes(_BYTES[letter] for letter in name) if known else name.encode()
             self._token_bytes[token] = found
         return found
 
@@ -101,12 +100,7 @@ def _decoder_kinds(tokenizer: "Tokenizer") -> list[str]:
     return [] if tokenizer.decoder is None else kinds(json.loads(tokenizer.decoder.__getstate__()))
 
 
-@functools.cache
-def _byte_letters() -> dict[str, int]:
-    """Which byte each letter of a byte-level token stands for (GPT-2's): itself if it can be seen, else from 256 on."""
-    seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    hidden = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+_BYTES = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
 
 
 class IncrementalDecoder:

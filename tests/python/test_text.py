@@ -94,9 +94,9 @@ def test_any_bytes(data: bytes) -> None:
 
 
 def _letters() -> dict[str, int]:
-    from based._text import _byte_letters
+    from based._tokenizer_json import BYTE_LETTERS
 
-    return _byte_letters()
+    return {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
 
 
 def test_whole_characters_of_a_token_do_not_wait_for_its_last_bytes() -> None:
