@@ -886,6 +886,7 @@ def test_a_model_whose_runs_all_diverge_has_a_row_without_an_accuracy(tmp_path, 
 
 def test_a_file_in_the_place_of_a_folder(tmp_path):
     sweep = Sweep.quick(families=("based",))
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep.to_json()))
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "based-d32-f8-lr0.01").write_text("no folder")
     with pytest.raises(OSError, match=r"based-d32-f8-lr0\.01") as failure:
@@ -895,6 +896,7 @@ def test_a_file_in_the_place_of_a_folder(tmp_path):
 
 def test_a_process_that_fails_says_why(tmp_path):
     sweep = Sweep.quick(families=("based",))
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep.to_json()))
     folder = tmp_path / "runs" / "based-d32-f8-lr0.01"
     folder.mkdir(parents=True)
     (folder / "state.safetensors").write_text("nothing")
