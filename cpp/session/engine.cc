@@ -218,6 +218,10 @@ void Engine::Impl::run() noexcept {
       if (++num_failures > 3) {
         const std::lock_guard lock(mutex_);
         closing_ = aborting_ = true;
+        try {
+          if (broken_.empty()) broken_ = "the loop failed again and again";
+        } catch (...) {  // then submit() says that it was shut down
+        }
       }
       if (num_failures > 6) break;
     }

@@ -169,7 +169,7 @@ class Engine::Impl {
   void emit(const Shared& request, EngineEvent event);
   EngineEvent event_of(const Shared& request, int sample) const;
   void ended(const Shared& request, int sample);
-  void end_lost(const std::string& why);
+  void end_begun(const std::string& why);
   void send();
   void deliver();
   void publish();

@@ -487,7 +487,6 @@ void Engine::Impl::end(const Shared& request, int index, FinishReason finish, co
 // Takes away what has ended and has nothing more to do.
 void Engine::Impl::settle() {
   if (!session_) return;
-  std::vector<std::int32_t> failed;
   for (Sample& sample : samples_) {
     if (!sample.finished || !sample.keeps || !sample.confirmed || wants_step(sample)) continue;
     try {
@@ -587,27 +586,17 @@ void Engine::Impl::fail_all(const std::exception_ptr& error) {
     const std::lock_guard lock(mutex_);
     if (broken_.empty()) broken_ = why;
   }
-  for (Sample& sample : samples_) end(sample, FinishReason::error, why);
-  const auto end_all = [&](std::vector<Feed>& feeds) {
-    for (Feed& feed : feeds) {
-      if (feed.replayed) feed.samples = {feed.replayed->index};
-      for (; !feed.samples.empty(); feed.samples.pop_back())
-        end(feed.request, feed.samples.back(), FinishReason::error, why);
-      feed.replayed.reset();
-    }
-    feeds.clear();
-  };
-  end_all(feeds_);
-  if (lost) end_all(waiting_);
-  end_lost(why);
+  if (lost) waiting_.clear();
+  end_begun(why);
   failure_ = nullptr;
   if (long_ == nullptr) return close_session();
   samples_.clear();
+  feeds_.clear();
   steps_.clear();
 }
 
-// Ends the samples that are in no list: memory was short when they were put into one.
-void Engine::Impl::end_lost(const std::string& why) {
+// Ends all samples but those that wait, whatever list they are in: or in none, where memory was short for that.
+void Engine::Impl::end_begun(const std::string& why) {
   std::vector<Shared> all;
   for (const auto& [id, request] : requests_)
     if (long_ == nullptr || long_->request != request) all.push_back(request);

@@ -118,7 +118,7 @@ TEST(ShortOfMemory, ForLongEndsAnEngine) {
     request.request = {random_tokens(70, 1), greedy(40)};
     try {
       engine.submit(std::move(request));
-    } catch (const EngineClosedError&) {
+    } catch (const Error&) {  // the loop has failed too often
     }
     for (int i = 0; i < 20 && !shortage.fired(); ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     shortage.disarm();
