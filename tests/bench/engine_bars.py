@@ -174,13 +174,24 @@ class EventTimes:
         EngineRequest._add = self._add  # type: ignore[method-assign]
 
 
+def random_model(size: str, device: str) -> based.Model:
+    """In the dtype that is measured there."""
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    return based.Model.random(named_config(size), 0, device=device, dtype=dtype)
+
+
+def generator_seconds(model: based.Model, size: str, count: int, length: int, new: int) -> float:
+    """Of a Generator with all prompts at the beginning, as `based bench` measures it."""
+    figures = _claim.measure(model._core, size, count, length, new)
+    reads, writes = figures.prompt_tokens_per_second, figures.tokens_per_second
+    print(f"  generator: {reads:,.0f} tok/s of prompts, {writes:,.0f} new")
+    return count * length / reads + count * (new - 1) / writes
+
+
 def many_at_once(model: based.Model, bars: Bars, size: str, count: int) -> None:
     """Requests of 1,024 tokens in and 256 out, against `based bench` at that batch; gaps while prompts arrive."""
     length, new = 1024, 256
-    figures = _claim.measure(model._core, size, count, length, new)
-    reads, writes = figures.prompt_tokens_per_second, figures.tokens_per_second
-    expected = count * length / reads + count * (new - 1) / writes
-    print(f"  generator: {reads:,.0f} tok/s of prompts, {writes:,.0f} new")
+    expected = generator_seconds(model, size, count, length, new)
     with model.engine(max_batch_size=count, cache_bytes=0) as engine:
         ratios = []
         for _ in range(3):
@@ -216,8 +227,7 @@ def main() -> None:
     arguments = parser.parse_args()
     on_gpu = arguments.device != "cpu"
     parts = arguments.parts.split(",")
-    dtype = "bfloat16" if on_gpu else "float32"
-    model = based.Model.random(named_config(arguments.size), 0, device=arguments.device, dtype=dtype)
+    model = random_model(arguments.size, arguments.device)
     bars = Bars()
     if "streams" in parts:
         streams(model, bars)

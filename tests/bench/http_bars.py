@@ -21,9 +21,9 @@ from typing import Any
 
 import based
 from bars import Bars
-from based.cli import _claim
 from based.cli._bench_serve import Client
 from based.sizes import named_config
+from engine_bars import generator_seconds, random_model
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -47,20 +47,6 @@ class Found:
     begin: float
     end: float
     gaps: list[float]
-
-
-def random_model(size: str, device: str) -> based.Model:
-    """In the dtype that a server has there."""
-    dtype = "float32" if device == "cpu" else "bfloat16"
-    return based.Model.random(named_config(size), 0, device=device, dtype=dtype)
-
-
-def generator_seconds(size: str, device: str, load: Load) -> float:
-    """Of a Generator with all prompts at the beginning, as `based bench` measures it."""
-    figures = _claim.measure(random_model(size, device)._core, size, load.count, load.length, load.new)
-    reads, writes = figures.prompt_tokens_per_second, figures.tokens_per_second
-    print(f"  generator: {reads:,.0f} tok/s of prompts, {writes:,.0f} new")
-    return load.count * load.length / reads + load.count * (load.new - 1) / writes
 
 
 def serve(size: str, device: str, batch: int, told: Any) -> None:
@@ -143,7 +129,9 @@ def main() -> None:
     arguments = parser.parse_args()
     at_once = Load(arguments.requests, arguments.length, arguments.new)
     arriving = Load(arguments.requests, arguments.length, arguments.new, arguments.rate)
-    expected = generator_seconds(arguments.size, arguments.device, at_once)
+    model = random_model(arguments.size, arguments.device)
+    expected = generator_seconds(model, arguments.size, at_once.count, at_once.length, at_once.new)
+    del model  # the server takes its memory
     vocab_size = named_config(arguments.size).vocab_size
     told = SPAWN.Queue()
     server = SPAWN.Process(target=serve, args=(arguments.size, arguments.device, arguments.requests, told))
