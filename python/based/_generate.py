@@ -48,9 +48,9 @@ class PromptReader:
     def read(self, prompt: Any, *, at_start: bool = True) -> Any:
         """Token ids of a text; anything else as it is. An empty prompt that begins a sequence is the bos token."""
         prompt = as_array(prompt)
-        if isinstance(prompt, str) and not prompt and not at_start:
-            return []  # goes on, with a tokenizer or without one
         if isinstance(prompt, str):
+            if not prompt and not at_start:
+                return []  # goes on, with a tokenizer or without one
             split = self.split_special_tokens
             prompt = self.tokenizer.encode(prompt, at_start=at_start, split_special_tokens=split)
         is_listed = isinstance(prompt, list | tuple) or (isinstance(prompt, np.ndarray) and prompt.ndim > 0)

@@ -44,34 +44,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how models are trained: ours, or as in the authors' experiments, 4 rates and 32 epochs (default: ours)",
     )
     group = parser.add_argument_group("the sweep", "Lists are separated by commas; the defaults are docs/recall.md's.")
-    group.add_argument(
-        "--families", type=_list(str), action="extend", metavar="LIST", help="kinds of models, such as based,mamba"
+    lists: tuple[tuple[str, type, str], ...] = (
+        ("--families", str, "kinds of models, such as based,mamba"),
+        ("--points", str, "models by name or pattern: based-d64-f16,mamba-d128-*"),
+        ("--widths", int, "of BASED and attention; windows have the largest alone"),
+        ("--rival-widths", int, "hidden sizes of the other families"),
+        ("--feature-dims", int, "of BASED"),
+        ("--windows", int, "keys of sliding windows"),
+        ("--state-sizes", int, "of Mamba and Mamba-2: of each channel"),
+        ("--learning-rates", float, "the best one counts"),
     )
-    group.add_argument(
-        "--points",
-        type=_list(str),
-        action="extend",
-        metavar="LIST",
-        help="models by name or pattern: based-d64-f16,mamba-d128-*",
-    )
-    group.add_argument(
-        "--widths",
-        type=_list(int),
-        action="extend",
-        metavar="LIST",
-        help="of BASED and attention; windows have the largest alone",
-    )
-    group.add_argument(
-        "--rival-widths", type=_list(int), action="extend", metavar="LIST", help="hidden sizes of the other families"
-    )
-    group.add_argument("--feature-dims", type=_list(int), action="extend", metavar="LIST", help="of BASED")
-    group.add_argument("--windows", type=_list(int), action="extend", metavar="LIST", help="keys of sliding windows")
-    group.add_argument(
-        "--state-sizes", type=_list(int), action="extend", metavar="LIST", help="of Mamba and Mamba-2: of each channel"
-    )
-    group.add_argument(
-        "--learning-rates", type=_list(float), action="extend", metavar="LIST", help="the best one counts"
-    )
+    for flag, kind, what in lists:
+        group.add_argument(flag, type=_list(kind), action="extend", metavar="LIST", help=what)
     group.add_argument("--epochs", type=_common.positive, metavar="N", help="of the training texts, at most")
     group.add_argument("--seed", type=int, metavar="N", help="of texts, weights and order")
     parser.add_argument(
